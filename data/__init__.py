@@ -1,0 +1,1 @@
+"""Router traces of Switch Transformers: where models and text come from, what is logged, how it is stored."""

@@ -1,0 +1,54 @@
+"""Files that appear whole: written aside, then renamed; and their digests."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; it becomes `path` when the block ends well, and nothing is left if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        aside.chmod(0o644)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Writes a JSON document whole."""
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON document.
+
+    Raises:
+        ValueError: If the file is missing or not a JSON object.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); it was edited or cut short") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds a {type(document).__name__}, expected a JSON object")
+    return document
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

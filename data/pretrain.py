@@ -1,0 +1,214 @@
+"""Builds the bundled small Switch Transformer from the offline corpus, tokenizer included.
+
+Run it with `python -m data.pretrain --out outputs/switch-mini-64`;
+its 1,600 steps take about twenty minutes on one core.
+"""
+
+import itertools
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+from data.corruption import Ids, corrupt
+from data.grouped import group_experts, ungroup_experts
+from data.text import SEGMENTS, Document, offline_corpus
+
+SENTINELS = [f"<extra_id_{index}>" for index in range(32)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the bundled model is trained.
+
+    Attributes:
+        steps: Optimiser steps.
+        sequences: Sequences in a batch.
+        length: Tokens of a sequence before corruption.
+        vocabulary: Size of the tokenizer.
+        peak_lr: Highest learning rate of AdamW; 5 % linear warm-up, then cosine.
+        seed: Seeds weights, batches and spans.
+    """
+
+    steps: int = 1600
+    sequences: int = 32
+    length: int = 120
+    vocabulary: int = 8192
+    peak_lr: float = 3e-3
+    seed: int = 0
+
+
+def train_tokenizer(documents: list[Document], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocabulary` tokens: pad 0, end 1, unknown 2, the sentinels last."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SENTINELS),
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text[:4000] for document in documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=SENTINELS,
+        model_max_length=512,
+    )
+
+
+def small_config(recipe: Recipe) -> SwitchTransformersConfig:
+    """4 + 4 blocks of which 2 + 2 are MoE layers with 64 experts, 16 tokens of capacity in a sequence."""
+    return SwitchTransformersConfig(
+        vocab_size=recipe.vocabulary, d_model=128, d_kv=32, d_ff=80, num_heads=4, num_experts=64, expert_capacity=16,
+        num_layers=4, num_sparse_encoder_layers=2, num_decoder_layers=4, num_sparse_decoder_layers=2,
+        dropout_rate=0.0, router_aux_loss_coef=0.001, router_z_loss_coef=0.001, router_jitter_noise=0.01,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+def token_streams(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> dict[str, Ids]:
+    """All token ids of each segment in one array; documents end with end-of-sequence."""
+    streams = {}
+    for segment in SEGMENTS:
+        texts = [document.text for document in documents if document.segment == segment]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        streams[segment] = np.fromiter(
+            itertools.chain.from_iterable([*row, tokenizer.eos_token_id] for row in ids), dtype=np.int64
+        )
+    return streams
+
+
+def corrupted_batches(
+    streams: dict[str, Ids], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches `{input_ids, attention_mask, labels}`; a segment is drawn by the square root of its size."""
+    rng = np.random.default_rng(seed)
+    sentinels = np.array(tokenizer.convert_tokens_to_ids(SENTINELS))
+    weights = np.sqrt([len(stream) for stream in streams.values()])
+    while True:
+        rows = []
+        for segment in rng.choice(list(streams), recipe.sequences, p=weights / weights.sum()):
+            start = rng.integers(len(streams[segment]) - recipe.length)
+            ids = streams[segment][start : start + recipe.length]
+            rows.append(corrupt(ids, sentinels, tokenizer.eos_token_id, rng))
+        yield collate(rows, pad=tokenizer.pad_token_id)
+
+
+def collate(rows: list[tuple[Ids, Ids]], pad: int) -> dict[str, Tensor]:
+    """Pads (encoder input, decoder target) pairs to one batch; padded labels are -100."""
+    source = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[0]) for row in rows], True, pad)
+    labels = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[1]) for row in rows], True, -100)
+    return {"input_ids": source, "attention_mask": (source != pad).long(), "labels": labels}
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up over the first 5 % of the steps, then a cosine to zero."""
+    warm_up = max(recipe.steps // 20, 1)
+    if step < warm_up:
+        return recipe.peak_lr * (step + 1) / warm_up
+    return recipe.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (recipe.steps - warm_up)))
+
+
+def fit(
+    model: SwitchTransformersForConditionalGeneration, batches: Iterator[dict[str, Tensor]], recipe: Recipe
+) -> list[float]:
+    """Trains in place; returns the loss of every step (cross-entropy in nats, router losses left out)."""
+    originals = group_experts(model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    losses = []
+    model.train()
+    with Progress() as progress:
+        task = progress.add_task("pretraining", total=recipe.steps)
+        for step, batch in zip(range(recipe.steps), batches, strict=False):
+            output = model(**batch, output_router_logits=True)
+            optimizer.zero_grad()
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            optimizer.step()
+            router = 0.001 * (output.encoder_z_loss + output.decoder_z_loss)
+            router = router + 0.001 * (output.encoder_aux_loss + output.decoder_aux_loss)
+            losses.append(float((output.loss - router).detach()))
+            progress.update(task, advance=1, description=f"pretraining, loss {np.mean(losses[-50:]):.3f}")
+    ungroup_experts(model, originals)
+    return losses
+
+
+@torch.no_grad()
+def held_out_loss(model: SwitchTransformersForConditionalGeneration, batches: list[dict[str, Tensor]]) -> float:
+    """Mean cross-entropy in nats of a decoder token."""
+    model.eval()
+    total = sum(float(model(**batch).loss) * int((batch["labels"] != -100).sum()) for batch in batches)
+    return total / sum(int((batch["labels"] != -100).sum()) for batch in batches)
+
+
+def unigram_loss(seen: list[dict[str, Tensor]], batches: list[dict[str, Tensor]], vocabulary: int) -> float:
+    """Cross-entropy of the same held-out tokens under token frequencies (add-one) of as many training targets."""
+    counts = torch.ones(vocabulary)
+    for batch in seen:
+        counts += torch.bincount(batch["labels"][batch["labels"] != -100], minlength=vocabulary)
+    log_p = (counts / counts.sum()).log()
+    labels = torch.cat([batch["labels"][batch["labels"] != -100] for batch in batches])
+    return -float(log_p[labels].mean())
+
+
+def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe()) -> None:
+    """Trains the bundled model and writes it to a folder as bf16 safetensors, with tokenizer, card and loss curve.
+
+    Args:
+        out: Folder to write; it appears whole or not at all.
+        recipe: Training settings.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; name another folder with --out or remove it")
+    torch.manual_seed(recipe.seed)
+    documents = list(offline_corpus("pretrain"))
+    tokenizer = train_tokenizer(documents, recipe.vocabulary)
+    streams = token_streams(documents, tokenizer)
+    held_out = token_streams(list(offline_corpus("traffic")), tokenizer)
+    model = SwitchTransformersForConditionalGeneration(small_config(recipe))
+    losses = fit(model, corrupted_batches(streams, tokenizer, recipe, recipe.seed), recipe)
+    model = model.bfloat16()  # what is saved is what is measured
+    test = list(itertools.islice(corrupted_batches(held_out, tokenizer, recipe, recipe.seed + 1), 40))
+    seen = list(itertools.islice(corrupted_batches(streams, tokenizer, recipe, recipe.seed + 2), 400))
+    facts = {
+        "recipe": asdict(recipe),
+        "tokens": {segment: len(stream) for segment, stream in streams.items()},
+        "held_out_loss": held_out_loss(model.float(), test),
+        "unigram_loss": unigram_loss(seen, test, recipe.vocabulary),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "loss_curve": [
+            [step, float(np.mean(losses[max(step - 100, 0) : step]))] for step in range(100, len(losses) + 1, 100)
+        ],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as aside:
+        folder = Path(aside) / "model"
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(facts, indent=1))
+        folder.rename(out)
+    print(
+        json.dumps({"model": str(out), "held_out_loss": facts["held_out_loss"], "unigram_loss": facts["unigram_loss"]})
+    )
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(pretrain)

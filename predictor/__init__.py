@@ -1,0 +1,1 @@
+"""Forecasts of the next batch's expert load: the networks, their rivals, metrics and training."""

@@ -1,0 +1,1 @@
+"""Expert replication at inference, driven by load forecasts; the model's answers never change."""
