@@ -64,7 +64,10 @@ class LoadForecast:
 class Forecaster(Protocol):
     """Anything that forecasts the coming batch's load; networks and baselines alike."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tables and forecasts call it."""
+        ...
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         """Forecasts the load of the coming batch.

@@ -1,0 +1,110 @@
+"""Forecasters that cost next to nothing: what a learned predictor has to beat.
+
+All of them follow `predictor.forecast.Forecaster` and need numpy alone, so the runtime can fall back on them.
+Shape suffixes: K past batches, N training batches, L MoE layers, E logical experts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.trace import IntArray, TokenBatch
+from predictor.forecast import FloatArray, LoadForecast, LoadHistory, forecast_from_load
+
+EMA_RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+"""Rates tried on validation batches."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every expert gets the same."""
+
+    num_layers: int
+    num_experts: int
+    name: str = "uniform"
+
+    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+        """See `Forecaster`; without history no tokens are expected."""
+        tokens = history[-1].sum(-1) if len(history) else np.zeros(self.num_layers)
+        load = np.repeat(tokens[:, None] / self.num_experts, self.num_experts, axis=1)
+        return forecast_from_load(load, made_at=len(history), source=self.name)
+
+
+@dataclass(frozen=True)
+class Stationary:
+    """The mean load `[L, E]` of the training batches, whatever comes."""
+
+    load: FloatArray
+    name: str = "stationary"
+
+    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+        """See `Forecaster`."""
+        return forecast_from_load(self.load, made_at=len(history), source=self.name)
+
+
+@dataclass(frozen=True)
+class LastBatch:
+    """Persistence: the coming batch is taken to load the experts as the last one did."""
+
+    name: str = "last"
+
+    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+        """See `Forecaster`; history must hold at least one batch."""
+        return forecast_from_load(history[-1].astype(np.float64), made_at=len(history), source=self.name)
+
+
+@dataclass(frozen=True)
+class RunningMean:
+    """The mean load of every batch so far."""
+
+    name: str = "mean"
+
+    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+        """See `Forecaster`; history must hold at least one batch."""
+        return forecast_from_load(history.mean(0), made_at=len(history), source=self.name)
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Exponential moving average of loads: weight `rate` on the last batch, `rate * (1 - rate)` on the one before..."""
+
+    rate: float = 0.3
+    name: str = "ema"
+
+    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+        """See `Forecaster`; history must hold at least one batch."""
+        age = np.arange(len(history))[::-1]
+        weight = (1 - self.rate) ** age
+        mean = np.tensordot(weight / weight.sum(), history, axes=1)
+        return forecast_from_load(mean, made_at=len(history), source=self.name)
+
+    @classmethod
+    def fit(cls, loads: IntArray, steps: list[int]) -> "Ema":
+        """The rate with the least total variation on the given steps of loads `[N, L, E]`; step 0 has no past."""
+
+        def error(rate: float) -> float:
+            distances = [
+                np.abs(cls(rate).forecast(None, loads[:step]).share - share_of(loads[step])).sum()
+                for step in steps
+                if step > 0
+            ]
+            return float(np.mean(distances))
+
+        return cls(min(EMA_RATES, key=error))
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The control arm: told the true loads `[N, L, E]`, it must score perfectly wherever the measuring is right."""
+
+    loads: IntArray
+    name: str = "oracle"
+
+    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+        """See `Forecaster`; the length of the history tells which batch comes."""
+        return forecast_from_load(self.loads[len(history)].astype(np.float64), made_at=len(history), source=self.name)
+
+
+def share_of(load: IntArray) -> FloatArray:
+    """Load divided by its sum in each layer; a layer without load is uniform."""
+    return forecast_from_load(load.astype(np.float64), made_at=0, source="truth").share

@@ -1,0 +1,64 @@
+"""How good a forecast is: torchmetrics over batches, each an average over MoE layers that carried load.
+
+Shape suffixes: L MoE layers, E logical experts.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+HOT = 16
+"""Experts that count as hot: as many as there are redundant experts in the standard setting."""
+
+
+def shares(load_LE: Tensor) -> Tensor:
+    """Load divided by its sum; a layer without load is uniform."""
+    total = load_LE.sum(-1, keepdim=True)
+    return torch.where(total > 0, load_LE / total.clamp(min=1e-9), 1 / load_LE.shape[-1])
+
+
+def load_tv(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
+    """Total variation distance of predicted and true share, 0 to 1, `[L]`; NaN where a layer carried no load."""
+    distance = 0.5 * (shares(predicted_LE) - shares(load_LE)).abs().sum(-1)
+    return torch.where(load_LE.sum(-1) > 0, distance, torch.nan)
+
+
+def hot_recall(predicted_LE: Tensor, load_LE: Tensor, hot: int = HOT) -> Tensor:
+    """Share of the `hot` most loaded experts that are among the `hot` highest forecasts, `[L]`.
+
+    Experts tied with the last hot one count as hot, so that ties neither help nor harm. NaN as in `load_tv`.
+    """
+    hot = min(hot, load_LE.shape[-1])
+    chosen = torch.zeros_like(load_LE).scatter(-1, predicted_LE.topk(hot).indices, 1.0)
+    threshold = load_LE.topk(hot).values[:, -1:]
+    found = (chosen * (load_LE >= threshold)).sum(-1)
+    return torch.where(load_LE.sum(-1) > 0, found / hot, torch.nan)
+
+
+def token_top1(chosen: Tensor, experts: Tensor) -> Tensor:
+    """Share of real tokens whose expert was named, `[L_enc]`; both `[L_enc, B, T]`, `experts` negative on padding."""
+    real = experts >= 0
+    return ((chosen == experts) & real).sum((1, 2)) / real.sum((1, 2)).clamp(min=1)
+
+
+class LayerMean(Metric):
+    """Running mean of a value per layer, `[L]`; NaN values are left out."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(num_layers, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(num_layers, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, value_L: Tensor) -> None:
+        """Adds one batch."""
+        known = value_L.isfinite()
+        self.total += torch.where(known, value_L, 0.0)
+        self.count += known
+
+    def compute(self) -> Tensor:
+        """Mean of each layer, `[L]`; NaN where there was nothing."""
+        return self.total / self.count
