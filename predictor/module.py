@@ -1,0 +1,163 @@
+"""LoadForecaster: the network in training, with a loss on tokens and one on the batch's load.
+
+Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
+"""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from data.datamodule import RouterTraceModule, TraceSample
+from data.layout import MoELayout
+from data.switch import read_embedding
+from predictor.learned import LearnedForecaster
+from predictor.metrics import LayerMean, load_tv, shares, token_top1
+from predictor.model import Architecture, LoadNetwork, Prediction
+
+
+def load_loss(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
+    """Total variation plus cross-entropy excess of the shares, plus the relative error of the tokens in all.
+
+    Averaged over the layers that carried load; the cross-entropy keeps a gradient where total variation has none.
+    """
+    carried = (load_LE.sum(-1) > 0).float()
+    guess, truth = shares(predicted_LE), shares(load_LE)
+    excess = (truth * (truth.clamp(min=1e-9).log() - guess.clamp(min=1e-9).log())).sum(-1)
+    distance = 0.5 * (guess - truth).abs().sum(-1)
+    tokens = (predicted_LE.sum(-1).clamp(min=1e-9) / load_LE.sum(-1).clamp(min=1.0)).log().abs()
+    return ((distance + excess + 0.1 * tokens) * carried).sum() / carried.sum().clamp(min=1)
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Factor of the learning rate: linear warm-up over the first tenth, then a cosine to zero."""
+    warm_up = max(steps // 10, 1)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * min((step - warm_up) / max(steps - warm_up, 1), 1.0)))
+
+
+class LoadForecaster(LightningModule):
+    """Trains a `LoadNetwork` on a trace; layout and embedding come from the data module's trace.
+
+    Args:
+        architecture: Shape of the network.
+        learning_rate: Peak of AdamW's one-cycle schedule.
+        token_weight: Weight of the token loss beside the load loss, which counts once.
+        weight_decay: AdamW's decoupled weight decay.
+    """
+
+    network: LoadNetwork
+    embedding: Tensor
+
+    def __init__(
+        self,
+        architecture: Architecture = Architecture(),
+        learning_rate: float = 3e-3,
+        token_weight: float = 1.0,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            {"architecture": asdict(architecture), "learning_rate": learning_rate,
+             "token_weight": token_weight, "weight_decay": weight_decay}
+        )  # fmt: skip
+        self.architecture = architecture
+        self.learning_rate, self.token_weight, self.weight_decay = learning_rate, token_weight, weight_decay
+
+    def setup(self, stage: str) -> None:
+        """Builds the network for the trace's model and reads that model's embedding table."""
+        if hasattr(self, "network"):
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, RouterTraceModule)
+        self.layout: MoELayout = data.layout
+        self.network = LoadNetwork(self.layout, self.architecture)
+        self.register_buffer("embedding", read_embedding(self.layout.model_id, self.layout.revision), persistent=False)
+        if len(self.embedding) < self.layout.vocab_size:
+            raise ValueError(
+                f"{self.layout.model_id} has {len(self.embedding)} embeddings, the trace was made with a vocabulary of "
+                f"{self.layout.vocab_size}; they are not the same model"
+            )
+
+    def forward(self, sample: TraceSample) -> Prediction:
+        """Forecasts one batch."""
+        tokens = sample.trace.tokens
+        x_BTD = nn.functional.embedding(tokens.input_ids, self.embedding)
+        prediction: Prediction = self.network(x_BTD, tokens.mask, sample.history)
+        return prediction
+
+    def losses(self, prediction: Prediction, sample: TraceSample) -> dict[str, Tensor]:
+        """Cross-entropy of the tokens' experts, and load losses with tokens known and unknown, in nats and TV."""
+        experts = sample.trace.encoder_experts.permute(1, 2, 0).long()  # [B, T, L_enc], negative on padding
+        token = cross_entropy(prediction.token_logits.flatten(0, 2), experts.flatten(), ignore_index=-1)
+        past_share = self.network.history.share(sample.history)
+        past = load_loss(past_share * sample.load.sum(-1, keepdim=True), sample.load)
+        return {"token": token, "load": load_loss(prediction.load, sample.load), "history": past}
+
+    def training_step(self, sample: TraceSample, step: int) -> Tensor:
+        """One batch of the trace is one training batch."""
+        loss = self.losses(self(sample), sample)
+        self.log_dict({f"train/{name}_loss": value for name, value in loss.items()}, batch_size=1)
+        return self.token_weight * loss["token"] + loss["load"] + loss["history"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the length of the gradient before it is clipped."""
+        norms = [value.grad.norm() for value in self.network.parameters() if value.grad is not None]
+        self.log("train/gradient_norm", torch.stack(norms).norm())
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the means anew."""
+        self.means: dict[str, LayerMean] = {}
+
+    def validation_step(self, sample: TraceSample, step: int) -> None:
+        """Adds a batch to the means over the validation batches."""
+        self._score(sample, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs load error (its mean picks the best checkpoint) and token top-1, overall and of each layer."""
+        for name, mean in self.means.items():
+            layers = mean.compute()
+            self.log(name, layers.nanmean().float(), prog_bar=True)
+            for layer, value in zip(self.layout.layer_names, layers.float(), strict=False):
+                self.log(f"layers/{name}/{layer}", value)
+
+    def on_test_epoch_start(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, sample: TraceSample, step: int) -> None:
+        """Adds a batch to the means of its phase."""
+        self._score(sample, f"test/{sample.trace.phase}")
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_end()
+
+    def _score(self, sample: TraceSample, prefix: str) -> None:
+        prediction = self(sample)
+        chosen = prediction.token_logits.argmax(-1).permute(2, 0, 1)
+        values = {
+            "load_tv": load_tv(prediction.load, sample.load),
+            "token_top1": token_top1(chosen, sample.trace.encoder_experts),
+        }
+        for name, value in values.items():
+            mean = self.means.setdefault(f"{prefix}/{name}", LayerMean(len(value)).to(value.device))
+            mean.update(value)
+
+    def forecaster(self) -> LearnedForecaster:
+        """The network as it is now, on the CPU, with a spread that is not calibrated yet."""
+        network = LoadNetwork(self.layout, self.architecture)
+        network.load_state_dict({name: value.cpu() for name, value in self.network.state_dict().items()})
+        return LearnedForecaster(self.layout, network, self.embedding.cpu(), torch.ones(2, self.layout.num_layers, 2))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW under a one-cycle schedule that ends with the last epoch."""
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

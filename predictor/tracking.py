@@ -1,0 +1,57 @@
+"""What a run tells Weights & Biases beyond its curves; any other logger is left alone."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from data.store import TRACE_JSON
+from predictor.ladder import Ladder
+from predictor.plots import to_png
+from predictor.report import METRICS, figures, layer_rows, summarise
+
+
+def _wandb(trainer: Trainer) -> WandbLogger | None:
+    return next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+
+
+def track_inputs(trainer: Trainer, settings: dict[str, Any], trace: Path) -> None:
+    """Logs the settings and, when online, the trace as input artifact (by its description, not its shards)."""
+    logger = _wandb(trainer)
+    if logger is None:
+        return
+    import wandb
+
+    run = logger.experiment
+    run.config.update(settings, allow_val_change=True)
+    artifact = wandb.Artifact(trace.name, type="trace", metadata={"path": str(trace)})
+    artifact.add_file(str(trace / TRACE_JSON))
+    run.use_artifact(artifact) if not run.settings._offline else run.log_artifact(artifact)
+
+
+def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], folder: Path) -> None:
+    """Logs the ladder and per-layer tables, the pictures, and the predictor folder as output artifact."""
+    logger = _wandb(trainer)
+    if logger is None:
+        return
+    import wandb
+    from PIL import Image
+
+    run = logger.experiment
+    summaries = summarise(ladder)
+    rows = [
+        [stream, name, *(values[metric] for metric in METRICS)]
+        for stream, forecasters in summaries.items()
+        for name, values in forecasters.items()
+    ]
+    run.log({"ladder": wandb.Table(["stream", "forecaster", *METRICS], rows)})
+    run.log({"layers": wandb.Table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names))})
+    for name, figure in figures(ladder, layer_names).items():
+        run.log({f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(to_png(figure))))})
+    for stream, forecasters in summaries.items():
+        run.summary.update({f"test/{stream}/{name}/load_tv": v["load_tv"] for name, v in forecasters.items()})
+    artifact = wandb.Artifact(folder.name, type="predictor")
+    artifact.add_dir(str(folder))
+    run.log_artifact(artifact, aliases=["latest", "best"])

@@ -1,0 +1,94 @@
+"""Trains a predictor of next-batch expert load and leaves it in a folder that the runtime loads.
+
+    python train.py                                        # the bundled model, offline, configs/default.yaml
+    python train.py --config configs/smoke.yaml            # some seconds, for a look
+    python train.py --ckpt_path last                       # go on where a run was stopped
+
+Every setting is an option (`--help`). The last line of stdout is one JSON document; all else goes to stderr.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from data.cli import user_errors
+from data.datamodule import RouterTraceModule
+from predictor.calibrate import calibrate_spread
+from predictor.checkpoint import load_predictor, save_predictor
+from predictor.export import check_target, model_card, predictor_folder, provenance
+from predictor.ladder import climb, rivals
+from predictor.module import LoadForecaster
+from predictor.report import summarise, write_report
+from predictor.tracking import track_results
+
+DEFAULTS = Path(__file__).parent / "configs" / "default.yaml"
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong in one line, without the usage of a hundred options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Hands the message to `user_errors`."""
+        raise ValueError(message)
+
+
+class TrainCLI(LightningCLI):
+    """LightningCLI with the two paths that belong neither to the trainer nor to model or data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds --predictor and --ckpt_path."""
+        parser.add_argument("--predictor", type=Path, help="folder to leave the trained predictor in")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume, or 'last'")
+
+
+def train(cli: TrainCLI) -> dict[str, Any] | None:
+    """Fit, test on the best, export, report; returns the last line, on the main process only."""
+    started, folder = time.perf_counter(), Path(cli.config["predictor"])
+    trainer, model, data = cli.trainer, cli.model, cli.datamodule
+    check_target(folder)
+    trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"])
+    fitted = time.perf_counter() - started
+    trainer.test(model, datamodule=data, ckpt_path="best", verbose=False)
+    if not trainer.is_global_zero:
+        return None
+    learned = model.forecaster()
+    learned.spread = calibrate_spread(learned, data.samples("val"))
+    ladder = climb([*rivals(data), learned], data)
+    about = {"metrics": summarise(ladder), "provenance": provenance(fitted)}
+    with predictor_folder(folder) as new:
+        save_predictor(new, learned, about)
+        (new / "run.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
+        (new / "README.md").write_text(model_card(learned, about["metrics"], about["provenance"]))
+        write_report(new, f"Expert load of {data.layout.model_id}", ladder, data.layout.layer_names)
+        load_predictor(new, data.layout)
+    track_results(trainer, ladder, data.layout.layer_names, folder)
+    seconds = round(time.perf_counter() - started, 1)
+    return {"predictor": str(folder), "trace": str(data.path), "seconds": seconds, "test": about["metrics"]}
+
+
+def main() -> None:
+    """Command line: everything but the last line goes to stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for kind in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # nothing of W&B's outside outputs/
+        os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path("outputs/wandb").absolute()))
+    with user_errors():
+        with redirect_stdout(sys.stderr):
+            cli = TrainCLI(
+                LoadForecaster, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
+                auto_configure_optimizers=False, parser_class=OneLineParser,
+                parser_kwargs={"default_config_files": [str(DEFAULTS)]},
+            )  # fmt: skip
+            line = train(cli)
+        if line is not None:
+            print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
