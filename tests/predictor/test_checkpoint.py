@@ -1,0 +1,117 @@
+"""A predictor folder: what it gives back, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from made_up import EXPERTS, VOCABULARY, make_layout
+
+from data.switch import read_embedding
+from data.trace import TokenBatch
+from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor, save_predictor
+from predictor.learned import LearnedForecaster
+from predictor.model import Architecture, LoadNetwork
+
+
+@pytest.fixture
+def saved(tmp_path, layout):
+    torch.manual_seed(0)
+    network = LoadNetwork(layout, Architecture(width=8))
+    learned = LearnedForecaster(layout, network, read_embedding(layout.model_id), torch.full((2, 3, 2), 0.5))
+    save_predictor(tmp_path / "p", learned, {"metrics": {}})
+    return tmp_path / "p", learned
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+
+
+def test_round_trip_forecasts_the_same(saved, layout, upcoming):
+    folder, learned = saved
+    loaded = load_predictor(folder, layout)
+    history = np.arange(4 * 3 * EXPERTS).reshape(4, 3, EXPERTS)
+    for tokens, past in ((upcoming, history), (upcoming, history[:0]), (None, history), (None, history[:0])):
+        ours, theirs = learned.forecast(tokens, past), loaded.forecast(tokens, past)
+        assert np.array_equal(ours.share, theirs.share)
+        assert np.array_equal(ours.spread, theirs.spread)
+        assert ours.made_at == len(past)
+    assert loaded.forecast(upcoming, history).spread.min() > 0
+
+
+def test_embedding_is_not_in_the_folder(saved):
+    assert sum(file.stat().st_size for file in saved[0].iterdir()) < 20_000
+
+
+def test_a_stored_model_id_is_enough(saved):
+    assert torch.equal(load_predictor(saved[0]).embedding, saved[1].embedding)
+
+
+def test_another_model_is_refused_with_both_fingerprints(saved, layout):
+    other = make_layout("another", routers="x")
+    with pytest.raises(ValueError, match=f"{layout.fingerprint()}.*{other.fingerprint()}"):
+        load_predictor(saved[0], other)
+
+
+def test_the_same_model_elsewhere_is_fine(saved, upcoming):
+    elsewhere = make_layout("/moved/elsewhere")
+    loaded = load_predictor(saved[0], elsewhere, embedding=saved[1].embedding)
+    assert np.array_equal(loaded.forecast(upcoming, np.zeros((0, 3, EXPERTS), int)).share.shape, (3, EXPERTS))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+def test_damaged_weights_are_refused(saved, damage):
+    path = saved[0] / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    {"cut": lambda: path.write_bytes(content[:-8]), "bit": lambda: path.write_bytes(content), "gone": path.unlink}[
+        damage
+    ]()
+    with pytest.raises(ValueError, match="is missing" if damage == "gone" else "cut short, edited or swapped"):
+        load_predictor(saved[0])
+
+
+def test_edited_configuration_is_refused(saved):
+    config = json.loads((saved[0] / CONFIG).read_text())
+    edit(saved[0], layout=config["layout"] | {"num_experts": 4})
+    with pytest.raises(ValueError, match="its fields give"):
+        load_predictor(saved[0])
+    edit(saved[0], layout=config["layout"], architecture=config["architecture"] | {"width": 16})
+    with pytest.raises(ValueError, match="do not fit together"):
+        load_predictor(saved[0])
+    edit(saved[0], format_version=99)
+    with pytest.raises(ValueError, match="has format version 99; this version reads 1"):
+        load_predictor(saved[0])
+    (saved[0] / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_predictor(saved[0])
+
+
+def test_no_folder_at_all(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a folder; expected a predictor written by `python train\.py`"):
+        load_predictor(tmp_path / "nothing")
+
+
+def test_token_beyond_the_table_is_refused(saved):
+    tokens = TokenBatch(torch.full((1, 2), VOCABULARY), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=f"token id {VOCABULARY} has no row"):
+        saved[1].forecast(tokens, np.zeros((0, 3, EXPERTS), int))
+
+
+def loaded_modules(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return {"lightning", "pytorch_lightning", "wandb", "sklearn", "datasets"} & set(done.stdout.split())
+
+
+def test_deploying_needs_neither_lightning_nor_the_rest():
+    code = "import predictor.forecast, predictor.model, predictor.checkpoint, predictor.baselines"
+    assert loaded_modules(code) == set()
+
+
+def test_the_test_above_can_fail():
+    assert loaded_modules("import predictor.module") >= {"lightning"}

@@ -1,0 +1,67 @@
+"""What the network is fed: order, history, shares of the ranks, and refusals."""
+
+import numpy as np
+import pytest
+import torch
+from made_up import make_layout, time_splits, write_trace
+
+from data.datamodule import RouterTraceModule, TraceSamples
+from data.store import open_trace
+
+
+@pytest.fixture(scope="module")
+def data(trace, layout):
+    module = RouterTraceModule(trace, layout.model_id, window=5)
+    module.setup()
+    return module
+
+
+def numbers(samples) -> list[int]:
+    return [sample.trace.batch for sample in samples]
+
+
+def shuffled(data, seed=0, epoch=0, rank=0, world=1) -> TraceSamples:
+    return TraceSamples(data.trace, data.loads, data.splits, "train", 5, lambda: epoch, seed, rank, world)
+
+
+def test_history_is_every_load_before_across_splits(data):
+    stored = open_trace(data.path).loads()
+    for sample in data.samples("test"):
+        step = sample.trace.batch
+        assert np.array_equal(sample.load, stored[step])
+        assert np.array_equal(sample.history, stored[max(step - 5, 0) : step])
+
+
+def test_splits_keep_their_order(data):
+    assert numbers(data.samples("val")) == [*range(25, 31), *range(65, 71)]
+
+
+def test_training_order_is_seeded_and_differs_by_epoch(data):
+    first = numbers(shuffled(data))
+    assert sorted(first) == numbers(data.samples("train"))
+    assert first == numbers(shuffled(data))
+    assert first != numbers(shuffled(data, epoch=1))
+    assert first != numbers(shuffled(data, seed=1))
+
+
+def test_ranks_share_the_batches_evenly(data):
+    parts = [numbers(shuffled(data, rank=rank, world=5)) for rank in range(5)]
+    assert {len(part) for part in parts} == {9} == {len(shuffled(data, world=5))}
+    assert len({number for part in parts for number in part}) == 45
+
+
+def test_a_trace_of_another_model_is_refused(trace, layout):
+    with pytest.raises(ValueError, match=f"is a trace of {layout.model_id}, the configuration names other"):
+        RouterTraceModule(trace, "other").setup()
+
+
+@pytest.mark.parametrize(("splits", "lacks"), [(["train"], "val"), (time_splits(3, 0, 2), "val"), (["test"], "train")])
+def test_an_empty_split_is_refused(tmp_path, splits, lacks):
+    folder = write_trace(tmp_path / "t", make_layout("m"), splits)
+    with pytest.raises(ValueError, match=f"has {len(splits)} batches, none of them in the {lacks} split"):
+        RouterTraceModule(folder, "m").setup()
+
+
+def test_a_sample_moves_to_a_device_whole(data):
+    sample = next(iter(data.samples("val"))).to(torch.device("cpu"))
+    assert sample.trace.tokens.mask.dtype == torch.bool

@@ -1,0 +1,69 @@
+"""The rivals and the measuring itself."""
+
+import numpy as np
+import pytest
+import torch
+from made_up import EXPERTS
+
+from data.datamodule import RouterTraceModule
+from predictor.baselines import Ema, Oracle, Uniform
+from predictor.ladder import climb, rivals
+from predictor.learned import LearnedForecaster
+from predictor.model import Architecture, LoadNetwork
+from predictor.report import summarise, write_report
+
+
+@pytest.fixture(scope="module")
+def data(trace, layout):
+    module = RouterTraceModule(trace, layout.model_id)
+    module.setup()
+    return module
+
+
+def test_oracle_is_perfect_and_others_are_not(data):
+    summaries = summarise(climb(rivals(data), data))
+    assert set(summaries) == {"steady", "every_1"}
+    for rows in summaries.values():
+        assert list(rows) == ["uniform", "stationary", "last", "ema", "token_table", "oracle"]
+        assert rows["oracle"] == {"load_tv": 0.0, "hot_recall": 1.0, "token_top1": 1.0, "balancedness": None}
+        assert all(row["load_tv"] > 0.01 for name, row in rows.items() if name != "oracle")
+    assert summaries["every_1"]["token_table"]["load_tv"] < 0.7 * summaries["every_1"]["last"]["load_tv"]
+    assert summaries["steady"]["token_table"]["token_top1"] > 0.7
+    assert summaries["steady"]["last"]["token_top1"] is None
+
+
+def test_balancer_sees_each_stream_alone(data):
+    made = []
+
+    def new_balancer():
+        calls = []
+        made.append(calls)
+        return lambda forecast, load: calls.append(load.sum()) or 0.5
+
+    ladder = climb([Uniform(3, EXPERTS)], data, new_balancer)
+    assert [len(calls) for calls in made] == [8, 8]
+    assert ladder["steady"]["uniform"].summary()["balancedness"] == 0.5
+
+
+def test_ema_picks_the_rate_that_fits():
+    steady = np.random.default_rng(0).multinomial(200, np.full(8, 1 / 8), size=(40, 1))
+    assert Ema.fit(steady, list(range(20, 40))).rate == 0.05
+    jumps = np.eye(8, dtype=int)[np.arange(40) // 10][:, None] * 100
+    assert Ema.fit(jumps, list(range(40))).rate == 0.7
+
+
+def test_oracle_reads_the_step_off_the_history():
+    loads = np.arange(24).reshape(3, 2, 4)
+    assert np.allclose(Oracle(loads).forecast(None, loads[:2]).load, loads[2])
+
+
+def test_report_holds_its_pictures(data, layout, tmp_path):
+    torch.manual_seed(0)
+    network = LoadNetwork(layout, Architecture(width=8))
+    learned = LearnedForecaster(layout, network, torch.randn(60, layout.d_model), torch.ones(2, 3, 2))
+    write_report(tmp_path, "a & b", climb([*rivals(data), learned], data), layout.layer_names)
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>a &amp; b</h1>" in page
+    names = {"ladder", "calibration", "heat_steady", "heat_every_1"}
+    assert {file.stem for file in tmp_path.glob("*.png")} == names
+    assert page.count("data:image/png;base64,") == len(names)
