@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
+from data.card import write_card
+from data.cli import user_errors
 from data.corruption import Ids, corrupt
 from data.grouped import group_experts, ungroup_experts
 from data.text import SEGMENTS, Document, offline_corpus
@@ -131,7 +134,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     losses = []
     model.train()
-    with Progress() as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("pretraining", total=recipe.steps)
         for step, batch in zip(range(recipe.steps), batches, strict=False):
             output = model(**batch, output_router_logits=True)
@@ -198,17 +201,24 @@ def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as aside:
-        folder = Path(aside) / "model"
+        folder = Path(aside) / out.name
         model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(facts, indent=1))
+        write_card(folder, model.config, facts)
         folder.rename(out)
     print(
         json.dumps({"model": str(out), "held_out_loss": facts["held_out_loss"], "unigram_loss": facts["unigram_loss"]})
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Command line of `pretrain`."""
     from jsonargparse import auto_cli
 
-    auto_cli(pretrain)
+    with user_errors():
+        auto_cli(pretrain)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from data.corruption import Ids, corrupt
 from data.text import Document
 
 PHASES = ("steady", "drift", "every_10", "every_1")
-TRAINED_MIX = {"news": 0.33, "tweets": 0.2, "speech-de": 0.15, "speech-es": 0.12, "code": 0.2}
+TRAINED_MIX = {"news": 0.35, "tweets": 0.2, "speech-de": 0.15, "speech-es": 0.1, "code": 0.2}
 UNSEEN_MIX = {"speech-nl": 0.5, "speech-en": 0.5}
 SHORTEST = 8  # tokens; what is left of a document after cutting is not worth a sequence below that
 MAIN_SHARE = 0.9  # of a batch that has one main topic
@@ -32,7 +32,7 @@ class Traffic:
         seed: Seeds batch sizes, topics and masked spans.
     """
 
-    batches: int = 96
+    batches: int = 80
     smallest: int = 16
     largest: int = 64
     length: int = 128

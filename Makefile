@@ -1,0 +1,34 @@
+# make run   set up .venv and run the main job: trace, train, deploy      make test  same set-up, then lint, types, tests
+PYTHON ?= python3
+BIN := .venv/bin
+PREDICTOR := outputs/predictor
+
+.PHONY: run test smoke clean
+
+run: .venv/ready
+	@if [ -e $(PREDICTOR)/config.json ]; then \
+		echo "Reusing the predictor in $(PREDICTOR); remove it to train again"; \
+	else $(BIN)/python train.py --predictor $(PREDICTOR); fi
+	$(BIN)/python -m runtime.infer --predictor $(PREDICTOR)
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# The main job in little, for CI and for a first look.
+smoke: .venv/ready
+	rm -rf outputs/smoke
+	$(BIN)/python train.py --config configs/smoke.yaml
+	$(BIN)/python -m runtime.infer --predictor outputs/smoke/predictor --batches 4 --out outputs/smoke/infer
+
+# The stamp is written last, so a set-up that was interrupted starts over.
+.venv/ready: requirements-cpu.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-cpu.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv outputs

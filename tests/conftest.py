@@ -1,0 +1,44 @@
+"""Small real models and traces that several tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+from data.layout import MoELayout
+from data.pretrain import Recipe, train_tokenizer
+from data.switch import LoadedSwitch
+from data.text import Document
+
+WORDS = ["expert", "router", "token", "batch", "layer", "device", "replica", "slot", "load", "share"]
+TEXTS = [" ".join(WORDS[(start * step) % len(WORDS)] for step in range(3, 40)) for start in range(1, 12)]
+
+
+def small_switch(num_experts: int = 8, capacity: int = 6, seed: int = 0) -> SwitchTransformersForConditionalGeneration:
+    """A Switch model with random weights: 2 + 2 blocks, one MoE layer in each stack, and routers that are skewed."""
+    torch.manual_seed(seed)
+    config = SwitchTransformersConfig(
+        vocab_size=400, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_experts=num_experts, expert_capacity=capacity,
+        num_layers=2, num_sparse_encoder_layers=1, num_decoder_layers=2, num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return SwitchTransformersForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="session")
+def switch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder in the hub's format, with random weights and a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("models") / "switch-random-8"
+    small_switch().save_pretrained(folder)
+    train_tokenizer([Document("words", text) for text in TEXTS], Recipe(vocabulary=400).vocabulary).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def switch() -> LoadedSwitch:
+    """A live random model with its layout, without a tokenizer."""
+    model = small_switch()
+    return LoadedSwitch(model, None, MoELayout.from_model(model, "random"))

@@ -1,0 +1,106 @@
+"""A trace comes back from disk as it was, and damage is refused by name."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from data.files import sha256, write_json
+from data.layout import MoELayout
+from data.store import open_trace, write_shard
+from data.trace import PADDING, RouterTrace, pad_tokens
+
+LAYOUT = MoELayout("m", "", (("encoder", 1), ("decoder", 1)), 8, 6, 32, 48, 400)
+
+
+def trace(batch: int) -> RouterTrace:
+    rng = np.random.default_rng(batch)
+    tokens = pad_tokens([rng.integers(0, 400, size) for size in (5, 30, 1)], pad=0)
+    decoder = pad_tokens([rng.integers(0, 400, size) for size in (3, 2, 4)], pad=0)
+
+    def experts(batch_tokens):
+        ids = torch.from_numpy(rng.integers(0, 8, (1, *batch_tokens.mask.shape))).to(torch.int16)
+        return ids.masked_fill(~batch_tokens.mask, PADDING)
+
+    segments = ("news", "code", "news")
+    return RouterTrace(batch, "steady", "train", segments, tokens, decoder, experts(tokens), experts(decoder))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shards = []
+    for index, batches in enumerate(([0, 1, 2], [3])):
+        file = f"part-{index:05d}.parquet"
+        write_shard(tmp_path / file, [trace(batch) for batch in batches], LAYOUT)
+        shards.append({"file": file, "batches": len(batches), "sha256": sha256(tmp_path / file)})
+    write_json(tmp_path / "trace.json", {"format_version": 1, "layout": LAYOUT.to_json(), "shards": shards})
+    return tmp_path
+
+
+def edit(folder, **changes):
+    about = json.loads((folder / "trace.json").read_text()) | changes
+    (folder / "trace.json").write_text(json.dumps(about))
+
+
+def test_round_trip(folder):
+    stored = open_trace(folder)
+    assert stored.layout == LAYOUT
+    assert stored.num_batches == 4
+    for got, expected in zip(stored.traces(), map(trace, range(4)), strict=True):
+        assert (got.batch, got.phase, got.split, got.segments) == (
+            expected.batch, expected.phase, expected.split, expected.segments,
+        )  # fmt: skip
+        assert torch.equal(got.tokens.mask, expected.tokens.mask)
+        assert torch.equal(got.tokens.input_ids, expected.tokens.input_ids)
+        assert torch.equal(got.encoder_experts, expected.encoder_experts)
+        assert torch.equal(got.decoder_experts, expected.decoder_experts)
+    assert np.array_equal(stored.loads()[2], trace(2).load(LAYOUT))
+
+
+def test_plain_pyarrow_reads_expert_ids_as_bytes(folder):
+    table = pq.read_table(folder / "part-00000.parquet")
+    assert str(table.schema.field("encoder_1").type) == "list<element: uint8>"
+    assert len(table["encoder_1"][1]) == len(table["tokens"][1]) == 30
+
+
+def test_damage_is_refused_by_name(folder):
+    shard = folder / "part-00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match=r"part-00001.parquet has sha256 .* damaged or edited"):
+        list(open_trace(folder).traces())
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"part-00001.parquet is missing; collect the trace again"):
+        list(open_trace(folder).traces())
+
+
+def test_other_formats_are_refused(folder, tmp_path_factory):
+    edit(folder, format_version=2)
+    with pytest.raises(ValueError, match="format version 2; this version reads 1"):
+        open_trace(folder)
+    (folder / "trace.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        open_trace(folder)
+    with pytest.raises(ValueError, match="is not a folder; expected a trace"):
+        open_trace(folder / "nowhere")
+    with pytest.raises(ValueError, match=r"trace.json does not exist"):
+        open_trace(tmp_path_factory.mktemp("empty"))
+
+
+def test_expert_out_of_range_is_refused(folder):
+    edit(folder, layout=MoELayout("m", "", LAYOUT.layers, 4, 6, 32, 48, 400).to_json())
+    with pytest.raises(ValueError, match=r"holds expert 7; the model has 4"):
+        list(open_trace(folder).traces())
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    broken = MoELayout("m", "", (("encoder", 1), ("encoder", 3)), 8, 6, 32, 48, 400)  # one layer more than traced
+    with pytest.raises(ValueError, match="zip"):
+        write_shard(
+            tmp_path / "part.parquet",
+            [trace(0), trace(1)],
+            MoELayout("m", "", (*broken.layers, ("decoder", 1)), 8, 6, 32, 48, 400),
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,123 @@
+"""Answers never change: the engine against the plain model, with every kind of forecast, and back to plain afterwards."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.trace import pad_tokens
+from predictor.forecast import LoadForecast, forecast_from_load
+from runtime.engine import Engine, ModelBatch, forward
+
+DEVICES, REDUNDANT = 4, 8
+
+
+def batches(count: int = 6) -> list[ModelBatch]:
+    """Ragged batches, long enough for tokens to drop (capacity 6 a sequence)."""
+    rng = np.random.default_rng(0)
+
+    def rows(size: int, longest: int):
+        return pad_tokens([rng.integers(3, 400, rng.integers(1, longest)) for _ in range(size)], pad=0)
+
+    return [ModelBatch(rows(size, 60), rows(size, 20)) for size in rng.integers(1, 6, count)]
+
+
+class Noise:
+    """A forecaster that is always wrong, in another way each time."""
+
+    name = "noise"
+
+    def __init__(self, layout):
+        self.shape, self.rng = (layout.num_layers, layout.num_experts), np.random.default_rng(0)
+
+    def forecast(self, upcoming, history):
+        return forecast_from_load(self.rng.exponential(10.0, self.shape) ** 2, made_at=len(history), source=self.name)
+
+
+class Broken:
+    name = "broken"
+
+    def __init__(self, how):
+        self.how = how
+
+    def forecast(self, upcoming, history):
+        if self.how == "raises":
+            raise RuntimeError("no forecast today")
+        shape = (7, 3) if self.how == "other layout" else history.shape[1:]
+        share = np.full(shape, np.nan if self.how == "nan" else 1 / shape[1])
+        return LoadForecast(share, np.ones(shape[0]), np.zeros(shape), len(history), self.name)
+
+
+def assert_answers_unchanged(engine: Engine) -> list:
+    outputs = []
+    with engine:
+        for batch, output in zip(batches(), engine.run(iter(batches())), strict=True):
+            real = batch.decoder.mask
+            torch.testing.assert_close(output.logits[real], engine.plain_forward(batch)[real], rtol=0, atol=1e-5)
+            outputs.append(output)
+    return outputs
+
+
+def test_answers_stay_while_replicas_move(switch):
+    outputs = assert_answers_unchanged(Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT))
+    assert sum(output.cost.preparation.moves for output in outputs if output.cost.preparation) > 0
+    for output in outputs:
+        assert (output.cost.device_load.sum(-1) == output.cost.load.sum(-1)).all()
+
+
+def test_without_forecaster_nothing_moves(switch):
+    outputs = assert_answers_unchanged(Engine(switch, None, DEVICES, 0))
+    assert all(output.cost.preparation is None for output in outputs)
+
+
+@pytest.mark.parametrize("how", ["raises", "nan", "other layout"])
+def test_a_broken_forecaster_falls_back_on_past_loads_and_says_so_once(switch, how, caplog):
+    engine = Engine(switch, Broken(how), DEVICES, REDUNDANT)
+    outputs = assert_answers_unchanged(engine)
+    assert sum(engine.controller.fallbacks.values()) == len(outputs)
+    assert [record.message for record in caplog.records if "falling back on past loads" in record.message] == [
+        caplog.records[0].message
+    ]
+    sources = {output.cost.preparation.forecast.source for output in outputs[2:] if output.cost.preparation.forecast}
+    assert sources == {"ema"}
+
+
+def test_a_late_preparation_is_left_for_the_next_boundary(switch):
+    engine = Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT)
+    with engine:
+        engine.transfer.__class__.arrived, arrived = property(lambda self: False), engine.transfer.__class__.arrived
+        try:
+            engine.controller.prepare(batches()[0].tokens)
+            assert engine.controller.commit() is None
+            assert engine.controller.late == 1
+            assert engine.transfer.plan is engine.home
+        finally:
+            engine.transfer.__class__.arrived = arrived
+        assert engine.controller.commit(wait=True) is not None
+
+
+def test_the_plain_model_comes_back_bit_for_bit(switch):
+    before = {name: value.clone() for name, value in switch.model.state_dict().items()}
+    batch = batches(1)[0]
+    with torch.inference_mode():
+        expected = forward(switch.model, batch)
+    assert_answers_unchanged(Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT))
+    assert list(switch.model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in switch.model.state_dict().items())
+    with torch.inference_mode():
+        assert torch.equal(forward(switch.model, batch), expected)
+
+
+def test_greedy_text_is_identical(switch):
+    tokens = batches(1)[0].tokens
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    plain = switch.model.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **settings)
+    with Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT) as engine:
+        for _ in range(3):
+            assert torch.equal(engine.generate(tokens, **settings), plain)
+
+
+def test_devices_that_do_not_divide_are_refused(switch):
+    with pytest.raises(ValueError, match="8 experts do not divide over 3 devices"):
+        Engine(switch, None, 3, 0)
+    with pytest.raises(ValueError, match="10 redundant experts do not divide over 4 devices"):
+        Engine(switch, None, 4, 10)
