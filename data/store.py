@@ -1,12 +1,14 @@
 """A trace on disk: Parquet shards and trace.json. The only file that knows the format (see docs/trace-format.md).
 
-One row is one sequence; one column holds the expert of each of its tokens in one MoE layer.
+One row of a shard is one sequence; one column holds the expert of each of its tokens in one MoE layer. Where only
+counts are known, one row is one MoE layer of one batch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,73 +16,58 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from data.files import read_json, sha256, whole_file
+from data.columns import counts_schema, counts_table, sequence_schema, sequence_table, tokens_column
+from data.files import read_json, sha256, whole_file, write_json
 from data.layout import MoELayout
-from data.trace import PADDING, IntArray, RouterTrace, TokenBatch, pad_tokens
+from data.trace import PADDING, IntArray, RouterTrace, TokenBatch
 
 FORMAT_VERSION = 1
 TRACE_JSON = "trace.json"
+Granularity = Literal["tokens", "counts"]
+Shard = dict[str, Any]
 
 
-def schema(layout: MoELayout) -> pa.Schema:
-    """Columns of a shard: where a sequence ran, its tokens, and one column of expert ids for each MoE layer."""
-    expert = pa.uint8() if layout.num_experts <= 256 else pa.int16()
-    fields = [("batch", pa.int32()), ("phase", pa.string()), ("split", pa.string()), ("segment", pa.string())]
-    fields += [("tokens", pa.list_(pa.int32())), ("decoder_tokens", pa.list_(pa.int32()))]
-    return pa.schema(fields + [(name, pa.list_(expert)) for name in layout.layer_names])
+def write_shard(path: Path, traces: list[RouterTrace], layout: MoELayout) -> Shard:
+    """Writes some batches as one Parquet file, whole or not at all; returns its entry for trace.json."""
+    _write(path, sequence_table(traces, layout))
+    tokens = sum(trace.tokens.num_tokens for trace in traces)
+    sequences = sum(len(trace.segments) for trace in traces)
+    return {
+        "file": path.name, "batches": len(traces), "sequences": sequences, "tokens": tokens, "sha256": sha256(path),
+    }  # fmt: skip
 
 
-def _ragged(values: Tensor, mask: Tensor) -> list[np.ndarray[Any, Any]]:
-    return [row[keep].numpy() for row, keep in zip(values, mask, strict=True)]
+def write_counts_shard(path: Path, first: int, loads: IntArray) -> Shard:
+    """Writes loads `[steps, L, E]` of the batches from number `first` on; returns the entry for trace.json."""
+    _write(path, counts_table(first, loads))
+    return {"file": path.name, "batches": len(loads), "sha256": sha256(path)}
 
 
-def write_shard(path: Path, traces: list[RouterTrace], layout: MoELayout) -> None:
-    """Writes some batches as one Parquet file, whole or not at all."""
-    columns: dict[str, list[Any]] = {name: [] for name in schema(layout).names}
-    for trace in traces:
-        size = len(trace.segments)
-        columns["batch"] += [trace.batch] * size
-        columns["phase"] += [trace.phase] * size
-        columns["split"] += [trace.split] * size
-        columns["segment"] += trace.segments
-        columns["tokens"] += _ragged(trace.tokens.input_ids, trace.tokens.mask)
-        columns["decoder_tokens"] += _ragged(trace.decoder_tokens.input_ids, trace.decoder_tokens.mask)
-        masks = [trace.tokens.mask] * len(trace.encoder_experts) + [trace.decoder_tokens.mask] * len(
-            trace.decoder_experts
-        )
-        experts = [*trace.encoder_experts, *trace.decoder_experts]
-        for name, ids, mask in zip(layout.layer_names, experts, masks, strict=True):
-            columns[name] += _ragged(ids, mask)
+def _write(path: Path, table: pa.Table) -> None:
     with whole_file(path) as aside:
-        pq.write_table(pa.table(columns, schema=schema(layout)), aside, compression="zstd")
+        pq.write_table(table, aside, compression="zstd")
 
 
-def _column(rows: pa.Table, name: str) -> list[IntArray]:
-    """A list column as one numpy array a row."""
-    chunk = rows[name].combine_chunks()
-    values, offsets = chunk.flatten().to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
-    return np.split(values, (offsets - offsets[0])[1:-1])
+def write_about(
+    folder: Path, layout: MoELayout, shards: list[Shard], splits: list[str], granularity: Granularity, **facts: Any
+) -> None:
+    """Writes trace.json, which makes a folder of shards a trace.
 
-
-def _batch(rows: pa.Table, layout: MoELayout) -> RouterTrace:
-    tokens = pad_tokens(_column(rows, "tokens"), pad=0)
-    decoder = pad_tokens(_column(rows, "decoder_tokens"), pad=0)
-    experts = [pad_tokens(_column(rows, name), pad=PADDING).input_ids.to(torch.int16) for name in layout.layer_names]
-    for name, ids in zip(layout.layer_names, experts, strict=True):
-        if ids.numel() and int(ids.max()) >= layout.num_experts:
-            raise ValueError(f"{name} holds expert {int(ids.max())}; the model has {layout.num_experts}")
-    split = layout.num_encoder_layers
-    empty = torch.zeros((0, *decoder.input_ids.shape), dtype=torch.int16)
-    return RouterTrace(
-        batch=rows["batch"][0].as_py(),
-        phase=rows["phase"][0].as_py(),
-        split=rows["split"][0].as_py(),
-        segments=tuple(rows["segment"].to_pylist()),
-        tokens=tokens,
-        decoder_tokens=decoder,
-        encoder_experts=torch.stack(experts[:split]),
-        decoder_experts=torch.stack(experts[split:]) if experts[split:] else empty,
-    )
+    Args:
+        folder: The trace.
+        layout: The model that was traced.
+        shards: What `write_shard` or `write_counts_shard` returned, in order.
+        splits: Split of each batch: "train", "gap", "val" or "test".
+        granularity: Whether tokens were logged or only counts.
+        facts: Whatever else is to be kept: where the text came from, settings, versions.
+    """
+    runs, start = [], 0
+    for split, run in groupby(splits):
+        stop = start + len(list(run))
+        runs.append([split, start, stop])
+        start = stop
+    about = {"format_version": FORMAT_VERSION, "granularity": granularity, "layout": layout.to_json()}
+    write_json(folder / TRACE_JSON, about | facts | {"splits": runs, "shards": shards})
 
 
 @dataclass(frozen=True)
@@ -102,28 +89,24 @@ class StoredTrace:
         """Batches in all shards."""
         return sum(shard["batches"] for shard in self.about["shards"])
 
+    @property
+    def splits(self) -> list[str]:
+        """Split of each batch."""
+        return [split for split, start, stop in self.about["splits"] for _ in range(start, stop)]
+
     def traces(self) -> Iterator[RouterTrace]:
         """Yields the batches in order, one shard in memory at a time.
 
         Raises:
-            ValueError: On a shard that is missing, damaged, or not this trace's; the message names it.
+            ValueError: On a shard that is missing, damaged, or not this trace's; the message names it. Also where only
+                counts were logged.
         """
-        for shard in self.about["shards"]:
-            path = self.path / shard["file"]
-            if not path.exists():
-                raise ValueError(f"{path} is missing; collect the trace again")
-            if (digest := sha256(path)) != shard["sha256"]:
-                raise ValueError(
-                    f"{path} has sha256 {digest[:12]}, trace.json says {shard['sha256'][:12]}; damaged or edited"
-                )
-            table = pq.read_table(path)
-            if table.schema != schema(self.layout):
-                raise ValueError(f"{path} has columns {table.schema.names}, expected {schema(self.layout).names}")
-            numbers = table["batch"].to_numpy()
-            edges = np.flatnonzero(np.diff(numbers)) + 1
-            for start, stop in zip([0, *edges], [*edges, len(numbers)], strict=True):
+        if self.about["granularity"] != "tokens":
+            raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
+        for path, table in self._tables(sequence_schema(self.layout, bool(self.about.get("probabilities")))):
+            for number, rows in _by_batch(table):
                 try:
-                    yield _batch(table.slice(start, stop - start), self.layout)
+                    yield self._batch(number, rows)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from None
 
@@ -133,7 +116,66 @@ class StoredTrace:
 
     def loads(self) -> IntArray:
         """Loads of all batches, `[steps, L, E]`."""
-        return np.stack([trace.load(self.layout) for trace in self.traces()])
+        if self.about["granularity"] == "tokens":
+            return np.stack([trace.load(self.layout) for trace in self.traces()])
+        loads = []
+        for path, table in self._tables(counts_schema()):
+            counts = np.stack(table["counts"].to_numpy())
+            if counts.shape[1] != self.layout.num_experts or len(counts) % self.layout.num_layers:
+                expected = (self.layout.num_layers, self.layout.num_experts)
+                raise ValueError(f"{path} holds counts {counts.shape}, expected layers x experts {expected}")
+            loads.append(counts.reshape(-1, self.layout.num_layers, self.layout.num_experts))
+        return np.concatenate(loads)
+
+    def _tables(self, schema: pa.Schema) -> Iterator[tuple[Path, pa.Table]]:
+        for shard in self.about["shards"]:
+            path = self.path / shard["file"]
+            if not path.exists():
+                raise ValueError(f"{path} is missing; collect the trace again")
+            if (digest := sha256(path)) != shard["sha256"]:
+                raise ValueError(
+                    f"{path} has sha256 {digest[:12]}, trace.json says {shard['sha256'][:12]}; "
+                    "it was cut short, edited, or belongs to another trace"
+                )
+            try:
+                table = pq.read_table(path)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{path} is no Parquet file: {error}") from None
+            if table.schema != schema:
+                raise ValueError(f"{path} has columns {table.schema.names}, expected {schema.names}")
+            yield path, table
+
+    def _batch(self, number: int, rows: pa.Table) -> RouterTrace:
+        tokens, decoder = tokens_column(rows, "tokens"), tokens_column(rows, "decoder_tokens")
+        split = self.layout.num_encoder_layers
+        names = self.layout.layer_names
+        experts = [tokens_column(rows, name, PADDING).input_ids.to(torch.int16) for name in names]
+        for name, ids in zip(names, experts, strict=True):
+            if ids.numel() and int(ids.max()) >= self.layout.num_experts:
+                raise ValueError(f"{name} holds expert {int(ids.max())}; the model has {self.layout.num_experts}")
+        return RouterTrace(
+            batch=number,
+            phase=rows["phase"][0].as_py(),
+            split=next(name for name, start, stop in self.about["splits"] if start <= number < stop),
+            segments=tuple(rows["segment"].to_pylist()),
+            tokens=tokens,
+            decoder_tokens=decoder,
+            encoder_experts=_stack(experts[:split], tokens),
+            decoder_experts=_stack(experts[split:], decoder),
+            stepwise=self.about.get("decode") == "generate",
+        )
+
+
+def _stack(layers: list[Tensor], tokens: TokenBatch) -> Tensor:
+    return torch.stack(layers) if layers else torch.zeros((0, *tokens.mask.shape), dtype=torch.int16)
+
+
+def _by_batch(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """Cuts a shard into its batches."""
+    numbers = table["batch"].to_numpy()
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    for start, stop in pairwise(edges):
+        yield int(numbers[start]), table.slice(start, stop - start)
 
 
 def open_trace(path: Path) -> StoredTrace:
@@ -149,7 +191,6 @@ def open_trace(path: Path) -> StoredTrace:
         raise ValueError(
             f"{path / TRACE_JSON} has format version {about.get('format_version')}; this version reads {FORMAT_VERSION}"
         )
-    missing = {"layout", "shards"} - about.keys()
-    if missing:
-        raise ValueError(f"{path / TRACE_JSON} lacks {sorted(missing)}")
+    if missing := {"layout", "granularity", "splits", "shards"} - about.keys():
+        raise ValueError(f"{path / TRACE_JSON} lacks {sorted(missing)}; it was edited or cut short")
     return StoredTrace(path, MoELayout.from_json(about["layout"]), about)

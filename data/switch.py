@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -16,6 +16,7 @@ from data.layout import MoELayout
 BUNDLED = "switch-mini-64"
 """Name of the model that comes with this package; see data/bundled/switch-mini-64/README.md."""
 OLDEST_TRANSFORMERS = "5.18"
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def check_is_switch(model: str, revision: str = "") -> None:
         raise ValueError(f"{model} is a {kind} model; expected switch_transformers (such as google/switch-base-8)")
 
 
-def load_switch(model: str, revision: str = "", dtype: torch.dtype = torch.float32) -> LoadedSwitch:
+def load_switch(model: str, revision: str = "", dtype: Dtype = "float32") -> LoadedSwitch:
     """Loads a model and its tokenizer.
 
     Args:
@@ -106,7 +107,11 @@ def load_switch(model: str, revision: str = "", dtype: torch.dtype = torch.float
     logging.set_verbosity_error()  # missing weights are refused below, by name
     try:
         switch, report = SwitchTransformersForConditionalGeneration.from_pretrained(
-            place, revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True
+            place,
+            revision=revision or "main",
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=revision or "main")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """RouterTap: forward hooks on a Switch model's routers; the same one logs traces offline and feeds the runtime."""
 
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -7,6 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from data.layout import MoELayout
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """What a router did once; padding is routed like any token.
+
+    Attributes:
+        experts: Expert of each position, int16 `[B, T]`.
+        kept: Whether the position fitted into its expert's capacity, bool `[B, T]`.
+        probability: Router probability of that expert, `[B, T]`.
+    """
+
+    experts: Tensor
+    kept: Tensor
+    probability: Tensor
 
 
 class RouterTap:
@@ -17,7 +33,7 @@ class RouterTap:
 
     def __init__(self, model: nn.Module, layout: MoELayout) -> None:
         self.layout = layout
-        self._calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layout.layers]
+        self._calls: list[list[RouterCall]] = [[] for _ in layout.layers]
         self._handles: list[Any] = []
         self._routers = [model.get_submodule(f"{name}.router") for name in layout.module_names]
 
@@ -34,20 +50,15 @@ class RouterTap:
 
     def _hook(self, layer: int) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-            one_hot_BTE, probability_BT1, logits_BTE = output
+            one_hot_BTE, probability_BT1, logits_BTE = (tensor.detach() for tensor in output)
             # The router takes the argmax of probabilities in the dtype of its input, where ties can hide.
-            probabilities = logits_BTE.detach().softmax(-1).to(probability_BT1.dtype)
-            kept_BT = one_hot_BTE.detach().any(-1)
-            self._calls[layer].append((probabilities.argmax(-1).to(torch.int16), kept_BT))
+            experts_BT = logits_BTE.softmax(-1).to(probability_BT1.dtype).argmax(-1)
+            call = RouterCall(experts_BT.to(torch.int16), one_hot_BTE.any(-1), probability_BT1[..., 0])
+            self._calls[layer].append(call)
 
         return record
 
-    def take(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """What was recorded since the last take.
-
-        Returns:
-            For each MoE layer, one pair a call of its router: expert of each position (int16 `[B, T]`, padding routed
-            like any token) and whether it fitted into the expert's capacity (bool `[B, T]`).
-        """
+    def take(self) -> list[list[RouterCall]]:
+        """What was recorded since the last take: for each MoE layer, its router's calls."""
         calls, self._calls = self._calls, [[] for _ in self.layout.layers]
         return calls

@@ -78,6 +78,9 @@ class RouterTrace:
         decoder_tokens: Decoder input tokens `[B, U]`; U is 0 where the decoder did not run.
         encoder_experts: Expert of each encoder token, int16 `[L_enc, B, T]`, `PADDING` on padding.
         decoder_experts: Expert of each decoder token, int16 `[L_dec, B, U]`, `PADDING` on padding.
+        stepwise: Whether the decoder ran token by token, so that its capacity counted for each token alone.
+        encoder_probabilities: Router probability of that expert, float16 `[L_enc, B, T]`, where it was logged.
+        decoder_probabilities: The same for the decoder, float16 `[L_dec, B, U]`.
     """
 
     batch: int
@@ -88,6 +91,9 @@ class RouterTrace:
     decoder_tokens: TokenBatch
     encoder_experts: Tensor
     decoder_experts: Tensor
+    stepwise: bool = False
+    encoder_probabilities: Tensor | None = None
+    decoder_probabilities: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, experts, tokens in (
@@ -100,17 +106,36 @@ class RouterTrace:
                     f"its tokens {tuple(tokens.input_ids.shape)}"
                 )
 
-    def _counts(self, num_experts: int, capacity: int | None) -> IntArray:
-        rows = []
-        for experts in (*self.encoder_experts, *self.decoder_experts):
-            keep = experts >= 0 if capacity is None else dispatched_mask(experts, num_experts, capacity)
-            rows.append(torch.bincount(experts[keep].long(), minlength=num_experts))
-        return torch.stack(rows).numpy()
-
     def demand(self, layout: MoELayout) -> IntArray:
         """Tokens whose router chose each expert, padding left out, `[L, E]`."""
-        return self._counts(layout.num_experts, None)
+        layers = [_count(ids, ids >= 0, layout) for ids in (*self.encoder_experts, *self.decoder_experts)]
+        return torch.stack(layers).numpy()
 
     def load(self, layout: MoELayout) -> IntArray:
         """Dispatched tokens of each expert: demand less the tokens dropped for capacity, `[L, E]`."""
-        return self._counts(layout.num_experts, layout.expert_capacity)
+        layers = [_count(ids, _kept(ids, layout), layout) for ids in self.encoder_experts]
+        for ids in self.decoder_experts:
+            layers.append(_count(ids, ids >= 0 if self.stepwise else _kept(ids, layout), layout))
+        return torch.stack(layers).numpy()
+
+    def step_loads(self, layout: MoELayout) -> IntArray:
+        """Load of each decoder step on the decoder's layers, `[U, L_dec, E]`; only where it ran token by token.
+
+        Raises:
+            ValueError: If the decoder ran all tokens at once.
+        """
+        if not self.stepwise:
+            raise ValueError(f"batch {self.batch}: the decoder ran all its tokens at once; there are no steps")
+        steps = self.decoder_experts.unbind(2)
+        counts = [torch.stack([_count(ids, ids >= 0, layout) for ids in step]) for step in steps]
+        shape = (0, len(self.decoder_experts), layout.num_experts)
+        return torch.stack(counts).numpy() if counts else np.zeros(shape, dtype=np.int64)
+
+
+def _kept(experts: Tensor, layout: MoELayout) -> Tensor:
+    return dispatched_mask(experts, layout.num_experts, layout.expert_capacity)
+
+
+def _count(experts: Tensor, keep: Tensor, layout: MoELayout) -> Tensor:
+    """Tokens of each expert among those to keep, `[E]`."""
+    return torch.bincount(experts[keep].long(), minlength=layout.num_experts)

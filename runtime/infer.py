@@ -17,10 +17,11 @@ from rich.progress import track
 from rich.table import Table
 
 from data.cli import user_errors
-from data.collect import model_inputs, open_traffic
 from data.files import whole_file, write_json
+from data.phases import corpus_splits, open_traffic
 from data.switch import BUNDLED
 from data.trace import IntArray
+from data.tracer import model_inputs
 from data.traffic import Traffic
 from predictor.forecast import forecast_from_load
 from runtime.balance import balancedness, split_load
@@ -95,9 +96,10 @@ def text_batches(engine: Engine, text: str | None, traffic: Traffic, count: int)
     """Batches of the user's text; by default the offline corpus' held-out ones from where the topic always changes."""
     stream = open_traffic(text, engine.switch.tokenizer, "teacher", traffic)
     if text is None:
-        stream = (batch for batch in stream if batch.split == "test" and batch.phase in ("every_1", "unseen"))
+        splits = corpus_splits(traffic)
+        stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
     for batch in islice(stream, count):
-        yield ModelBatch(*model_inputs(batch, engine.switch))
+        yield ModelBatch(*model_inputs(batch, engine.switch.model.config))
 
 
 def summarise(checks: list[BatchCheck], costs: list[BatchCost], engine: Engine) -> dict[str, Any]:

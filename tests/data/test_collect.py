@@ -1,14 +1,21 @@
 """Collecting: real model folder, real text; interrupted, repeated, and with every kind of wrong input."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import data.collect
 from data.collect import collect
 from data.store import open_trace
-from data.traffic import Traffic
+from data.switch import load_switch
+from data.text import read_text
+from data.tracer import Tracer
+from data.traffic import Traffic, text_traffic
 from tests.conftest import TEXTS
 
 TRAFFIC = Traffic(batches=5, smallest=2, largest=4, length=32)
@@ -28,15 +35,15 @@ def shards(folder: Path) -> dict[str, bytes]:
 def test_an_interrupted_trace_resumes_to_the_same_bytes(switch_folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr(data.collect, "SHARD_BATCHES", 2)
     collect(str(switch_folder), tmp_path / "whole", text, traffic=TRAFFIC)
-    real, calls = data.collect.trace_batch, []
+    real, calls = Tracer.trace, []
 
-    def interrupted(*args):
-        calls.append(args[0].number)
+    def interrupted(self, batch):
+        calls.append(batch.number)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(self, batch)
 
-    monkeypatch.setattr(data.collect, "trace_batch", interrupted)
+    monkeypatch.setattr(Tracer, "trace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(str(switch_folder), tmp_path / "cut", text, traffic=TRAFFIC)
     assert not (tmp_path / "cut").exists()
@@ -65,6 +72,55 @@ def test_without_decoder_its_layers_have_no_load(switch_folder, text, tmp_path):
     assert loads[:, 1].sum() == 0
 
 
+def test_generating_logs_every_step_of_every_unfinished_sequence(switch_folder, text, tmp_path):
+    collect(str(switch_folder), tmp_path / "trace", text, decode="generate", traffic=TRAFFIC, max_new_tokens=5)
+    stored = open_trace(tmp_path / "trace")
+    trace = next(stored.traces())
+    switch = load_switch(str(switch_folder))
+    written = switch.model.generate(
+        input_ids=trace.tokens.input_ids, attention_mask=trace.tokens.mask.long(), max_new_tokens=5, do_sample=False
+    )
+    assert torch.equal(trace.decoder_tokens.input_ids, written[:, :-1])
+    steps = trace.step_loads(stored.layout)
+    assert steps.shape == (written.shape[1] - 1, 1, 8)
+    assert (steps.sum((1, 2)) == trace.decoder_tokens.mask.sum(0).numpy()).all()
+    assert (steps.sum(0)[0] == trace.load(stored.layout)[1]).all(), "a step alone never drops a token"
+
+
+def test_two_ranks_write_the_same_trace_as_one(switch_folder, text, tmp_path):
+    settings = ["--model", str(switch_folder), "--text", text, "--decode", "none", "--traffic.batches", "40"]
+    settings += ["--traffic.smallest", "1", "--traffic.largest", "1", "--traffic.length", "32"]
+    module = ["-m", "data.collect", *settings, "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *module, str(tmp_path / "one")], check=True, capture_output=True, env=environment)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    done = subprocess.run(
+        [*torchrun, *module, str(tmp_path / "two")], check=True, capture_output=True, text=True, env=environment
+    )
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    assert len(list((tmp_path / "two").glob("*.parquet"))) == 2
+    assert json.loads(done.stdout.splitlines()[-1])["batches"] == 33
+
+
+def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text, tmp_path):
+    whole, cut = (
+        [
+            row
+            for batch in text_traffic(read_text(text), load_switch(str(switch_folder)).tokenizer, "none", traffic)
+            for row in batch.sources
+        ]
+        for traffic in (Traffic(batches=50, length=32), Traffic(batches=50, length=32, token_budget=70))
+    )
+    assert [row.tolist() for row in cut] == [row.tolist() for row in whole]
+    for batch in text_traffic(
+        read_text(text),
+        load_switch(str(switch_folder)).tokenizer,
+        "none",
+        Traffic(batches=50, length=32, token_budget=70),
+    ):
+        assert len(batch.sources) * max(map(len, batch.sources)) <= 70
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -75,6 +131,7 @@ def test_without_decoder_its_layers_have_no_load(switch_folder, text, tmp_path):
         (["--text", "{tmp}/blank.txt"], "the text has no usable line"),
         (["--text", "{tmp}/damaged.parquet"], "no text could be read from"),
         (["--traffic.batches", "0"], "batches is 0; at least 1 is needed"),
+        (["--traffic.token_budget", "20"], "token_budget 20 holds no sequence of 128 tokens"),
         (["--traffic.smallest", "9", "--traffic.largest", "3"], "9 to 3 are no range"),
         (["--colour", "red"], "colour"),
     ],

@@ -1,5 +1,6 @@
 """A trace comes back from disk as it was, and damage is refused by name."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,9 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data.files import sha256, write_json
 from data.layout import MoELayout
-from data.store import open_trace, write_shard
+from data.store import open_trace, write_about, write_counts_shard, write_shard
 from data.trace import PADDING, RouterTrace, pad_tokens
 
 LAYOUT = MoELayout("m", "", (("encoder", 1), ("decoder", 1)), 8, 6, 32, 48, 400)
@@ -33,9 +33,8 @@ def folder(tmp_path):
     shards = []
     for index, batches in enumerate(([0, 1, 2], [3])):
         file = f"part-{index:05d}.parquet"
-        write_shard(tmp_path / file, [trace(batch) for batch in batches], LAYOUT)
-        shards.append({"file": file, "batches": len(batches), "sha256": sha256(tmp_path / file)})
-    write_json(tmp_path / "trace.json", {"format_version": 1, "layout": LAYOUT.to_json(), "shards": shards})
+        shards.append(write_shard(tmp_path / file, [trace(batch) for batch in batches], LAYOUT))
+    write_about(tmp_path, LAYOUT, shards, ["train"] * 4, "tokens")
     return tmp_path
 
 
@@ -69,7 +68,7 @@ def test_damage_is_refused_by_name(folder):
     shard = folder / "part-00001.parquet"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-20])
-    with pytest.raises(ValueError, match=r"part-00001.parquet has sha256 .* damaged or edited"):
+    with pytest.raises(ValueError, match=r"part-00001.parquet has sha256 .* it was cut short, edited"):
         list(open_trace(folder).traces())
     shard.unlink()
     with pytest.raises(ValueError, match=r"part-00001.parquet is missing; collect the trace again"):
@@ -95,12 +94,39 @@ def test_expert_out_of_range_is_refused(folder):
         list(open_trace(folder).traces())
 
 
+def test_probabilities_are_kept_as_float16_beside_the_experts(tmp_path):
+    plain = trace(0)
+    encoder = torch.rand(plain.encoder_experts.shape).half().masked_fill(~plain.tokens.mask, PADDING)
+    decoder = torch.rand(plain.decoder_experts.shape).half().masked_fill(~plain.decoder_tokens.mask, PADDING)
+    full = dataclasses.replace(plain, encoder_probabilities=encoder, decoder_probabilities=decoder)
+    write_about(
+        tmp_path, LAYOUT, [write_shard(tmp_path / "p.parquet", [full], LAYOUT)], ["test"], "tokens", probabilities=True
+    )
+    column = pq.read_table(tmp_path / "p.parquet")["encoder_1_probability"]
+    assert np.array_equal(np.array(column[1].as_py(), dtype=np.float16), encoder[0, 1].numpy())
+    assert torch.equal(next(open_trace(tmp_path).traces()).encoder_experts, plain.encoder_experts)
+
+
+def test_more_than_256_experts_take_two_bytes(tmp_path):
+    wide = dataclasses.replace(LAYOUT, num_experts=2048)
+    big = dataclasses.replace(trace(0), encoder_experts=trace(0).encoder_experts * 200)
+    big = dataclasses.replace(big, encoder_experts=big.encoder_experts.masked_fill(~big.tokens.mask, PADDING))
+    write_about(tmp_path, wide, [write_shard(tmp_path / "p.parquet", [big], wide)], ["test"], "tokens")
+    assert torch.equal(next(open_trace(tmp_path).traces()).encoder_experts, big.encoder_experts)
+
+
+def test_counts_without_tokens(tmp_path):
+    loads = np.random.default_rng(0).integers(0, 100, (7, 2, 8))
+    shards = [write_counts_shard(tmp_path / f"{first}.parquet", first, loads[first : first + 4]) for first in (0, 4)]
+    write_about(tmp_path, LAYOUT, shards, ["test"] * 7, "counts")
+    stored = open_trace(tmp_path)
+    assert np.array_equal(stored.loads(), loads)
+    with pytest.raises(ValueError, match="holds counts only, without tokens"):
+        next(stored.traces())
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
-    broken = MoELayout("m", "", (("encoder", 1), ("encoder", 3)), 8, 6, 32, 48, 400)  # one layer more than traced
-    with pytest.raises(ValueError, match="zip"):
-        write_shard(
-            tmp_path / "part.parquet",
-            [trace(0), trace(1)],
-            MoELayout("m", "", (*broken.layers, ("decoder", 1)), 8, 6, 32, 48, 400),
-        )
+    wrong = dataclasses.replace(LAYOUT, layers=(("encoder", 1), ("encoder", 3), ("decoder", 1)))
+    with pytest.raises(ValueError, match="shorter"):
+        write_shard(tmp_path / "part.parquet", [trace(0)], wrong)
     assert list(tmp_path.iterdir()) == []

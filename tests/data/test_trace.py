@@ -26,10 +26,10 @@ def test_agrees_with_the_models_masks_where_tokens_drop_and_rows_are_padded(swit
     tokens = pad_tokens([np.arange(3, 3 + size) for size in (40, 25, 7)], pad=0)
     with RouterTap(model, layout) as tap, torch.inference_mode():
         model.encoder(input_ids=tokens.input_ids, attention_mask=tokens.mask.long())
-    ((experts, kept),) = tap.take()[0]
-    real = experts.masked_fill(~tokens.mask, PADDING)
+    (call,) = tap.take()[0]
+    real = call.experts.masked_fill(~tokens.mask, PADDING)
     derived = dispatched_mask(real, layout.num_experts, layout.expert_capacity)
-    assert (derived == (kept & tokens.mask)).all()
+    assert (derived == (call.kept & tokens.mask)).all()
     assert 0 < int(derived.sum()) < tokens.num_tokens, "the case must drop some tokens"
 
 
