@@ -52,3 +52,20 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to write into; it becomes `path` when the block ends well, and nothing is left if it does not.
+
+    Raises:
+        ValueError: If `path` exists already.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists already; name another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside:
+        folder = Path(aside) / path.name
+        folder.mkdir()
+        yield folder
+        folder.rename(path)

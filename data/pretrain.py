@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import platform
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, Swit
 from data.card import write_card
 from data.cli import user_errors
 from data.corruption import Ids, corrupt
+from data.files import whole_folder, write_json
 from data.grouped import group_experts, ungroup_experts
 from data.text import SEGMENTS, Document, offline_corpus
 
@@ -177,8 +177,6 @@ def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe
         out: Folder to write; it appears whole or not at all.
         recipe: Training settings.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists already; name another folder with --out or remove it")
     torch.manual_seed(recipe.seed)
     documents = list(offline_corpus("pretrain"))
     tokenizer = train_tokenizer(documents, recipe.vocabulary)
@@ -199,14 +197,11 @@ def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe
             [step, float(np.mean(losses[max(step - 100, 0) : step]))] for step in range(100, len(losses) + 1, 100)
         ],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as aside:
-        folder = Path(aside) / out.name
+    with whole_folder(out) as folder:
         model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(facts, indent=1))
+        write_json(folder / "training.json", facts)
         write_card(folder, model.config, facts)
-        folder.rename(out)
     print(
         json.dumps({"model": str(out), "held_out_loss": facts["held_out_loss"], "unigram_loss": facts["unigram_loss"]})
     )
