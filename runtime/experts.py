@@ -2,7 +2,7 @@
 
 In one process the devices are emulated: each one's share of the work runs and is timed in turn.
 
-Shape suffixes: T tokens, E logical experts, P slots, N places, G devices, D model width.
+Shape suffixes: T tokens, M rows, E logical experts, P slots, N places, G devices, D model width.
 """
 
 import time
@@ -12,9 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
-from runtime.plan import IntArray
+from runtime.plan import EMPTY, IntArray
 from runtime.slots import SlotWeights
 from runtime.split import device_load, split_by_quota
+
+ALIKE = 16
+"""Rows from which on matrix kernels add up a row in the same order whatever their number (seen on CPUs with MKL).
+
+Below it, a group is filled with empty rows up to what the plain model would have multiplied. Without that, a group that
+is smaller for want of padding, or for being split, differs in the last bits, and a router further on may make much of it.
+"""
 
 
 class SlotExperts(nn.Module):
@@ -43,42 +50,64 @@ class SlotExperts(nn.Module):
 
     def forward(self, hidden_TD: Tensor, one_hot_T1E: Tensor, weight_T1: Tensor) -> Tensor:
         """Same contract as `SwitchTransformersExperts`: dropped tokens (all-zero rows) and padding get 0."""
-        kept_T = one_hot_T1E[:, 0].any(-1)
-        if self.mask is not None:
-            kept_T &= self.mask
-        token = kept_T.nonzero()[:, 0]
-        expert, order = one_hot_T1E[token, 0].argmax(-1).sort(stable=True)
-        counts = torch.bincount(expert, minlength=one_hot_T1E.shape[-1]).cpu().numpy()
-        quotas = split_by_quota(counts, self.phy2log, self.weights.num_devices, wake_tokens=self.wake_tokens)
-        place, by_place = self._places(quotas[0]).to(hidden_TD.device).sort(stable=True)
-        token = token[order][by_place]
+        plain_T = one_hot_T1E[:, 0].any(-1)
+        real_T = plain_T if self.mask is None else plain_T & self.mask
+        expert_T = one_hot_T1E[:, 0].argmax(-1)
+        token = real_T.nonzero()[:, 0]
+        expert, order = expert_T[token].sort(stable=True)
+        size = one_hot_T1E.shape[-1]
+        counts = torch.stack(
+            [torch.bincount(expert, minlength=size), torch.bincount(expert_T[plain_T], minlength=size)]
+        )
+        load_E, plain_E = counts.cpu().numpy()
+        quotas = split_by_quota(load_E, self.phy2log, self.weights.num_devices, wake_tokens=self.wake_tokens)
         output_TD = torch.zeros_like(hidden_TD)
         if len(token):
-            output_TD[token] = self._compute(hidden_TD[token], place, quotas[0]) * weight_T1[token]
-        self.load += counts
+            place, row, rows_N = self._arrange(quotas[0], plain_E)
+            by_place = torch.from_numpy(np.argsort(place, kind="stable")).to(token.device)
+            token, row_T = token[order][by_place], torch.from_numpy(row).to(token.device)
+            hidden_MD = hidden_TD.new_zeros(int(rows_N.sum()), hidden_TD.shape[-1])
+            hidden_MD[row_T] = hidden_TD[token]
+            output_TD[token] = self._compute(hidden_MD, rows_N)[row_T] * weight_T1[token]
+        self.load += load_E
         self.device_load += device_load(quotas, self.weights.num_devices)
         return output_TD
 
-    def _places(self, quota_P: IntArray) -> Tensor:
-        """The place of each token, the tokens sorted by expert: an expert's first tokens go to its first slot."""
-        slots = np.argsort(self.phy2log, kind="stable")  # empty slots come first and have no quota
-        return torch.from_numpy(np.repeat(self.weights.places[slots], quota_P[slots]))
+    def _arrange(self, quota_P: IntArray, plain_E: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Where tokens go.
 
-    def _compute(self, hidden_TD: Tensor, place_T: Tensor, quota_P: IntArray) -> Tensor:
-        """Runs each device's tokens, which lie next to each other, through its slots."""
-        counts_N = np.zeros(len(self.weights.wi_NFD), dtype=np.int64)
-        counts_N[self.weights.places] = quota_P
-        results, start = [], 0
+        Returns:
+            The place of each token, tokens sorted by expert (an expert's first tokens go to its first slot), `[T]`; the
+            row of each token, tokens sorted by place, `[T]`; and the rows of each place, `[N]`.
+        """
+        by_expert = np.argsort(self.phy2log, kind="stable")  # empty slots come first and have no quota
+        place = np.repeat(self.weights.places[by_expert], quota_P[by_expert])
+        held = np.where(self.phy2log == EMPTY, 0, self.phy2log)
+        filled_P = np.where(quota_P > 0, np.maximum(quota_P, np.minimum(plain_E[held], ALIKE)), 0)
+        quota_N, rows_N = np.zeros((2, len(self.weights.wi_NFD)), dtype=np.int64)
+        quota_N[self.weights.places], rows_N[self.weights.places] = quota_P, filled_P
+        skipped_N = (rows_N - quota_N).cumsum() - (rows_N - quota_N)
+        return place, np.arange(len(place)) + np.repeat(skipped_N, quota_N), rows_N
+
+    def _compute(self, hidden_MD: Tensor, rows_N: IntArray) -> Tensor:
+        """Runs each device's rows, which lie next to each other, through its slots."""
+        result_MD, start = torch.empty_like(hidden_MD), 0
         for device in range(self.weights.num_devices):
             block = self.weights.block(device)
-            offsets = torch.from_numpy(counts_N[block].cumsum()).to(hidden_TD.device, torch.int32)
-            stop = start + int(counts_N[block].sum())
-            began = time.perf_counter()
+            offsets = torch.from_numpy(rows_N[block].cumsum()).to(hidden_MD.device, torch.int32)
+            stop = start + int(rows_N[block].sum())
+            began = self._clock(hidden_MD)
             if stop > start:
-                inner = grouped_mm(hidden_TD[start:stop], self.weights.wi_NFD[block].transpose(1, 2), offs=offsets)
-                results.append(
-                    grouped_mm(self.activation(inner), self.weights.wo_NDF[block].transpose(1, 2), offs=offsets)
-                )
-            self.busy_ms[device] += 1e3 * (time.perf_counter() - began)
+                inner = grouped_mm(hidden_MD[start:stop], self.weights.wi_NFD[block].transpose(1, 2), offs=offsets)
+                outer = grouped_mm(self.activation(inner), self.weights.wo_NDF[block].transpose(1, 2), offs=offsets)
+                result_MD[start:stop] = outer
+            self.busy_ms[device] += 1e3 * (self._clock(hidden_MD) - began)
             start = stop
-        return torch.cat(results)
+        return result_MD
+
+    @staticmethod
+    def _clock(hidden: Tensor) -> float:
+        """Seconds; emulated devices are timed one after the other, so the accelerator is waited for."""
+        if hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)
+        return time.perf_counter()
