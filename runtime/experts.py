@@ -20,7 +20,7 @@ ALIKE = 16
 """Rows from which on matrix kernels add up a row in the same order whatever their number (seen on CPUs with MKL).
 
 Below it, a group is filled with empty rows up to what the plain model would have multiplied. Without that, a group that
-is smaller for want of padding, or for being split, differs in the last bits, and a router further on may make much of it.
+is smaller for want of padding, or for being split, differs in the last bits, which a later router may make much of.
 """
 
 
