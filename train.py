@@ -16,19 +16,29 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from data.cli import user_errors
 from data.datamodule import RouterTraceModule
+from data.layout import MoELayout
+from data.trace import IntArray
 from predictor.calibrate import calibrate_spread
 from predictor.checkpoint import load_predictor, save_predictor
 from predictor.export import check_target, model_card, predictor_folder, provenance
+from predictor.forecast import LoadForecast
 from predictor.ladder import climb, rivals
-from predictor.module import LoadForecaster
-from predictor.report import summarise, write_report
-from predictor.tracking import track_results
+from predictor.module import LoadForecaster, checkpoint_to_resume
+from predictor.report import details, summarise, write_report
+from predictor.tracking import track_inputs, track_results
+from runtime.balance import balancedness, split_load
+from runtime.homes import contiguous_homes
+from runtime.plan import ReplicationPlan
+from runtime.planner import HomePlanner
 
 DEFAULTS = Path(__file__).parent / "configs" / "default.yaml"
+DEVICES, REDUNDANT = 8, 16
+"""The setting in which the report compares forecasters by what they are for."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -48,29 +58,49 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume, or 'last'")
 
 
+class Replicator:
+    """Replicates by one forecaster's forecasts on one stream, batch after batch."""
+
+    def __init__(self, layout: MoELayout) -> None:
+        self.planner = HomePlanner(DEVICES, REDUNDANT)
+        homes = contiguous_homes(layout.num_layers, layout.num_experts)
+        self.plan = ReplicationPlan.at_home(homes, DEVICES, REDUNDANT)
+        self.seen: list[IntArray] = []
+
+    def __call__(self, forecast: LoadForecast, load: IntArray) -> float:
+        """Balancedness of the batch that came, `[L, E]`, under the plan made from its forecast."""
+        recent = np.stack(self.seen[-8:]) if self.seen else np.zeros((0, *load.shape), dtype=np.int64)
+        self.plan = self.planner.plan(forecast, self.plan, recent)
+        self.seen.append(load)
+        return float(balancedness(split_load(load, self.plan)).mean())
+
+
 def train(cli: TrainCLI) -> dict[str, Any] | None:
     """Fit, test on the best, export, report; returns the last line, on the main process only."""
     started, folder = time.perf_counter(), Path(cli.config["predictor"])
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     check_target(folder)
-    trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"])
-    fitted = time.perf_counter() - started
-    trainer.test(model, datamodule=data, ckpt_path="best", verbose=False)
+    checkpoint = checkpoint_to_resume(trainer, cli.config["ckpt_path"])
+    track_inputs(trainer, cli.config.as_dict(), data.path)
+    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    about: dict[str, Any] = {"provenance": provenance(time.perf_counter() - started)}
+    trainer.test(model, datamodule=data, ckpt_path="best", weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return None
     learned = model.forecaster()
     learned.spread = calibrate_spread(learned, data.samples("val"))
-    ladder = climb([*rivals(data), learned], data)
-    about = {"metrics": summarise(ladder), "provenance": provenance(fitted)}
+    divides = data.layout.num_experts % DEVICES == 0
+    ladder = climb([*rivals(data), learned], data, (lambda: Replicator(data.layout)) if divides else None)
+    about["metrics"] = details(ladder)
     with predictor_folder(folder) as new:
         save_predictor(new, learned, about)
-        (new / "run.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
-        (new / "README.md").write_text(model_card(learned, about["metrics"], about["provenance"]))
+        (new / "run.yaml").write_text(cli.parser.dump(cli.config))
+        (new / "README.md").write_text(model_card(learned, summarise(ladder), about["provenance"]))
         write_report(new, f"Expert load of {data.layout.model_id}", ladder, data.layout.layer_names)
         load_predictor(new, data.layout)
     track_results(trainer, ladder, data.layout.layer_names, folder)
     seconds = round(time.perf_counter() - started, 1)
-    return {"predictor": str(folder), "trace": str(data.path), "seconds": seconds, "test": about["metrics"]}
+    return {"predictor": str(folder), "trace": str(data.path), "seconds": seconds, "test": summarise(ladder)}
 
 
 def main() -> None:

@@ -19,10 +19,11 @@ from data.collect import collect
 from data.layout import MoELayout
 from data.store import StoredTrace, open_trace
 from data.switch import BUNDLED
-from data.trace import IntArray, RouterTrace
+from data.trace import IntArray, RouterTrace, TokenBatch
+from data.traffic import Traffic
 
-POOL = 256
-"""Batches in memory while shuffling."""
+POOL = 1024
+"""Training batches in memory while shuffling."""
 log = logging.getLogger(__name__)
 
 
@@ -48,17 +49,37 @@ class TraceSample:
         return TraceSample(moved, self.load.to(device), self.history.to(device))
 
 
+def part(trace: RouterTrace, rows: Tensor) -> RouterTrace:
+    """Some of a batch's sequences as a batch of their own, padding trimmed."""
+    width, decoder_width = (int(t.mask[rows].sum(1).max()) for t in (trace.tokens, trace.decoder_tokens))
+
+    def tokens(batch: TokenBatch, columns: int) -> TokenBatch:
+        return TokenBatch(batch.input_ids[rows, :columns], batch.mask[rows, :columns])
+
+    return replace(
+        trace,
+        segments=tuple(trace.segments[row] for row in rows.tolist()),
+        tokens=tokens(trace.tokens, width),
+        decoder_tokens=tokens(trace.decoder_tokens, decoder_width),
+        encoder_experts=trace.encoder_experts[:, rows, :width],
+        decoder_experts=trace.decoder_experts[:, rows, :decoder_width],
+        encoder_probabilities=None,
+        decoder_probabilities=None,
+    )
+
+
 class TraceSamples(IterableDataset[TraceSample]):
     """The batches of one split, in order or shuffled by seed and epoch; every rank gets as many as the others.
 
     Args:
         trace: The stored trace.
         loads: Loads of all its batches, `[steps, L, E]`.
-        splits: Split of each of its batches.
+        sizes: Split and sequences of each of its batches.
         split: "train", "val" or "test": the batches wanted.
         window: Most past loads to give with a batch.
-        epoch: Tells the current epoch where batches are to be shuffled, None where order is to be kept.
-        seed: Seed of the shuffle.
+        epoch: Tells the current epoch where batches are to be cut and shuffled, None where they stay as they came.
+        sequences: About how many sequences a batch is cut into.
+        seed: Seed of cuts and shuffle.
         rank: This process, 0..world - 1.
         world: Processes that share the batches.
     """
@@ -67,17 +88,20 @@ class TraceSamples(IterableDataset[TraceSample]):
         self,
         trace: StoredTrace,
         loads: IntArray,
-        splits: list[str],
+        sizes: list[tuple[str, int]],
         split: str,
         window: int,
         epoch: Callable[[], int] | None = None,
+        sequences: int = 16,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.trace, self.loads, self.split, self.window = trace, torch.from_numpy(loads).float(), split, window
-        self.count = splits.count(split)
-        self.epoch, self.seed, self.rank, self.world = epoch, seed, rank, world
+        mine = [size for name, size in sizes if name == split]
+        self.count = len(mine) if epoch is None else sum(self._parts(size, sequences) for size in mine)
+        self.epoch, self.sequences, self.seed = epoch, sequences, seed
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return self.count // self.world
@@ -90,6 +114,10 @@ class TraceSamples(IterableDataset[TraceSample]):
             if len(turn) == self.world:
                 yield turn[self.rank]
                 turn = []
+
+    @staticmethod
+    def _parts(size: int, sequences: int) -> int:
+        return max(round(size / sequences), 1)
 
     def _in_order(self, shards: list[int] | None = None) -> Iterator[TraceSample]:
         about = self.trace.about
@@ -104,8 +132,12 @@ class TraceSamples(IterableDataset[TraceSample]):
         rng = np.random.default_rng((self.seed, epoch))
         pool: list[TraceSample] = []
         for sample in self._in_order(rng.permutation(len(self.trace.about["shards"])).tolist()):
-            pool.append(sample)
-            if len(pool) > POOL:
+            size = len(sample.trace.segments)
+            for rows in np.array_split(rng.permutation(size), self._parts(size, self.sequences)):
+                trace = part(sample.trace, torch.from_numpy(np.sort(rows)))
+                load = torch.from_numpy(trace.load(self.trace.layout)).float()
+                pool.append(TraceSample(trace, load, sample.history))
+            while len(pool) > POOL:
                 yield pool.pop(int(rng.integers(len(pool))))
         for index in rng.permutation(len(pool)):
             yield pool[index]
@@ -118,16 +150,26 @@ class RouterTraceModule(LightningDataModule):
         trace: Folder of the trace.
         model: The model it must be of; it is what is traced if the folder does not exist.
         window: Past loads given with each batch.
-        seed: Seed of the order of training batches.
+        sequences: About how many sequences a training batch holds: the trace's batches are cut at random, since more
+            and smaller steps teach more in the same time.
+        seed: Seed of the cuts and the order of training batches.
+        traffic: What the stream of batches looks like where a trace must be collected first.
     """
 
     layout: MoELayout
 
     def __init__(
-        self, trace: Path = Path("outputs/traces/switch-mini-64"), model: str = BUNDLED, window: int = 64, seed: int = 0
+        self,
+        trace: Path = Path("outputs/traces/switch-mini-64"),
+        model: str = BUNDLED,
+        window: int = 64,
+        sequences: int = 16,
+        seed: int = 0,
+        traffic: Traffic = Traffic(),
     ) -> None:
         super().__init__()
-        self.path, self.model, self.window, self.seed = trace, model, window, seed
+        self.path, self.model, self.window = trace, model, window
+        self.sequences, self.seed, self.traffic = sequences, seed, traffic
 
     def prepare_data(self) -> None:
         """Collects the trace if it is missing; runs on one process only."""
@@ -135,7 +177,7 @@ class RouterTraceModule(LightningDataModule):
             log.info("reusing the trace in %s", self.path)
         else:
             log.info("no trace in %s yet; collecting one from %s", self.path, self.model)
-            collect(model=self.model, out=self.path)
+            collect(model=self.model, out=self.path, traffic=self.traffic)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the trace and derives its loads, once.
@@ -151,28 +193,29 @@ class RouterTraceModule(LightningDataModule):
                 f"{self.path} is a trace of {trace.layout.model_id}, the configuration names {self.model}; "
                 "give --data.trace or --data.model so that they agree"
             )
-        loads, splits = [], []
+        loads, sizes = [], []
         for batch in trace.traces():
             loads.append(batch.load(trace.layout))
-            splits.append(batch.split)
+            sizes.append((batch.split, len(batch.segments)))
+        self.splits = [split for split, _ in sizes]
         for needed in ("train", "val", "test"):
-            if needed not in splits:
+            if needed not in self.splits:
                 raise ValueError(
-                    f"{self.path} has {len(splits)} batches, none of them in the {needed} split; collect more"
+                    f"{self.path} has {len(sizes)} batches, none of them in the {needed} split; collect more"
                 )
-        self.trace, self.loads, self.splits, self.layout = trace, np.stack(loads), splits, trace.layout
+        self.trace, self.loads, self.sizes, self.layout = trace, np.stack(loads), sizes, trace.layout
 
     def samples(self, split: str) -> TraceSamples:
         """The batches of a split in their order."""
-        return TraceSamples(self.trace, self.loads, self.splits, split, self.window)
+        return TraceSamples(self.trace, self.loads, self.sizes, split, self.window)
 
     def train_dataloader(self) -> DataLoader[TraceSample]:
         """Training batches, shuffled anew each epoch and shared out over the processes."""
         trainer = self.trainer
         assert trainer is not None
         samples = TraceSamples(
-            self.trace, self.loads, self.splits, "train", self.window, lambda: trainer.current_epoch, self.seed,
-            trainer.global_rank, trainer.world_size,
+            self.trace, self.loads, self.sizes, "train", self.window, lambda: trainer.current_epoch,
+            self.sequences, self.seed, trainer.global_rank, trainer.world_size,
         )  # fmt: skip
         return DataLoader(samples, batch_size=None)
 

@@ -4,13 +4,15 @@ All of them follow `predictor.forecast.Forecaster` and need numpy alone, so the 
 Shape suffixes: K past batches, N training batches, L MoE layers, E logical experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data.trace import IntArray, TokenBatch
 from predictor.forecast import FloatArray, LoadForecast, LoadHistory, forecast_from_load
 
+SPREAD_STEPS = 8
+"""Steps back that tell persistence how far one batch is from the next."""
 EMA_RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 """Rates tried on validation batches."""
 
@@ -50,7 +52,9 @@ class LastBatch:
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         """See `Forecaster`; history must hold at least one batch."""
-        return forecast_from_load(history[-1].astype(np.float64), made_at=len(history), source=self.name)
+        steps = share_of(history[-SPREAD_STEPS - 1 :])
+        spread = _deviation(steps[1:], steps[:-1], np.ones(len(steps) - 1)) if len(steps) > 1 else steps[-1]
+        return forecast_from_load(history[-1].astype(np.float64), made_at=len(history), source=self.name, spread=spread)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class RunningMean:
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         """See `Forecaster`; history must hold at least one batch."""
-        return forecast_from_load(history.mean(0), made_at=len(history), source=self.name)
+        return _average(history, np.ones(len(history)), self.name)
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,7 @@ class Ema:
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         """See `Forecaster`; history must hold at least one batch."""
-        age = np.arange(len(history))[::-1]
-        weight = (1 - self.rate) ** age
-        mean = np.tensordot(weight / weight.sum(), history, axes=1)
-        return forecast_from_load(mean, made_at=len(history), source=self.name)
+        return _average(history, (1 - self.rate) ** np.arange(len(history))[::-1], self.name)
 
     @classmethod
     def fit(cls, loads: IntArray, steps: list[int]) -> "Ema":
@@ -106,5 +107,22 @@ class Oracle:
 
 
 def share_of(load: IntArray) -> FloatArray:
-    """Load divided by its sum in each layer; a layer without load is uniform."""
-    return forecast_from_load(load.astype(np.float64), made_at=0, source="truth").share
+    """Loads `[..., E]` divided by their sum over experts; where there is no load, uniform."""
+    total = load.sum(-1, keepdims=True)
+    uniform = np.full(load.shape, 1.0 / load.shape[-1])
+    share: FloatArray = np.divide(load, total, out=uniform, where=total > 0)
+    return share
+
+
+def _average(history: LoadHistory, weight: FloatArray, source: str) -> LoadForecast:
+    """The weighted mean of past loads; its spread is how far they lie from it, and all of a share after one batch."""
+    mean = np.tensordot(weight / weight.sum(), history, axes=1)
+    forecast = forecast_from_load(mean, made_at=len(history), source=source)
+    spread = _deviation(share_of(history), forecast.share, weight) if len(history) > 1 else forecast.share
+    return replace(forecast, spread=spread)
+
+
+def _deviation(share: FloatArray, centre: FloatArray, weight: FloatArray) -> FloatArray:
+    """Root of the weighted mean square of `share - centre` `[K, L, E]` over K: `[L, E]`."""
+    deviation: FloatArray = np.sqrt(np.tensordot(weight / weight.sum(), (share - centre) ** 2, axes=1))
+    return deviation

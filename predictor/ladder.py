@@ -12,6 +12,7 @@ from data.trace import IntArray
 from predictor.baselines import Ema, LastBatch, Oracle, Stationary, Uniform
 from predictor.forecast import FloatArray, Forecaster, LoadForecast
 from predictor.metrics import token_top1
+from predictor.ridge import RidgeForecaster
 from predictor.scores import Scores
 from predictor.token_table import TokenTable
 
@@ -33,6 +34,7 @@ def rivals(data: RouterTraceModule) -> list[Forecaster]:
         Stationary(loads[steps["train"]].mean(0)),
         LastBatch(),
         ema,
+        RidgeForecaster(loads, steps["train"]),
         TokenTable(layout, (sample.trace for sample in data.samples("train")), ema),
         Oracle(loads),
     ]

@@ -35,6 +35,26 @@ def hot_recall(predicted_LE: Tensor, load_LE: Tensor, hot: int = HOT) -> Tensor:
     return torch.where(load_LE.sum(-1) > 0, found / hot, torch.nan)
 
 
+def surprise(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
+    """Negative log-likelihood of a dispatched token's expert under the forecast share, in nats, `[L]`.
+
+    One token in a thousand is taken to go anywhere, so that no forecast is infinitely wrong. NaN as in `load_tv`.
+    """
+    guess = 0.999 * shares(predicted_LE) + 0.001 / load_LE.shape[-1]
+    return torch.where(load_LE.sum(-1) > 0, -(shares(load_LE) * guess.log()).sum(-1), torch.nan)
+
+
+def sampling_floor(load_LE: Tensor) -> Tensor:
+    """Total variation that is left if the true shares were known but tokens drew their experts from them, `[L]`.
+
+    The mean absolute deviation of a binomial count, taken as normal, halved and summed over experts. A forecaster that
+    sees the tokens may go below it; one that knows only how experts are used on average cannot.
+    """
+    tokens = load_LE.sum(-1, keepdim=True)
+    share = shares(load_LE)
+    return (share * (1 - share) / tokens.clamp(min=1) * (2 / torch.pi)).sqrt().sum(-1) / 2
+
+
 def token_top1(chosen: Tensor, experts: Tensor) -> Tensor:
     """Share of real tokens whose expert was named, `[L_enc]`; both `[L_enc, B, T]`, `experts` negative on padding."""
     real = experts >= 0

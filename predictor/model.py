@@ -107,8 +107,10 @@ class LoadNetwork(nn.Module):
 
     def _encoder_load(self, logits_BTLE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Expected load and its variance, `[L_enc, E]` each: token probabilities summed under the capacity."""
-        share = logits_BTLE.softmax(-1) * mask_BT[..., None, None]
-        mean_BLE, variance_BLE = share.sum(1), (share * (1 - share)).sum(1)
+        share_BTM = logits_BTLE.softmax(-1).flatten(2)
+        real_B1T = mask_BT[:, None].to(share_BTM.dtype)  # a product with the mask sums over the real tokens
+        mean_BLE = (real_B1T @ share_BTM).view(-1, self.num_encoder_layers, self.num_experts)
+        variance_BLE = mean_BLE - (real_B1T @ share_BTM**2).view_as(mean_BLE)
         return capped(mean_BLE, variance_BLE, self.capacity).sum(0), variance_BLE.sum(0)
 
     def _decoder_load(self, hidden_BTH: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:

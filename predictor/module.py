@@ -5,10 +5,12 @@ Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
 
 import math
 from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -39,6 +41,27 @@ def one_cycle(step: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * min((step - warm_up) / max(steps - warm_up, 1), 1.0)))
+
+
+def checkpoint_to_resume(trainer: Trainer, wanted: str | None) -> Path | None:
+    """The checkpoint file that a user means by a path or by "last"; None for a fresh start.
+
+    Raises:
+        ValueError: If there is none, or it is damaged.
+    """
+    if wanted is None:
+        return None
+    path = Path(wanted)
+    if wanted == "last":
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or "."
+        path = Path(folder) / "last.ckpt"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; there is no run to resume, leave --ckpt_path out")
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint that can be resumed: {str(error).splitlines()[0]}") from None
+    return path
 
 
 class LoadForecaster(LightningModule):

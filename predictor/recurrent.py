@@ -32,9 +32,10 @@ class Recurrent(nn.Module):
     def forward(self, x_BTH: Tensor, mask_BT: Tensor) -> Tensor:
         """Runs all layers; values at padded positions mean nothing."""
         if self.layers is not None:
+            x_TBH, mask_TB = x_BTH.transpose(0, 1), mask_BT.T
             for layer in self.layers:
-                x_BTH = layer(x_BTH, mask_BT)
-            return x_BTH
+                x_TBH = layer(x_TBH, mask_TB)
+            return x_TBH.transpose(0, 1)
         packed = pack_padded_sequence(x_BTH, mask_BT.sum(1).cpu(), batch_first=True, enforce_sorted=False)
         output: Tensor = pad_packed_sequence(self.stack(packed)[0], batch_first=True, total_length=x_BTH.shape[1])[0]
         return output

@@ -3,6 +3,7 @@
 import base64
 import html
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,6 +25,14 @@ def summarise(ladder: Ladder) -> Summaries:
     """The contract's figures of every stream and forecaster."""
     return {
         stream: {name: scores.summary() for name, scores in forecasters.items()}
+        for stream, forecasters in ladder.items()
+    }
+
+
+def details(ladder: Ladder) -> dict[str, dict[str, dict[str, Any]]]:
+    """All figures of every stream and forecaster, intervals included."""
+    return {
+        stream: {name: scores.details() for name, scores in forecasters.items()}
         for stream, forecasters in ladder.items()
     }
 

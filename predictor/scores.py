@@ -1,9 +1,10 @@
-"""How one forecaster did on one stream, batch by batch.
+"""How one forecaster did on one stream, batch by batch, and what that says with how much certainty.
 
 Shape suffixes: N batches, L MoE layers, E logical experts.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,16 +12,23 @@ import torch
 from data.trace import IntArray
 from predictor.baselines import share_of
 from predictor.forecast import FloatArray, LoadForecast
-from predictor.metrics import hot_recall, load_tv
+from predictor.metrics import hot_recall, load_tv, sampling_floor, surprise
+
+CONTRACT = ("load_tv", "hot_recall", "token_top1", "balancedness")
+RESAMPLES = 1000
+BLOCK = 5
+"""Batches drawn together in the bootstrap, since neighbours are alike."""
 
 
 @dataclass
 class Scores:
-    """One forecaster on one stream, batch by batch.
+    """One forecaster on one stream.
 
     Attributes:
         load_tv: Total variation of predicted and true share, `[N][L]`.
+        floor: Total variation that chance alone leaves to a forecaster that does not see the tokens, `[N][L]`.
         hot_recall: Share of the hot experts found, `[N][L]`.
+        surprise: Negative log-likelihood of a token's expert, nats, `[N][L]`.
         token_top1: Share of tokens whose expert was named, `[N][L_enc]`; empty where tokens are not forecast.
         balancedness: Mean over layers, `[N]`; empty where there was no balancer.
         milliseconds: Time of one forecast, `[N]`.
@@ -30,7 +38,9 @@ class Scores:
     """
 
     load_tv: list[FloatArray] = field(default_factory=list)
+    floor: list[FloatArray] = field(default_factory=list)
     hot_recall: list[FloatArray] = field(default_factory=list)
+    surprise: list[FloatArray] = field(default_factory=list)
     token_top1: list[FloatArray] = field(default_factory=list)
     balancedness: list[float] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
@@ -42,7 +52,9 @@ class Scores:
         """Scores one forecast against the load that came, `[L, E]`."""
         predicted, truth = torch.from_numpy(forecast.load).float(), torch.from_numpy(load).float()
         self.load_tv.append(load_tv(predicted, truth).numpy())
+        self.floor.append(sampling_floor(truth).numpy())
         self.hot_recall.append(hot_recall(predicted, truth).numpy())
+        self.surprise.append(surprise(predicted, truth).numpy())
         self.share.append(forecast.share.astype(np.float32))
         self.spread.append(forecast.spread.astype(np.float32))
         self.true_share.append(share_of(load).astype(np.float32))
@@ -54,7 +66,30 @@ class Scores:
         spread = np.stack(self.spread)
         return np.array([(error <= z * spread).mean() for z in width])
 
+    def interval(self, metric: str) -> tuple[float, float]:
+        """95 % interval of a metric's mean: a circular block bootstrap over batches."""
+        values = np.array([np.nanmean(value) for value in getattr(self, metric)])
+        rng = np.random.default_rng(0)
+        starts = rng.integers(len(values), size=(RESAMPLES, -(-len(values) // BLOCK)))
+        rows = (starts[..., None] + np.arange(BLOCK)).reshape(RESAMPLES, -1)[:, : len(values)] % len(values)
+        low, high = np.quantile(values[rows].mean(1), [0.025, 0.975])
+        return float(low), float(high)
+
     def summary(self) -> dict[str, float | None]:
         """The figures of the contract: means over layers and batches."""
-        values = {name: getattr(self, name) for name in ("load_tv", "hot_recall", "token_top1", "balancedness")}
+        values = {name: getattr(self, name) for name in CONTRACT}
         return {name: round(float(np.nanmean(value)), 4) if len(value) else None for name, value in values.items()}
+
+    def details(self) -> dict[str, Any]:
+        """The contract's figures with their intervals, and all the others."""
+        result: dict[str, Any] = dict(self.summary())
+        for name in CONTRACT:
+            if len(getattr(self, name)):
+                result[f"{name}_interval"] = [round(value, 4) for value in self.interval(name)]
+        result["load_tv_layers"] = [round(float(value), 4) for value in np.nanmean(self.load_tv, axis=0)]
+        result["sampling_floor_layers"] = [round(float(value), 4) for value in np.nanmean(self.floor, axis=0)]
+        result["surprise"] = round(float(np.nanmean(self.surprise)), 4)
+        result["milliseconds"] = round(float(np.median(self.milliseconds)), 2)
+        if np.any(self.spread):
+            result["coverage_80"] = round(float(self.coverage(np.array([0.8]))[0]), 4)
+        return result

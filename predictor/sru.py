@@ -1,13 +1,57 @@
 """Simple Recurrent Units in plain torch: one matrix product for all steps, then a cheap elementwise recurrence.
 
+    f = sigmoid(W_f x + v_f * c' + b_f)        c = f * c' + (1 - f) * (W x)
+    r = sigmoid(W_r x + v_r * c' + b_r)        h = r * c + (1 - r) * a * x          (c': the c before)
+
 Source of the method: Lei, Zhang, Wang, Dai and Artzi, "Simple Recurrent Units for Highly Parallelizable Recurrence"
-(EMNLP 2018), equations 3 to 7. Shape suffixes: B sequences, T positions, H hidden width.
+(EMNLP 2018), equations 3 to 7. Shape suffixes: T positions, B sequences, H hidden width.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class Recurrence(torch.autograd.Function):
+    """States c of all steps from candidates, forget gates before their sigmoid and v_f; three operations a step.
+
+    Its gradient needs one operation a step: with g the gradient of c, g(t) = dc(t) + g(t+1) * dc(t+1)/dc(t), and all
+    else follows from g for all steps together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, candidate_TBH: Tensor, forget_TBH: Tensor, peephole_H: Tensor) -> Tensor:
+        """Returns the states `[T, B, H]`, from an empty state on."""
+        gate_TBH, state_TBH = torch.empty_like(forget_TBH), torch.empty_like(candidate_TBH)
+        state = torch.zeros_like(candidate_TBH[0])
+        for candidate, forget, gate, out in zip(
+            candidate_TBH.unbind(), forget_TBH.unbind(), gate_TBH.unbind(), state_TBH.unbind(), strict=True
+        ):
+            torch.addcmul(forget, peephole_H, state, out=gate).sigmoid_()
+            state = torch.lerp(candidate, state, gate, out=out)
+        ctx.save_for_backward(candidate_TBH, gate_TBH, state_TBH, peephole_H)
+        return state_TBH
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the three inputs."""
+        candidate_TBH, gate_TBH, state_TBH, peephole_H = ctx.saved_tensors
+        before_TBH = shifted(state_TBH)
+        through_gate_TBH = (before_TBH - candidate_TBH) * gate_TBH * (1 - gate_TBH)
+        carry_TBH = torch.addcmul(gate_TBH, through_gate_TBH, peephole_H)
+        total_TBH = gradients[0].clone()
+        steps = total_TBH.unbind()
+        for now, later, carry in zip(steps[-2::-1], steps[:0:-1], carry_TBH.unbind()[:0:-1], strict=True):
+            now.addcmul_(later, carry)
+        forget_TBH = total_TBH * through_gate_TBH
+        return total_TBH * (1 - gate_TBH), forget_TBH, (forget_TBH * before_TBH).sum((0, 1))
+
+
+def shifted(state_TBH: Tensor) -> Tensor:
+    """The state before each step: empty, then all but the last."""
+    return torch.cat([torch.zeros_like(state_TBH[:1]), state_TBH[:-1]])
 
 
 class SRULayer(nn.Module):
@@ -22,32 +66,24 @@ class SRULayer(nn.Module):
         super().__init__()
         if bidirectional and width % 2:
             raise ValueError(f"a bidirectional SRU needs an even width, got {width}")
-        self.directed = width // 2 if bidirectional else width
+        self.forward_width = width // 2 if bidirectional else width
         self.project = nn.Linear(width, 3 * width)
         self.peephole = nn.Parameter(torch.zeros(2, width))
         self.scale = math.sqrt(3.0)  # keeps the variance of the highway at the start of training (section 3.2 there)
-        with torch.no_grad():
-            nn.init.uniform_(self.project.weight, -math.sqrt(3 / width), math.sqrt(3 / width))
-            nn.init.zeros_(self.project.bias)
+        nn.init.uniform_(self.project.weight, -math.sqrt(3 / width), math.sqrt(3 / width))
+        nn.init.zeros_(self.project.bias)
 
-    def forward(self, x_BTH: Tensor, mask_BT: Tensor) -> Tensor:
-        """Maps `[B, T, H]` to `[B, T, H]`; padding must come last and does not influence the other positions."""
-        candidate, forget, reset = self.project(x_BTH).chunk(3, -1)
-        candidate = candidate * mask_BT[..., None]  # an empty state stays empty until the first real token
-        inputs = [self._flip(value).unbind(1) for value in (candidate, forget, reset)]
-        state = torch.zeros_like(inputs[0][0])
-        states, resets = [], []
-        for w, f, r in zip(*inputs, strict=True):
-            resets.append(torch.addcmul(r, self.peephole[1], state))
-            state = torch.lerp(w, state, torch.addcmul(f, self.peephole[0], state).sigmoid())
-            states.append(state)
-        state_BTH = self._flip(torch.stack(states, 1))
-        reset_BTH = self._flip(torch.stack(resets, 1)).sigmoid()
-        return torch.lerp(self.scale * x_BTH, state_BTH, reset_BTH)
+    def forward(self, x_TBH: Tensor, mask_TB: Tensor) -> Tensor:
+        """Maps `[T, B, H]` to the same shape; padding must come last and does not influence the other positions."""
+        candidate, forget, reset = self.project(x_TBH).chunk(3, -1)
+        candidate = candidate * mask_TB[..., None]  # an empty state stays empty until the first real token
+        state: Tensor = Recurrence.apply(self._turned(candidate), self._turned(forget), self.peephole[0])  # type: ignore[no-untyped-call]
+        gate = torch.addcmul(reset, self.peephole[1], self._turned(shifted(state))).sigmoid()
+        return torch.lerp(self.scale * x_TBH, self._turned(state), gate)
 
-    def _flip(self, value_BTH: Tensor) -> Tensor:
-        """Turns the right-to-left channels round in time."""
-        if self.directed == value_BTH.shape[-1]:
-            return value_BTH
-        forward, backward = value_BTH[..., : self.directed], value_BTH[..., self.directed :]
-        return torch.cat([forward, backward.flip(1)], -1)
+    def _turned(self, value_TBH: Tensor) -> Tensor:
+        """The right-to-left channels turned round in time."""
+        if self.forward_width == value_TBH.shape[-1]:
+            return value_TBH
+        ahead, back = value_TBH[..., : self.forward_width], value_TBH[..., self.forward_width :]
+        return torch.cat([ahead, back.flip(0)], -1)

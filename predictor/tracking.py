@@ -27,12 +27,14 @@ def track_inputs(trainer: Trainer, settings: dict[str, Any], trace: Path) -> Non
     run = logger.experiment
     run.config.update(settings, allow_val_change=True)
     artifact = wandb.Artifact(trace.name, type="trace", metadata={"path": str(trace)})
-    artifact.add_file(str(trace / TRACE_JSON))
-    run.use_artifact(artifact) if not run.settings._offline else run.log_artifact(artifact)
+    if (trace / TRACE_JSON).exists():  # else it is collected by and by
+        artifact.add_file(str(trace / TRACE_JSON))
+    if not run.offline:
+        run.use_artifact(artifact)
 
 
 def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], folder: Path) -> None:
-    """Logs the ladder and per-layer tables, the pictures, and the predictor folder as output artifact."""
+    """Logs the ladder and per-layer tables, the pictures, and the predictor folder as output artifact; ends the run."""
     logger = _wandb(trainer)
     if logger is None:
         return
@@ -46,8 +48,8 @@ def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], fold
         for stream, forecasters in summaries.items()
         for name, values in forecasters.items()
     ]
-    run.log({"ladder": wandb.Table(["stream", "forecaster", *METRICS], rows)})
-    run.log({"layers": wandb.Table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names))})
+    run.log({"tables/ladder": wandb.Table(["stream", "forecaster", *METRICS], rows)})
+    run.log({"tables/layers": wandb.Table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names))})
     for name, figure in figures(ladder, layer_names).items():
         run.log({f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(to_png(figure))))})
     for stream, forecasters in summaries.items():
@@ -55,3 +57,4 @@ def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], fold
     artifact = wandb.Artifact(folder.name, type="predictor")
     artifact.add_dir(str(folder))
     run.log_artifact(artifact, aliases=["latest", "best"])
+    run.finish()

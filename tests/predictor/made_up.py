@@ -44,7 +44,9 @@ def write_trace(folder: Path, layout: MoELayout, splits: list[str], shard: int =
         path = folder / f"part-{start:05d}.parquet"
         write_shard(path, traces[start : start + shard], layout)
         shards.append({"file": path.name, "batches": len(traces[start : start + shard]), "sha256": sha256(path)})
-    write_json(folder / TRACE_JSON, {"format_version": FORMAT_VERSION, "layout": layout.to_json(), "shards": shards})
+    about = {"format_version": FORMAT_VERSION, "layout": layout.to_json(), "granularity": "tokens", "decode": "teacher"}
+    runs = [[split, number, number + 1] for number, split in enumerate(splits)]
+    write_json(folder / TRACE_JSON, about | {"splits": runs, "shards": shards})
     return folder
 
 

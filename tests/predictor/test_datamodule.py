@@ -21,7 +21,7 @@ def numbers(samples) -> list[int]:
 
 
 def shuffled(data, seed=0, epoch=0, rank=0, world=1) -> TraceSamples:
-    return TraceSamples(data.trace, data.loads, data.splits, "train", 5, lambda: epoch, seed, rank, world)
+    return TraceSamples(data.trace, data.loads, data.sizes, "train", 5, lambda: epoch, 6, seed, rank, world)
 
 
 def test_history_is_every_load_before_across_splits(data):
@@ -42,6 +42,16 @@ def test_training_order_is_seeded_and_differs_by_epoch(data):
     assert first == numbers(shuffled(data))
     assert first != numbers(shuffled(data, epoch=1))
     assert first != numbers(shuffled(data, seed=1))
+
+
+def test_batches_are_cut_without_loss(data):
+    cut = TraceSamples(data.trace, data.loads, data.sizes, "train", 5, lambda: 0, sequences=2)
+    parts = list(cut)
+    assert len(parts) == len(cut) == 48 * 3
+    assert {len(sample.trace.segments) for sample in parts} == {2}
+    total = sum(sample.load for sample in parts)
+    assert np.array_equal(total, data.loads[[step for step, name in enumerate(data.splits) if name == "train"]].sum(0))
+    assert all(sample.trace.tokens.mask.any(0).all() for sample in parts)
 
 
 def test_ranks_share_the_batches_evenly(data):

@@ -24,7 +24,7 @@ def test_oracle_is_perfect_and_others_are_not(data):
     summaries = summarise(climb(rivals(data), data))
     assert set(summaries) == {"steady", "every_1"}
     for rows in summaries.values():
-        assert list(rows) == ["uniform", "stationary", "last", "ema", "token_table", "oracle"]
+        assert list(rows) == ["uniform", "stationary", "last", "ema", "ridge", "token_table", "oracle"]
         assert rows["oracle"] == {"load_tv": 0.0, "hot_recall": 1.0, "token_top1": 1.0, "balancedness": None}
         assert all(row["load_tv"] > 0.01 for name, row in rows.items() if name != "oracle")
     assert summaries["every_1"]["token_table"]["load_tv"] < 0.7 * summaries["every_1"]["last"]["load_tv"]

@@ -6,7 +6,7 @@ import torch
 
 from predictor.attention import SparseAttention, sparsemax
 from predictor.model import Architecture, LoadNetwork, capped
-from predictor.sru import SRULayer
+from predictor.sru import Recurrence, SRULayer
 
 ARCHITECTURES = [
     Architecture(width=8),
@@ -30,20 +30,29 @@ def test_sru_follows_its_equations():
         reset = torch.sigmoid(weight[2 * width :] @ step + bias[2 * width :] + layer.peephole[1] * state)
         state = forget * state + (1 - forget) * candidate
         expected.append(reset * state + (1 - reset) * layer.scale * step)
-    assert torch.allclose(layer(x, torch.ones(1, 5, dtype=torch.bool))[0], torch.stack(expected), atol=1e-6)
+    assert torch.allclose(
+        layer(x[0, :, None], torch.ones(5, 1, dtype=torch.bool))[:, 0], torch.stack(expected), atol=1e-6
+    )
 
 
 def test_half_of_a_bidirectional_sru_reads_backwards():
     torch.manual_seed(0)
-    layer, mask = SRULayer(4, bidirectional=True), torch.ones(1, 6, dtype=torch.bool)
-    x = torch.randn(1, 6, 4)
+    layer, mask = SRULayer(4, bidirectional=True), torch.ones(6, 1, dtype=torch.bool)
+    x = torch.randn(6, 1, 4)
     changed = x.clone()
-    changed[0, 3] += 1
-    moved = (layer(x, mask) != layer(changed, mask))[0]
+    changed[3] += 1
+    moved = (layer(x, mask) != layer(changed, mask))[:, 0]
     assert moved[:3, :2].logical_not().all()
     assert moved[4:, :2].all()
     assert moved[:3, 2:].all()
     assert moved[4:, 2:].logical_not().all()
+
+
+def test_recurrence_gradient_is_right():
+    torch.manual_seed(0)
+    inputs = [torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    peephole = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Recurrence.apply, (*inputs, peephole))
 
 
 def test_sparsemax_known_values():
