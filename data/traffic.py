@@ -70,7 +70,7 @@ class TrafficBatch:
 
 def time_splits(count: int) -> list[str]:
     """Splits a stream in time: 62 % train, a gap, 13 % validation, a gap, the rest test."""
-    gap = max(count // 20, 1) if count >= 8 else 0
+    gap = max(count // 20, 1) if count >= 12 else 0
     train, val = round(count * 0.62), round(count * 0.13)
     parts = ["train"] * train + ["gap"] * gap + ["val"] * val + ["gap"] * gap
     return (parts + ["test"] * count)[:count]

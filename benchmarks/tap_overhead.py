@@ -1,0 +1,83 @@
+"""What the router tap adds to inference: the same batches with and without it, in turn.
+
+Run it with `python -m benchmarks.tap_overhead`; the last line of stdout is one JSON document.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from itertools import islice
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from data.cli import user_errors
+from data.phases import open_traffic
+from data.switch import BUNDLED, LoadedSwitch, load_switch
+from data.tap import RouterTap
+from data.trace import TokenBatch
+from data.tracer import model_inputs
+from data.traffic import Traffic
+
+
+@torch.inference_mode()
+def milliseconds(switch: LoadedSwitch, batches: list[tuple[TokenBatch, TokenBatch]], tap: RouterTap | None) -> float:
+    """Time of one pass over the batches; a tap is emptied after each batch, as the runtime does."""
+    start = time.perf_counter()
+    for tokens, decoder in batches:
+        switch.model(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), decoder_input_ids=decoder.input_ids)
+        if tap is not None:
+            tap.take()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def tap_overhead(model: str = BUNDLED, repeats: int = 10, batches: int = 4) -> dict[str, object]:
+    """Measures the tap's cost as a ratio, pair by pair.
+
+    Args:
+        model: The model to tap.
+        repeats: Pairs of measurements.
+        batches: Batches of 16 sequences in one measurement.
+    """
+    switch = load_switch(model)
+    traffic = Traffic(smallest=16, largest=16)
+    stream = islice(open_traffic(None, switch.tokenizer, "teacher", traffic), batches)
+    inputs = [model_inputs(batch, switch.model.config) for batch in stream]
+    milliseconds(switch, inputs, None)  # warm-up
+    ratios, plain_ms = [], []
+    for turn in track(range(repeats), "pairs", console=Console(stderr=True)):
+        with RouterTap(switch.model, switch.layout) as tap:
+            tapped = milliseconds(switch, inputs, tap) if turn % 2 else None
+        plain = milliseconds(switch, inputs, None)
+        with RouterTap(switch.model, switch.layout) as tap:
+            tapped = tapped or milliseconds(switch, inputs, tap)
+        ratios.append(tapped / plain)
+        plain_ms.append(plain)
+    spread = statistics.quantiles(ratios, n=4)
+    return {
+        "model": switch.layout.model_id, "overhead": statistics.median(ratios) - 1,
+        "quartiles": [spread[0] - 1, spread[2] - 1], "plain_ms": statistics.median(plain_ms), "pairs": repeats,
+        "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Command line: a table, then one JSON document."""
+    from jsonargparse import auto_cli
+
+    with user_errors():
+        result = auto_cli(tap_overhead)
+        table = Table(title="Cost of the router tap", show_header=False)
+        for name, value in result.items():
+            table.add_row(name, f"{value:.2%}" if name == "overhead" else str(value))
+        Console().print(table)
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Figures of a trace: sampling alone is told from change, and the pictures are there."""
+
+import json
+
+import numpy as np
+import pytest
+
+import data.show
+from data.layout import MoELayout
+from data.skew import measure, shuffled, step_variation
+from data.store import open_trace, write_about, write_counts_shard
+
+LAYOUT = MoELayout("m", "", (("decoder", 0), ("decoder", 1)), 16, 0, 0, 0, 0)
+
+
+def stored(folder, loads):
+    write_about(
+        folder, LAYOUT, [write_counts_shard(folder / "part-00000.parquet", 0, loads)], ["test"] * len(loads), "counts"
+    )
+    return open_trace(folder)
+
+
+def test_dealing_anew_keeps_batch_sizes_and_expert_sums():
+    loads = np.random.default_rng(0).integers(0, 60, (9, 2, 16))
+    dealt = shuffled(loads, np.random.default_rng(1))
+    assert (dealt.sum(-1) == loads.sum(-1)).all()
+    assert (dealt.sum(0) == loads.sum(0)).all()
+    assert (dealt >= 0).all()
+
+
+def test_steady_traffic_varies_by_sampling_alone_and_changing_traffic_by_more(tmp_path):
+    rng = np.random.default_rng(0)
+    one, other = rng.dirichlet(np.full(16, 0.5)), rng.dirichlet(np.full(16, 0.5))
+    steady = rng.multinomial(2000, one, 40)
+    changing = np.stack([rng.multinomial(2000, one if step % 2 else other) for step in range(40)])
+    skew = measure(stored(tmp_path, np.stack([steady, changing], 1)))
+    assert skew.step_tv[0] == pytest.approx(skew.floor_tv[0], rel=0.1)
+    assert skew.step_tv[1] > 5 * skew.floor_tv[1]
+    assert skew.hottest[0] == pytest.approx(16 * one.max(), rel=0.05)
+    assert skew.dropped is None
+
+
+def test_variation_by_hand():
+    loads = np.array([[[1, 1, 0, 0]], [[0, 0, 3, 3]], [[0, 3, 3, 0]], [[0, 0, 0, 0]]])
+    assert step_variation(loads)[:, 0].tolist() == [1.0, 0.5, 0.5]
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    stored(tmp_path, np.random.default_rng(0).integers(0, 60, (9, 2, 16)))
+    monkeypatch.setattr("sys.argv", ["show", str(tmp_path)])
+    data.show.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["shape"] == [9, 2, 16]
+    assert (tmp_path / "load.png").stat().st_size > 5000
+    assert (tmp_path / "drift.png").stat().st_size > 5000

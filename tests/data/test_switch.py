@@ -1,0 +1,92 @@
+"""Models load from folders of the hub's format, sharded and in bf16 too, and what is incomplete is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from data.grouped import group_experts, ungroup_experts
+from data.switch import BUNDLED, check_is_switch, load_switch, read_embedding
+from tests.conftest import small_switch
+
+
+@pytest.fixture
+def folder(switch_folder, tmp_path):
+    return shutil.copytree(switch_folder, tmp_path / "model")
+
+
+def test_sharded_bf16_checkpoint(switch_folder, folder):
+    (folder / "model.safetensors").unlink()
+    small_switch().to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    whole, sharded = load_switch(str(switch_folder)), load_switch(str(folder))
+    assert sharded.layout.fingerprint() == whole.layout.fingerprint()
+    assert sharded.model.dtype == torch.float32
+    assert load_switch(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert torch.equal(read_embedding(str(folder)), sharded.model.shared.weight)
+
+
+def test_bundled_model_is_what_its_card_says():
+    switch = load_switch(BUNDLED)
+    assert switch.layout.num_experts == 64
+    assert switch.layout.layer_names == ["encoder_1", "encoder_3", "decoder_1", "decoder_3"]
+    assert torch.equal(read_embedding(BUNDLED), switch.model.shared.weight)
+    ids = switch.tokenizer("Der Präsident sagt: def main():", return_tensors="pt")["input_ids"]
+    assert switch.tokenizer.decode(ids[0]) == "Der Präsident sagt: def main():"
+
+
+def test_missing_weights_are_not_filled_with_random_ones(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .* first encoder.block.1.*expert_3.wi"):
+        load_switch(str(folder))
+
+
+def test_truncated_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_switch(str(folder))
+    with pytest.raises(ValueError, match=r"the embedding table of .* cannot be read"):
+        read_embedding(str(folder))
+
+
+def test_old_transformers_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(ValueError, match=r"transformers 5.17.0 records wrong router logits .*>=5.18"):
+        check_is_switch(str(folder))
+
+
+def test_folders_that_hold_no_switch_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    with pytest.raises(ValueError, match="is a mixtral model; expected switch_transformers"):
+        load_switch(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json of .* is not JSON"):
+        load_switch(str(tmp_path))
+    with pytest.raises(ValueError, match=r"nonsense is not a folder; expected .switch-mini-64., a local model folder"):
+        load_switch("nonsense")
+
+
+def test_grouped_experts_train_like_the_models_own():
+    """Loss and gradients of the model's own loop, and weights that find their way back."""
+    plain, grouped = small_switch(), small_switch()
+    batch = {"input_ids": torch.randint(3, 400, (4, 30)), "labels": torch.randint(3, 400, (4, 12))}
+    originals = group_experts(grouped)
+    losses = [model(**batch, output_router_logits=True).loss for model in (plain, grouped)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    name = "encoder.block.1.layer.1.mlp.experts"
+    own = torch.stack([expert.wi.weight.grad for expert in plain.get_submodule(name).children()])
+    torch.testing.assert_close(grouped.get_submodule(name).wi_EDF.grad.transpose(1, 2), own)
+    with torch.no_grad():
+        grouped.get_submodule(name).wi_EDF.mul_(2)
+    ungroup_experts(grouped, originals)
+    for ours, theirs in zip(grouped.get_submodule(name).children(), plain.get_submodule(name).children(), strict=True):
+        assert torch.equal(ours.wi.weight, 2 * theirs.wi.weight)
+        assert torch.equal(ours.wo.weight, theirs.wo.weight)
