@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data.cli import user_errors
+from data.cli import from_command_line, user_errors
 from data.phases import open_traffic
 from data.switch import BUNDLED, LoadedSwitch, load_switch
 from data.tap import RouterTap
@@ -68,10 +68,8 @@ def tap_overhead(model: str = BUNDLED, repeats: int = 10, batches: int = 4) -> d
 
 def main() -> None:
     """Command line: a table, then one JSON document."""
-    from jsonargparse import auto_cli
-
     with user_errors():
-        result = auto_cli(tap_overhead)
+        result = from_command_line(tap_overhead)
         table = Table(title="Cost of the router tap", show_header=False)
         for name, value in result.items():
             table.add_row(name, f"{value:.2%}" if name == "overhead" else str(value))

@@ -1,8 +1,21 @@
-"""How every command ends on a user's mistake: one clear line on stderr, exit code 2, no traceback."""
+"""How every command begins and ends: options from a function's signature, and one clear line on a user's mistake."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ArgumentParser, auto_cli
+
+Result = TypeVar("Result")
+
+
+class OneLineParser(ArgumentParser):
+    """Says what is wrong in one line, without the usage of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Hands the message to `user_errors`."""
+        raise ValueError(f"{message}; see --help")
 
 
 @contextmanager
@@ -16,3 +29,9 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def from_command_line(function: Callable[..., Result]) -> Result:
+    """Calls a function with its arguments from the command line; its docstring is the help."""
+    result: Any = auto_cli(function, parser_class=OneLineParser)
+    return result  # type: ignore[no-any-return]

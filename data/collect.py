@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from data.cli import user_errors
+from data.cli import from_command_line, user_errors
 from data.files import read_json, sha256, write_json
 from data.phases import corpus_splits, open_traffic
 from data.ranks import Ranks
@@ -150,10 +150,8 @@ def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
 
 def main() -> None:
     """Command line of `collect`; the last line of stdout is one JSON document."""
-    from jsonargparse import auto_cli
-
     with user_errors():
-        trace: StoredTrace = auto_cli(collect)
+        trace = from_command_line(collect)
         sums = {key: sum(shard[key] for shard in trace.about["shards"]) for key in ("batches", "sequences", "tokens")}
         if Ranks.is_first():
             print(json.dumps({"trace": str(trace.path), **sums, "fingerprint": trace.layout.fingerprint()}))

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
-from data.cli import user_errors
+from data.cli import from_command_line, user_errors
 from data.files import read_json, whole_folder
 from data.layout import MoELayout
 from data.store import StoredTrace, open_trace, write_about, write_counts_shard
@@ -165,10 +165,8 @@ def convert(loads: Path, out: Path = Path("outputs/traces/converted"), model_id:
 
 def main() -> None:
     """Command line of `convert`; the last line of stdout is one JSON document."""
-    from jsonargparse import auto_cli
-
     with user_errors():
-        trace: StoredTrace = auto_cli(convert)
+        trace = from_command_line(convert)
         layout = trace.layout
         Console(stderr=True).print(f"Wrote {trace.path}; look at it with `python -m data.show {trace.path}`")
         shape = [trace.num_batches, layout.num_layers, layout.num_experts]

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from data.card import write_card
-from data.cli import user_errors
+from data.cli import from_command_line, user_errors
 from data.corruption import Ids, corrupt
 from data.files import whole_folder, write_json
 from data.grouped import group_experts, ungroup_experts
@@ -209,10 +209,8 @@ def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe
 
 def main() -> None:
     """Command line of `pretrain`."""
-    from jsonargparse import auto_cli
-
     with user_errors():
-        auto_cli(pretrain)
+        from_command_line(pretrain)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data.cli import user_errors
+from data.cli import from_command_line, user_errors
 from data.files import whole_file
 from data.skew import Skew, measure, shares, step_variation
 from data.store import StoredTrace, open_trace
@@ -99,10 +99,8 @@ def show(trace: Path, out: Path | None = None) -> dict[str, Any]:
 
 def main() -> None:
     """Command line of `show`."""
-    from jsonargparse import auto_cli
-
     with user_errors():
-        print(json.dumps(auto_cli(show)))
+        print(json.dumps(from_command_line(show)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data.cli import user_errors
+from data.cli import from_command_line, user_errors
 from data.files import whole_file, write_json
 from data.phases import corpus_splits, open_traffic
 from data.switch import BUNDLED
@@ -219,10 +219,8 @@ def infer(
 
 def main() -> None:
     """Command line of `infer`: a table, then one JSON document."""
-    from jsonargparse import auto_cli
-
     with user_errors():
-        report: dict[str, Any] = auto_cli(infer)
+        report = from_command_line(infer)
         show(report, Console())
         print(json.dumps(report))
 

@@ -1,4 +1,4 @@
-"""Answers never change: the engine against the plain model, with every kind of forecast, and back to plain afterwards."""
+"""Answers never change: the engine against the plain model with every kind of forecast, and plain again afterwards."""
 
 import numpy as np
 import pytest
@@ -121,3 +121,14 @@ def test_devices_that_do_not_divide_are_refused(switch):
         Engine(switch, None, 3, 0)
     with pytest.raises(ValueError, match="10 redundant experts do not divide over 4 devices"):
         Engine(switch, None, 4, 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_answers_stay_on_a_gpu_while_a_side_stream_moves_replicas(switch):
+    switch.model.to("cuda", torch.bfloat16)
+    with Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT) as engine:
+        for batch, output in zip(batches(), engine.run(iter(batches())), strict=True):
+            real = batch.decoder.mask.to("cuda")
+            plain = engine.plain_forward(batch)
+            torch.testing.assert_close(output.logits[real], plain[real], rtol=2e-2, atol=2e-2)
