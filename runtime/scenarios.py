@@ -1,0 +1,75 @@
+"""What the coming load may turn out to be: the forecast, as wrong as it says it may be.
+
+Experts that are hot together in one batch are hot together in the next, so the errors of a forecast are given the shape
+in which the last loads varied and the size of the forecast's own spread. A few scenarios more put some tokens on
+experts that nothing points to: what a change of topic does. A forecast with no spread is taken at its word.
+
+Shape suffixes: K recent loads, S scenarios, L MoE layers, E logical experts.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from predictor.forecast import LoadForecast, LoadHistory
+
+Floats = npt.NDArray[np.float32]
+RECENT = 8
+"""Recent loads that lend their deviations."""
+DECAY = 0.8
+"""Weight of a recent load, relative to the one after it."""
+SURPRISES = 8
+"""Scenarios with tokens where nothing points to."""
+SURPRISE_WEIGHT = 0.2
+SURPRISE_SHARE = 0.3
+"""Most of a layer's tokens that a surprise puts elsewhere; less where the spread is small."""
+
+
+def scenarios(forecast: LoadForecast, recent: LoadHistory) -> tuple[Floats, Floats]:
+    """Shares of the load that the plan should suit.
+
+    Args:
+        forecast: Share and spread `[L, E]`.
+        recent: Loads of the last batches, oldest first, `[K, L, E]`; K may be 0.
+
+    Returns:
+        Shares `[L, E, S]`; every `[L, :, S]` sums to 1. Their weights `[S]`, which sum to 1.
+    """
+    share = forecast.share.astype(np.float32)
+    if not forecast.spread.any():
+        return share[..., None], np.ones(1, dtype=np.float32)
+    errors, weight = _errors(forecast, recent[-RECENT:])
+    near = np.maximum(share + errors, 0)
+    near /= near.sum(-1, keepdims=True)
+    far = _surprises(share, forecast.spread)
+    weights = np.concatenate([weight * (1 - SURPRISE_WEIGHT), np.full(len(far), SURPRISE_WEIGHT / len(far))])
+    return np.ascontiguousarray(np.moveaxis(np.concatenate([near, far]), 0, -1)), weights.astype(np.float32)
+
+
+def _errors(forecast: LoadForecast, recent: LoadHistory) -> tuple[Floats, Floats]:
+    """Errors of the forecast's size in the shape of the last loads' deviations, `[K, L, E]`, and weights `[K]`."""
+    weight = (DECAY ** np.arange(len(recent))[::-1]).astype(np.float32)
+    if len(recent) < 2:
+        return np.zeros((1, *forecast.share.shape), dtype=np.float32), np.ones(1, dtype=np.float32)
+    weight /= weight.sum()
+    loads = recent.astype(np.float32)
+    shares = loads / np.maximum(loads.sum(-1, keepdims=True), 1)
+    deviation = shares - np.tensordot(weight, shares, axes=1)
+    variance = np.tensordot(weight, (deviation**2).sum(-1), axes=1)
+    size = np.sqrt((forecast.spread**2).sum(-1) / np.maximum(variance, 1e-12)).astype(np.float32)
+    return deviation * size[:, None], weight
+
+
+def _surprises(share: Floats, spread: npt.NDArray[np.float64]) -> Floats:
+    """The forecast with some tokens put on random experts, the same ones at every step, `[S, L, E]`."""
+    part = np.minimum(SURPRISE_SHARE, 1.5 * spread.sum(-1)).astype(np.float32)[:, None]
+    return (1 - part) * share + part * _elsewhere(share.shape)
+
+
+@lru_cache(maxsize=4)
+def _elsewhere(shape: tuple[int, ...]) -> Floats:
+    """Random shares, `[S, L, E]`."""
+    share = np.exp(np.random.default_rng(0).standard_normal((SURPRISES, *shape), dtype=np.float32))
+    share /= share.sum(-1, keepdims=True)
+    return share
