@@ -24,8 +24,8 @@ class SlotTransfer:
         self._written: list[SlotMove] = []
         self._target: ReplicationPlan | None = None
         cuda = layers[0].wi_NFD.is_cuda
-        self._stream = torch.cuda.Stream(layers[0].wi_NFD.device) if cuda else None
-        self._event = torch.cuda.Event() if cuda else None
+        self._stream = torch.cuda.Stream(layers[0].wi_NFD.device) if cuda else None  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
     def start(self, target: ReplicationPlan) -> list[SlotMove]:
         """Writes what `target` has elsewhere than the plan in force; nothing changes for running batches."""
@@ -48,11 +48,13 @@ class SlotTransfer:
     @property
     def arrived(self) -> bool:
         """Whether all weights of the started moves are in place."""
-        return self._event is None or self._event.query()
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def commit(self) -> ReplicationPlan:
         """Puts the started target in force; to be called between batches, once it has `arrived`."""
         assert self._target is not None, "nothing was started"
+        if self._event is not None:  # no wait for the host: only what is issued from here on comes after the copies
+            torch.cuda.current_stream(self.layers[0].wi_NFD.device).wait_event(self._event)
         for layer, weights in enumerate(self.layers):
             weights.commit(move.slot for move in self._written if move.layer == layer)
         self.plan, self._target, self._written = self._target, None, []
