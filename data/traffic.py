@@ -22,14 +22,14 @@ class Traffic:
 
     Attributes:
         batches: Batches in each phase of the offline corpus (a third as many of unseen text); of other text, at most.
-        smallest: Fewest sequences in a batch.
+        smallest: Fewest sequences in a batch; sizes are spread evenly on a logarithmic scale.
         largest: Most sequences in a batch; the same as smallest for batches of a fixed size.
         length: Most tokens of a sequence.
         token_budget: Most positions in a batch, padding counted, as a server with a token budget has; 0 for none.
         seed: Seeds batch sizes, topics and masked spans.
     """
 
-    batches: int = 80
+    batches: int = 72
     smallest: int = 16
     largest: int = 64
     length: int = 128
@@ -69,9 +69,9 @@ class TrafficBatch:
 
 
 def time_splits(count: int) -> list[str]:
-    """Splits a stream in time: 62 % train, a gap, 13 % validation, a gap, the rest test."""
-    gap = max(count // 20, 1) if count >= 12 else 0
-    train, val = round(count * 0.62), round(count * 0.13)
+    """Splits a stream in time: 58 % train, a gap, 12 % validation, a gap, the rest test."""
+    gap = max(count // 30, 1) if count >= 12 else 0
+    train, val = round(count * 0.58), round(count * 0.12)
     parts = ["train"] * train + ["gap"] * gap + ["val"] * val + ["gap"] * gap
     return (parts + ["test"] * count)[:count]
 
@@ -115,7 +115,8 @@ class BatchFormer:
 
     def form(self, number: int, phase: str, rows: Iterator[Row], rng: np.random.Generator) -> TrafficBatch | None:
         """Takes the next batch from `rows`; None when there is nothing left."""
-        taken = self._take(rows, int(rng.integers(self.traffic.smallest, self.traffic.largest + 1)))
+        low, high = np.log([self.traffic.smallest, self.traffic.largest])
+        taken = self._take(rows, round(float(np.exp(rng.uniform(low, high)))))
         if not taken:
             return None
         shaped = [self._shape(ids, rng) for _, ids in taken]

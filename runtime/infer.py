@@ -172,7 +172,7 @@ def infer(
     text: str | None = None,
     devices: int = 8,
     redundant: int = 16,
-    batches: int = 40,
+    batches: int = 24,
     traffic: Traffic = Traffic(),
     out: Path = Path("outputs/infer"),
 ) -> dict[str, Any]:
