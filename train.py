@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from data.cli import user_errors
@@ -80,6 +81,9 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     started, folder = time.perf_counter(), Path(cli.config["predictor"])
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     check_target(folder)
+    torch.set_num_threads(
+        1
+    )  # steps are too small to share, and threads that wait for each other stall on a busy machine
     checkpoint = checkpoint_to_resume(trainer, cli.config["ckpt_path"])
     track_inputs(trainer, cli.config.as_dict(), data.path)
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)

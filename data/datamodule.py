@@ -49,6 +49,22 @@ class TraceSample:
         return TraceSample(moved, self.load.to(device), self.history.to(device))
 
 
+def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
+    """Dispatched tokens per sequence, `[B, L, E]`: their sum over sequences is the batch's load.
+
+    Capacity counts per sequence, so its dispatched tokens are its demand cut off there: much cheaper than to find out
+    which tokens were dropped, as `RouterTrace.load` does.
+    """
+    size, num_experts = len(trace.segments), layout.num_experts
+    layers = []
+    for number, ids in enumerate((*trace.encoder_experts, *trace.decoder_experts)):
+        keys = (ids + num_experts * torch.arange(size)[:, None])[ids >= 0]
+        demand = torch.bincount(keys, minlength=size * num_experts).view(size, num_experts)
+        unlimited = trace.stepwise and number >= layout.num_encoder_layers
+        layers.append(demand if unlimited else demand.clamp(max=layout.expert_capacity))
+    return torch.stack(layers, 1)
+
+
 def part(trace: RouterTrace, rows: Tensor) -> RouterTrace:
     """Some of a batch's sequences as a batch of their own, padding trimmed."""
     width, decoder_width = (int(t.mask[rows].sum(1).max()) for t in (trace.tokens, trace.decoder_tokens))
@@ -133,10 +149,9 @@ class TraceSamples(IterableDataset[TraceSample]):
         pool: list[TraceSample] = []
         for sample in self._in_order(rng.permutation(len(self.trace.about["shards"])).tolist()):
             size = len(sample.trace.segments)
-            for rows in np.array_split(rng.permutation(size), self._parts(size, self.sequences)):
-                trace = part(sample.trace, torch.from_numpy(np.sort(rows)))
-                load = torch.from_numpy(trace.load(self.trace.layout)).float()
-                pool.append(TraceSample(trace, load, sample.history))
+            loads = sequence_loads(sample.trace, self.trace.layout).float()
+            for rows in torch.from_numpy(rng.permutation(size)).tensor_split(self._parts(size, self.sequences)):
+                pool.append(TraceSample(part(sample.trace, rows), loads[rows].sum(0), sample.history))
             while len(pool) > POOL:
                 yield pool.pop(int(rng.integers(len(pool))))
         for index in rng.permutation(len(pool)):
@@ -195,7 +210,7 @@ class RouterTraceModule(LightningDataModule):
             )
         loads, sizes = [], []
         for batch in trace.traces():
-            loads.append(batch.load(trace.layout))
+            loads.append(sequence_loads(batch, trace.layout).sum(0).numpy())
             sizes.append((batch.split, len(batch.segments)))
         self.splits = [split for split, _ in sizes]
         for needed in ("train", "val", "test"):

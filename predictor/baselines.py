@@ -77,7 +77,8 @@ class Ema:
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         """See `Forecaster`; history must hold at least one batch."""
-        return _average(history, (1 - self.rate) ** np.arange(len(history))[::-1], self.name)
+        age = np.arange(len(history))[::-1].astype(np.float64)
+        return _average(history, (1 - self.rate) ** age, self.name)
 
     @classmethod
     def fit(cls, loads: IntArray, steps: list[int]) -> "Ema":

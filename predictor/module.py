@@ -70,7 +70,8 @@ class LoadForecaster(LightningModule):
     Args:
         architecture: Shape of the network.
         learning_rate: Peak of AdamW's one-cycle schedule.
-        token_weight: Weight of the token loss beside the load loss, which counts once.
+        token_weight: Weight of the token loss beside the load loss of the decoder's layers, which counts once.
+        encoder_load_weight: Weight of the load loss of the encoder's layers.
         weight_decay: AdamW's decoupled weight decay.
     """
 
@@ -81,16 +82,18 @@ class LoadForecaster(LightningModule):
         self,
         architecture: Architecture = Architecture(),
         learning_rate: float = 3e-3,
-        token_weight: float = 1.0,
+        token_weight: float = 2.0,
+        encoder_load_weight: float = 1.0,
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(
             {"architecture": asdict(architecture), "learning_rate": learning_rate,
-             "token_weight": token_weight, "weight_decay": weight_decay}
+             "token_weight": token_weight, "encoder_load_weight": encoder_load_weight, "weight_decay": weight_decay}
         )  # fmt: skip
         self.architecture = architecture
-        self.learning_rate, self.token_weight, self.weight_decay = learning_rate, token_weight, weight_decay
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.token_weight, self.encoder_load_weight = token_weight, encoder_load_weight
 
     def setup(self, stage: str) -> None:
         """Builds the network for the trace's model and reads that model's embedding table."""
@@ -120,13 +123,20 @@ class LoadForecaster(LightningModule):
         token = cross_entropy(prediction.token_logits.flatten(0, 2), experts.flatten(), ignore_index=-1)
         past_share = self.network.history.share(sample.history)
         past = load_loss(past_share * sample.load.sum(-1, keepdim=True), sample.load)
-        return {"token": token, "load": load_loss(prediction.load, sample.load), "history": past}
+        split = self.layout.num_encoder_layers
+        return {
+            "token": token,
+            "load": load_loss(prediction.load[:split], sample.load[:split]),
+            "decoder": load_loss(prediction.load[split:], sample.load[split:]),
+            "history": past,
+        }
 
     def training_step(self, sample: TraceSample, step: int) -> Tensor:
         """One batch of the trace is one training batch."""
         loss = self.losses(self(sample), sample)
         self.log_dict({f"train/{name}_loss": value for name, value in loss.items()}, batch_size=1)
-        return self.token_weight * loss["token"] + loss["load"] + loss["history"]
+        load = self.encoder_load_weight * loss["load"]
+        return self.token_weight * loss["token"] + load + loss["decoder"] + loss["history"]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the length of the gradient before it is clipped."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from wandb_file import records
 
 import train
@@ -112,6 +113,7 @@ def test_offline_run_holds_what_was_promised(run):
     """Opened with wandb's own reader: curves, settings, tables, pictures and the predictor as an artifact."""
     run("--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.save_dir=outputs",
         "--trainer.logger.offline=true", "--trainer.log_every_n_steps=1")  # fmt: skip
+    wandb.teardown()  # waits until all is written
     keys, kinds, settings, artifacts = set(), {}, set(), set()
     for record in records(next(Path("outputs/wandb").glob("offline-run-*/run-*.wandb"))):
         for item in record.history.item:
