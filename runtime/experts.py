@@ -19,8 +19,8 @@ from runtime.split import device_load, split_by_quota
 ALIKE = 16
 """Rows from which on matrix kernels add up a row in the same order whatever their number (seen on CPUs with MKL).
 
-Below it, a group is filled with empty rows up to what the plain model would have multiplied. Without that, a group that
-is smaller for want of padding, or for being split, differs in the last bits, which a later router may make much of.
+Below it, the part of a split group is filled with empty rows up to what the plain model multiplies at once, and whole
+groups keep its order of rows. Without that, last bits differ, and a later router may make much of them.
 """
 
 
@@ -49,45 +49,44 @@ class SlotExperts(nn.Module):
         self.busy_ms = np.zeros(self.weights.num_devices)
 
     def forward(self, hidden_TD: Tensor, one_hot_T1E: Tensor, weight_T1: Tensor) -> Tensor:
-        """Same contract as `SwitchTransformersExperts`: dropped tokens (all-zero rows) and padding get 0."""
-        plain_T = one_hot_T1E[:, 0].any(-1)
-        real_T = plain_T if self.mask is None else plain_T & self.mask
-        expert_T = one_hot_T1E[:, 0].argmax(-1)
-        token = real_T.nonzero()[:, 0]
-        expert, order = expert_T[token].sort(stable=True)
-        size = one_hot_T1E.shape[-1]
-        counts = torch.stack(
-            [torch.bincount(expert, minlength=size), torch.bincount(expert_T[plain_T], minlength=size)]
-        )
-        load_E, plain_E = counts.cpu().numpy()
-        quotas = split_by_quota(load_E, self.phy2log, self.weights.num_devices, wake_tokens=self.wake_tokens)
+        """Same contract as `SwitchTransformersExperts`: dropped tokens (all-zero rows) get 0.
+
+        Padding is computed at its expert's home, as the plain model computes it, but it is neither counted nor split.
+        """
+        token = one_hot_T1E[:, 0].any(-1).nonzero()[:, 0]
+        expert, size = one_hot_T1E[token, 0].argmax(-1), one_hot_T1E.shape[-1]
+        padding = torch.zeros_like(expert) if self.mask is None else (~self.mask[token]).long()
+        counts_EX = torch.bincount(2 * expert + padding, minlength=2 * size).view(size, 2).cpu().numpy()
+        quotas = split_by_quota(counts_EX[:, 0], self.phy2log, self.weights.num_devices, wake_tokens=self.wake_tokens)
         output_TD = torch.zeros_like(hidden_TD)
         if len(token):
-            place, row, rows_N = self._arrange(quotas[0], plain_E)
-            by_place = torch.from_numpy(np.argsort(place, kind="stable")).to(token.device)
-            token, row_T = token[order][by_place], torch.from_numpy(row).to(token.device)
+            place, row, rows_N = self._arrange(quotas[0], counts_EX)
+            place_T = torch.empty_like(expert)
+            place_T[(2 * expert + padding).argsort(stable=True)] = torch.from_numpy(place).to(token.device)
+            token, row_T = token[place_T.argsort(stable=True)], torch.from_numpy(row).to(token.device)
             hidden_MD = hidden_TD.new_zeros(int(rows_N.sum()), hidden_TD.shape[-1])
             hidden_MD[row_T] = hidden_TD[token]
             output_TD[token] = self._compute(hidden_MD, rows_N)[row_T] * weight_T1[token]
-        self.load += load_E
+        self.load += counts_EX[:, 0]
         self.device_load += device_load(quotas, self.weights.num_devices)
         return output_TD
 
-    def _arrange(self, quota_P: IntArray, plain_E: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Where tokens go.
+    def _arrange(self, quota_P: IntArray, counts_EX: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Where tokens go, given the quotas and each expert's real tokens and padding `[E, 2]`.
 
         Returns:
-            The place of each token, tokens sorted by expert (an expert's first tokens go to its first slot), `[T]`; the
-            row of each token, tokens sorted by place, `[T]`; and the rows of each place, `[N]`.
+            The place of each token, tokens sorted by expert with padding last, `[T]`; the row of each token, tokens
+            sorted by place, `[T]`; and the rows of each place, `[N]`.
         """
-        by_expert = np.argsort(self.phy2log, kind="stable")  # empty slots come first and have no quota
-        place = np.repeat(self.weights.places[by_expert], quota_P[by_expert])
-        held = np.where(self.phy2log == EMPTY, 0, self.phy2log)
-        filled_P = np.where(quota_P > 0, np.maximum(quota_P, np.minimum(plain_E[held], ALIKE)), 0)
-        quota_N, rows_N = np.zeros((2, len(self.weights.wi_NFD)), dtype=np.int64)
-        quota_N[self.weights.places], rows_N[self.weights.places] = quota_P, filled_P
-        skipped_N = (rows_N - quota_N).cumsum() - (rows_N - quota_N)
-        return place, np.arange(len(place)) + np.repeat(skipped_N, quota_N), rows_N
+        held_P, home_P = np.where(self.phy2log == EMPTY, 0, self.phy2log), self.weights.is_home_P
+        size_P = quota_P + np.where(home_P, counts_EX[held_P, 1], 0)
+        by_expert = np.lexsort((home_P, self.phy2log))  # an expert's home comes last, and so does its padding
+        place = np.repeat(self.weights.places[by_expert], size_P[by_expert])
+        size_N, rows_N = np.zeros((2, len(self.weights.wi_NFD)), dtype=np.int64)
+        size_N[self.weights.places] = size_P
+        rows_N[self.weights.places] = np.maximum(size_P, np.minimum(counts_EX[held_P].sum(-1), ALIKE)) * (size_P > 0)
+        empty_N = (rows_N - size_N).cumsum() - (rows_N - size_N)  # rows filled before each place
+        return place, np.arange(len(place)) + np.repeat(empty_N, size_N), rows_N
 
     def _compute(self, hidden_MD: Tensor, rows_N: IntArray) -> Tensor:
         """Runs each device's rows, which lie next to each other, through its slots."""

@@ -33,7 +33,7 @@ class SlotWeights:
         sizes = np.where(homes, 1, 2)
         self._first = np.concatenate(([0], np.cumsum(sizes)))[:-1]
         self._in_force = np.zeros(len(homes), dtype=np.int64)
-        self._replica = ~homes
+        self.is_home_P = homes
         wi, wo = self._linear(experts[0], "wi"), self._linear(experts[0], "wo")
         places = int(sizes.sum())
         self.wi_NFD = torch.zeros((places, *wi.shape), dtype=wi.dtype, device=wi.device)
@@ -69,7 +69,7 @@ class SlotWeights:
     @torch.no_grad()
     def write(self, move: SlotMove) -> None:
         """Copies an expert from its home into the spare place of a replica slot; takes effect at `commit`."""
-        assert self._replica[move.slot], f"slot {move.slot} is a home"
+        assert not self.is_home_P[move.slot], f"slot {move.slot} is a home"
         source, target = int(self.places[move.source]), int(self._first[move.slot] + 1 - self._in_force[move.slot])
         self.wi_NFD[target].copy_(self.wi_NFD[source], non_blocking=True)
         self.wo_NDF[target].copy_(self.wo_NDF[source], non_blocking=True)

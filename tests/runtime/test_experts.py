@@ -74,13 +74,31 @@ def test_replicas_share_the_tokens_of_a_hot_expert():
     assert slots.load.tolist() == [400] + [0] * 7
 
 
-def test_padding_is_neither_computed_nor_counted():
-    slots, _ = in_slots(layer())
+def test_padding_is_computed_as_ever_but_neither_counted_nor_split():
+    plain = layer()
+    slots, transfer = in_slots(plain)
+    transfer.start(random_plan(transfer.plan, 5))
+    slots.phy2log = transfer.commit().phy2log[0]
     hidden, one_hot, weight = routed(50, 1)
-    slots.mask = torch.arange(50) < 30
-    output = slots(hidden, one_hot, weight)
-    assert not output[30:].any()
-    assert slots.load.sum() == int(one_hot[:30].sum()) == slots.device_load.sum()
+    slots.mask = torch.arange(50) % 3 > 0
+    torch.testing.assert_close(slots(hidden, one_hot, weight), plain(hidden, one_hot, weight), rtol=0, atol=1e-5)
+    assert slots.load.sum() == int(one_hot[slots.mask].sum()) == slots.device_load.sum()
+
+
+def test_groups_large_and_small_split_or_not_agree_to_the_bit():
+    """With one thread a row's bits depend on the size of its group only below four rows; see `ALIKE`."""
+    plain = layer()
+    slots, transfer = in_slots(plain)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for seed in range(10):
+            inputs = routed(int(np.random.default_rng(seed).integers(1, 90)), seed)
+            assert torch.equal(slots(*inputs), plain(*inputs))
+            transfer.start(random_plan(transfer.plan, seed))
+            slots.phy2log = transfer.commit().phy2log[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_release_gives_the_experts_their_own_storage_bit_for_bit():
