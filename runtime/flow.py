@@ -70,8 +70,9 @@ def quotas(counts_SE: IntArray, phy2log: IntArray, num_devices: int, wake: int, 
 
 
 @njit(cache=True, nogil=True)
-def _awake_copies(expert: int, start: IntArray, slots: IntArray, awake_P: BoolArray) -> int:
-    return awake_P[slots[start[expert] : start[expert + 1]]].sum()
+def _awake_copies(expert: int, start: IntArray, slots: IntArray, awake_P: BoolArray) -> np.int64:
+    count: np.int64 = awake_P[slots[start[expert] : start[expert + 1]]].sum()
+    return count
 
 
 @njit(cache=True, nogil=True)
@@ -120,7 +121,7 @@ def _balance(
     floor = -(-load_G.sum() // num_devices)  # no split has a smaller maximum
     nothing = np.zeros_like(local_P)
     while True:
-        heavy = np.argmax(load_G)
+        heavy = int(np.argmax(load_G))
         if load_G[heavy] <= floor:
             return quota_P, load_G
         kept_P = local_P
@@ -209,6 +210,7 @@ def _deal(
     num_sources = counts_SE.shape[0]
     per_device = quota_P.size // num_devices
     dealt = np.zeros((num_sources, quota_P.size), dtype=np.int64)
+    room_P = quota_P.copy()
     for expert in range(counts_SE.shape[1]):
         mine = slots[start[expert] : start[expert + 1]]
         if mine.size == 1:
@@ -220,7 +222,8 @@ def _deal(
                 device = slot // per_device
                 for source in range(num_sources):
                     if num_sources == 1 or source // reach == device // reach:
-                        tokens = min(left_S[source], quota_P[slot] - dealt[:, slot].sum())
+                        tokens = min(left_S[source], room_P[slot])
                         dealt[source, slot] += tokens
                         left_S[source] -= tokens
+                        room_P[slot] -= tokens
     return dealt

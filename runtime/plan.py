@@ -4,7 +4,8 @@
 In a plan with fixed homes, each block begins with E / G home slots, which never change, and ends with R / G replica
 slots, where -1 is an empty one:
 
-    2 devices, 4 experts, 2 redundant:    device 0: [0, 1 | 3]    device 1: [2, 3 | -1]    phy2log = [[0, 1, 3, 2, 3, -1]]
+    2 devices, 4 experts, 2 redundant: device 0 holds [0, 1 | 3], device 1 holds [2, 3 | -1];
+    phy2log = [[0, 1, 3, 2, 3, -1]]
 
 Shape suffixes: L MoE layers, E logical experts, R redundant experts, P = E + R slots, G devices.
 """
@@ -95,12 +96,12 @@ class ReplicationPlan:
     @property
     def num_redundant(self) -> int:
         """R."""
-        return self.phy2log.shape[1] - self.num_experts
+        return int(self.phy2log.shape[1]) - self.num_experts
 
     @property
     def slots_per_device(self) -> int:
         """P / G."""
-        return self.phy2log.shape[1] // self.num_devices
+        return int(self.phy2log.shape[1]) // self.num_devices
 
     @cached_property
     def is_home_slot(self) -> BoolArray:
@@ -119,7 +120,7 @@ class ReplicationPlan:
         homes = np.full((len(self.phy2log), self.num_experts + 1), EMPTY)  # the last column takes the empty slots
         np.put_along_axis(homes, self.phy2log[:, slots], slots[None], axis=-1)
         if (homes[:, :-1] == EMPTY).any():
-            raise ValueError("this plan has no fixed homes: an expert is missing from the first E / G slots of all devices")
+            raise ValueError("this plan has no fixed homes: an expert is in no device's first E / G slots")
         return homes[:, :-1]
 
     @cached_property

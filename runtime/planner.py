@@ -17,8 +17,8 @@ from runtime.search import improve
 class HomePlanner:
     """Chooses replicas so that the load after an optimal split is flattest, over the scenarios of a forecast.
 
-    It holds no state: the same forecast, plan and loads give the same plan. Ranks on unlike processors may round unlike,
-    so one rank plans and the others are told.
+    It holds no state: the same forecast, plan and loads give the same plan. Unlike processors may round unlike, so one
+    rank plans and tells the others.
 
     Attributes:
         num_devices: G.
@@ -50,8 +50,8 @@ class HomePlanner:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a figure from 0")
         if not self.horizon > 0:
             raise ValueError(f"horizon is {self.horizon}, expected more than 0 batches")
-        if self.devices_per_node is not None and (self.devices_per_node < 1 or self.num_devices % self.devices_per_node):
-            raise ValueError(f"{self.devices_per_node} devices a node do not divide {self.num_devices} devices")
+        if (node := self.devices_per_node) is not None and (node < 1 or self.num_devices % node):
+            raise ValueError(f"{node} devices a node do not divide {self.num_devices} devices")
 
     def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
         """The plan for the coming batch.

@@ -64,12 +64,12 @@ def _errors(forecast: LoadForecast, recent: LoadHistory) -> tuple[Floats, Floats
 def _surprises(share: Floats, spread: npt.NDArray[np.float64]) -> Floats:
     """The forecast with some tokens put on random experts, the same ones at every step, `[S, L, E]`."""
     part = np.minimum(SURPRISE_SHARE, 1.5 * spread.sum(-1)).astype(np.float32)[:, None]
-    return (1 - part) * share + part * _elsewhere(share.shape)
+    return np.asarray((1 - part) * share + part * _elsewhere(share.shape))
 
 
 @lru_cache(maxsize=4)
 def _elsewhere(shape: tuple[int, ...]) -> Floats:
     """Random shares, `[S, L, E]`."""
-    share = np.exp(np.random.default_rng(0).standard_normal((SURPRISES, *shape), dtype=np.float32))
+    share: Floats = np.exp(np.random.default_rng(0).standard_normal((SURPRISES, *shape), dtype=np.float32))
     share /= share.sum(-1, keepdims=True)
     return share

@@ -75,7 +75,9 @@ def _checked(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> IntA
         raise ValueError(f"counts have dtype {array.dtype}, expected whole numbers of tokens")
     array = np.ascontiguousarray(np.atleast_2d(array), dtype=np.int64)
     if array.ndim != 2 or array.shape[0] not in (1, num_devices):
-        raise ValueError(f"counts have shape {array.shape}, expected [experts], [1, experts] or [{num_devices}, experts]")
+        raise ValueError(
+            f"counts have shape {array.shape}, expected [experts], [1, experts] or [{num_devices}, experts]"
+        )
     if phy2log.ndim != 1 or phy2log.size % num_devices:
         raise ValueError(f"phy2log has shape {phy2log.shape}, expected one layer's slots, a multiple of {num_devices}")
     if phy2log.max() + 1 != array.shape[1]:

@@ -1,0 +1,136 @@
+"""The split of one layer in several scenarios at once, relaxed: what a plan is scored by, compiled.
+
+For each replica in turn, tokens flow between the expert's home device and the replica's until the two are level or the
+tokens run out. Such sweeps converge to the split of least squared device load, which also has the least maximum
+(Fujishige 1980, on lexicographically optimal bases). The scenarios lie side by side in memory and flow together; a
+sweep passes by the devices where nothing has stirred.
+
+Loads are in units of the mean device load. Shape suffixes: K scenarios, E experts, R replica slots in device order,
+G devices.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from runtime.plan import IntArray
+
+Floats = npt.NDArray[np.float32]
+SWEEPS, FIRST_SWEEPS = 4, 16
+STILL = np.float32(2e-3)
+"""A flow that counts as none."""
+UNEVEN = np.float32(0.3)
+"""Weight of the root of squared overloads beside the maximum; tells apart plans with the same maximum."""
+
+
+class Layer(NamedTuple):
+    """One layer's replicas and where the tokens of each scenario lie.
+
+    Attributes:
+        held: Expert in each replica slot, -1 where empty, `[R]`.
+        home: Home device of each expert, `[E]`.
+        away: Tokens on each replica, `[R, K]`.
+        stay: Tokens of each expert at home, `[E, K]`.
+        load: Load of each device, `[G, K]`.
+        stirred: Sweep before which a device's load last changed, `[G]`.
+    """
+
+    held: IntArray
+    home: IntArray
+    away: Floats
+    stay: Floats
+    load: Floats
+    stirred: IntArray
+
+
+@njit(cache=True, nogil=True)
+def start(held_R: IntArray, home_E: IntArray, load_EK: Floats, num_devices: int) -> Layer:
+    """The layer with every scenario's split relaxed."""
+    away = np.zeros((held_R.size, load_EK.shape[1]), dtype=np.float32)
+    load = np.zeros((num_devices, load_EK.shape[1]), dtype=np.float32)
+    for expert in range(home_E.size):
+        load[home_E[expert]] += load_EK[expert]
+    layer = Layer(held_R.copy(), home_E, away, load_EK.copy(), load, np.zeros(num_devices, dtype=np.int64))
+    _relax(layer, FIRST_SWEEPS)
+    return layer
+
+
+@njit(cache=True, nogil=True)
+def copy(layer: Layer, scratch: Layer, expert: int) -> None:
+    """Makes the scratch equal to the layer, as far as putting one more expert into a slot can touch it."""
+    scratch.held[:] = layer.held
+    for device in range(layer.load.shape[0]):
+        for k in range(layer.load.shape[1]):
+            scratch.load[device, k] = layer.load[device, k]
+    for slot in range(layer.held.size):
+        other = layer.held[slot]
+        if other >= 0:
+            for k in range(layer.load.shape[1]):
+                scratch.away[slot, k] = layer.away[slot, k]
+                scratch.stay[other, k] = layer.stay[other, k]
+        else:
+            scratch.away[slot] = 0
+    scratch.stay[expert] = layer.stay[expert]
+
+
+@njit(cache=True, nogil=True)
+def replace(layer: Layer, slot: int, expert: int) -> None:
+    """Puts an expert into a replica slot, sends the tokens of the one it held home, and relaxes."""
+    device = slot // (layer.held.size // len(layer.load))
+    old = layer.held[slot]
+    layer.stirred[:] = -1
+    layer.stirred[device] = 0
+    layer.stirred[layer.home[expert]] = 0
+    if old >= 0:
+        layer.stirred[layer.home[old]] = 0
+        layer.load[layer.home[old]] += layer.away[slot]
+        layer.load[device] -= layer.away[slot]
+        layer.stay[old] += layer.away[slot]
+        layer.away[slot] = 0
+    layer.held[slot] = expert
+    _relax(layer, SWEEPS)
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _relax(layer: Layer, sweeps: int) -> None:
+    """Lets tokens flow between homes and replicas towards level devices, where something has stirred."""
+    room = layer.held.size // len(layer.load)
+    for sweep in range(sweeps):
+        for slot in range(layer.held.size):
+            expert, there = layer.held[slot], slot // room
+            if expert < 0:
+                continue
+            here = layer.home[expert]
+            if max(layer.stirred[here], layer.stirred[there]) < sweep:
+                continue
+            from_load, to_load = layer.load[here], layer.load[there]
+            away, stay = layer.away[slot], layer.stay[expert]
+            most = np.float32(0)
+            for k in range(from_load.size):
+                flow = np.float32(0.5) * (from_load[k] - to_load[k])
+                flow = min(max(flow, -away[k]), stay[k])
+                from_load[k] -= flow
+                to_load[k] += flow
+                away[k] += flow
+                stay[k] -= flow
+                most = max(most, abs(flow))
+            if most > STILL:
+                layer.stirred[here] = layer.stirred[there] = sweep + 1
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def score(load: Floats, weight_K: Floats) -> np.float32:
+    """Overload of the most loaded device, and a little of how uneven the others are, averaged over scenarios."""
+    top = load[0].copy()
+    squares = np.zeros_like(top)
+    for device in range(load.shape[0]):
+        for k in range(top.size):
+            over = max(load[device, k] - np.float32(1), np.float32(0))
+            top[k] = max(top[k], load[device, k])
+            squares[k] += over * over
+    score = np.float32(0)
+    for k in range(top.size):
+        score += weight_K[k] * (top[k] - np.float32(1) + UNEVEN * np.sqrt(squares[k]))
+    return score
