@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from data.cli import user_errors
@@ -27,6 +26,7 @@ from data.trace import IntArray
 from predictor.calibrate import calibrate_spread
 from predictor.checkpoint import load_predictor, save_predictor
 from predictor.export import check_target, model_card, predictor_folder, provenance
+from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast
 from predictor.ladder import climb, rivals
 from predictor.module import LoadForecaster, checkpoint_to_resume
@@ -81,9 +81,6 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     started, folder = time.perf_counter(), Path(cli.config["predictor"])
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     check_target(folder)
-    torch.set_num_threads(
-        1
-    )  # steps are too small to share, and threads that wait for each other stall on a busy machine
     checkpoint = checkpoint_to_resume(trainer, cli.config["ckpt_path"])
     track_inputs(trainer, cli.config.as_dict(), data.path)
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -93,6 +90,7 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
         return None
     learned = model.forecaster()
     learned.spread = calibrate_spread(learned, data.samples("val"))
+    learned.familiarity = Familiarity.fit(data.layout.vocab_size, data.tokens("train"), data.tokens("val"))
     divides = data.layout.num_experts % DEVICES == 0
     ladder = climb([*rivals(data), learned], data, (lambda: Replicator(data.layout)) if divides else None)
     about["metrics"] = details(ladder)

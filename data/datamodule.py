@@ -224,6 +224,10 @@ class RouterTraceModule(LightningDataModule):
         """The batches of a split in their order."""
         return TraceSamples(self.trace, self.loads, self.sizes, split, self.window)
 
+    def tokens(self, split: str) -> Iterator[TokenBatch]:
+        """The encoder tokens of a split's batches, in their order."""
+        return (sample.trace.tokens for sample in self.samples(split))
+
     def train_dataloader(self) -> DataLoader[TraceSample]:
         """Training batches, shuffled anew each epoch and shared out over the processes."""
         trainer = self.trainer

@@ -7,18 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from data.files import read_json, sha256, whole_file, write_json
 from data.layout import MoELayout
+from predictor.familiarity import Familiarity
 from predictor.learned import LearnedForecaster
 from predictor.model import Architecture, LoadNetwork
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SPREAD = "spread"
+SPREAD, KNOWN, USUAL = "spread", "known_tokens", "usual_share_known"
 
 
 def save_predictor(folder: Path, forecaster: LearnedForecaster, about: dict[str, Any] | None = None) -> None:
@@ -31,7 +33,7 @@ def save_predictor(folder: Path, forecaster: LearnedForecaster, about: dict[str,
     """
     state = {name: value.contiguous() for name, value in forecaster.network.state_dict().items()}
     with whole_file(folder / WEIGHTS) as aside:
-        aside.write_bytes(save(state | {SPREAD: forecaster.spread}))
+        aside.write_bytes(save(state | {SPREAD: forecaster.spread} | _familiar_tensors(forecaster.familiarity)))
     config = {
         "format_version": FORMAT_VERSION,
         "layout": forecaster.layout.to_json(),
@@ -39,6 +41,10 @@ def save_predictor(folder: Path, forecaster: LearnedForecaster, about: dict[str,
         "weights_sha256": sha256(folder / WEIGHTS),
     }
     write_json(folder / CONFIG, config | (about or {}))
+
+
+def _familiar_tensors(familiarity: Familiarity | None) -> dict[str, Tensor]:
+    return {} if familiarity is None else {KNOWN: familiarity.known, USUAL: torch.tensor(familiarity.usual)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -96,6 +102,7 @@ def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tenso
     try:
         network = LoadNetwork(trained, Architecture(**config["architecture"]))
         spread = weights.pop(SPREAD)
+        familiarity = Familiarity(weights.pop(KNOWN), float(weights.pop(USUAL))) if KNOWN in weights else None
         network.load_state_dict(weights)
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path / CONFIG} and {WEIGHTS} do not fit together: {error}") from None
@@ -108,4 +115,4 @@ def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tenso
         raise ValueError(
             f"the embedding table is {tuple(embedding.shape)}, {path} needs {(trained.vocab_size, trained.d_model)}"
         )
-    return LearnedForecaster(trained, network, embedding.float(), spread)
+    return LearnedForecaster(trained, network, embedding.float(), spread, familiarity)

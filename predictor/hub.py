@@ -18,7 +18,9 @@ class HubForecaster(LearnedForecaster, ModelHubMixin, library_name="switchcast")
     @classmethod
     def of(cls, forecaster: LearnedForecaster) -> "HubForecaster":
         """The same predictor, with the hub's methods."""
-        return cls(forecaster.layout, forecaster.network, forecaster.embedding, forecaster.spread)
+        return cls(
+            forecaster.layout, forecaster.network, forecaster.embedding, forecaster.spread, forecaster.familiarity
+        )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_predictor(save_directory, self)

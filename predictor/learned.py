@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from data.layout import MoELayout
 from data.trace import TokenBatch
+from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
 from predictor.history import WINDOW
 from predictor.model import LoadNetwork, Prediction
@@ -22,19 +23,29 @@ class LearnedForecaster:
         embedding: The host model's token embeddings, `[V, D]`.
         spread: Calibration of the spread: what the squared error is of the variance and of the squared load,
             with tokens known (0) and unknown (1), `[2, L, 2]`.
+        familiarity: Tells text of the kind the network was trained on; None trusts it on any text.
     """
 
     name = "learned"
 
-    def __init__(self, layout: MoELayout, network: LoadNetwork, embedding: Tensor, spread: Tensor) -> None:
+    def __init__(
+        self,
+        layout: MoELayout,
+        network: LoadNetwork,
+        embedding: Tensor,
+        spread: Tensor,
+        familiarity: Familiarity | None = None,
+    ) -> None:
         self.layout, self.network, self.embedding, self.spread = layout, network.eval(), embedding, spread
+        self.familiarity = familiarity
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         """See `Forecaster`."""
         past = torch.from_numpy(history[-WINDOW:]).float()
         if upcoming is not None and upcoming.num_tokens:
             prediction = self.predict(upcoming, past)
-            load, variance, spread = prediction.load, prediction.variance, self.spread[0]
+            load, variance = self._with_history(prediction, upcoming, past)
+            spread = self.spread[0]
         else:
             load, variance = self.from_history(past)
             spread = self.spread[1]
@@ -56,6 +67,16 @@ class LearnedForecaster:
         x_BTD = nn.functional.embedding(upcoming.input_ids, self.embedding)
         prediction: Prediction = self.network(x_BTD, upcoming.mask, past_KLE)
         return prediction
+
+    def _with_history(self, prediction: Prediction, upcoming: TokenBatch, past_KLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Load and variance `[L, E]`: the network's, mixed with history's where the text is unfamiliar."""
+        trust = 1.0 if self.familiarity is None or not len(past_KLE) else self.familiarity.trust(upcoming)
+        if trust == 1.0:
+            return prediction.load, prediction.variance
+        history, _ = self.from_history(past_KLE)
+        history = history * prediction.load.sum(-1, keepdim=True) / history.sum(-1, keepdim=True).clamp(min=1e-9)
+        doubt = trust * (1 - trust) * (prediction.load - history) ** 2  # variance of a mixture of two
+        return trust * prediction.load + (1 - trust) * history, prediction.variance + doubt
 
     @torch.inference_mode()
     def from_history(self, past_KLE: Tensor) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,10 @@ class LoadForecaster(LightningModule):
             "history": past,
         }
 
+    def on_fit_start(self) -> None:
+        """One thread: steps are too small to share, and threads that wait for each other stall on a busy machine."""
+        torch.set_num_threads(1)
+
     def training_step(self, sample: TraceSample, step: int) -> Tensor:
         """One batch of the trace is one training batch."""
         loss = self.losses(self(sample), sample)
