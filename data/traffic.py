@@ -29,7 +29,7 @@ class Traffic:
         seed: Seeds batch sizes, topics and masked spans.
     """
 
-    batches: int = 72
+    batches: int = 64
     smallest: int = 16
     largest: int = 64
     length: int = 128
