@@ -12,9 +12,9 @@ from torch import Tensor
 
 from data.trace import TokenBatch
 
-OFTEN = 20
+OFTEN = 5
 """Occurrences in training from which a token counts as known."""
-STEEPNESS = 4
+STEEPNESS = 12
 """How fast trust falls: (share of known tokens / the usual share) to this power."""
 
 

@@ -6,7 +6,7 @@ import torch
 
 from data.trace import pad_tokens
 from predictor.checkpoint import load_predictor, save_predictor
-from predictor.familiarity import OFTEN, Familiarity
+from predictor.familiarity import OFTEN, STEEPNESS, Familiarity
 from predictor.learned import LearnedForecaster
 from predictor.model import Architecture, LoadNetwork
 
@@ -28,7 +28,7 @@ def test_counts_real_tokens_only(familiarity):
 
 
 @pytest.mark.parametrize(
-    ("ids", "trust"), [((1, 2, 3), 1.0), ((1, 2, 3, 4, 59), 1.0), ((1, 58), (0.5 / 0.8) ** 4), ((58,), 0)]
+    ("ids", "trust"), [((1, 2, 3), 1.0), ((1, 2, 3, 4, 59), 1.0), ((1, 58), (0.5 / 0.8) ** STEEPNESS), ((58,), 0)]
 )
 def test_trust(familiarity, ids, trust):
     assert familiarity.trust(batch(*ids)) == pytest.approx(trust)
