@@ -96,28 +96,27 @@ def replace(layer: Layer, slot: int, expert: int) -> None:
 @njit(cache=True, nogil=True, fastmath=True)
 def _relax(layer: Layer, sweeps: int) -> None:
     """Lets tokens flow between homes and replicas towards level devices, where something has stirred."""
-    room = layer.held.size // len(layer.load)
+    held, home, away, stay, load, stirred = layer
+    room = held.size // load.shape[0]
     for sweep in range(sweeps):
-        for slot in range(layer.held.size):
-            expert, there = layer.held[slot], slot // room
+        for slot in range(held.size):
+            expert, there = held[slot], slot // room
             if expert < 0:
                 continue
-            here = layer.home[expert]
-            if max(layer.stirred[here], layer.stirred[there]) < sweep:
+            here = home[expert]
+            if max(stirred[here], stirred[there]) < sweep:
                 continue
-            from_load, to_load = layer.load[here], layer.load[there]
-            away, stay = layer.away[slot], layer.stay[expert]
             most = np.float32(0)
-            for k in range(from_load.size):
-                flow = np.float32(0.5) * (from_load[k] - to_load[k])
-                flow = min(max(flow, -away[k]), stay[k])
-                from_load[k] -= flow
-                to_load[k] += flow
-                away[k] += flow
-                stay[k] -= flow
+            for k in range(load.shape[1]):
+                flow = np.float32(0.5) * (load[here, k] - load[there, k])
+                flow = min(max(flow, -away[slot, k]), stay[expert, k])
+                load[here, k] -= flow
+                load[there, k] += flow
+                away[slot, k] += flow
+                stay[expert, k] -= flow
                 most = max(most, abs(flow))
             if most > STILL:
-                layer.stirred[here] = layer.stirred[there] = sweep + 1
+                stirred[here] = stirred[there] = sweep + 1
 
 
 @njit(cache=True, nogil=True, fastmath=True)

@@ -35,7 +35,7 @@ class Replay:
     """What one policy did with the loads.
 
     Attributes:
-        forecast: Name of the forecaster; "none" without replicas.
+        forecast: Name of the forecaster; "none" where none is asked.
         planner: Name of the planner.
         split: Name of the split.
         phy2log: The plan of each step, `[N, L, P]`.
@@ -110,7 +110,7 @@ def replay(
             loaded[split].append(_run(loads[step], plan, SPLITS[split]))
     return [
         Replay(
-            "none" if plan.num_redundant == 0 else source,
+            "none" if name == "contiguous" else source,
             name,
             split,
             np.stack(phy2log),

@@ -17,13 +17,13 @@ from numba import njit
 from runtime.plan import IntArray
 from runtime.relax import Floats, Layer, copy, replace, score, start
 
-WORK = 100_000
+WORK = 60_000
 """What may be spent on one layer before one batch: trials, times slots and devices, times scenarios and four."""
 ROUND, ROUGH_ROUND, SURE_ROUND = 20, 3, 96
 """Changes relaxed in full to choose one: in general; while slots are empty or the overload is above `ROUGH`, when most
 copies help; and for a forecast without spread, whose single scenario costs little."""
 ROUGH = 0.2
-EXPERTS, DEVICES = 16, 12
+EXPERTS, DEVICES = 12, 8
 """Experts considered for copying, and devices to copy to: those that would give and take most."""
 
 

@@ -63,12 +63,12 @@ class Hardware:
     def net_seconds(self, replay: Replay) -> FloatArray:
         """Expert time of each step with what its moves, plan and split add to it, `[N]`."""
         batch = self.batch_seconds(replay)
-        if replay.forecast == "none":
+        if replay.planner == "contiguous":
             return batch
         before = np.zeros_like(batch) if replay.forecast == "exact" else np.concatenate([batch[:1], batch[:-1]])
         moves = replay.arrivals.max(-1) * self.expert_bytes / self.bytes_per_second
-        hidden = np.maximum(moves + 1e-3 * replay.plan_ms - before, 0)
-        return np.asarray(batch + hidden + 1e-6 * replay.split_us * replay.device_load.shape[1])
+        exposed = np.maximum(moves + 1e-3 * np.median(replay.plan_ms) - before, 0)
+        return np.asarray(batch + exposed + 1e-6 * np.median(replay.split_us) * replay.device_load.shape[1])
 
 
 def measure(expert_bytes: float) -> Hardware:
@@ -107,7 +107,7 @@ def verdict(contiguous: Replay, replays: list[Replay], hardware: Hardware) -> di
         JSON document: answer, why, policy, net_gain (share of the expert time without replicas), interval (90 %),
         milliseconds a step without and with, hardware.
     """
-    honest = [replay for replay in replays if replay.forecast not in (*TRUTHS, "none")]
+    honest = [replay for replay in replays if replay.planner != "contiguous" and replay.forecast not in TRUTHS]
     if not honest:
         return {"answer": "not enough data", "why": "no policy with replicas and a forecast was replayed"}
     without = hardware.batch_seconds(contiguous)

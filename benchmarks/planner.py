@@ -1,0 +1,103 @@
+"""Planning and splitting time beside EPLB's, and against the targets, one thread.
+
+    python -m benchmarks.planner
+
+Loads follow Zipf shares that drift a little at every step; each step is planned from the last batch and split. Prints a
+table and, as the last line, one JSON document. Times are medians over steps after the first five.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from data.trace import IntArray
+from predictor.baselines import LastBatch
+from runtime.homes import flat_homes
+from runtime.plan import ReplicationPlan
+from runtime.planner import HomePlanner
+from runtime.replay import Planner
+from runtime.rivals import EplbPlanner
+from runtime.split import split_by_quota
+
+SHAPES = (
+    # layers, experts, redundant, devices, tokens, target of a plan in ms, target of a split in us
+    (12, 128, 16, 8, 4096, 5.0, 200.0),
+    (58, 256, 32, 32, 32768, 40.0, None),
+)
+STEPS, WARM = 30, 5
+DRIFT = 0.05
+"""Standard deviation of the step of each log share."""
+
+
+def drifting(layers: int, experts: int, tokens: int) -> Iterator[IntArray]:
+    """Loads `[L, E]` of one step after another."""
+    rng = np.random.default_rng(0)
+    logs = -np.log(rng.permuted(np.tile(np.arange(1.0, experts + 1), (layers, 1)), axis=1))
+    for _ in range(STEPS):
+        logs += DRIFT * rng.standard_normal(logs.shape)
+        share = np.exp(logs)
+        yield rng.multinomial(tokens, share / share.sum(-1, keepdims=True))
+
+
+def milliseconds(planner: Planner, loads: IntArray, first: ReplicationPlan) -> tuple[float, float, float, float]:
+    """Median milliseconds of a plan; median microseconds of a split with one source and with one on each device;
+    moves a layer.
+    """
+    plan, times, moves = first, [], []
+    one: list[float] = []
+    each: list[float] = []
+    rng = np.random.default_rng(1)
+    for step in range(1, len(loads)):
+        forecast = LastBatch().forecast(None, loads[:step])
+        began = time.perf_counter()
+        target = planner.plan(forecast, plan, loads[:step])
+        times.append(1e3 * (time.perf_counter() - began))
+        moves.append(len(plan.moves_to(target)) / len(target.phy2log))
+        plan = target
+        load, phy2log = loads[step, 0], plan.phy2log[0]
+        sources = np.ascontiguousarray(rng.multinomial(load, np.full(plan.num_devices, 1 / plan.num_devices)).T)
+        for counts, kept in ((load[None], one), (sources, each)):
+            began = time.perf_counter()
+            split_by_quota(counts, phy2log, plan.num_devices)
+            kept.append(1e6 * (time.perf_counter() - began))
+    return tuple(float(np.median(kept[WARM:])) for kept in (times, one, each, moves))  # type: ignore[return-value]
+
+
+def main() -> None:
+    """Measures all shapes."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table(title="Planning and splitting, one thread")
+    for name in ("layers x experts", "redundant", "devices", "planner", "plan ms", "target", "moves/layer"):
+        table.add_column(name, justify="right")
+    table.add_column("split µs, 1 source", justify="right")
+    table.add_column("split µs, a source each", justify="right")
+    results = []
+    for layers, experts, redundant, devices, tokens, plan_target, split_target in track(
+        SHAPES, "shapes", console=Console(stderr=True)
+    ):
+        loads = np.stack(list(drifting(layers, experts, tokens)))
+        homes = flat_homes(loads[0].astype(np.float64), devices)
+        first = ReplicationPlan.at_home(homes, devices, redundant)
+        for name, planner in (("home", HomePlanner(devices, redundant)), ("eplb", EplbPlanner())):
+            plan_ms, one, each, moves = milliseconds(planner, loads, first)
+            results.append({
+                "layers": layers, "experts": experts, "redundant": redundant, "devices": devices, "planner": name,
+                "plan_ms": round(plan_ms, 3), "plan_target_ms": plan_target, "moves_per_layer": round(moves, 2),
+                "split_us": round(one, 1), "split_sources_us": round(each, 1), "split_target_us": split_target,
+            })  # fmt: skip
+            table.add_row(
+                f"{layers} x {experts}", str(redundant), str(devices), name, f"{plan_ms:.2f}", f"{plan_target:.0f}",
+                f"{moves:.2f}", f"{one:.0f}", f"{each:.0f}",
+            )  # fmt: skip
+    console.print(table)
+    print(json.dumps({"results": results}))
+
+
+if __name__ == "__main__":
+    main()
