@@ -45,7 +45,9 @@ class HomePlanner:
         check_division(self.num_devices, self.num_devices, self.num_redundant)
         if self.max_moves is not None and self.max_moves < 0:
             raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more, or None for no limit")
-        for name in ("least_gain", "move_tokens", "between_nodes"):
+        if not 1 <= self.between_nodes < float("inf"):
+            raise ValueError(f"between_nodes is {self.between_nodes}, expected 1 or more")
+        for name in ("least_gain", "move_tokens"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a figure from 0")
         if not self.horizon > 0:
@@ -73,17 +75,20 @@ class HomePlanner:
         shares, weights = scenarios(forecast, recent)
         load = shares * np.float32(self.num_devices)
         limit = self.num_redundant if self.max_moves is None else min(self.num_redundant, self.max_moves)
-        wanted, gain = improve(held, home, load, weights, self._price(forecast.tokens), limit)
+        wanted, gain = improve(held, home, load, weights, self._price(forecast.tokens), self._factor(), limit)
         phy2log = current.phy2log.copy()
         phy2log[:, ~current.is_home_slot] = self._within_budget(held, wanted, gain)
         return ReplicationPlan(phy2log, self.num_devices)
 
     def _price(self, tokens_L: FloatArray) -> Floats:
-        """What a copy between two devices must save, in units of the mean device load, `[L, G, G]`."""
+        """What a copy within a node must save, in units of the mean device load, `[L]`."""
         exposed = self.move_tokens / (self.horizon * np.maximum(tokens_L / self.num_devices, 1.0))
+        return np.maximum(self.least_gain, exposed).astype(np.float32)
+
+    def _factor(self) -> Floats:
+        """Factor to that price for a copy from one device to another, `[G, G]`."""
         node = np.arange(self.num_devices) // (self.devices_per_node or self.num_devices)
-        factor = np.where(node[:, None] == node, 1.0, self.between_nodes)
-        return (np.maximum(self.least_gain, exposed)[:, None, None] * factor).astype(np.float32)
+        return np.where(node[:, None] == node, 1.0, self.between_nodes).astype(np.float32)
 
     def _within_budget(self, held: IntArray, wanted: IntArray, gain: Floats) -> IntArray:
         """The wanted replicas `[L, R]` of the layers that gain most for a move, the others as they are."""

@@ -51,7 +51,8 @@ def start(held_R: IntArray, home_E: IntArray, load_EK: Floats, num_devices: int)
     away = np.zeros((held_R.size, load_EK.shape[1]), dtype=np.float32)
     load = np.zeros((num_devices, load_EK.shape[1]), dtype=np.float32)
     for expert in range(home_E.size):
-        load[home_E[expert]] += load_EK[expert]
+        for k in range(load_EK.shape[1]):
+            load[home_E[expert], k] += load_EK[expert, k]
     layer = Layer(held_R.copy(), home_E, away, load_EK.copy(), load, np.zeros(num_devices, dtype=np.int64))
     _relax(layer, FIRST_SWEEPS)
     return layer
@@ -60,36 +61,35 @@ def start(held_R: IntArray, home_E: IntArray, load_EK: Floats, num_devices: int)
 @njit(cache=True, nogil=True)
 def copy(layer: Layer, scratch: Layer, expert: int) -> None:
     """Makes the scratch equal to the layer, as far as putting one more expert into a slot can touch it."""
-    scratch.held[:] = layer.held
-    for device in range(layer.load.shape[0]):
-        for k in range(layer.load.shape[1]):
+    num_devices, num_scenarios = layer.load.shape
+    for device in range(num_devices):
+        for k in range(num_scenarios):
             scratch.load[device, k] = layer.load[device, k]
     for slot in range(layer.held.size):
-        other = layer.held[slot]
-        if other >= 0:
-            for k in range(layer.load.shape[1]):
-                scratch.away[slot, k] = layer.away[slot, k]
+        other = scratch.held[slot] = layer.held[slot]
+        for k in range(num_scenarios):
+            scratch.away[slot, k] = layer.away[slot, k]
+            if other >= 0:
                 scratch.stay[other, k] = layer.stay[other, k]
-        else:
-            scratch.away[slot] = 0
-    scratch.stay[expert] = layer.stay[expert]
+    for k in range(num_scenarios):
+        scratch.stay[expert, k] = layer.stay[expert, k]
 
 
 @njit(cache=True, nogil=True)
 def replace(layer: Layer, slot: int, expert: int) -> None:
     """Puts an expert into a replica slot, sends the tokens of the one it held home, and relaxes."""
-    device = slot // (layer.held.size // len(layer.load))
-    old = layer.held[slot]
-    layer.stirred[:] = -1
-    layer.stirred[device] = 0
-    layer.stirred[layer.home[expert]] = 0
+    held, home, away, stay, load, stirred = layer
+    num_devices, num_scenarios = load.shape
+    device, old = slot // (held.size // num_devices), held[slot]
+    for other in range(num_devices):
+        stirred[other] = 0 if other in (device, home[expert]) or (old >= 0 and other == home[old]) else -1
     if old >= 0:
-        layer.stirred[layer.home[old]] = 0
-        layer.load[layer.home[old]] += layer.away[slot]
-        layer.load[device] -= layer.away[slot]
-        layer.stay[old] += layer.away[slot]
-        layer.away[slot] = 0
-    layer.held[slot] = expert
+        for k in range(num_scenarios):
+            load[home[old], k] += away[slot, k]
+            load[device, k] -= away[slot, k]
+            stay[old, k] += away[slot, k]
+            away[slot, k] = 0
+    held[slot] = expert
     _relax(layer, SWEEPS)
 
 
@@ -122,8 +122,8 @@ def _relax(layer: Layer, sweeps: int) -> None:
 @njit(cache=True, nogil=True, fastmath=True)
 def score(load: Floats, weight_K: Floats) -> np.float32:
     """Overload of the most loaded device, and a little of how uneven the others are, averaged over scenarios."""
-    top = load[0].copy()
-    squares = np.zeros_like(top)
+    top = np.zeros(weight_K.size, dtype=np.float32)
+    squares = np.zeros(weight_K.size, dtype=np.float32)
     for device in range(load.shape[0]):
         for k in range(top.size):
             over = max(load[device, k] - np.float32(1), np.float32(0))

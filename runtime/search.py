@@ -29,7 +29,13 @@ EXPERTS, DEVICES = 12, 8
 
 @njit(cache=True, nogil=True)
 def improve(
-    held_LR: IntArray, home_LE: IntArray, load_LEK: Floats, weight_K: Floats, price_LGG: Floats, max_moves: int
+    held_LR: IntArray,
+    home_LE: IntArray,
+    load_LEK: Floats,
+    weight_K: Floats,
+    price_L: Floats,
+    factor_GG: Floats,
+    max_moves: int,
 ) -> tuple[IntArray, Floats]:
     """Improves the replicas of all layers.
 
@@ -38,7 +44,8 @@ def improve(
         home_LE: Home device of each expert.
         load_LEK: Load of each expert in each scenario.
         weight_K: Weight of each scenario; they sum to 1.
-        price_LGG: What a copy from one device to another must save.
+        price_L: What a copy must save.
+        factor_GG: Factor to the price of a copy from one device to another, at least 1.
         max_moves: Most slots of a layer that may change.
 
     Returns:
@@ -47,15 +54,18 @@ def improve(
     improved = held_LR.copy()
     gain = np.zeros(len(held_LR), dtype=np.float32)
     for i in range(len(held_LR)):
-        layer = start(held_LR[i], home_LE[i], load_LEK[i], price_LGG.shape[1])
+        layer = start(held_LR[i], home_LE[i], load_LEK[i], len(factor_GG))
         before = score(layer.load, weight_K)
-        gain[i] = before - _search(layer, before, weight_K, price_LGG[i], max_moves)
-        improved[i] = layer.held
+        gain[i] = before - _search(layer, before, weight_K, price_L[i], factor_GG, max_moves)
+        for slot in range(layer.held.size):
+            improved[i, slot] = layer.held[slot]
     return improved, gain
 
 
 @njit(cache=True, nogil=True)
-def _search(layer: Layer, current: np.float32, weight_K: Floats, price_GG: Floats, max_moves: int) -> np.float32:
+def _search(
+    layer: Layer, current: np.float32, weight_K: Floats, price: float, factor_GG: Floats, max_moves: int
+) -> np.float32:
     """Improves the layer in place; returns its score."""
     room = layer.held.size // len(layer.load)
     scratch = Layer(
@@ -63,7 +73,7 @@ def _search(layer: Layer, current: np.float32, weight_K: Floats, price_GG: Float
     )
     trials = WORK // ((layer.held.size + len(layer.load)) * (4 + weight_K.size))
     for _ in range(max_moves):
-        if current <= price_GG.min() or trials <= 0:  # a perfect balance would not pay for a move
+        if current <= price or trials <= 0:  # a perfect balance would not pay for a move
             break
         slots, experts = _candidates(layer, weight_K, SURE_ROUND if weight_K.size == 1 else ROUND)
         rough = current > ROUGH or (slots.size > 0 and layer.held[slots[0]] < 0)
@@ -73,7 +83,7 @@ def _search(layer: Layer, current: np.float32, weight_K: Floats, price_GG: Float
                 break
             copy(layer, scratch, experts[i])
             replace(scratch, slots[i], experts[i])
-            cost = score(scratch.load, weight_K) + price_GG[layer.home[experts[i]], slots[i] // room]
+            cost = score(scratch.load, weight_K) + price * factor_GG[layer.home[experts[i]], slots[i] // room]
             trials -= 1
             if cost < least:
                 least, chosen = cost, i
@@ -101,15 +111,18 @@ def _candidates(layer: Layer, weight_K: Floats, count: int) -> tuple[IntArray, I
     gains = np.full(count, -np.inf, dtype=np.float32)
     slots, experts = np.full(count, -1), np.full(count, -1)
     for expert in _largest(give_E, EXPERTS):
-        home, stay = layer.load[layer.home[expert]], layer.stay[expert]
+        home = layer.home[expert]
         for device in devices:
             first = device * room
-            if device == layer.home[expert] or expert in held[first : first + room]:
+            taken = device == home
+            for slot in range(first, first + room):
+                taken = taken or held[slot] == expert
+            if taken:
                 continue
-            gain, load = np.float32(0), layer.load[device]
+            gain = np.float32(0)
             for k in range(weight_K.size):
-                gap = max(home[k] - load[k], np.float32(0))
-                flow = min(stay[k], np.float32(0.5) * gap)
+                gap = max(layer.load[home, k] - layer.load[device, k], np.float32(0))
+                flow = min(layer.stay[expert, k], np.float32(0.5) * gap)
                 gain += np.float32(2) * weight_K[k] * flow * (gap - flow)
             if gain <= 0:
                 continue
@@ -117,19 +130,20 @@ def _candidates(layer: Layer, weight_K: Floats, count: int) -> tuple[IntArray, I
                 _insert(gain - loss_R[slot], slot, expert, gains, slots, experts)
                 if held[slot] < 0:
                     break
-    found = (slots >= 0).sum()
+    found = 0
+    while found < count and slots[found] >= 0:
+        found += 1
     return slots[:found], experts[:found]
 
 
 @njit(cache=True, nogil=True, fastmath=True)
 def _give_and_take(layer: Layer, weight_K: Floats) -> tuple[Floats, Floats]:
     """How much each expert could relieve its home `[E]`, and how far each device lies below the mean `[G]`."""
-    over_GK = np.maximum(layer.load - np.float32(1), np.float32(0))
     give_E = np.zeros(layer.home.size, dtype=np.float32)
     for expert in range(layer.home.size):
-        over, stay = over_GK[layer.home[expert]], layer.stay[expert]
         for k in range(weight_K.size):
-            give_E[expert] += weight_K[k] * min(stay[k], over[k]) * over[k]
+            over = max(layer.load[layer.home[expert], k] - np.float32(1), np.float32(0))
+            give_E[expert] += weight_K[k] * min(layer.stay[expert, k], over) * over
     take_G = np.zeros(len(layer.load), dtype=np.float32)
     for device in range(len(layer.load)):
         for k in range(weight_K.size):

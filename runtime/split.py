@@ -10,7 +10,8 @@ Shape suffixes: S source devices (1 where the source does not matter), E logical
 import numpy as np
 import numpy.typing as npt
 
-from runtime import flow
+from runtime.deal import even
+from runtime.flow import quotas
 from runtime.plan import IntArray
 
 
@@ -46,7 +47,7 @@ def split_by_quota(
     node = num_devices if devices_per_node is None else devices_per_node
     if node < 1 or num_devices % node:
         raise ValueError(f"{node} devices a node do not divide {num_devices} devices")
-    return flow.quotas(counts_SE, phy2log, num_devices, wake_tokens, node)
+    return quotas(counts_SE, counts_SE.sum(0), phy2log, num_devices, wake_tokens, node)
 
 
 def split_evenly(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> IntArray:
@@ -60,7 +61,7 @@ def split_evenly(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> 
     Returns:
         Quotas `[S, P]`.
     """
-    return flow.even(_checked(counts, phy2log, num_devices), phy2log)
+    return even(_checked(counts, phy2log, num_devices), phy2log)
 
 
 def device_load(quotas: IntArray, num_devices: int) -> IntArray:
