@@ -8,6 +8,15 @@ from rich.table import Table
 
 from runtime.replay import Replay
 
+LINES = {
+    ("contiguous", "even", "none"),
+    ("eplb", "even", "last"),
+    ("home", "quota", "last"),
+    ("home", "quota", "learned"),
+    ("home", "quota", "oracle"),
+}
+"""Policies whose balancedness is drawn step after step."""
+
 
 def document(replays: list[Replay], expert_bytes: float) -> dict[str, Any]:
     """The figures of each replay, as they stand in the JSON document."""
@@ -63,7 +72,7 @@ def table(report: dict[str, Any]) -> Table:
             *(result[name] for name in ("forecast", "planner", "split")),
             *(f"{result[name]:.3f}" for name in ("balancedness", "p05", "ratio_of_sums")),
             f"{result['moves_per_layer']:.2f}",
-            f"{result['bytes_per_step'] / 1e6:.0f}",
+            f"{result['bytes_per_step'] / 1e6:.1f}",
             f"{result['plan_ms']:.2f}",
             f"{result['split_us']:.1f}",
             "" if closed is None else f"{closed:.0%}",
@@ -89,12 +98,13 @@ def plot(replays: list[Replay], start: int, path: Path) -> None:
         bars.text(mean, row, f" {mean:.3f}", va="center", fontsize=8)
     bars.invert_yaxis()
     bars.set(xlim=(0, 1.12), xlabel="balancedness, mean over steps and layers")
+    width = max(1, len(replays[0].plan_ms) // 60) if replays else 1
     for item, name in zip(replays, names, strict=True):
-        if item.planner == "contiguous" or (item.split == "quota") == (item.planner == "home"):
-            balance = item.balancedness.mean(-1)
-            lines.plot(range(start, start + len(balance)), balance, label=name, linewidth=1)
-    lines.set(xlabel="step", ylabel="balancedness, mean over layers", ylim=(0, 1.02))
-    if replays:
-        lines.legend(fontsize=7, ncols=2, loc="lower right")
+        if (item.planner, item.split, item.forecast) in LINES:
+            balance = np.convolve(item.balancedness.mean(-1), np.full(width, 1 / width), "valid")
+            lines.plot(range(start + width - 1, start + width - 1 + len(balance)), balance, label=name, linewidth=1.2)
+    lines.set(xlabel="step", ylabel=f"balancedness, mean over layers and {width} steps", ylim=(0, 1.02))
+    if lines.lines:
+        lines.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
