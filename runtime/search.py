@@ -17,9 +17,9 @@ from numba import njit
 from runtime.plan import IntArray
 from runtime.relax import Floats, Layer, copy, replace, score, start
 
-WORK = 60_000
-"""What may be spent on one layer before one batch: trials, times slots and devices, times scenarios and four."""
-ROUND, ROUGH_ROUND, SURE_ROUND = 20, 3, 96
+WORK = 40_000
+"""What may be spent on one layer before one batch: trials, times slots and devices, times scenarios and six."""
+ROUND, ROUGH_ROUND, SURE_ROUND = 20, 3, 48
 """Changes relaxed in full to choose one: in general; while slots are empty or the overload is above `ROUGH`, when most
 copies help; and for a forecast without spread, whose single scenario costs little."""
 ROUGH = 0.2
@@ -71,7 +71,7 @@ def _search(
     scratch = Layer(
         layer.held.copy(), layer.home, layer.away.copy(), layer.stay.copy(), layer.load.copy(), layer.stirred
     )
-    trials = WORK // ((layer.held.size + len(layer.load)) * (4 + weight_K.size))
+    trials = WORK // ((layer.held.size + len(layer.load)) * (6 + weight_K.size))
     for _ in range(max_moves):
         if current <= price or trials <= 0:  # a perfect balance would not pay for a move
             break
