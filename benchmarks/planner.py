@@ -2,8 +2,10 @@
 
     python -m benchmarks.planner
 
-Loads follow Zipf shares that drift a little at every step; each step is planned from the last batch and split. Prints a
-table and, as the last line, one JSON document. Times are medians over steps after the first five.
+Loads follow Zipf shares that drift a little at every step, or are drawn in a new order at every step, so that nothing
+learned is of use; each step is planned from the last batch and split. Prints a table and, as the last line, one JSON
+document. Times are medians over steps after the first five; `first_call_s` is what compiling, or reading what an earlier
+process compiled, adds before the first plan and split (NUMBA_CACHE_DIR=$(mktemp -d) starts from nothing).
 """
 
 import json
@@ -35,12 +37,12 @@ DRIFT = 0.05
 """Standard deviation of the step of each log share."""
 
 
-def drifting(layers: int, experts: int, tokens: int) -> Iterator[IntArray]:
+def made_up(layers: int, experts: int, tokens: int, related: bool) -> Iterator[IntArray]:
     """Loads `[L, E]` of one step after another."""
     rng = np.random.default_rng(0)
     logs = -np.log(rng.permuted(np.tile(np.arange(1.0, experts + 1), (layers, 1)), axis=1))
     for _ in range(STEPS):
-        logs += DRIFT * rng.standard_normal(logs.shape)
+        logs = logs + DRIFT * rng.standard_normal(logs.shape) if related else rng.permuted(logs, axis=1)
         share = np.exp(logs)
         yield rng.multinomial(tokens, share / share.sum(-1, keepdims=True))
 
@@ -69,34 +71,49 @@ def milliseconds(planner: Planner, loads: IntArray, first: ReplicationPlan) -> t
     return tuple(float(np.median(kept[WARM:])) for kept in (times, one, each, moves))  # type: ignore[return-value]
 
 
+def first_call() -> dict[str, float]:
+    """Seconds the first plan and the first split of this process take."""
+    load = np.arange(1, 17)[None]
+    plan = ReplicationPlan.at_home(flat_homes(load.astype(np.float64), 4), 4, 4)
+    forecast = LastBatch().forecast(None, np.stack([load, load[:, ::-1]]))
+    began = time.perf_counter()
+    HomePlanner(4, 4).plan(forecast, plan, np.stack([load, load[:, ::-1]]))
+    planned = time.perf_counter()
+    split_by_quota(load[0], plan.phy2log[0], 4)
+    return {"plan": round(planned - began, 2), "split": round(time.perf_counter() - planned, 2)}
+
+
 def main() -> None:
     """Measures all shapes."""
     console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(title="Planning and splitting, one thread")
-    for name in ("layers x experts", "redundant", "devices", "planner", "plan ms", "target", "moves/layer"):
+    first_call_s = first_call()
+    table = Table(title=f"One thread; first plan after {first_call_s['plan']} s, first split {first_call_s['split']} s")
+    for name in ("layers x experts", "redundant", "devices", "loads", "planner", "plan ms", "target", "moves/layer"):
         table.add_column(name, justify="right")
     table.add_column("split µs, 1 source", justify="right")
-    table.add_column("split µs, a source each", justify="right")
+    table.add_column("a source each", justify="right")
     results = []
-    for layers, experts, redundant, devices, tokens, plan_target, split_target in track(
-        SHAPES, "shapes", console=Console(stderr=True)
+    cases = [(*shape, related) for shape in SHAPES for related in (True, False)]
+    for layers, experts, redundant, devices, tokens, plan_target, split_target, related in track(
+        cases, "shapes", console=Console(stderr=True)
     ):
-        loads = np.stack(list(drifting(layers, experts, tokens)))
-        homes = flat_homes(loads[0].astype(np.float64), devices)
-        first = ReplicationPlan.at_home(homes, devices, redundant)
+        loads = np.stack(list(made_up(layers, experts, tokens, related)))
+        first = ReplicationPlan.at_home(flat_homes(loads[0].astype(np.float64), devices), devices, redundant)
+        kind = "drifting" if related else "unrelated"
         for name, planner in (("home", HomePlanner(devices, redundant)), ("eplb", EplbPlanner())):
             plan_ms, one, each, moves = milliseconds(planner, loads, first)
             results.append({
-                "layers": layers, "experts": experts, "redundant": redundant, "devices": devices, "planner": name,
-                "plan_ms": round(plan_ms, 3), "plan_target_ms": plan_target, "moves_per_layer": round(moves, 2),
-                "split_us": round(one, 1), "split_sources_us": round(each, 1), "split_target_us": split_target,
+                "layers": layers, "experts": experts, "redundant": redundant, "devices": devices, "loads": kind,
+                "planner": name, "plan_ms": round(plan_ms, 3), "plan_target_ms": plan_target,
+                "moves_per_layer": round(moves, 2), "split_us": round(one, 1), "split_sources_us": round(each, 1),
+                "split_target_us": split_target,
             })  # fmt: skip
             table.add_row(
-                f"{layers} x {experts}", str(redundant), str(devices), name, f"{plan_ms:.2f}", f"{plan_target:.0f}",
-                f"{moves:.2f}", f"{one:.0f}", f"{each:.0f}",
+                f"{layers} x {experts}", str(redundant), str(devices), kind, name, f"{plan_ms:.2f}",
+                f"{plan_target:.0f}", f"{moves:.2f}", f"{one:.0f}", f"{each:.0f}",
             )  # fmt: skip
     console.print(table)
-    print(json.dumps({"results": results}))
+    print(json.dumps({"first_call_s": first_call_s, "results": results}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the devices the chains reach hold only tokens that no other device can take. Cha
 (shortest augmenting paths, Edmonds and Karp 1972); those that carry away no token from its own device come first.
 
 numba compiles these loops once and caches them; they hold no lock while they run. They are written out, without array
-expressions, because those take several times as long to compile.
+expressions, because those took twice as long to compile.
 
 Shape suffixes: S source devices, E experts, P slots, G devices.
 """
