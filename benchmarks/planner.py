@@ -4,8 +4,8 @@
 
 Loads follow Zipf shares that drift a little at every step, or are drawn in a new order at every step, so that nothing
 learned is of use; each step is planned from the last batch and split. Prints a table and, as the last line, one JSON
-document. Times are medians over steps after the first five; `first_call_s` is what compiling, or reading what an earlier
-process compiled, adds before the first plan and split (NUMBA_CACHE_DIR=$(mktemp -d) starts from nothing).
+document. Times are medians over steps after the first five; `first_call_s` is what compiling, or reading what an
+earlier process compiled, adds before the first plan and split (NUMBA_CACHE_DIR=$(mktemp -d) starts from nothing).
 """
 
 import json

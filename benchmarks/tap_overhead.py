@@ -17,11 +17,12 @@ from rich.table import Table
 
 from data.cli import from_command_line, user_errors
 from data.phases import open_traffic
-from data.switch import BUNDLED, LoadedSwitch, load_switch
+from data.switch import LoadedSwitch, load_switch
 from data.tap import RouterTap
 from data.trace import TokenBatch
 from data.tracer import model_inputs
 from data.traffic import Traffic
+from data.weights import BUNDLED
 
 
 @torch.inference_mode()

@@ -22,10 +22,11 @@ from data.files import read_json, sha256, write_json
 from data.phases import corpus_splits, open_traffic
 from data.ranks import Ranks
 from data.store import Shard, StoredTrace, open_trace, write_about, write_shard
-from data.switch import BUNDLED, Dtype, LoadedSwitch, load_switch
+from data.switch import Dtype, LoadedSwitch, load_switch
 from data.tap import RouterTap
 from data.tracer import Tracer
 from data.traffic import Decode, Traffic, TrafficBatch, time_splits
+from data.weights import BUNDLED
 
 SHARD_BATCHES = 32
 

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from data.collect import collect
 from data.layout import MoELayout
 from data.store import StoredTrace, open_trace
-from data.switch import BUNDLED
 from data.trace import IntArray, RouterTrace, TokenBatch
 from data.traffic import Traffic
+from data.weights import BUNDLED
 
 POOL = 1024
 """Training batches in memory while shuffling."""

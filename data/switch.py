@@ -1,20 +1,18 @@
 """Where a Switch Transformer comes from: the bundled small one, a local folder, or the Hugging Face hub."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from packaging.version import Version
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from data.layout import MoELayout
+from data.weights import ModelWeights, locate, model_file
 
-BUNDLED = "switch-mini-64"
-"""Name of the model that comes with this package; see data/bundled/switch-mini-64/README.md."""
 OLDEST_TRANSFORMERS = "5.18"
 Dtype = Literal["float32", "bfloat16"]
 
@@ -34,37 +32,6 @@ class LoadedSwitch:
     layout: MoELayout
 
 
-def locate(model: str) -> str:
-    """The folder of the bundled model or a local folder as a path; anything else is taken for a hub id.
-
-    Raises:
-        ValueError: If `model` looks like a path and no folder is there.
-    """
-    if model == BUNDLED:
-        return str(Path(__file__).parent / "bundled" / BUNDLED)
-    if Path(model).is_dir():
-        return model
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ValueError(
-            f"{model} is not a folder; expected '{BUNDLED}', a local model folder, or a hub id 'owner/name'"
-        )
-    return model
-
-
-def _file(model: str, revision: str, name: str) -> Path:
-    """A file of the model, downloaded if it is on the hub."""
-    place = locate(model)
-    path = Path(place) / name if Path(place).is_dir() else None
-    try:
-        path = path or Path(hf_hub_download(place, name, revision=revision or None))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{model} is no local folder and could not be had from the hub ({reason})") from None
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; {model} is no model folder with {name}")
-    return path
-
-
 def check_is_switch(model: str, revision: str = "") -> None:
     """Refuses anything that is not a Switch Transformer before weights are read.
 
@@ -79,7 +46,7 @@ def check_is_switch(model: str, revision: str = "") -> None:
             f"install transformers>={OLDEST_TRANSFORMERS}"
         )
     try:
-        kind = json.loads(_file(model, revision, "config.json").read_text()).get("model_type")
+        kind = json.loads(model_file(model, revision, "config.json").read_text()).get("model_type")
     except json.JSONDecodeError as error:
         raise ValueError(f"config.json of {model} is not JSON ({error})") from None
     if kind != "switch_transformers":
@@ -124,21 +91,42 @@ def load_switch(model: str, revision: str = "", dtype: Dtype = "float32") -> Loa
     return LoadedSwitch(switch.eval(), tokenizer, layout)
 
 
+def load_dense(model: str, revision: str = "", dtype: Dtype = "float32") -> LoadedSwitch:
+    """Loads a model without its experts, whose modules are left empty: no process needs to hold all of them.
+
+    Args and errors are those of `load_switch`.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, SwitchTransformersForConditionalGeneration
+
+    check_is_switch(model, revision)
+    weights, place = ModelWeights(model, revision), locate(model)
+    try:
+        config: Any = AutoConfig.from_pretrained(place, revision=revision or "main")
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        with torch.device("meta"):
+            switch: Any = SwitchTransformersForConditionalGeneration(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{model} could not be loaded: {error}") from None
+    for name in [name for name, _ in switch.named_modules() if name.endswith(".mlp.experts")]:
+        switch.set_submodule(name, nn.Module())
+    kind, names = getattr(torch, dtype), [name for name in switch.state_dict() if name in weights.files]
+    found = {name: weights.read(name).to(kind) for name in names}
+    try:
+        switch.load_state_dict(found, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{model} could not be loaded: {error}") from None
+    switch.tie_weights()
+    if missing := [name for name, value in switch.state_dict().items() if value.is_meta]:
+        raise ValueError(f"{model} lacks {len(missing)} weights, first {missing[0]}")
+    with suppress(OSError):  # without the file, generation follows the model's own configuration
+        switch.generation_config = GenerationConfig.from_pretrained(place, revision=revision or "main")
+    return LoadedSwitch(switch.eval(), tokenizer, MoELayout.from_model(switch, model, revision))
+
+
 def read_embedding(model: str, revision: str = "") -> Tensor:
     """The model's token embedding table `[V, D]` in float32, without loading the rest of the model.
 
     Raises:
         ValueError: If the model has no safetensors weights or they are damaged.
     """
-    name = "shared.weight"
-    try:
-        try:
-            index = json.loads(_file(model, revision, "model.safetensors.index.json").read_text())
-            shard = index["weight_map"][name]
-        except (FileNotFoundError, ValueError):
-            shard = "model.safetensors"
-        with safe_open(_file(model, revision, shard), framework="pt") as weights:
-            table: Tensor = weights.get_tensor(name)
-    except (SafetensorError, FileNotFoundError, KeyError) as error:
-        raise ValueError(f"the embedding table of {model} cannot be read: {error}") from None
-    return table.float()
+    return ModelWeights(model, revision).read("shared.weight").float()

@@ -19,10 +19,10 @@ from rich.table import Table
 from data.cli import from_command_line, user_errors
 from data.files import whole_file, write_json
 from data.phases import corpus_splits, open_traffic
-from data.switch import BUNDLED
 from data.trace import IntArray
 from data.tracer import model_inputs
 from data.traffic import Traffic
+from data.weights import BUNDLED
 from predictor.forecast import forecast_from_load
 from runtime.balance import balancedness, split_load
 from runtime.engine import BatchCost, BatchOutput, Engine, ModelBatch

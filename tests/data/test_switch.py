@@ -9,7 +9,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from data.grouped import group_experts, ungroup_experts
-from data.switch import BUNDLED, check_is_switch, load_switch, read_embedding
+from data.switch import check_is_switch, load_dense, load_switch, read_embedding
+from data.weights import BUNDLED, ModelWeights
 from tests.conftest import small_switch
 
 
@@ -38,6 +39,27 @@ def test_bundled_model_is_what_its_card_says():
     assert switch.tokenizer.decode(ids[0]) == "Der Präsident sagt: def main():"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_loads_without_its_experts(dtype):
+    whole, dense = load_switch(BUNDLED, dtype=dtype), load_dense(BUNDLED, dtype=dtype)
+    ours, theirs = dense.model.state_dict(), whole.model.state_dict()
+    assert list(ours) == [name for name in theirs if ".experts." not in name]
+    assert all(torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype for name, value in ours.items())
+    assert dense.model.lm_head.weight is dense.model.shared.weight
+    assert dense.layout == whole.layout
+    assert dense.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
+
+
+def test_dense_weights_that_are_missing_are_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.block.1.layer.1.mlp.router.classifier.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, first encoder.block.1.*router"):
+        load_dense(str(folder))
+    with pytest.raises(ValueError, match="has no weights named nonsense"):
+        ModelWeights(str(folder)).read("nonsense")
+
+
 def test_missing_weights_are_not_filled_with_random_ones(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight"]
@@ -51,7 +73,7 @@ def test_truncated_weights(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="could not be loaded"):
         load_switch(str(folder))
-    with pytest.raises(ValueError, match=r"the embedding table of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"the weights of .* cannot be read"):
         read_embedding(str(folder))
 
 
