@@ -1,0 +1,249 @@
+"""ExpertFiles: reads single experts out of a model folder's safetensors files, past the page cache.
+
+Headers are read once. An expert is read by offset, piece by piece through a small aligned buffer of the reading thread,
+and cast on the way where the file has another dtype; no file is ever read or mapped as a whole.
+"""
+
+import json
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.layout import MoELayout
+from runtime.memory import ExpertShape
+
+Key = tuple[int, int]
+"""MoE layer and logical expert."""
+PAGE = 4096  # bytes that direct reads are aligned to
+PIECE = 1 << 20  # bytes; small enough to stay in a core's cache between the read and the copy
+LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+class ReadCancelledError(Exception):
+    """A read was given up because nobody waits for it any more."""
+
+
+def never() -> bool:
+    """For reads that are not to be given up."""
+    return False
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor lies: `size` bytes from `start` on in a file, in a stored dtype."""
+
+    file: "WeightFile"
+    start: int
+    size: int
+    dtype: torch.dtype
+
+
+class WeightFile:
+    """One safetensors file, open for reading by offset.
+
+    Args:
+        path: The file.
+        direct: Read past the page cache where the file system can.
+
+    Raises:
+        ValueError: If it is no safetensors file or shorter than its header says.
+    """
+
+    def __init__(self, path: Path, direct: bool) -> None:
+        self.path, self.direct = path, direct and hasattr(os, "O_DIRECT")
+        self.fd = os.open(path, os.O_RDONLY)
+        try:
+            self.header, self.data = self._read_header()
+        except BaseException:
+            os.close(self.fd)
+            raise
+        if self.direct:
+            self._open_direct()
+
+    def _read_header(self) -> tuple[dict[str, Any], int]:
+        """The header, and where the tensors begin."""
+        size = os.fstat(self.fd).st_size
+        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
+        if size < 8 or length > min(LONGEST_HEADER, size - 8):
+            raise ValueError(f"{self.path} is no safetensors file, or was cut off in its header; fetch it again")
+        try:
+            header: dict[str, Any] = json.loads(os.pread(self.fd, length, 8))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path} has a damaged safetensors header; fetch it again") from None
+        if (whole := 8 + length + max(ends, default=0)) > size:
+            raise ValueError(
+                f"{self.path} has {size} bytes where its header says {whole}; it was cut off, fetch it again"
+            )
+        return header, 8 + length
+
+    def _open_direct(self) -> None:
+        """Swaps the descriptor for a direct one if a first read through it works."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            self.direct = False
+            return
+        try:
+            with mmap.mmap(-1, PAGE) as page:
+                os.preadv(fd, [page], 0)
+        except OSError:
+            os.close(fd)
+            self.direct = False
+            return
+        os.close(self.fd)
+        self.fd = fd
+
+    def span(self, name: str, shape: tuple[int, int]) -> Span:
+        """Where a tensor lies.
+
+        Raises:
+            ValueError: If it has another shape, or a dtype or place that cannot be read.
+        """
+        entry = self.header[name]
+        if tuple(entry["shape"]) != shape:
+            raise ValueError(f"{self.path}: {name} has shape {entry['shape']}, expected {list(shape)}")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{self.path}: {name} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        if (self.data + begin) % dtype.itemsize or end - begin != shape[0] * shape[1] * dtype.itemsize:
+            raise ValueError(f"{self.path}: {name} lies at odd bytes; save the model again with save_pretrained")
+        return Span(self, self.data + begin, end - begin, dtype)
+
+
+class ExpertFiles:
+    """Reads experts of a model folder, from as many threads as there are.
+
+    Args:
+        folder: A model folder in the hub's format.
+        layout: Its MoE layers.
+        dtype: What experts are cast to.
+        direct: Read past the page cache where the file system can; else what was read is dropped from it.
+
+    Raises:
+        FileNotFoundError: If there are no safetensors files.
+        ValueError: If they are damaged or lack an expert.
+    """
+
+    def __init__(self, folder: Path, layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
+        self.folder, self.shape = folder, ExpertShape(layout.d_ff, layout.d_model, dtype)
+        self._buffers = threading.local()
+        self._files = [WeightFile(path, direct) for path in weight_paths(folder)]
+        try:
+            self._spans = self._find(layout)
+        except BaseException:
+            self.close()
+            raise
+        widest = max(span.size for spans in self._spans.values() for span in spans)
+        self._piece = min(PIECE, -(-widest // PAGE) * PAGE + PAGE)
+
+    def _find(self, layout: MoELayout) -> dict[Key, tuple[Span, Span]]:
+        holder = {name: file for file in self._files for name in file.header}
+        shapes = {"wi": (layout.d_ff, layout.d_model), "wo": (layout.d_model, layout.d_ff)}
+        spans = {}
+        for layer, module in enumerate(layout.module_names):
+            for expert in range(layout.num_experts):
+                names = {part: f"{module}.experts.expert_{expert}.{part}.weight" for part in shapes}
+                if missing := [name for name in names.values() if name not in holder]:
+                    raise ValueError(f"{self.folder} has no weights {missing[0]}; its safetensors files are incomplete")
+                wi, wo = (holder[name].span(name, shapes[part]) for part, name in names.items())
+                spans[layer, expert] = (wi, wo)
+        return spans
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads go past the page cache."""
+        return all(file.direct for file in self._files)
+
+    @property
+    def reader_bytes(self) -> int:
+        """Bytes of the buffer each reading thread holds."""
+        return self._piece
+
+    def has(self, key: Key) -> bool:
+        """Every expert is on disk; see `runtime.tiers.Source`."""
+        return key in self._spans
+
+    def read(self, key: Key, wi_FD: Tensor, wo_DF: Tensor, stop: Callable[[], bool] = never) -> None:
+        """Reads one expert into place, on the calling thread.
+
+        Args:
+            key: Which expert.
+            wi_FD: Where its first matrix goes, contiguous, in host memory.
+            wo_DF: Where its second matrix goes, likewise.
+            stop: Asked between pieces; True gives the read up.
+
+        Raises:
+            OSError: If the file ends early or cannot be read; the message names it.
+            ReadCancelledError: If `stop` said so.
+        """
+        for span, target in zip(self._spans[key], (wi_FD, wo_DF), strict=True):
+            self._read(span, target.view(-1), stop)
+
+    def _read(self, span: Span, target: Tensor, stop: Callable[[], bool]) -> None:
+        buffer, typed = self._buffer()
+        source, done = typed[span.dtype], 0
+        while done < span.size:
+            if stop():
+                raise ReadCancelledError
+            position = span.start + done
+            aligned = position - position % PAGE
+            try:
+                count = os.preadv(span.file.fd, [buffer], aligned)
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"{span.file.path} cannot be read at byte {position}: {error.strerror}"
+                ) from None
+            fresh = min(aligned + count - position, span.size - done)
+            fresh -= fresh % span.dtype.itemsize
+            if fresh <= 0:
+                held, needed = os.fstat(span.file.fd).st_size, span.start + span.size
+                raise OSError(
+                    f"{span.file.path} has {held} bytes where {needed} are needed; it was cut off, fetch it again"
+                )
+            first, size = (position - aligned) // span.dtype.itemsize, span.dtype.itemsize
+            target[done // size : (done + fresh) // size].copy_(source[first : first + fresh // size])
+            done += fresh
+        if not span.file.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(span.file.fd, span.start, span.size, os.POSIX_FADV_DONTNEED)
+
+    def _buffer(self) -> tuple[memoryview, dict[torch.dtype, Tensor]]:
+        """The calling thread's own buffer, page-aligned, and the same as tensors."""
+        if not hasattr(self._buffers, "view"):
+            pages = mmap.mmap(-1, self._piece)
+            self._buffers.view = memoryview(pages)
+            self._buffers.typed = {dtype: torch.frombuffer(pages, dtype=dtype) for dtype in DTYPES.values()}
+        return self._buffers.view, self._buffers.typed
+
+    def close(self) -> None:
+        """Closes all files; no read may be under way."""
+        while self._files:
+            os.close(self._files.pop().fd)
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The folder's safetensors files: those of its index, or the only one.
+
+    Raises:
+        FileNotFoundError: If there are none, or one that the index names is missing.
+        ValueError: If the index is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{index} is damaged; fetch it again") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist; experts are read from safetensors files alone")
+    return [folder / name for name in names]
