@@ -8,7 +8,7 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,10 @@ class WeightFile:
         """Where a tensor lies.
 
         Raises:
-            ValueError: If it has another shape, or a dtype or place that cannot be read.
+            ValueError: If it is missing, has another shape, or a dtype or place that cannot be read.
         """
-        entry = self.header[name]
+        if (entry := self.header.get(name)) is None:
+            raise ValueError(f"{self.path} has no weights named {name}, though the index says so; fetch it again")
         if tuple(entry["shape"]) != shape:
             raise ValueError(f"{self.path}: {name} has shape {entry['shape']}, expected {list(shape)}")
         if entry["dtype"] not in DTYPES:
@@ -123,45 +124,51 @@ class ExpertFiles:
     """Reads experts of a model folder, from as many threads as there are.
 
     Args:
-        folder: A model folder in the hub's format.
-        layout: Its MoE layers.
+        files: The file that holds each tensor; see `data.weights.ModelWeights`.
+        layout: The model's MoE layers.
         dtype: What experts are cast to.
         direct: Read past the page cache where the file system can; else what was read is dropped from it.
 
     Raises:
-        FileNotFoundError: If there are no safetensors files.
-        ValueError: If they are damaged or lack an expert.
+        ValueError: If files are damaged or lack an expert.
     """
 
-    def __init__(self, folder: Path, layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
-        self.folder, self.shape = folder, ExpertShape(layout.d_ff, layout.d_model, dtype)
+    def __init__(self, files: Mapping[str, Path], layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
+        self.shape = ExpertShape(layout.d_ff, layout.d_model, dtype)
         self._buffers = threading.local()
-        self._files = [WeightFile(path, direct) for path in weight_paths(folder)]
+        self._files: dict[Path, WeightFile] = {}
         try:
-            self._spans = self._find(layout)
+            self._spans = self._find(files, layout, direct)
         except BaseException:
             self.close()
             raise
         widest = max(span.size for spans in self._spans.values() for span in spans)
         self._piece = min(PIECE, -(-widest // PAGE) * PAGE + PAGE)
 
-    def _find(self, layout: MoELayout) -> dict[Key, tuple[Span, Span]]:
-        holder = {name: file for file in self._files for name in file.header}
-        shapes = {"wi": (layout.d_ff, layout.d_model), "wo": (layout.d_model, layout.d_ff)}
+    def _find(self, files: Mapping[str, Path], layout: MoELayout, direct: bool) -> dict[Key, tuple[Span, Span]]:
         spans = {}
         for layer, module in enumerate(layout.module_names):
             for expert in range(layout.num_experts):
-                names = {part: f"{module}.experts.expert_{expert}.{part}.weight" for part in shapes}
-                if missing := [name for name in names.values() if name not in holder]:
-                    raise ValueError(f"{self.folder} has no weights {missing[0]}; its safetensors files are incomplete")
-                wi, wo = (holder[name].span(name, shapes[part]) for part, name in names.items())
+                name = f"{module}.experts.expert_{expert}"
+                wi = self._span(files, f"{name}.wi.weight", (layout.d_ff, layout.d_model), direct)
+                wo = self._span(files, f"{name}.wo.weight", (layout.d_model, layout.d_ff), direct)
                 spans[layer, expert] = (wi, wo)
         return spans
+
+    def _span(self, files: Mapping[str, Path], name: str, shape: tuple[int, int], direct: bool) -> Span:
+        if name not in files:
+            raise ValueError(
+                f"{next(iter(files.values())).parent} has no weights named {name}; its files are incomplete"
+            )
+        path = files[name]
+        if path not in self._files:
+            self._files[path] = WeightFile(path, direct)
+        return self._files[path].span(name, shape)
 
     @property
     def direct(self) -> bool:
         """Whether reads go past the page cache."""
-        return all(file.direct for file in self._files)
+        return all(file.direct for file in self._files.values())
 
     @property
     def reader_bytes(self) -> int:
@@ -226,24 +233,4 @@ class ExpertFiles:
     def close(self) -> None:
         """Closes all files; no read may be under way."""
         while self._files:
-            os.close(self._files.pop().fd)
-
-
-def weight_paths(folder: Path) -> list[Path]:
-    """The folder's safetensors files: those of its index, or the only one.
-
-    Raises:
-        FileNotFoundError: If there are none, or one that the index names is missing.
-        ValueError: If the index is damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{index} is damaged; fetch it again") from None
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist; experts are read from safetensors files alone")
-    return [folder / name for name in names]
+            os.close(self._files.popitem()[1].fd)

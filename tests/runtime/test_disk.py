@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from data.layout import MoELayout
+from data.weights import ModelWeights
 from runtime.disk import ExpertFiles, ReadCancelledError
 from runtime.memory import parse_bytes, show_bytes
 from tests.conftest import small_switch
@@ -46,7 +47,7 @@ def empty(files):
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_expert_is_read_as_stored(folder, layout, dtype, direct):
-    files = ExpertFiles(folder, layout, dtype, direct)
+    files = ExpertFiles(ModelWeights(str(folder)).files, layout, dtype, direct)
     for layer, module in enumerate(layout.module_names):
         for expert in range(layout.num_experts):
             wi, wo = empty(files)
@@ -59,7 +60,7 @@ def test_every_expert_is_read_as_stored(folder, layout, dtype, direct):
 
 def test_pieces_smaller_than_a_matrix_join_up(folder, layout, monkeypatch):
     monkeypatch.setattr("runtime.disk.PIECE", 4096)
-    files = ExpertFiles(folder, layout, torch.float32)
+    files = ExpertFiles(ModelWeights(str(folder)).files, layout, torch.float32)
     assert files.reader_bytes == 4096
     wi, wo = empty(files)
     files.read((1, 3), wi, wo)
@@ -72,22 +73,22 @@ def test_pieces_smaller_than_a_matrix_join_up(folder, layout, monkeypatch):
 
 def test_a_file_cut_off_before_the_start_is_refused(layout, tmp_path):
     small_switch().save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
+    files, path = ModelWeights(str(tmp_path)).files, tmp_path / "model.safetensors"
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(ValueError, match=r"model\.safetensors has \d+ bytes where its header says \d+"):
-        ExpertFiles(tmp_path, layout, torch.float32)
+        ExpertFiles(files, layout, torch.float32)
     path.write_bytes(b"not weights at all")
     with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
-        ExpertFiles(tmp_path, layout, torch.float32)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
-        ExpertFiles(tmp_path, layout, torch.float32)
+        ExpertFiles(files, layout, torch.float32)
+    path.write_bytes((10).to_bytes(8, "little") + b'{"a": null')
+    with pytest.raises(ValueError, match=r"model\.safetensors has a damaged safetensors header"):
+        ExpertFiles(files, layout, torch.float32)
 
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_file_cut_off_while_in_use_is_named(layout, tmp_path, direct):
     small_switch().save_pretrained(tmp_path)
-    files = ExpertFiles(tmp_path, layout, torch.float32, direct)
+    files = ExpertFiles(ModelWeights(str(tmp_path)).files, layout, torch.float32, direct)
     os.truncate(tmp_path / "model.safetensors", 30_000)
     with pytest.raises(OSError, match=r"model\.safetensors has 30000 bytes where \d+ are needed"):
         files.read((1, 7), *empty(files))
@@ -95,11 +96,11 @@ def test_a_file_cut_off_while_in_use_is_named(layout, tmp_path, direct):
 
 def test_another_geometry_is_refused(tmp_path, layout):
     small_switch(num_experts=4).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has no weights .*expert_4\.wi\.weight"):
-        ExpertFiles(tmp_path, layout, torch.float32)
+    with pytest.raises(ValueError, match=r"has no weights named .*expert_4\.wi\.weight"):
+        ExpertFiles(ModelWeights(str(tmp_path)).files, layout, torch.float32)
     small_switch().half().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="stored as F16; expected one of F32, BF16"):
-        ExpertFiles(tmp_path, layout, torch.float32)
+        ExpertFiles(ModelWeights(str(tmp_path)).files, layout, torch.float32)
 
 
 def test_budgets_are_read_as_people_write_them():
