@@ -98,6 +98,7 @@ def collect(
     probabilities: bool = False,
     dtype: Dtype = "float32",
     revision: str = "",
+    top: int = 0,
 ) -> StoredTrace:
     """Logs the router trace of a Switch model over a stream of text.
 
@@ -114,6 +115,7 @@ def collect(
         probabilities: Whether the router's probability of the chosen expert is kept as well, as float16.
         dtype: What the model's weights are cast to.
         revision: Revision of a hub model.
+        top: How many of each encoder token's likeliest experts are kept with their probabilities, to distil from.
 
     Raises:
         ValueError: On a model, text or folder that cannot be used; the message says what to do.
@@ -121,7 +123,7 @@ def collect(
     switch = load_switch(model, revision, dtype)
     request = _request(
         switch, text=text or OFFLINE, decode=decode, traffic=asdict(traffic), max_new_tokens=max_new_tokens,
-        probabilities=probabilities, dtype=dtype,
+        probabilities=probabilities, dtype=dtype, **({"top": top} if top else {}),
     )  # fmt: skip
     if out.exists():
         return _reuse(out, request)
@@ -132,7 +134,7 @@ def collect(
         ranks.barrier()
         total = len(corpus_splits(traffic)) if text is None else traffic.batches
         stream = open_traffic(text, switch.tokenizer, decode, traffic)
-        with RouterTap(switch.model, switch.layout) as tap:
+        with RouterTap(switch.model, switch.layout, top) as tap:
             _write_shards(partial, stream, Tracer(switch, tap, decode, max_new_tokens, probabilities), ranks, total)
         ranks.barrier()
         if ranks.rank == 0:

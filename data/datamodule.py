@@ -1,161 +1,22 @@
-"""RouterTraceModule: a stored trace as Lightning wants it, streamed shard by shard, each batch with its past loads.
-
-Only the loads are held whole (a few kilobytes a batch); tokens and routes pass through a bounded shuffle pool.
-Shape suffixes: K past batches, L MoE layers, E logical experts.
-"""
+"""RouterTraceModule: a stored trace as Lightning wants it, collected first where there is none."""
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from lightning import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from data.collect import collect
 from data.layout import MoELayout
-from data.store import StoredTrace, open_trace
-from data.trace import IntArray, RouterTrace, TokenBatch
+from data.samples import TraceSample, TraceSamples, sequence_loads
+from data.store import open_trace
+from data.trace import TokenBatch
 from data.traffic import Traffic
 from data.weights import BUNDLED
 
-POOL = 1024
-"""Training batches in memory while shuffling."""
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TraceSample:
-    """One batch to learn from.
-
-    Attributes:
-        trace: Its tokens and where they were routed.
-        load: Its dispatched tokens per expert, float32 `[L, E]`.
-        history: Loads of the batches before it, oldest first, float32 `[K, L, E]`.
-    """
-
-    trace: RouterTrace
-    load: Tensor
-    history: Tensor
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "TraceSample":
-        """The same sample on another device."""
-        trace = self.trace
-        tokens = replace(trace.tokens, input_ids=trace.tokens.input_ids.to(device), mask=trace.tokens.mask.to(device))
-        moved = replace(trace, tokens=tokens, encoder_experts=trace.encoder_experts.to(device))
-        return TraceSample(moved, self.load.to(device), self.history.to(device))
-
-
-def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
-    """Dispatched tokens per sequence, `[B, L, E]`: their sum over sequences is the batch's load.
-
-    Capacity counts per sequence, so its dispatched tokens are its demand cut off there: much cheaper than to find out
-    which tokens were dropped, as `RouterTrace.load` does.
-    """
-    size, num_experts = len(trace.segments), layout.num_experts
-    layers = []
-    for number, ids in enumerate((*trace.encoder_experts, *trace.decoder_experts)):
-        keys = (ids + num_experts * torch.arange(size)[:, None])[ids >= 0]
-        demand = torch.bincount(keys, minlength=size * num_experts).view(size, num_experts)
-        unlimited = trace.stepwise and number >= layout.num_encoder_layers
-        layers.append(demand if unlimited else demand.clamp(max=layout.expert_capacity))
-    return torch.stack(layers, 1)
-
-
-def part(trace: RouterTrace, rows: Tensor) -> RouterTrace:
-    """Some of a batch's sequences as a batch of their own, padding trimmed."""
-    width, decoder_width = (int(t.mask[rows].sum(1).max()) for t in (trace.tokens, trace.decoder_tokens))
-
-    def tokens(batch: TokenBatch, columns: int) -> TokenBatch:
-        return TokenBatch(batch.input_ids[rows, :columns], batch.mask[rows, :columns])
-
-    return replace(
-        trace,
-        segments=tuple(trace.segments[row] for row in rows.tolist()),
-        tokens=tokens(trace.tokens, width),
-        decoder_tokens=tokens(trace.decoder_tokens, decoder_width),
-        encoder_experts=trace.encoder_experts[:, rows, :width],
-        decoder_experts=trace.decoder_experts[:, rows, :decoder_width],
-        encoder_probabilities=None,
-        decoder_probabilities=None,
-    )
-
-
-class TraceSamples(IterableDataset[TraceSample]):
-    """The batches of one split, in order or shuffled by seed and epoch; every rank gets as many as the others.
-
-    Args:
-        trace: The stored trace.
-        loads: Loads of all its batches, `[steps, L, E]`.
-        sizes: Split and sequences of each of its batches.
-        split: "train", "val" or "test": the batches wanted.
-        window: Most past loads to give with a batch.
-        epoch: Tells the current epoch where batches are to be cut and shuffled, None where they stay as they came.
-        sequences: About how many sequences a batch is cut into.
-        seed: Seed of cuts and shuffle.
-        rank: This process, 0..world - 1.
-        world: Processes that share the batches.
-    """
-
-    def __init__(
-        self,
-        trace: StoredTrace,
-        loads: IntArray,
-        sizes: list[tuple[str, int]],
-        split: str,
-        window: int,
-        epoch: Callable[[], int] | None = None,
-        sequences: int = 16,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.trace, self.loads, self.split, self.window = trace, torch.from_numpy(loads).float(), split, window
-        mine = [size for name, size in sizes if name == split]
-        self.count = len(mine) if epoch is None else sum(self._parts(size, sequences) for size in mine)
-        self.epoch, self.sequences, self.seed = epoch, sequences, seed
-        self.rank, self.world = rank, world
-
-    def __len__(self) -> int:
-        return self.count // self.world
-
-    def __iter__(self) -> Iterator[TraceSample]:
-        samples = self._in_order() if self.epoch is None else self._shuffled(self.epoch())
-        turn = []
-        for sample in samples:  # whole turns only, so that no rank waits for a batch that another one lacks
-            turn.append(sample)
-            if len(turn) == self.world:
-                yield turn[self.rank]
-                turn = []
-
-    @staticmethod
-    def _parts(size: int, sequences: int) -> int:
-        return max(round(size / sequences), 1)
-
-    def _in_order(self, shards: list[int] | None = None) -> Iterator[TraceSample]:
-        about = self.trace.about
-        starts = np.cumsum([0] + [shard["batches"] for shard in about["shards"]])
-        for number in range(len(about["shards"])) if shards is None else shards:
-            alone = replace(self.trace, about=about | {"shards": [about["shards"][number]]})
-            for step, trace in enumerate(alone.traces(), start=int(starts[number])):
-                if trace.split == self.split:
-                    yield TraceSample(trace, self.loads[step], self.loads[max(step - self.window, 0) : step])
-
-    def _shuffled(self, epoch: int) -> Iterator[TraceSample]:
-        rng = np.random.default_rng((self.seed, epoch))
-        pool: list[TraceSample] = []
-        for sample in self._in_order(rng.permutation(len(self.trace.about["shards"])).tolist()):
-            size = len(sample.trace.segments)
-            loads = sequence_loads(sample.trace, self.trace.layout).float()
-            for rows in torch.from_numpy(rng.permutation(size)).tensor_split(self._parts(size, self.sequences)):
-                pool.append(TraceSample(part(sample.trace, rows), loads[rows].sum(0), sample.history))
-            while len(pool) > POOL:
-                yield pool.pop(int(rng.integers(len(pool))))
-        for index in rng.permutation(len(pool)):
-            yield pool[index]
 
 
 class RouterTraceModule(LightningDataModule):
@@ -168,7 +29,8 @@ class RouterTraceModule(LightningDataModule):
         sequences: About how many sequences a training batch holds: the trace's batches are cut at random, since more
             and smaller steps teach more in the same time.
         seed: Seed of the cuts and the order of training batches.
-        traffic: What the stream of batches looks like where a trace must be collected first.
+        top: Likeliest experts logged for each encoder token where a trace must be collected first, to distil from.
+        traffic: What the stream of batches looks like there.
     """
 
     layout: MoELayout
@@ -178,13 +40,14 @@ class RouterTraceModule(LightningDataModule):
         trace: Path = Path("outputs/traces/switch-mini-64"),
         model: str = BUNDLED,
         window: int = 64,
-        sequences: int = 16,
+        sequences: int = 8,
         seed: int = 0,
+        top: int = 0,
         traffic: Traffic = Traffic(),
     ) -> None:
         super().__init__()
         self.path, self.model, self.window = trace, model, window
-        self.sequences, self.seed, self.traffic = sequences, seed, traffic
+        self.sequences, self.seed, self.top, self.traffic = sequences, seed, top, traffic
 
     def prepare_data(self) -> None:
         """Collects the trace if it is missing; runs on one process only."""
@@ -192,7 +55,7 @@ class RouterTraceModule(LightningDataModule):
             log.info("reusing the trace in %s", self.path)
         else:
             log.info("no trace in %s yet; collecting one from %s", self.path, self.model)
-            collect(model=self.model, out=self.path, traffic=self.traffic)
+            collect(model=self.model, out=self.path, traffic=self.traffic, top=self.top)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the trace and derives its loads, once.
@@ -210,6 +73,7 @@ class RouterTraceModule(LightningDataModule):
             )
         loads, sizes = [], []
         for batch in trace.traces():
+            _check_tokens(self.path, batch.tokens, trace.layout.vocab_size)
             loads.append(sequence_loads(batch, trace.layout).sum(0).numpy())
             sizes.append((batch.split, len(batch.segments)))
         self.splits = [split for split, _ in sizes]
@@ -245,3 +109,11 @@ class RouterTraceModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[TraceSample]:
         """Test batches in order, all of them on every process."""
         return DataLoader(self.samples("test"), batch_size=None)
+
+
+def _check_tokens(path: Path, tokens: TokenBatch, vocabulary: int) -> None:
+    if (ids := tokens.input_ids[tokens.mask]).numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(
+            f"{path} holds token ids {int(ids.min())} to {int(ids.max())}, its model has a vocabulary of {vocabulary}; "
+            "collect the trace again"
+        )

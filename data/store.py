@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from data.columns import counts_schema, counts_table, sequence_schema, sequence_table, tokens_column
+from data.columns import counts_schema, counts_table, entries_column, sequence_schema, sequence_table, tokens_column
 from data.files import read_json, sha256, whole_file, write_json
 from data.layout import MoELayout
 from data.trace import PADDING, IntArray, RouterTrace, TokenBatch
@@ -103,7 +103,8 @@ class StoredTrace:
         """
         if self.about["granularity"] != "tokens":
             raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
-        for path, table in self._tables(sequence_schema(self.layout, bool(self.about.get("probabilities")))):
+        schema = sequence_schema(self.layout, bool(self.about.get("probabilities")), self.about.get("top", 0))
+        for path, table in self._tables(schema):
             for number, rows in _by_batch(table):
                 try:
                     yield self._batch(number, rows)
@@ -153,6 +154,7 @@ class StoredTrace:
         for name, ids in zip(names, experts, strict=True):
             if ids.numel() and int(ids.max()) >= self.layout.num_experts:
                 raise ValueError(f"{name} holds expert {int(ids.max())}; the model has {self.layout.num_experts}")
+        top_experts, top_probabilities = self._top(rows, tokens, names[:split])
         return RouterTrace(
             batch=number,
             phase=rows["phase"][0].as_py(),
@@ -163,7 +165,17 @@ class StoredTrace:
             encoder_experts=_stack(experts[:split], tokens),
             decoder_experts=_stack(experts[split:], decoder),
             stepwise=self.about.get("decode") == "generate",
+            encoder_top_experts=top_experts,
+            encoder_top_probabilities=top_probabilities,
         )
+
+    def _top(self, rows: pa.Table, tokens: TokenBatch, names: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        """Likeliest experts of each encoder token and their probabilities, `[L_enc, B, T, K]`, where they were logged."""
+        if not (top := self.about.get("top", 0)):
+            return None, None
+        experts = [entries_column(rows, f"{name}_top", tokens, top).to(torch.int16) for name in names]
+        probabilities = [entries_column(rows, f"{name}_top_probability", tokens, top) for name in names]
+        return torch.stack(experts), torch.stack(probabilities)
 
 
 def _stack(layers: list[Tensor], tokens: TokenBatch) -> Tensor:

@@ -81,6 +81,9 @@ class RouterTrace:
         stepwise: Whether the decoder ran token by token, so that its capacity counted for each token alone.
         encoder_probabilities: Router probability of that expert, float16 `[L_enc, B, T]`, where it was logged.
         decoder_probabilities: The same for the decoder, float16 `[L_dec, B, U]`.
+        encoder_top_experts: The K likeliest experts of each encoder token, likeliest first, int16 `[L_enc, B, T, K]`,
+            where they were logged.
+        encoder_top_probabilities: Their router probabilities, float16 `[L_enc, B, T, K]`.
     """
 
     batch: int
@@ -94,6 +97,8 @@ class RouterTrace:
     stepwise: bool = False
     encoder_probabilities: Tensor | None = None
     decoder_probabilities: Tensor | None = None
+    encoder_top_experts: Tensor | None = None
+    encoder_top_probabilities: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, experts, tokens in (

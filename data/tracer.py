@@ -80,6 +80,15 @@ class Tracer:
     def _assemble(self, batch: TrafficBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
         calls, split = self.tap.take(), self.switch.layout.num_encoder_layers
 
+        top: dict[str, Tensor] = {}
+        if self.tap.top:
+            top = {
+                "encoder_top_experts": _top([call.top_experts for layer in calls[:split] for call in layer], tokens),
+                "encoder_top_probabilities": _top(
+                    [call.top_probability.half() for layer in calls[:split] for call in layer], tokens
+                ),
+            }
+
         def gather(read: Callable[[RouterCall], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             layers = [
                 torch.cat([read(call) for call in layer], 1).cpu().to(dtype) if layer else None for layer in calls
@@ -92,8 +101,13 @@ class Tracer:
         )
         return RouterTrace(
             batch.number, batch.phase, "", batch.segments, tokens, decoder, encoder_experts, decoder_experts,
-            self.decode == "generate", encoder_p, decoder_p,
+            self.decode == "generate", encoder_p, decoder_p, **top,
         )  # fmt: skip
+
+
+def _top(layers: list[Tensor], tokens: TokenBatch) -> Tensor:
+    """`[L_enc, B, T, K]` with padding marked; an encoder's routers run once a batch."""
+    return torch.stack(layers).cpu().masked_fill(~tokens.mask[..., None], PADDING)
 
 
 def _stack(layers: list[Tensor | None], tokens: TokenBatch, dtype: torch.dtype) -> Tensor:

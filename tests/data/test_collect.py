@@ -102,6 +102,18 @@ def test_two_ranks_write_the_same_trace_as_one(switch_folder, text, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["batches"] == 33
 
 
+def test_likeliest_experts_are_logged_beside_the_same_trace(switch_folder, text, tmp_path):
+    plain = collect(str(switch_folder), tmp_path / "plain", text, traffic=TRAFFIC)
+    more = collect(str(switch_folder), tmp_path / "more", text, traffic=TRAFFIC, top=2)
+    for one, other in zip(plain.traces(), more.traces(), strict=True):
+        assert one.encoder_top_experts is None
+        assert torch.equal(one.encoder_experts, other.encoder_experts)
+        assert other.encoder_top_experts.shape == (*other.encoder_experts.shape, 2)
+        real = other.tokens.mask
+        assert torch.equal(other.encoder_top_experts[..., 0][:, real], other.encoder_experts[:, real])
+    assert "top" not in plain.about
+
+
 def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text, tmp_path):
     whole, cut = (
         [

@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data.files import sha256
 from data.layout import MoELayout
 from data.store import open_trace, write_about, write_counts_shard, write_shard
 from data.trace import PADDING, RouterTrace, pad_tokens
@@ -15,7 +17,7 @@ from data.trace import PADDING, RouterTrace, pad_tokens
 LAYOUT = MoELayout("m", "", (("encoder", 1), ("decoder", 1)), 8, 6, 32, 48, 400)
 
 
-def trace(batch: int) -> RouterTrace:
+def trace(batch: int, top: int = 0) -> RouterTrace:
     rng = np.random.default_rng(batch)
     tokens = pad_tokens([rng.integers(0, 400, size) for size in (5, 30, 1)], pad=0)
     decoder = pad_tokens([rng.integers(0, 400, size) for size in (3, 2, 4)], pad=0)
@@ -25,7 +27,13 @@ def trace(batch: int) -> RouterTrace:
         return ids.masked_fill(~batch_tokens.mask, PADDING)
 
     segments = ("news", "code", "news")
-    return RouterTrace(batch, "steady", "train", segments, tokens, decoder, experts(tokens), experts(decoder))
+    plain = RouterTrace(batch, "steady", "train", segments, tokens, decoder, experts(tokens), experts(decoder))
+    if not top:
+        return plain
+    likely = torch.from_numpy(rng.random((1, *tokens.mask.shape, 8))).topk(top)
+    likely_p = likely.values.half().masked_fill(~tokens.mask[..., None], 0)
+    likely_experts = likely.indices.to(torch.int16).masked_fill(~tokens.mask[..., None], 0)
+    return dataclasses.replace(plain, encoder_top_experts=likely_experts, encoder_top_probabilities=likely_p)
 
 
 @pytest.fixture
@@ -56,6 +64,25 @@ def test_round_trip(folder):
         assert torch.equal(got.encoder_experts, expected.encoder_experts)
         assert torch.equal(got.decoder_experts, expected.decoder_experts)
     assert np.array_equal(stored.loads()[2], trace(2).load(LAYOUT))
+
+
+def test_likeliest_experts_come_back_too(tmp_path):
+    shard = write_shard(tmp_path / "part-00000.parquet", [trace(0, top=3), trace(1, top=3)], LAYOUT)
+    write_about(tmp_path, LAYOUT, [shard], ["train"] * 2, "tokens", top=3)
+    for got, expected in zip(open_trace(tmp_path).traces(), (trace(0, top=3), trace(1, top=3)), strict=True):
+        assert torch.equal(got.encoder_top_experts, expected.encoder_top_experts)
+        assert torch.equal(got.encoder_top_probabilities, expected.encoder_top_probabilities)
+
+
+def test_missing_values_are_refused(folder):
+    path = folder / "part-00001.parquet"
+    table = pq.read_table(path)
+    holes = pa.array([[None, *row[1:]] for row in table["tokens"].to_pylist()], table.schema.field("tokens").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("tokens"), "tokens", holes), path)
+    shards = json.loads((folder / "trace.json").read_text())["shards"]
+    edit(folder, shards=[shards[0], shards[1] | {"sha256": sha256(path)}])
+    with pytest.raises(ValueError, match="part-00001.parquet: column tokens has missing values"):
+        list(open_trace(folder).traces())
 
 
 def test_plain_pyarrow_reads_expert_ids_as_bytes(folder):

@@ -1,6 +1,7 @@
 """Loads derived from a trace are the model's own: checked against what its routers let through."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,18 @@ def test_agrees_with_the_models_masks_where_tokens_drop_and_rows_are_padded(swit
     derived = dispatched_mask(real, layout.num_experts, layout.expert_capacity)
     assert (derived == (call.kept & tokens.mask)).all()
     assert 0 < int(derived.sum()) < tokens.num_tokens, "the case must drop some tokens"
+
+
+def test_the_tap_keeps_the_likeliest_experts(switch):
+    model, layout = switch.model, switch.layout
+    with RouterTap(model, layout, top=3) as tap, torch.inference_mode():
+        model.encoder(input_ids=torch.arange(3, 33)[None])
+    (call,) = tap.take()[0]
+    assert torch.equal(call.top_experts[..., 0], call.experts)
+    assert torch.equal(call.top_probability[..., 0], call.probability)
+    assert (call.top_probability.diff(dim=-1) <= 0).all()
+    with pytest.raises(ValueError, match=f"top is 9, expected 0 to {layout.num_experts}"):
+        RouterTap(model, layout, top=9)
 
 
 def test_the_tap_changes_nothing_and_leaves_nothing_behind():
