@@ -29,8 +29,9 @@ from predictor.export import check_target, model_card, predictor_folder, provena
 from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast
 from predictor.ladder import climb, rivals
-from predictor.module import LoadForecaster, checkpoint_to_resume
+from predictor.module import LoadForecaster
 from predictor.report import details, summarise, write_report
+from predictor.resume import checkpoint_to_resume
 from predictor.tracking import track_inputs, track_results
 from runtime.balance import balancedness, split_load
 from runtime.homes import contiguous_homes

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from data.datamodule import TraceSample
+from data.samples import TraceSample
 from predictor.learned import LearnedForecaster
 from predictor.metrics import shares
 

@@ -20,6 +20,8 @@ from predictor.model import Architecture, LoadNetwork
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+BEFORE = {"decoder": "pooled"}
+"""What an architecture was that does not say: folders written before there was a choice."""
 SPREAD, KNOWN, USUAL = "spread", "known_tokens", "usual_share_known"
 
 
@@ -100,7 +102,7 @@ def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tenso
         )
     weights = _read_weights(path / WEIGHTS, config["weights_sha256"])
     try:
-        network = LoadNetwork(trained, Architecture(**config["architecture"]))
+        network = LoadNetwork(trained, Architecture(**BEFORE | config["architecture"]))
         spread = weights.pop(SPREAD)
         familiarity = Familiarity(weights.pop(KNOWN), float(weights.pop(USUAL))) if KNOWN in weights else None
         network.load_state_dict(weights)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from data.datamodule import RouterTraceModule, TraceSample
+from data.datamodule import RouterTraceModule
+from data.samples import TraceSample
 from data.trace import IntArray
 from predictor.baselines import Ema, LastBatch, Oracle, Stationary, Uniform
 from predictor.forecast import FloatArray, Forecaster, LoadForecast

@@ -1,7 +1,8 @@
 """The network: token embeddings of the coming batch and past loads in, load of every expert out. Pure torch.
 
 Encoder layers: a head per MoE layer gives every token a distribution over experts, and their sum under the expert
-capacity is the load. Decoder layers: tokens are not known yet, so each sequence's pooled state gives a distribution.
+capacity is the load. Decoder layers: what will be written is not known yet, so every encoder token tells how many
+tokens it brings about there and where they go: at a masked span, the words that are missing.
 Both are blended with the history of loads, which is all there is when the queue is empty.
 
 Shape suffixes: B sequences, T positions, D host width, H hidden width, K past batches, L MoE layers, E experts.
@@ -20,6 +21,7 @@ from predictor.history import HistoryMix
 from predictor.recurrent import Recurrent
 
 Cell = Literal["sru", "lstm", "gru"]
+DecoderHead = Literal["tokens", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Architecture:
         bidirectional: Whether half of each layer's channels reads from right to left.
         sparse_attention: Whether a sparsemax attention with a residual follows the recurrence.
         history: Whether past loads are blended into the forecast from tokens; without tokens they always decide.
+        decoder: What the decoder's load is read from: each token's state, or one mean state for each sequence.
     """
 
     cell: Cell = "sru"
@@ -41,10 +44,13 @@ class Architecture:
     bidirectional: bool = True
     sparse_attention: bool = False
     history: bool = True
+    decoder: DecoderHead = "tokens"
 
     def __post_init__(self) -> None:
         if self.cell not in ("sru", "lstm", "gru"):
             raise ValueError(f"cell is {self.cell!r}, expected 'sru', 'lstm' or 'gru'")
+        if self.decoder not in ("tokens", "pooled"):
+            raise ValueError(f"decoder is {self.decoder!r}, expected 'tokens' or 'pooled'")
         if self.width < 2 or self.width % 2 or self.depth < 1:
             raise ValueError(f"width {self.width} and depth {self.depth}: expected an even width and depth 1 or more")
 
@@ -55,12 +61,14 @@ class Prediction(NamedTuple):
     Attributes:
         token_logits: Score of each expert for each token and encoder layer, `[B, T, L_enc, E]`.
         load: Expected dispatched tokens, `[L, E]`.
-        variance: Variance of the load if tokens chose independently, `[L, E]`.
+        variance: Variance of the load if tokens chose independently, `[L, E]`; carries no gradient.
+        sequence_load: Expected tokens of each sequence in the decoder, before history is blended in, `[B, L_dec, E]`.
     """
 
     token_logits: Tensor
     load: Tensor
     variance: Tensor
+    sequence_load: Tensor
 
 
 def capped(mean: Tensor, variance: Tensor, capacity: int) -> Tensor:
@@ -99,26 +107,33 @@ class LoadNetwork(nn.Module):
         if self.attention is not None:
             hidden = hidden + self.attention(hidden, mask_BT)
         logits = self.encoder_heads(hidden).unflatten(-1, (self.num_encoder_layers, self.num_experts))
-        load, variance = self._encoder_load(logits, mask_BT)
+        load_BLE, variance_BLE = self._counted(logits, mask_BT[..., None].to(logits.dtype))
+        sequence_load = load_BLE[:, :0]
         if self.num_decoder_layers:
-            decoder_load, decoder_variance = self._decoder_load(hidden, mask_BT)
-            load, variance = torch.cat([load, decoder_load]), torch.cat([variance, decoder_variance])
-        return Prediction(logits, self.history.blend(load, history_KLE), variance)
-
-    def _encoder_load(self, logits_BTLE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected load and its variance, `[L_enc, E]` each: token probabilities summed under the capacity."""
-        share_BTM = logits_BTLE.softmax(-1).flatten(2)
-        real_B1T = mask_BT[:, None].to(share_BTM.dtype)  # a product with the mask sums over the real tokens
-        mean_BLE = (real_B1T @ share_BTM).view(-1, self.num_encoder_layers, self.num_experts)
-        variance_BLE = mean_BLE - (real_B1T @ share_BTM**2).view_as(mean_BLE)
-        return capped(mean_BLE, variance_BLE, self.capacity).sum(0), variance_BLE.sum(0)
+            sequence_load, decoder_variance = self._decoder_load(hidden, mask_BT)
+            load_BLE = torch.cat([load_BLE, sequence_load], 1)
+            variance_BLE = torch.cat([variance_BLE, decoder_variance], 1)
+        load = self.history.blend(load_BLE.sum(0), history_KLE)
+        return Prediction(logits, load, variance_BLE.sum(0), sequence_load)
 
     def _decoder_load(self, hidden_BTH: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected load and its variance, `[L_dec, E]` each, from the mean state of each sequence."""
-        length_B = mask_BT.sum(1).clamp(min=1)
-        pooled_BH = (hidden_BTH * mask_BT[..., None]).sum(1) / length_B[:, None]
-        share = self.decoder_heads(pooled_BH).unflatten(-1, (self.num_decoder_layers, self.num_experts)).softmax(-1)
-        tokens_B = nn.functional.softplus(self.decoder_length(pooled_BH))[:, 0] * length_B
-        mean_BLE = share * tokens_B[:, None, None]
-        variance_BLE = mean_BLE * (1 - share)
-        return capped(mean_BLE, variance_BLE, self.capacity).sum(0), variance_BLE.sum(0)
+        """Expected load of each sequence in the decoder and its variance, `[B, L_dec, E]` each."""
+        weight_BT1 = mask_BT[..., None].to(hidden_BTH.dtype)
+        if self.architecture.decoder == "pooled":  # a sequence counts as one position that brings about all its tokens
+            weight_BT1 = weight_BT1.sum(1, keepdim=True)
+            hidden_BTH = (hidden_BTH * mask_BT[..., None]).sum(1, keepdim=True) / weight_BT1.clamp(min=1)
+        logits = self.decoder_heads(hidden_BTH).unflatten(-1, (self.num_decoder_layers, self.num_experts))
+        return self._counted(logits, nn.functional.softplus(self.decoder_length(hidden_BTH)) * weight_BT1)
+
+    def _counted(self, logits_BTLE: Tensor, tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected load under the capacity and its variance, `[B, L, E]` each.
+
+        Args:
+            logits_BTLE: Score of each expert for each position and layer.
+            tokens_BT1: Tokens that each position stands for; 0 on padding.
+        """
+        share_BTM, tokens_B1T = logits_BTLE.softmax(-1).flatten(2), tokens_BT1.transpose(1, 2)
+        mean_BLE = (tokens_B1T @ share_BTM).view(len(logits_BTLE), *logits_BTLE.shape[2:])
+        with torch.no_grad():  # it only smooths the capacity; its gradient costs a tenth of a step
+            variance_BLE = mean_BLE - (tokens_B1T @ share_BTM.square()).view_as(mean_BLE)
+        return capped(mean_BLE, variance_BLE, self.capacity), variance_BLE

@@ -5,34 +5,20 @@ Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
 
 import math
 from dataclasses import asdict
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from data.datamodule import RouterTraceModule, TraceSample
+from data.datamodule import RouterTraceModule
 from data.layout import MoELayout
+from data.samples import TraceSample
 from data.switch import read_embedding
 from predictor.learned import LearnedForecaster
-from predictor.metrics import LayerMean, load_tv, shares, token_top1
+from predictor.losses import distillation_loss, load_loss, sequence_loss, token_loss
+from predictor.metrics import LayerMean, load_tv, token_top1
 from predictor.model import Architecture, LoadNetwork, Prediction
-
-
-def load_loss(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
-    """Total variation plus cross-entropy excess of the shares, plus the relative error of the tokens in all.
-
-    Averaged over the layers that carried load; the cross-entropy keeps a gradient where total variation has none.
-    """
-    carried = (load_LE.sum(-1) > 0).float()
-    guess, truth = shares(predicted_LE), shares(load_LE)
-    excess = (truth * (truth.clamp(min=1e-9).log() - guess.clamp(min=1e-9).log())).sum(-1)
-    distance = 0.5 * (guess - truth).abs().sum(-1)
-    tokens = (predicted_LE.sum(-1).clamp(min=1e-9) / load_LE.sum(-1).clamp(min=1.0)).log().abs()
-    return ((distance + excess + 0.1 * tokens) * carried).sum() / carried.sum().clamp(min=1)
 
 
 def one_cycle(step: int, steps: int) -> float:
@@ -43,35 +29,15 @@ def one_cycle(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((step - warm_up) / max(steps - warm_up, 1), 1.0)))
 
 
-def checkpoint_to_resume(trainer: Trainer, wanted: str | None) -> Path | None:
-    """The checkpoint file that a user means by a path or by "last"; None for a fresh start.
-
-    Raises:
-        ValueError: If there is none, or it is damaged.
-    """
-    if wanted is None:
-        return None
-    path = Path(wanted)
-    if wanted == "last":
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or "."
-        path = Path(folder) / "last.ckpt"
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; there is no run to resume, leave --ckpt_path out")
-    try:
-        torch.load(path, map_location="meta", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint that can be resumed: {str(error).splitlines()[0]}") from None
-    return path
-
-
 class LoadForecaster(LightningModule):
     """Trains a `LoadNetwork` on a trace; layout and embedding come from the data module's trace.
 
     Args:
         architecture: Shape of the network.
         learning_rate: Peak of AdamW's one-cycle schedule.
-        token_weight: Weight of the token loss beside the load loss of the decoder's layers, which counts once.
+        token_weight: Weight of the loss on encoder tokens; the losses on decoder and history count once.
         encoder_load_weight: Weight of the load loss of the encoder's layers.
+        distillation_weight: Weight of the loss on the routers' likeliest experts, which the trace must hold.
         weight_decay: AdamW's decoupled weight decay.
     """
 
@@ -81,19 +47,21 @@ class LoadForecaster(LightningModule):
     def __init__(
         self,
         architecture: Architecture = Architecture(),
-        learning_rate: float = 3e-3,
-        token_weight: float = 2.0,
+        learning_rate: float = 4e-3,
+        token_weight: float = 1.0,
         encoder_load_weight: float = 1.0,
+        distillation_weight: float = 0.0,
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(
             {"architecture": asdict(architecture), "learning_rate": learning_rate,
-             "token_weight": token_weight, "encoder_load_weight": encoder_load_weight, "weight_decay": weight_decay}
+             "token_weight": token_weight, "encoder_load_weight": encoder_load_weight,
+             "distillation_weight": distillation_weight, "weight_decay": weight_decay}
         )  # fmt: skip
         self.architecture = architecture
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.token_weight, self.encoder_load_weight = token_weight, encoder_load_weight
+        self.weights = {"token": token_weight, "load": encoder_load_weight, "distillation": distillation_weight}
 
     def setup(self, stage: str) -> None:
         """Builds the network for the trace's model and reads that model's embedding table."""
@@ -118,18 +86,19 @@ class LoadForecaster(LightningModule):
         return prediction
 
     def losses(self, prediction: Prediction, sample: TraceSample) -> dict[str, Tensor]:
-        """Cross-entropy of the tokens' experts, and load losses with tokens known and unknown, in nats and TV."""
-        experts = sample.trace.encoder_experts.permute(1, 2, 0).long()  # [B, T, L_enc], negative on padding
-        token = cross_entropy(prediction.token_logits.flatten(0, 2), experts.flatten(), ignore_index=-1)
-        past_share = self.network.history.share(sample.history)
-        past = load_loss(past_share * sample.load.sum(-1, keepdim=True), sample.load)
+        """Cross-entropies of encoder tokens and of decoder sequences, and load losses with tokens known and unknown."""
         split = self.layout.num_encoder_layers
-        return {
-            "token": token,
+        past_share = self.network.history.share(sample.history)
+        losses = {
+            "token": token_loss(prediction, sample.trace),
+            "sequence": sequence_loss(prediction, sample.trace),
             "load": load_loss(prediction.load[:split], sample.load[:split]),
             "decoder": load_loss(prediction.load[split:], sample.load[split:]),
-            "history": past,
+            "history": load_loss(past_share * sample.load.sum(-1, keepdim=True), sample.load),
         }
+        if self.weights["distillation"]:
+            losses["distillation"] = distillation_loss(prediction, sample.trace)
+        return losses
 
     def on_fit_start(self) -> None:
         """One thread: steps are too small to share, and threads that wait for each other stall on a busy machine."""
@@ -139,8 +108,7 @@ class LoadForecaster(LightningModule):
         """One batch of the trace is one training batch."""
         loss = self.losses(self(sample), sample)
         self.log_dict({f"train/{name}_loss": value for name, value in loss.items()}, batch_size=1)
-        load = self.encoder_load_weight * loss["load"]
-        return self.token_weight * loss["token"] + load + loss["decoder"] + loss["history"]
+        return torch.stack([self.weights.get(name, 1.0) * value for name, value in loss.items()]).sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the length of the gradient before it is clipped."""

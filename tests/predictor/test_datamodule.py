@@ -5,7 +5,8 @@ import pytest
 import torch
 from made_up import make_layout, time_splits, write_trace
 
-from data.datamodule import RouterTraceModule, TraceSamples
+from data.datamodule import RouterTraceModule
+from data.samples import TraceSamples
 from data.store import open_trace
 
 
