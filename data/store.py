@@ -170,7 +170,7 @@ class StoredTrace:
         )
 
     def _top(self, rows: pa.Table, tokens: TokenBatch, names: list[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Likeliest experts of each encoder token and their probabilities, `[L_enc, B, T, K]`, where they were logged."""
+        """Likeliest experts of each encoder token and their probabilities, `[L_enc, B, T, K]`, if they were logged."""
         if not (top := self.about.get("top", 0)):
             return None, None
         experts = [entries_column(rows, f"{name}_top", tokens, top).to(torch.int16) for name in names]
