@@ -165,6 +165,10 @@ class ExpertFiles:
             self._files[path] = WeightFile(path, direct)
         return self._files[path].span(name, shape)
 
+    def __len__(self) -> int:
+        """Experts in all."""
+        return len(self._spans)
+
     @property
     def direct(self) -> bool:
         """Whether reads go past the page cache."""

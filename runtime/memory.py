@@ -84,12 +84,13 @@ class Pool:
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
         return self.wi_NFD[place], self.wo_NDF[place]
 
-    def release(self) -> None:
-        """Gives the memory back; no view of a place may be in use."""
+    def release(self) -> "Pool":
+        """Gives the memory back and is empty from then on; no view of a place may be in use."""
         while self._pinned:
             _check(torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr()))  # type: ignore[no-untyped-call]
         self.wi_NFD = self.wi_NFD.new_empty(0, *self.wi_NFD.shape[1:])
         self.wo_NDF = self.wo_NDF.new_empty(0, *self.wo_NDF.shape[1:])
+        return self
 
 
 def _check(status: object) -> None:

@@ -1,0 +1,170 @@
+"""ExpertCache: gives out any expert of a model from memory that holds a part of them, tier upon tier.
+
+On an accelerator experts come from its own memory, below which lies page-locked host memory, below which disk. Without
+one they come from host memory under the first budget; a second tier in host memory then saves reads as well.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from predictor.forecast import LoadForecast
+from runtime.disk import ExpertFiles, Key, never
+from runtime.memory import ExpertShape, Pool, show_bytes
+from runtime.policies import Policy
+from runtime.tiers import Source, Tier
+
+log = logging.getLogger(__name__)
+LOADERS = 2
+"""Threads that load into each tier: while one copies, the other reads."""
+
+
+class FromTier:
+    """A tier as the source of the one above it: host memory below an accelerator's.
+
+    Args:
+        below: The tier to copy from; what it lacks it fetches.
+    """
+
+    def __init__(self, below: Tier) -> None:
+        self.below, self._own = below, threading.local()
+
+    def has(self, key: Key) -> bool:
+        """See `Source`."""
+        return self.below.has(key)
+
+    def read(self, key: Key, wi_FD: Tensor, wo_DF: Tensor, stop: Callable[[], bool] = never) -> None:
+        """See `Source`; returns when the copy is done, on a stream of the calling thread's own where there are any."""
+        self.below.want([key])
+        for place in self.below.take([key]):
+            if not wi_FD.is_cuda:
+                wi_FD.copy_(place.wi)
+                wo_DF.copy_(place.wo)
+                continue
+            if not hasattr(self._own, "stream"):
+                self._own.stream = torch.cuda.Stream(wi_FD.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._own.stream):
+                wi_FD.copy_(place.wi, non_blocking=True)
+                wo_DF.copy_(place.wo, non_blocking=True)
+            self._own.stream.synchronize()  # this thread alone waits; the place below may be evicted from here on
+
+
+class ExpertCache:
+    """Experts under a byte budget for each tier.
+
+    The budgets hold the experts and the buffers they are read through; all of it is allocated here, once.
+
+    Args:
+        files: Where experts are read from; the cache closes them.
+        policy: Says what to keep and what to fetch.
+        device_memory: Bytes on the device that computes.
+        host_memory: Bytes of host memory below it; an accelerator needs some.
+        device: Where experts are computed.
+
+    Attributes:
+        tiers: From the one that computes down.
+        policy: As given.
+
+    Raises:
+        ValueError: If a budget cannot hold what one token needs; the message has the smallest that can.
+    """
+
+    def __init__(
+        self,
+        files: ExpertFiles,
+        policy: Policy,
+        device_memory: int,
+        host_memory: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.files, self.policy, self._planning = files, policy, threading.Lock()
+        place = torch.device(device)
+        if place.type != "cpu" and host_memory is None:
+            raise ValueError(f"experts reach {place} through host memory; give host_memory as well")
+        lower = None if host_memory is None else ("host", host_memory, torch.device("cpu"), place.type == "cuda")
+        self.tiers: list[Tier] = []
+        try:
+            source: Source = files
+            for name, budget, where, pinned in filter(None, [lower, ("device", device_memory, place, False)]):
+                reserve = LOADERS * files.reader_bytes if source is files else 0
+                places = min(places_within(budget, files.shape, reserve, name), len(files))
+                self.tiers.insert(0, Tier(name, Pool(files.shape, places, where, pinned), source, LOADERS))
+                source = FromTier(self.tiers[0])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "ExpertCache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def loads(self) -> int:
+        """Experts read from disk so far."""
+        return self.tiers[-1].loads
+
+    def begin(self) -> None:
+        """A batch begins, the one that `expect` spoke of; its first layers are fetched from here on."""
+        with self._planning:
+            self.policy.begin()
+            self._plan()
+
+    def expect(self, forecast: LoadForecast | None) -> None:
+        """The forecast of the batch after the one under way, from any thread; None if there is none."""
+        with self._planning:
+            self.policy.expect(forecast)
+            self._plan()
+
+    def _plan(self) -> None:
+        due_LE, wishes = self.policy.due(), self.policy.wishes()
+        for tier in self.tiers:
+            tier.plan(due_LE, wishes)
+
+    def use(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Gives the experts a layer needs now, `(expert, wi [F, D], wo [D, F])`, those at hand first.
+
+        Weights are the caller's until it asks for the next ones. Experts not at hand are on their way meanwhile.
+
+        Raises:
+            OSError: If one cannot be read; the message names the file, and the others stay usable.
+        """
+        keys = [(layer, expert) for expert in experts]
+        upper = self.tiers[0]
+        upper.want(keys)
+        with self._planning:
+            self.policy.observe(layer, experts, self.loads)
+            self._plan()
+        for place in upper.take(keys):
+            assert place.key is not None
+            yield place.key[1], place.wi, place.wo
+
+    def close(self) -> None:
+        """Ends the loading threads, giving up what they are at, frees the memory and closes the files."""
+        for tier in self.tiers:
+            tier.stop()
+        while self.tiers:
+            self.tiers.pop(0).close()
+        self.files.close()
+
+
+def places_within(budget: int, shape: ExpertShape, reserve: int, name: str) -> int:
+    """Experts that a budget holds beside `reserve` bytes of buffers.
+
+    Raises:
+        ValueError: If it holds none, with the smallest budget that does.
+    """
+    if (places := (budget - reserve) // shape.nbytes) < 1:
+        least = shape.nbytes + reserve
+        raise ValueError(
+            f"{name}_memory is {show_bytes(budget)}, too little for one token's expert: {show_bytes(shape.nbytes)} "
+            f"and {show_bytes(reserve)} of buffers; give at least {least} bytes ({show_bytes(least)})"
+        )
+    return places

@@ -1,0 +1,174 @@
+"""Forecast: the policy that keeps and fetches experts by forecasts of their load, and knows how far to trust them.
+
+A forecast says tokens; what counts here is whether there is at least one. How often a predicted load came true is
+learned while running, so a forecaster that is wrong soon moves nothing: its probabilities all become the average.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from predictor.forecast import LoadForecast
+from runtime.disk import Key
+from runtime.policies import Expecting, LeastRecent, Policy
+from runtime.schedule import FloatArray
+
+log = logging.getLogger(__name__)
+EDGES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0])
+"""Tokens that part predicted loads into classes."""
+
+
+class Calibration:
+    """Probability that an expert is needed, by its predicted load and layer.
+
+    Starts from the Poisson distribution and follows what is seen.
+    """
+
+    PRIOR = 8.0  # experts that the Poisson distribution is worth
+    MEMORY = 0.98  # of a layer's counts from one batch to the next
+
+    def __init__(self, num_layers: int) -> None:
+        centres = np.array([EDGES[0] / 2, *np.sqrt(EDGES[1:] * EDGES[:-1]), 2 * EDGES[-1]])
+        self._seen = np.full((num_layers, len(centres)), self.PRIOR)
+        self._needed = self._seen * (1 - np.exp(-centres))
+
+    def probability(self, load_LE: FloatArray) -> FloatArray:
+        """Of each expert, `[L, E]`."""
+        classes = np.digitize(load_LE, EDGES)
+        table = self._needed / self._seen
+        return np.asarray(np.take_along_axis(table, classes, axis=1))
+
+    def observe(self, layer: int, load_E: FloatArray, needed_E: FloatArray) -> None:
+        """What became of one layer's forecast."""
+        classes, size = np.digitize(load_E, EDGES), len(EDGES) + 1
+        for kept, weights in ((self._seen, None), (self._needed, needed_E)):
+            kept[layer] = self.MEMORY * kept[layer] + np.bincount(classes, weights, minlength=size)
+
+
+class Forecast(Expecting):
+    """Keeps and fetches by forecasts; where there is none, by what is usual."""
+
+    name = "forecast"
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__(num_layers, num_experts)
+        self._calibration = Calibration(num_layers)
+        self._now: FloatArray | None = None
+        self._next: FloatArray | None = None
+
+    def begin(self) -> None:
+        """See `Policy`."""
+        super().begin()
+        self._now, self._next = self._next, None
+
+    def expect(self, forecast: LoadForecast | None) -> None:
+        """See `Policy`."""
+        self._next = None if forecast is None else forecast.load
+
+    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
+        """See `Policy`."""
+        super().observe(layer, experts, loads)
+        if self.schedule.started:  # a step of the decoder: the forecast was of the whole batch
+            self._now = None
+        if self._now is not None:
+            self._calibration.observe(layer, self._now[layer], self.last_LE[layer].astype(np.float64))
+
+    def current(self) -> FloatArray:
+        """See `Expecting`."""
+        return self._probability(self._now)
+
+    def upcoming(self) -> FloatArray:
+        """See `Expecting`."""
+        return self._probability(self._next)
+
+    def _probability(self, load_LE: FloatArray | None) -> FloatArray:
+        return self.usual_LE if load_LE is None else self._calibration.probability(load_LE)
+
+
+class Guarded:
+    """A policy that gives way to least-recently-used where it does not pay.
+
+    Beside the policy a least-recently-used cache is followed on paper. Where the policy has caused more loads than
+    that one would have, on balance over the last accesses, it is suspended; each time for twice as long.
+
+    Args:
+        policy: The policy.
+        num_layers: L.
+        num_experts: E.
+        places: Experts the cache holds.
+
+    Attributes:
+        falls: Times it was suspended.
+        suspended: Whether it is.
+    """
+
+    TOLERANCE = 1.1  # loads of the policy for each of the rival's
+    WINDOW = 8  # caches full of accesses that the balance goes back
+    PATIENCE = 4  # caches full of accesses before the first judgement, and of the first suspension
+
+    def __init__(self, policy: Policy, num_layers: int, num_experts: int, places: int) -> None:
+        self.policy, self.places = policy, places
+        self.falls, self.suspended = 0, False
+        self._recent = LeastRecent(num_layers, num_experts)
+        self._held: OrderedDict[Key, None] = OrderedDict()
+        self._ours = self._theirs = 0.0
+        self._loads, self._wait = 0, float(self.PATIENCE * places)
+
+    @property
+    def name(self) -> str:
+        """The policy's."""
+        return self.policy.name
+
+    def begin(self) -> None:
+        """See `Policy`."""
+        self.policy.begin()
+
+    def expect(self, forecast: LoadForecast | None) -> None:
+        """See `Policy`."""
+        self.policy.expect(forecast)
+
+    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
+        """See `Policy`."""
+        self.policy.observe(layer, experts, loads)
+        self._recent.observe(layer, experts, loads)
+        memory = 1 - min(len(experts) / (self.WINDOW * self.places), 0.5)
+        self._ours = memory * self._ours + loads - self._loads
+        self._theirs = memory * self._theirs + self._would_load(layer, experts)
+        self._loads, self._wait = loads, self._wait - len(experts)
+        if self._wait <= 0:
+            self._judge()
+
+    def _would_load(self, layer: int, experts: Sequence[int]) -> int:
+        """Loads that least-recently-used needs for these experts."""
+        count = 0
+        for expert in experts:
+            key = (layer, expert)
+            if key not in self._held:
+                count += 1
+                if len(self._held) >= self.places:
+                    self._held.popitem(last=False)
+                self._held[key] = None
+            self._held.move_to_end(key)
+        return count
+
+    def _judge(self) -> None:
+        if self.suspended:
+            self.suspended, self._wait = False, float(self.PATIENCE * self.places)
+            self._ours = self._theirs  # a fresh start
+        elif self._ours > self.TOLERANCE * self._theirs + 1:
+            self.suspended, self.falls = True, self.falls + 1
+            self._wait = float(self.PATIENCE * self.places * 2**self.falls)
+            log.warning(
+                "'%s' loads %.0f experts where least-recently-used loads %.0f, which now takes over for %.0f experts",
+                self.policy.name, self._ours, self._theirs, self._wait,
+            )  # fmt: skip
+
+    def due(self) -> FloatArray:
+        """See `Policy`."""
+        return self._recent.due() if self.suspended else self.policy.due()
+
+    def wishes(self) -> list[Key]:
+        """See `Policy`."""
+        return [] if self.suspended else self.policy.wishes()
