@@ -8,7 +8,7 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,10 @@ class ExpertFiles:
     def __len__(self) -> int:
         """Experts in all."""
         return len(self._spans)
+
+    def keys(self) -> Iterable[Key]:
+        """All experts."""
+        return self._spans
 
     @property
     def direct(self) -> bool:

@@ -1,6 +1,6 @@
 """Tally: what a tier of experts did, counted."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass
@@ -53,3 +53,12 @@ class Tally:
     def hidden(self) -> float:
         """Share of the loading time that nobody waited for."""
         return max(0.0, 1 - self.stall_ms / self.load_ms) if self.load_ms else 1.0
+
+    def copy(self) -> "Tally":
+        """As it stands."""
+        return replace(self)
+
+    def since(self, earlier: "Tally") -> "Tally":
+        """What was added to an earlier copy; the peak is that of all time."""
+        before = asdict(earlier) | {"peak_bytes": 0}
+        return Tally(**{name: value - before[name] for name, value in asdict(self).items()})

@@ -1,0 +1,286 @@
+"""Experts that do not fit: policies side by side under one byte budget, on recorded routing and real reads.
+
+    python -m benchmarks.make_switch --out outputs/switch-base-64 --experts 64 --blocks 4 --capacity 16
+    python -m benchmarks.tiers --model outputs/switch-base-64 --predictor outputs/predictor
+
+Weights are random, of switch-base's geometry, on disk, and read past the page cache. Which experts are needed is what
+the bundled model's routers did with real text. Arms take turns; each turn starts from an empty cache and its first
+batches are not counted. Prints tables and, as the last line, one JSON document with the figures of every arm.
+"""
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.machine import ResidentPeak, ThrottledFiles, read_speed
+from benchmarks.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
+from data.cli import from_command_line, user_errors
+from data.layout import MoELayout
+from data.switch import LoadedSwitch, load_dense, load_switch
+from data.traffic import Traffic
+from data.weights import BUNDLED, ModelWeights
+from predictor.baselines import Ema
+from predictor.checkpoint import load_predictor
+from predictor.forecast import Forecaster
+from runtime.cache import LOADERS, ExpertCache
+from runtime.disk import ExpertFiles
+from runtime.engine import ModelBatch, forward
+from runtime.foresight import Forecast, Guarded
+from runtime.policies import Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest, Policy
+from runtime.tally import Tally
+from runtime.tiered import TieredExperts, install, needed_rows
+
+ARMS = ("all_resident", "lru", "lfu", "last", "cosine", "ours_history", "ours", "oracle")
+
+
+@dataclass
+class Turn:
+    """What an arm did in one turn, warm-up left out.
+
+    Attributes:
+        seconds: Of each batch.
+        tokens: Of each batch, decoder included.
+        tally: Counters at the end less those at the end of the warm-up.
+        loads: Experts read.
+        resident_peak: Most bytes the process grew by over what it held without any expert.
+        falls: Times the policy gave way to least-recently-used.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    resident_peak: int = 0
+    falls: int = 0
+
+
+class Bench:
+    """The model, the recording, and what every turn shares."""
+
+    def __init__(
+        self, model: str, batches: list[RecordedBatch], small: LoadedSwitch, predictor: Path | None, mode: Mode
+    ) -> None:
+        self.model, self.batches, self.mode, self.small = load_dense(model), batches, mode, small
+        self.files = ModelWeights(model).files
+        self.layout: MoELayout = self.model.layout
+        wanted = [small.layout.num_layers, small.layout.num_encoder_layers, small.layout.num_experts]
+        if [self.layout.num_layers, self.layout.num_encoder_layers, self.layout.num_experts] != wanted:
+            raise ValueError(
+                f"{model} has another number of layers or experts than the recording: {wanted}; see --help"
+            )
+        self.routers: list[RecordedRouter] = play_back(self.model.model, self.layout)
+        self.forecaster: Forecaster | None = None
+        if predictor is not None:
+            self.forecaster = load_predictor(predictor, small.layout, small.model.shared.weight.detach().float())
+        self.loads = np.stack([batch.load(self.layout) for batch in batches])
+        self.forecast_ms: list[float] = []
+
+    def policy(self, arm: str, places: int) -> Policy:
+        """A fresh policy for an arm."""
+        shape = (self.layout.num_layers, self.layout.num_experts)
+        if arm == "oracle":
+            return Foreseen(np.stack([one for batch in self.batches for one in batch.passes(self.layout, self.mode)]))
+        if arm.startswith("ours"):
+            return Guarded(Forecast(*shape), *shape, places)
+        kinds = {"all_resident": LeastRecent, "lru": LeastRecent, "lfu": LeastFrequent, "last": LikeLast}
+        return kinds.get(arm, LikeNearest)(*shape)
+
+    def turn(self, arm: str, budget: float, warm: int, mbps: float | None = None) -> Turn:
+        """Runs all batches through one arm."""
+        files = ThrottledFiles(self.files, self.layout, torch.float32, mbps=mbps)
+        whole = len(files) * files.shape.nbytes
+        places = len(files) if arm == "all_resident" else int(budget * len(files))
+        held = min(places * files.shape.nbytes, whole) + LOADERS * files.reader_bytes
+        turn, policy = Turn(), self.policy(arm, places)
+        with ResidentPeak() as peak, ExpertCache(files, policy, held) as cache, ThreadPoolExecutor(1) as aside:
+            layers = install(self.model.model, self.layout, cache)
+            if arm == "all_resident":
+                for layer in range(self.layout.num_layers):
+                    list(cache.use(layer, range(self.layout.num_experts)))
+            before = Tally()
+            ready = aside.submit(self._foresee, arm, cache, 0)
+            for number, batch in enumerate(self.batches):
+                if number == warm:
+                    before = cache.tiers[0].tally.copy()
+                began = time.perf_counter()
+                ready.result()
+                cache.begin()
+                if number + 1 < len(self.batches):
+                    ready = aside.submit(self._foresee, arm, cache, number + 1)
+                self.run(batch, layers)
+                if number >= warm:
+                    turn.seconds.append(time.perf_counter() - began)
+                    turn.tokens.append(self.tokens(batch))
+            turn.tally = cache.tiers[0].tally.since(before)
+        turn.resident_peak, turn.falls = peak.grown, getattr(policy, "falls", 0)
+        return turn
+
+    def _foresee(self, arm: str, cache: ExpertCache, number: int) -> None:
+        """Forecasts a batch, as a controller would while the one before it runs."""
+        forecaster = {"ours": self.forecaster, "ours_history": Ema(0.5)}.get(arm)
+        if forecaster is None or (arm == "ours_history" and number == 0):
+            return
+        began = time.perf_counter()
+        cache.expect(forecaster.forecast(self.batches[number].tokens, self.loads[: max(number - 1, 0)]))
+        self.forecast_ms.append(1e3 * (time.perf_counter() - began))
+
+    def tokens(self, batch: RecordedBatch) -> int:
+        """Real tokens that the model runs."""
+        return batch.tokens.num_tokens + (0 if self.mode == "encoder" else batch.decoder.num_tokens)
+
+    @torch.inference_mode()
+    def run(self, batch: RecordedBatch, layers: list[TieredExperts] | None) -> None:
+        """One batch through the model, with the experts that are installed."""
+        for layer, router in enumerate(self.routers):
+            decoding = layer >= self.layout.num_encoder_layers
+            router.batch, router.step = batch, 0 if decoding and self.mode == "generate" else None
+            if layers is not None:
+                stepwise = router.step is not None
+                layers[layer].needed = None if stepwise else needed_rows(batch.mask(layer, self.layout))
+        if self.mode == "generate":
+            steps = batch.decoder.input_ids.shape[1]
+            self.model.model.generate(
+                input_ids=batch.tokens.input_ids, attention_mask=batch.tokens.mask.long(),
+                max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
+            )  # fmt: skip
+        else:
+            forward(self.model.model, ModelBatch(batch.tokens, batch.decoder if self.mode == "full" else None))
+
+    def plain(self, model: str, warm: int) -> Turn:
+        """The model's own experts modules, all in memory."""
+        whole = load_switch(model).model
+        for name in self.layout.module_names:
+            self.model.model.set_submodule(f"{name}.experts", whole.get_submodule(f"{name}.experts"))
+        turn = Turn()
+        for number, batch in enumerate(self.batches):
+            began = time.perf_counter()
+            self.run(batch, None)
+            if number >= warm:
+                turn.seconds.append(time.perf_counter() - began)
+                turn.tokens.append(self.tokens(batch))
+        return turn
+
+
+def summarise(turns: list[Turn]) -> dict[str, Any]:
+    """Medians over turns; the spread is that of tokens a second from turn to turn."""
+    speeds = [sum(turn.tokens) / sum(turn.seconds) for turn in turns]
+    tokens, batches = sum(turns[0].tokens), len(turns[0].seconds)
+    tallies = [turn.tally for turn in turns]
+
+    def median(read: Any) -> float:
+        return float(np.median([read(tally) for tally in tallies]))
+
+    return {
+        "tokens_per_s": round(float(np.median(speeds)), 1),
+        "spread": [round(min(speeds), 1), round(max(speeds), 1)],
+        "hit_rate": round(median(lambda tally: tally.hit_rate), 3),
+        "bytes_per_token": round(median(lambda tally: tally.demand_bytes + tally.prefetch_bytes) / tokens),
+        "demand_bytes": median(lambda tally: tally.demand_bytes),
+        "prefetch_bytes": median(lambda tally: tally.prefetch_bytes),
+        "prefetch_precision": round(median(lambda tally: tally.precision), 3),
+        "stall_ms": round(median(lambda tally: tally.stall_ms) / batches, 1),
+        "load_ms": round(median(lambda tally: tally.load_ms) / batches, 1),
+        "hidden": round(median(lambda tally: tally.hidden), 3),
+        "batch_ms": round(1e3 * float(np.median([sum(turn.seconds) / batches for turn in turns])), 1),
+        "peak_bytes": int(median(lambda tally: tally.peak_bytes)),
+        "resident_bytes": int(np.median([turn.resident_peak for turn in turns])),
+        "falls": sum(turn.falls for turn in turns),
+    }
+
+
+def show(results: dict[str, dict[str, Any]], title: str, console: Console) -> None:
+    """The arms as a table."""
+    table = Table(title=title)
+    for name in (
+        "arm",
+        "tokens/s",
+        "spread",
+        "x LRU",
+        "hits",
+        "precision",
+        "MB/token",
+        "stall ms",
+        "hidden",
+        "peak GB",
+    ):
+        table.add_column(name, justify="right")
+    base = results.get("lru", {}).get("tokens_per_s")
+    for arm, row in results.items():
+        table.add_row(
+            arm, f"{row['tokens_per_s']:.1f}", "-".join(f"{speed:.0f}" for speed in row["spread"]),
+            f"{row['tokens_per_s'] / base:.2f}" if base else "-", f"{row['hit_rate']:.1%}",
+            f"{row['prefetch_precision']:.1%}" if row["prefetch_bytes"] else "-", f"{row['bytes_per_token'] / 1e6:.2f}",
+            f"{row['stall_ms']:.0f}", f"{row['hidden']:.0%}", f"{row['resident_bytes'] / 1e9:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def tiers(
+    model: str = "outputs/switch-base-64",
+    predictor: Path | None = None,
+    budget: float = 0.25,
+    sequences: int = 8,
+    length: int = 64,
+    mode: Mode = "full",
+    phases: tuple[str, ...] = ("drift", "every_10", "every_1", "unseen"),
+    per_phase: int = 4,
+    warm: int = 4,
+    turns: int = 3,
+    arms: tuple[str, ...] = ARMS,
+    plain: bool = False,
+    mbps: float | None = None,
+) -> None:
+    """Runs the benchmark.
+
+    Args:
+        model: A folder made by benchmarks.make_switch with the bundled model's layers and experts (4 blocks, 64).
+        predictor: What train.py left for the bundled model; without it 'ours' has history alone.
+        budget: Share of the bytes of all experts.
+        sequences: Sequences of a batch.
+        length: Most tokens of a sequence.
+        mode: Encoder and decoder at once, the encoder alone, or generation step by step.
+        phases: Kinds of traffic, in order.
+        per_phase: Held-out batches of each.
+        warm: Batches at the start of each turn that are not counted.
+        turns: Turns of each arm.
+        arms: Which arms.
+        plain: Also the plain model with its own experts modules, all in memory.
+        mbps: Slow reads down to so many MB/s; only to find where prefetch stops paying.
+    """
+    if not 0 < budget <= 1 or warm >= per_phase * len(phases):
+        raise ValueError(f"budget {budget} must lie above 0 and up to 1, warm {warm} below the number of batches")
+    torch.set_num_threads(1)
+    console, small = Console(width=None if sys.stdout.isatty() else 150), load_switch(BUNDLED)
+    traffic = Traffic(batches=40, smallest=sequences, largest=sequences, length=length)
+    bench = Bench(model, record(small, traffic, phases, per_phase), small, predictor, mode)
+    speed = read_speed(ExpertFiles(bench.files, bench.layout, torch.float32))
+    kept: dict[str, list[Turn]] = {arm: [] for arm in (["plain"] if plain else []) + list(arms)}
+    for number in track(range(turns), "turns", console=Console(stderr=True)):
+        for arm in np.roll(list(kept), -number):
+            kept[arm].append(bench.plain(model, warm) if arm == "plain" else bench.turn(arm, budget, warm, mbps))
+    results = {arm: summarise(done) for arm, done in kept.items()}
+    needed = [one.sum() for batch in bench.batches[warm:] for one in batch.passes(bench.layout, mode)]
+    setting = {
+        "budget": budget, "sequences": sequences, "length": length, "mode": mode, "batches": len(bench.batches) - warm,
+        "turns": turns, "expert_bytes": 2 * 4 * bench.layout.d_model * bench.layout.d_ff, "mbps_limit": mbps,
+        "needed_per_pass": float(np.mean(needed)),
+        "forecast_ms": float(np.median(bench.forecast_ms)) if bench.forecast_ms else None, **speed,
+    }  # fmt: skip
+    title = f"{mode}, {sequences} x {length} tokens, budget {budget:.0%}, disk {speed['read_mbps']:.0f} MB/s"
+    show(results, title + (f" held to {mbps:.0f}" if mbps else ""), console)
+    console.print(setting)
+    print(json.dumps({**results, "setting": setting}))
+
+
+if __name__ == "__main__":
+    with user_errors():
+        from_command_line(tiers)
