@@ -14,9 +14,10 @@ from torch import Tensor
 
 from predictor.forecast import LoadForecast
 from runtime.disk import ExpertFiles, Key, never
+from runtime.fetch import Source
 from runtime.memory import ExpertShape, Pool, show_bytes
 from runtime.policies import Policy
-from runtime.tiers import Source, Tier
+from runtime.tiers import Tier
 
 log = logging.getLogger(__name__)
 LOADERS = 2

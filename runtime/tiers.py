@@ -2,49 +2,28 @@
 
 Glossary: an expert is *wanted* while somebody waits for it or computes with it, and stays; a *load* brings it from the
 tier below, on *demand* if somebody waits, else as a *prefetch*. A wanted expert is loaded before any prefetch. What is
-due last gives way; a prefetch never evicts what is due sooner than itself.
+due last gives way; a prefetch never evicts what is due sooner than itself, or hardly later.
 """
 
 import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from runtime.disk import Key, ReadCancelledError, never
+from runtime.disk import Key, ReadCancelledError
+from runtime.fetch import Fetch, Source
 from runtime.memory import Pool
 from runtime.schedule import FloatArray
 from runtime.shelf import Place, Shelf
 from runtime.tally import Tally
 
 log = logging.getLogger(__name__)
-
-
-class Source(Protocol):
-    """What a tier is filled from."""
-
-    def has(self, key: Key) -> bool:
-        """Whether it has the expert at hand, so that a prefetch need not wait for a tier further below."""
-        ...
-
-    def read(self, key: Key, wi_FD: Tensor, wo_DF: Tensor, stop: Callable[[], bool] = never) -> None:
-        """Copies an expert into place, on the calling thread; see `ExpertFiles.read`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Load:
-    """One expert on its way into a place."""
-
-    key: Key
-    place: Place
-    ahead: bool
+MARGIN = 1.25
+"""A prefetch evicts only what is due that much later than itself; without, noise moves experts to and fro."""
 
 
 class Tier:
@@ -169,13 +148,13 @@ class Tier:
                 error = caught
             self._finish(load, error)
 
-    def _is_stale(self, load: Load) -> bool:
+    def _is_stale(self, load: Fetch) -> bool:
         """Whether a load is to be given up: nobody hopes for it any more, and somebody waits for another."""
         return self._closing or bool(
             load.ahead and self._demands and load.key not in self._wanted and load.key not in self._hoped
         )
 
-    def _take_up(self) -> Load | None:
+    def _take_up(self) -> Fetch | None:
         """Waits for something to load and claims a place for it; None when the tier is closed."""
         with self._change:
             while not self._closing:
@@ -191,7 +170,7 @@ class Tier:
                 self._change.wait()
         return None
 
-    def _choose(self) -> Load | None:
+    def _choose(self) -> Fetch | None:
         """The next load, wanted experts first; None if there is none, or no place for it yet."""
         while self._demands and (self._demands[0] not in self._wanted or self._shelf.get(self._demands[0])):
             self._demands.popleft()
@@ -201,19 +180,19 @@ class Tier:
         if victim is None:
             return None
         if self._demands:
-            return Load(self._demands.popleft(), victim, ahead=False)
+            return Fetch(self._demands.popleft(), victim, ahead=False)
         latest = self._shelf.due_of(victim.key)
         while self._wishes:
             key = self._wishes.pop(0)
-            if not self._shelf.get(key) and self._shelf.due_of(key) < latest and self.source.has(key):
-                return Load(key, victim, ahead=True)
+            if not self._shelf.get(key) and MARGIN * self._shelf.due_of(key) < latest and self.source.has(key):
+                return Fetch(key, victim, ahead=True)
         return None
 
     def _clear(self, place: Place) -> None:
         self.tally.wasted_prefetches += place.idle
         self._shelf.clear(place)
 
-    def _finish(self, load: Load, error: Exception | None) -> None:
+    def _finish(self, load: Fetch, error: Exception | None) -> None:
         with self._change:
             self._loading -= 1
             if not self._loading:
@@ -226,7 +205,7 @@ class Tier:
                 self._explain(load, error)
             self._change.notify_all()
 
-    def _count(self, load: Load) -> None:
+    def _count(self, load: Fetch) -> None:
         if load.ahead:
             self.tally.prefetches += 1
             self.tally.prefetch_bytes += self.expert_bytes
@@ -234,7 +213,7 @@ class Tier:
             self.tally.demands += 1
             self.tally.demand_bytes += self.expert_bytes
 
-    def _explain(self, load: Load, error: Exception) -> None:
+    def _explain(self, load: Fetch, error: Exception) -> None:
         """What becomes of a load that did not succeed: whoever waits hears of it, for a prefetch the log does."""
         if isinstance(error, ReadCancelledError):
             self.tally.cancelled += 1
