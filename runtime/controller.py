@@ -7,8 +7,10 @@ there are none the placement stays as it is; the model's answers do not depend o
 import logging
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +19,14 @@ import numpy.typing as npt
 from data.trace import TokenBatch
 from predictor.baselines import Ema
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory
+from runtime.peers import Peers
 from runtime.plan import ReplicationPlan
 from runtime.transfer import SlotTransfer
+from runtime.worker import Worker
 
 HISTORY = 64  # batches
+PATIENCE_S = 30.0
+"""Seconds that a first batch, which nothing runs beside, waits for its forecast."""
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +43,7 @@ class Preparation:
     """What was done ahead of a batch.
 
     Attributes:
-        forecast: The forecast it rests on; None where there was nothing to forecast from.
+        forecast: The forecast it rests on; None where there was nothing to forecast from, and on ranks but the first.
         moves: Experts moved.
         nbytes: Bytes they weigh.
         forecast_ms: Milliseconds the forecast took.
@@ -54,33 +60,42 @@ class Preparation:
 
 
 class Controller:
-    """Prepares the placement of the next batch on a thread of its own.
+    """Prepares the placement of the next batch on a thread of its own; on several ranks, all call it in step.
+
+    Rank 0 forecasts and plans for all: processors that differ may round differently, and plans must not.
 
     Args:
         forecaster: What forecasts; None never replicates.
         planner: What plans.
         transfer: What moves; it knows the plan in force.
+        peers: The ranks.
     """
 
-    def __init__(self, forecaster: Forecaster | None, planner: Planner, transfer: SlotTransfer) -> None:
-        self.forecaster, self.planner, self.transfer = forecaster, planner, transfer
+    def __init__(self, forecaster: Forecaster | None, planner: Planner, transfer: SlotTransfer, peers: Peers) -> None:
+        self.forecaster, self.planner, self.transfer, self.peers = forecaster, planner, transfer, peers
         layers, experts = transfer.plan.phy2log.shape[0], transfer.plan.num_experts
         self.history: npt.NDArray[np.int64] = np.zeros((0, layers, experts), dtype=np.int64)
         self.fallbacks: Counter[str] = Counter()
         self.late = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="switchcast-controller")
+        self._worker: Worker[Preparation] = Worker("switchcast-controller")
         self._future: Future[Preparation] | None = None
 
     def prepare(self, upcoming: TokenBatch | None) -> None:
         """Starts preparing for a batch, unless an earlier preparation is still under way."""
         if self.forecaster is not None and self._future is None:
-            self._future = self._thread.submit(self._prepare, upcoming, self.history)
+            self._future = self._worker.submit(self._prepare, upcoming, self.history)
 
     def commit(self, wait: bool = False) -> Preparation | None:
-        """Between batches: puts what was prepared in force if it is ready, else leaves it for the next boundary."""
+        """Between batches: puts what was prepared in force if all ranks have it, else leaves it for the next boundary.
+
+        Raises:
+            RuntimeError: If weights could not be moved.
+        """
         if self._future is None:
             return None
-        if not wait and not (self._future.done() and self.transfer.arrived):
+        if wait:
+            wait_for([self._future], PATIENCE_S)
+        if not self.peers.agree(self._future.done() and (wait or self.transfer.arrived)):
             self.late += 1
             return None
         preparation, self._future = self._future.result(), None
@@ -93,19 +108,21 @@ class Controller:
 
     def close(self) -> None:
         """Ends the thread once what it is doing is done."""
-        self._thread.shutdown(wait=True)
+        self._worker.close()
 
     def _prepare(self, upcoming: TokenBatch | None, history: LoadHistory) -> Preparation:
-        start = time.perf_counter()
-        forecast = self._forecast(upcoming, history)
-        forecasted = time.perf_counter()
-        current = self.transfer.plan
-        target = current if forecast is None else self.planner.plan(forecast, current, history)
-        planned = time.perf_counter()
+        times, forecast, target = [time.perf_counter()], None, self.transfer.plan
+        if self.peers.rank == 0:
+            forecast = self._forecast(upcoming, history)
+        times.append(time.perf_counter())
+        if forecast is not None:
+            target = self._plan(forecast, history)
+        target = ReplicationPlan(self.peers.tell(target.phy2log), target.num_devices)
+        times.append(time.perf_counter())
         moves = self.transfer.start(target)
-        moved = time.perf_counter()
-        times = [1e3 * (stop - begin) for begin, stop in ((start, forecasted), (forecasted, planned), (planned, moved))]
-        return Preparation(forecast, len(moves), self.transfer.nbytes(moves), *times)
+        times.append(time.perf_counter())
+        spans = [1e3 * (stop - begin) for begin, stop in pairwise(times)]
+        return Preparation(forecast, len(moves), self.transfer.nbytes(moves), *spans)
 
     def _forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast | None:
         """The forecaster's own, else one from history, else none."""
@@ -116,8 +133,19 @@ class Controller:
                 raise ValueError(f"its forecast is {forecast.share.shape}, the model has {history.shape[1:]}")
             return forecast
         except Exception as error:  # whatever a forecaster does, the batch must run
-            reason = f"{type(error).__name__}: {error}"
-            if not self.fallbacks:
-                log.warning("forecaster '%s' failed (%s); falling back on past loads", self.forecaster.name, reason)
-            self.fallbacks[reason] += 1
+            self._fall_back(f"forecaster '{self.forecaster.name}'", error, "past loads take its place")
         return Ema().forecast(upcoming, history) if len(history) else None
+
+    def _plan(self, forecast: LoadForecast, history: LoadHistory) -> ReplicationPlan:
+        """The planner's, else the plan in force."""
+        try:
+            return self.planner.plan(forecast, self.transfer.plan, history)
+        except Exception as error:  # the other ranks wait for a plan
+            self._fall_back("planner", error, "the placement stays as it is")
+            return self.transfer.plan
+
+    def _fall_back(self, who: str, error: Exception, instead: str) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        if not self.fallbacks:
+            log.warning("%s failed (%s); %s", who, reason, instead)
+        self.fallbacks[reason] += 1

@@ -1,91 +1,61 @@
 """Engine: runs a Switch model with its experts in slots, replicated ahead of each batch where a forecast says so.
 
-with Engine.from_pretrained("switch-mini-64", predictor="outputs/predictor", devices=8, redundant=16) as engine:
+with Engine.from_pretrained("switch-mini-64", predictor="outputs/predictor", redundant=16) as engine:
     for output in engine.run(batches):
         output.logits
+
+Under torchrun each process is a device: it runs its share of every batch's sequences and holds its share of the
+experts. Alone, a process emulates the devices.
 """
 
+import hashlib
+import resource
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from data.switch import LoadedSwitch, load_switch
+from data.layout import MoELayout
+from data.switch import Dtype, LoadedSwitch, load_dense, load_switch
 from data.trace import TokenBatch
+from data.weights import ModelWeights
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
+from runtime.batch import BatchCost, BatchOutput, ModelBatch, forward, needed
 from runtime.controller import Controller, Preparation
 from runtime.experts import SlotExperts
 from runtime.homes import contiguous_homes
+from runtime.peers import Peers
 from runtime.plan import IntArray, ReplicationPlan
 from runtime.planner import HomePlanner
 from runtime.slots import SlotWeights
+from runtime.source import ExpertSource, LiveExperts, StoredExperts
+from runtime.steps import DecoderSteps, ended
 from runtime.transfer import SlotTransfer
 
-
-@dataclass(frozen=True)
-class ModelBatch:
-    """One batch for an encoder-decoder model.
-
-    Attributes:
-        tokens: Encoder tokens `[B, T]`.
-        decoder: Decoder input tokens `[B, U]`; None runs the encoder alone.
-    """
-
-    tokens: TokenBatch
-    decoder: TokenBatch | None = None
-
-
-@dataclass(frozen=True)
-class BatchCost:
-    """What a batch took.
-
-    Attributes:
-        load: Dispatched tokens of each expert, `[L, E]`.
-        device_load: Tokens each device computed, `[L, G]`.
-        busy_ms: Milliseconds each device computed experts, `[L, G]`.
-        compute_ms: Milliseconds of the whole forward.
-        preparation: What was done ahead of this batch; None where nothing was ready.
-    """
-
-    load: IntArray
-    device_load: IntArray
-    busy_ms: npt.NDArray[np.float64]
-    compute_ms: float
-    preparation: Preparation | None
-
-
-@dataclass(frozen=True)
-class BatchOutput:
-    """A batch's answer and what it took.
-
-    Attributes:
-        logits: `[B, U, V]`, or the encoder's last hidden state `[B, T, D]` where the decoder did not run.
-        cost: What it took.
-    """
-
-    logits: Tensor
-    cost: BatchCost
+EMULATED = 8
 
 
 class Engine:
-    """A Switch model whose experts live in slots over `devices` devices (emulated in one process).
+    """A Switch model whose experts live in slots over devices.
 
-    Outside its `with` block the model is the plain one, bit for bit.
+    Outside its `with` block the model is what it was before, bit for bit.
 
     Args:
         switch: The model.
         forecaster: What forecasts the coming batch's load; None never replicates.
-        devices: G.
+        devices: G; under torchrun it is the number of processes, alone 8 by default.
         redundant: R, replica slots a layer over all devices.
         homes: Experts in the order of the home slots, `[L, E]`; their own order by default.
+        experts: Where expert weights come from; by default the model's own modules.
+        timeout_s: Seconds after which another rank that does not answer counts as lost.
 
     Raises:
         ValueError: If experts or redundant experts do not divide over the devices.
@@ -95,58 +65,104 @@ class Engine:
         self,
         switch: LoadedSwitch,
         forecaster: Forecaster | None,
-        devices: int = 8,
+        devices: int | None = None,
         redundant: int = 16,
         homes: IntArray | None = None,
+        experts: ExpertSource | None = None,
+        timeout_s: float = 60.0,
     ) -> None:
         layout = switch.layout
-        self.switch, self.forecaster = switch, forecaster
+        self.switch, self.forecaster, self.peers = switch, forecaster, Peers(timeout_s)
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
+        devices = devices_of(self.peers, devices)
         self.home = ReplicationPlan.at_home(order, devices, redundant)
         self.planner = HomePlanner(devices, redundant)
+        self._source = LiveExperts(switch.model, layout) if experts is None else experts
         self._names = [f"{name}.experts" for name in layout.module_names]
-        self._plain: list[nn.Module] = []
+        self._before: list[nn.Module] = []
         self._layers: list[SlotExperts] = []
 
     @classmethod
     def from_pretrained(
-        cls, model: str, predictor: Path | str | None = None, devices: int = 8, redundant: int = 16, revision: str = ""
+        cls,
+        model: str,
+        predictor: Path | str | None = None,
+        devices: int | None = None,
+        redundant: int = 16,
+        revision: str = "",
+        dtype: Dtype = "float32",
+        timeout_s: float = 60.0,
     ) -> "Engine":
         """Loads a model and, where given, a predictor trained for it.
+
+        Under torchrun no process ever holds all experts: each reads its own from the model's files.
 
         Raises:
             ValueError: If either cannot be loaded or they do not belong together.
         """
-        switch = load_switch(model, revision)
+        alone = Peers().world == 1
+        switch = (load_switch if alone else load_dense)(model, revision, dtype)
+        source = None if alone else StoredExperts(ModelWeights(model, revision), switch.layout)
         table = switch.model.shared.weight.detach()
         forecaster = None if predictor is None else load_predictor(Path(predictor), switch.layout, table)
-        return cls(switch, forecaster, devices, redundant)
+        switch.model.to(Peers().device)
+        return cls(switch, forecaster, devices, redundant, experts=source, timeout_s=timeout_s)
 
     def __enter__(self) -> "Engine":
-        model, self._layers = self.switch.model, []
-        self._plain = [model.get_submodule(name) for name in self._names]
-        for layer, (name, plain) in enumerate(zip(self._names, self._plain, strict=True)):
-            members = list(plain.children())
-            weights = SlotWeights(members, self.home, layer)
-            activation = members[0].get_submodule("act")
-            self._layers.append(SlotExperts(weights, activation, self.home.phy2log[layer]))
-            model.set_submodule(name, self._layers[-1])
-        self.transfer = SlotTransfer([experts.weights for experts in self._layers], self.home)
-        self.controller = Controller(self.forecaster, self.planner, self.transfer)
+        self.peers.__enter__()
+        try:
+            self._enter()
+        except BaseException:
+            self.peers.__exit__(None, None, None)
+            raise
         return self
+
+    def _enter(self) -> None:
+        model, layout = self.switch.model, self.switch.layout
+        self.peers.check_alike(self._facts(layout))
+        own = self.home.num_devices // self.peers.world
+        devices = range(self.peers.rank * own, (self.peers.rank + 1) * own)
+        activation = ACT2FN[model.config.dense_act_fn]
+        self._before = [model.get_submodule(name) for name in self._names]
+        self._layers = []
+        for layer, phy2log in enumerate(self.home.phy2log):
+            weights = SlotWeights(self.home, layer, devices, (layout.d_ff, layout.d_model), model.shared.weight)
+            weights.fill(self._source)
+            self._layers.append(SlotExperts(weights, activation, phy2log, self.peers, self.home.num_devices))
+        for name, experts in zip(self._names, self._layers, strict=True):
+            model.set_submodule(name, experts)
+        self.transfer = SlotTransfer([experts.weights for experts in self._layers], self.home, self.peers)
+        self.controller = Controller(self.forecaster, self.planner, self.transfer, self.peers)
+
+    def _facts(self, layout: MoELayout) -> dict[str, str]:
+        """What must be alike on all ranks."""
+        return {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model": layout.fingerprint(),
+            "dtype": str(self.switch.model.dtype),
+            "forecaster": "none" if self.forecaster is None else self.forecaster.name,
+            "redundant": str(self.home.num_redundant),
+            "homes": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
+        }
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.controller.close()
-        for name, plain, experts in zip(self._names, self._plain, self._layers, strict=True):
-            self.switch.model.set_submodule(name, plain)
-            experts.weights.release()
+        for name, before in zip(self._names, self._before, strict=True):
+            self.switch.model.set_submodule(name, before)
+        self._source.release()
+        self.peers.__exit__(kind, error, trace)
 
     def run(self, batches: Iterable[ModelBatch]) -> Iterator[BatchOutput]:
         """Runs batches in order; while one runs, the next one's placement is prepared.
 
-        Only before the very first batch is there nothing to hide the preparation behind, so it is waited for.
+        All ranks are given the same batches; each runs its share of the sequences. Only before the very first batch is
+        there nothing to hide the preparation behind, so it is waited for.
+
+        Raises:
+            PeerLostError: If another rank is gone.
         """
         queue = iter(batches)
         current = next(queue, None)
@@ -154,71 +170,103 @@ class Engine:
             self.controller.prepare(current.tokens)
         first = True
         while current is not None:
-            preparation = self.controller.commit(wait=first)
-            upcoming, first = next(queue, None), False
-            if upcoming is not None:
-                self.controller.prepare(upcoming.tokens)
-            output = self._forward(current, preparation)
+            with self.peers.watched():
+                began = time.perf_counter()
+                preparation = self.controller.commit(wait=first)
+                held_up_ms = 1e3 * (time.perf_counter() - began)
+                upcoming, first = next(queue, None), False
+                if upcoming is not None:
+                    self.controller.prepare(upcoming.tokens)
+                output = self._forward(current, preparation, held_up_ms)
             self.controller.observe(output.cost.load)
             yield output
             current = upcoming
 
     @torch.inference_mode()
-    def plain_forward(self, batch: ModelBatch) -> Tensor:
-        """What the plain model answers: its own experts modules, put back for this one batch."""
-        model = self.switch.model
-        for name, plain in zip(self._names, self._plain, strict=True):
-            model.set_submodule(name, plain)
-        try:
-            return forward(model, batch)
-        finally:
-            for name, experts in zip(self._names, self._layers, strict=True):
-                model.set_submodule(name, experts)
-
-    @torch.inference_mode()
-    def _forward(self, batch: ModelBatch, preparation: Preparation | None) -> BatchOutput:
-        self._begin(batch)
+    def _forward(self, batch: ModelBatch, preparation: Preparation | None, held_up_ms: float) -> BatchOutput:
+        rows = batch.rows(self.peers.rank, self.peers.world)
+        own = batch.part(rows)
+        self._begin(own.tokens, own.decoder)
         start = time.perf_counter()
-        logits = forward(self.switch.model, batch)
+        logits = forward(self.switch.model, own)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         elapsed = 1e3 * (time.perf_counter() - start)
-        load = np.stack([experts.load for experts in self._layers])
-        device_load = np.stack([experts.device_load for experts in self._layers])
-        busy_ms = np.stack([experts.busy_ms for experts in self._layers])
-        return BatchOutput(logits, BatchCost(load, device_load, busy_ms, elapsed, preparation))
+        return BatchOutput(logits[: rows.stop - rows.start], rows, self._cost(elapsed, held_up_ms, preparation))
 
-    def _begin(self, batch: ModelBatch | None) -> None:
-        """Tells every layer which plan is in force and which of its rows are real tokens."""
+    def _begin(self, tokens: TokenBatch, decoder: TokenBatch | None) -> None:
+        """Tells every layer which plan is in force and which of its rows must be computed."""
         for layer, experts in enumerate(self._layers):
             experts.phy2log = self.transfer.plan.phy2log[layer]
             experts.reset()
-            tokens = None
-            if batch is not None:
-                tokens = batch.tokens if layer < self.switch.layout.num_encoder_layers else batch.decoder
-            experts.mask = None if tokens is None else tokens.mask.reshape(-1).to(self.switch.model.device)
+            rows = tokens if layer < self.switch.layout.num_encoder_layers else decoder
+            experts.needed = None if rows is None else needed(rows.mask).reshape(-1).to(self.switch.model.device)
+
+    def _cost(self, elapsed: float, held_up_ms: float, preparation: Preparation | None) -> BatchCost:
+        def stack(read: Callable[[SlotExperts], Any]) -> Any:
+            return np.stack([read(experts) for experts in self._layers])
+
+        busy = stack(lambda experts: [watch.take_ms() for watch in experts.busy])
+        waited = stack(lambda experts: [experts.waited.take_ms()])
+        times = self.peers.gather(torch.from_numpy(np.concatenate([busy, waited], -1))).numpy()  # [S, L, own + 1]
+        return BatchCost(
+            load=stack(lambda experts: experts.load),
+            device_load=stack(lambda experts: experts.device_load),
+            sent=stack(lambda experts: experts.sent),
+            busy_ms=np.concatenate(times[:, :, :-1], axis=-1),
+            waited_ms=times[:, :, -1].T if self.peers.world > 1 else np.zeros((len(self._layers), 1)),
+            compute_ms=elapsed,
+            held_up_ms=held_up_ms,
+            preparation=preparation,
+        )
 
     @torch.inference_mode()
-    def generate(self, tokens: TokenBatch, **settings: Any) -> Tensor:
-        """Greedy text by default: token ids `[B, U]`, the same as the plain model's `generate` with these settings."""
-        self.controller.prepare(tokens)
-        self.controller.commit(wait=True)
-        self._begin(ModelBatch(tokens))
-        device = self.switch.model.device
-        ids: Tensor = self.switch.model.generate(
-            input_ids=tokens.input_ids.to(device), attention_mask=tokens.mask.long().to(device), **settings
-        )
-        self.controller.observe(np.stack([experts.load for experts in self._layers]))
-        return ids
+    def generate(self, tokens: TokenBatch, replan_every: int | None = None, **settings: Any) -> Tensor:
+        """Greedy text by default: token ids `[b, U]` of this rank's sequences, the same as the plain model's.
+
+        Ranks stay in step until all are done.
+
+        Args:
+            tokens: The whole batch, on every rank.
+            replan_every: Decoder steps after which the placement follows the loads of the steps before; None leaves it.
+            settings: What the model's own `generate` takes.
+
+        Raises:
+            PeerLostError: If another rank is gone.
+        """
+        batch = ModelBatch(tokens)
+        rows = batch.rows(self.peers.rank, self.peers.world)
+        own, idle = batch.part(rows).tokens, rows.start == rows.stop
+        model, device = self.switch.model, self.switch.model.device
+        if idle:
+            settings["stopping_criteria"] = [ended]
+        with self.peers.watched():
+            self.controller.prepare(tokens)
+            self.controller.commit(wait=True)
+            self._begin(own, None)
+            encoder = self.switch.layout.num_encoder_layers
+            with DecoderSteps(model, self._layers, encoder, self.controller, replan_every, idle, settings):
+                ids: Tensor = model.generate(
+                    input_ids=own.input_ids.to(device), attention_mask=own.mask.long().to(device),
+                    synced_gpus=self.peers.world > 1, **settings,
+                )  # fmt: skip
+        return ids[: rows.stop - rows.start]
+
+    def peak_gib(self) -> list[float]:
+        """Most memory each rank has held so far, in GiB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # Linux counts in KiB
+        rows: list[list[float]] = self.peers.gather(torch.tensor([peak])).tolist()
+        return [row[0] for row in rows]
 
 
-@torch.inference_mode()
-def forward(model: Any, batch: ModelBatch) -> Tensor:
-    """The model's answer to a batch, plain or with slots: logits `[B, U, V]`, or encoder states `[B, T, D]`."""
-    ids, attention = batch.tokens.input_ids.to(model.device), batch.tokens.mask.long().to(model.device)
-    if batch.decoder is None:
-        states: Tensor = model.encoder(input_ids=ids, attention_mask=attention)[0]
-        return states
-    decoder_ids = batch.decoder.input_ids.to(model.device)
-    logits: Tensor = model(input_ids=ids, attention_mask=attention, decoder_input_ids=decoder_ids).logits
-    return logits
+def devices_of(peers: Peers, devices: int | None) -> int:
+    """The number of devices that was asked for, or that there are.
+
+    Raises:
+        ValueError: If there are several processes, but not one for each device.
+    """
+    if peers.world > 1 and devices not in (None, peers.world):
+        raise ValueError(f"devices is {devices}, but {peers.world} processes run; leave it out, or start as many")
+    if devices is None:
+        return peers.world if peers.world > 1 else EMULATED
+    return devices

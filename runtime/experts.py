@@ -1,112 +1,140 @@
 """SlotExperts: the drop-in for a Switch model's experts module. Same answers, work spread over slots and devices.
 
-In one process the devices are emulated: each one's share of the work runs and is timed in turn.
+With one process for each device, tokens travel to their slots and back. In one process, devices are emulated: each
+one's share of the work runs and is timed in turn.
 
-Shape suffixes: T tokens, M rows, E logical experts, P slots, N places, G devices, D model width.
+Shape suffixes: T tokens of this rank, M rows, S ranks, E logical experts, P slots, N places, G devices, D model width.
 """
 
-import time
-
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
-from runtime.plan import EMPTY, IntArray
+from runtime.flight import Flight, upload
+from runtime.peers import Peers
+from runtime.plan import IntArray
+from runtime.route import route, starts
 from runtime.slots import SlotWeights
 from runtime.split import device_load, split_by_quota
+from runtime.stopwatch import Stopwatch
 
-ALIKE = 16
-"""Rows from which on matrix kernels add up a row in the same order whatever their number (seen on CPUs with MKL).
-
-Below it, the part of a split group is filled with empty rows up to what the plain model multiplies at once, and whole
-groups keep its order of rows. Without that, last bits differ, and a later router may make much of them.
-"""
+PIPELINED = 1024
+"""Tokens of all ranks from which on a layer runs in two halves, so that one half travels while the other computes."""
 
 
 class SlotExperts(nn.Module):
     """Computes `experts(hidden, one_hot, weights)` over the slots of a plan.
 
-    Set `phy2log` (`[P]`, the layer's row of the plan in force) and `mask` (which rows of `hidden` are real tokens;
-    None means all) before a forward. Afterwards `load`, `device_load` and `busy_ms` tell what it did.
+    Set `phy2log` (`[P]`, the layer's row of the plan in force) and `needed` (which rows of `hidden` must be computed;
+    None means all) before a forward. Afterwards `load`, `device_load`, `sent` and the stopwatches tell what it did.
+
+    Args:
+        weights: The slots of this process.
+        activation: Between the two products of an expert.
+        phy2log: The layer's row of the plan in force, `[P]`.
+        peers: The ranks; each has as many devices as `weights` has.
+        num_devices: G, over all ranks.
+        wake_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
 
     Attributes:
-        load: Dispatched tokens of each expert, `[E]`, summed over the calls since `reset`.
+        load: Tokens of each expert that were computed on any rank, `[E]`, summed over the calls since `reset`.
         device_load: Tokens each device computed, `[G]`, likewise.
-        busy_ms: Milliseconds each device computed, `[G]`, likewise.
+        sent: Tokens that left their rank, likewise.
+        busy: A stopwatch for each device of this process.
+        waited: How long this process waited for other ranks.
     """
 
-    def __init__(self, weights: SlotWeights, activation: nn.Module, phy2log: IntArray, wake_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        weights: SlotWeights,
+        activation: nn.Module,
+        phy2log: IntArray,
+        peers: Peers,
+        num_devices: int,
+        wake_tokens: int = 0,
+    ) -> None:
         super().__init__()
-        self.weights, self.activation, self.phy2log, self.wake_tokens = weights, activation, phy2log, wake_tokens
-        self.mask: Tensor | None = None
+        self.weights, self.activation, self.phy2log, self.peers = weights, activation, phy2log, peers
+        self.num_devices, self.wake_tokens = num_devices, wake_tokens
+        self.busy = [Stopwatch(weights.wi_NFD.device) for _ in weights.devices]
+        self.waited = Stopwatch(torch.device("cpu"))
+        self.needed: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
         """Starts counting anew."""
         self.load = np.zeros(int(self.phy2log.max()) + 1, dtype=np.int64)
-        self.device_load = np.zeros(self.weights.num_devices, dtype=np.int64)
-        self.busy_ms = np.zeros(self.weights.num_devices)
+        self.device_load = np.zeros(self.num_devices, dtype=np.int64)
+        self.sent = 0
 
     def forward(self, hidden_TD: Tensor, one_hot_T1E: Tensor, weight_T1: Tensor) -> Tensor:
-        """Same contract as `SwitchTransformersExperts`: dropped tokens (all-zero rows) get 0.
+        """Same contract as `SwitchTransformersExperts`: dropped tokens (all-zero rows), and rows not needed, get 0."""
+        routed_TE = one_hot_T1E[:, 0]
+        one_hot_TE = routed_TE if self.needed is None else routed_TE * self.needed[:, None]
+        expert_T = torch.where(one_hot_TE.any(-1), one_hot_TE.argmax(-1), one_hot_TE.shape[-1])
+        token_T = expert_T.argsort(stable=True)  # those left out come last
+        with self.waited.running():  # the one wait for the device: sizes must be known here
+            counts_S2E = self.peers.gather(torch.stack([one_hot_TE.sum(0), routed_TE.sum(0)])).cpu().numpy()
+        quota_SP = self.split(counts_S2E[:, 0])
+        self.load += counts_S2E[:, 0].sum(0)
+        self.device_load += device_load(quota_SP, self.num_devices)
+        return self.spread(hidden_TD, token_T, weight_T1, quota_SP, counts_S2E[:, 1].sum(0))
 
-        Padding is computed at its expert's home, as the plain model computes it, but it is neither counted nor split.
+    def split(self, counts_SE: IntArray) -> IntArray:
+        """Tokens from each rank to each slot, `[S, P]`."""
+        return split_by_quota(counts_SE, self.phy2log, self.num_devices, wake_tokens=self.wake_tokens)
+
+    def spread(
+        self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, quota_SP: IntArray, routed_E: IntArray
+    ) -> Tensor:
+        """Sends tokens, sorted by expert, where the quotas say; computes what arrives here; collects the results.
+
+        `routed_E` are the rows the plain model would multiply with each expert, as far as known, padding counted.
         """
-        token = one_hot_T1E[:, 0].any(-1).nonzero()[:, 0]
-        expert, size = one_hot_T1E[token, 0].argmax(-1), one_hot_T1E.shape[-1]
-        padding = torch.zeros_like(expert) if self.mask is None else (~self.mask[token]).long()
-        counts_EX = torch.bincount(2 * expert + padding, minlength=2 * size).view(size, 2).cpu().numpy()
-        quotas = split_by_quota(counts_EX[:, 0], self.phy2log, self.weights.num_devices, wake_tokens=self.wake_tokens)
+        flights = []
+        start_P = starts(quota_SP[self.peers.rank], self.phy2log)
+        routed_P = routed_E[self.phy2log]  # of no meaning in empty slots, which get no tokens
+        for slots in self._halves(int(quota_SP.sum())):
+            part_SP = np.where(slots, quota_SP, 0)
+            away = part_SP.reshape(len(part_SP), self.peers.world, -1).sum(-1) * ~np.eye(self.peers.world, dtype=bool)
+            self.sent += int(away.sum())
+            way = route(
+                part_SP, start_P, routed_P, self.peers.rank, self.weights.slots, self.weights.places,
+                len(self.weights.wi_NFD),
+            )  # fmt: skip
+            flights.append(Flight(hidden_TD, token_T, way, self.peers, bool(away.any())))
+        for flight in flights:
+            with self.waited.running():
+                rows_MD = flight.rows()
+            flight.land(self._compute(rows_MD, flight.route.rows))
         output_TD = torch.zeros_like(hidden_TD)
-        if len(token):
-            place, row, rows_N = self._arrange(quotas[0], counts_EX)
-            place_T = torch.empty_like(expert)
-            place_T[(2 * expert + padding).argsort(stable=True)] = torch.from_numpy(place).to(token.device)
-            token, row_T = token[place_T.argsort(stable=True)], torch.from_numpy(row).to(token.device)
-            hidden_MD = hidden_TD.new_zeros(int(rows_N.sum()), hidden_TD.shape[-1])
-            hidden_MD[row_T] = hidden_TD[token]
-            output_TD[token] = self._compute(hidden_MD, rows_N)[row_T] * weight_T1[token]
-        self.load += counts_EX[:, 0]
-        self.device_load += device_load(quotas, self.weights.num_devices)
+        for flight in flights:
+            with self.waited.running():
+                flight.deliver(output_TD, weight_T1)
         return output_TD
 
-    def _arrange(self, quota_P: IntArray, counts_EX: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Where tokens go, given the quotas and each expert's real tokens and padding `[E, 2]`.
+    def _halves(self, tokens: int) -> list[npt.NDArray[np.bool_]]:
+        """Slots that run together, `[P]` each: all of them, or the first and the second half of each rank's."""
+        slots = np.arange(len(self.phy2log))
+        if self.peers.world == 1 or tokens < PIPELINED:
+            return [slots >= 0]
+        per_rank = len(slots) // self.peers.world
+        first = slots % per_rank < per_rank // 2
+        return [first, ~first]
 
-        Returns:
-            The place of each token, tokens sorted by expert with padding last, `[T]`; the row of each token, tokens
-            sorted by place, `[T]`; and the rows of each place, `[N]`.
-        """
-        held_P, home_P = np.where(self.phy2log == EMPTY, 0, self.phy2log), self.weights.is_home_P
-        size_P = quota_P + np.where(home_P, counts_EX[held_P, 1], 0)
-        by_expert = np.lexsort((home_P, self.phy2log))  # an expert's home comes last, and so does its padding
-        place = np.repeat(self.weights.places[by_expert], size_P[by_expert])
-        size_N, rows_N = np.zeros((2, len(self.weights.wi_NFD)), dtype=np.int64)
-        size_N[self.weights.places] = size_P
-        rows_N[self.weights.places] = np.maximum(size_P, np.minimum(counts_EX[held_P].sum(-1), ALIKE)) * (size_P > 0)
-        empty_N = (rows_N - size_N).cumsum() - (rows_N - size_N)  # rows filled before each place
-        return place, np.arange(len(place)) + np.repeat(empty_N, size_N), rows_N
-
-    def _compute(self, hidden_MD: Tensor, rows_N: IntArray) -> Tensor:
+    def _compute(self, rows_MD: Tensor, rows_N: IntArray) -> Tensor:
         """Runs each device's rows, which lie next to each other, through its slots."""
-        result_MD, start = torch.empty_like(hidden_MD), 0
-        for device in range(self.weights.num_devices):
-            block = self.weights.block(device)
-            offsets = torch.from_numpy(rows_N[block].cumsum()).to(hidden_MD.device, torch.int32)
-            stop = start + int(rows_N[block].sum())
-            began = self._clock(hidden_MD)
-            if stop > start:
-                inner = grouped_mm(hidden_MD[start:stop], self.weights.wi_NFD[block].transpose(1, 2), offs=offsets)
-                outer = grouped_mm(self.activation(inner), self.weights.wo_NDF[block].transpose(1, 2), offs=offsets)
-                result_MD[start:stop] = outer
-            self.busy_ms[device] += 1e3 * (self._clock(hidden_MD) - began)
-            start = stop
-        return result_MD
+        rows_GN, parts = rows_N.reshape(len(self.weights.devices), -1), []
+        for device, part_MD in enumerate(rows_MD.split_with_sizes(rows_GN.sum(-1).tolist())):
+            if len(part_MD):
+                with self.busy[device].running():
+                    parts.append(self._products(part_MD, device, rows_GN[device]))
+        return parts[0] if len(parts) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *parts])
 
-    @staticmethod
-    def _clock(hidden: Tensor) -> float:
-        """Seconds; emulated devices are timed one after the other, so the accelerator is waited for."""
-        if hidden.is_cuda:
-            torch.cuda.synchronize(hidden.device)
-        return time.perf_counter()
+    def _products(self, rows_MD: Tensor, device: int, rows_N: IntArray) -> Tensor:
+        """The experts of one device over its rows."""
+        wi_NDF, wo_NFD = self.weights.block(device)
+        offsets = upload(rows_N.cumsum().astype(np.int32), rows_MD.device)
+        return grouped_mm(self.activation(grouped_mm(rows_MD, wi_NDF, offs=offsets)), wo_NFD, offs=offsets)

@@ -1,55 +1,54 @@
-"""SlotWeights: the expert weights of one MoE layer, laid out slot by slot and device by device.
+"""SlotWeights: the expert weights of one MoE layer that this process holds, slot by slot and device by device.
 
 Home slots have one place each. A replica slot has two, of which one is in force: a move writes the other one while the
-model computes, and a commit switches over. Blocks of a device are contiguous, so one grouped product serves them all.
+model computes, and a commit switches over. Places of a device are contiguous, so one grouped product serves them all.
 
-Shape suffixes: G devices, E logical experts, P slots, N places (E + 2R), F inner width, D model width.
+Shape suffixes: G devices, P slots of this process, N places of this process, F inner width, D model width.
 """
 
 from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
-from runtime.plan import IntArray, ReplicationPlan, SlotMove
+from runtime.plan import IntArray, ReplicationPlan
+from runtime.source import ExpertSource
 
 
 class SlotWeights:
-    """Places of one layer, filled from the model's own experts.
-
-    The original experts' weights become views of their home slots, so nothing is held twice and the plain model still
-    runs. `release` gives each of them its own storage back.
+    """Places of one layer on the devices of this process.
 
     Args:
-        experts: The model's experts in logical order; each has `wi` and `wo`.
         plan: A plan without replicas, which says where homes are.
         layer: Which row of the plan is this layer's.
+        devices: The devices of this process, out of all of the plan's.
+        shape_FD: Inner width and model width of an expert.
+        like: Any tensor with the dtype and device that the places are to have.
+
+    Attributes:
+        slots: This process' slots among all of the plan's.
     """
 
-    def __init__(self, experts: list[nn.Module], plan: ReplicationPlan, layer: int) -> None:
-        self.num_devices = plan.num_devices
-        homes = plan.is_home_slot
-        sizes = np.where(homes, 1, 2)
-        self._first = np.concatenate(([0], np.cumsum(sizes)))[:-1]
-        self._in_force = np.zeros(len(homes), dtype=np.int64)
-        self.is_home_P = homes
-        wi, wo = self._linear(experts[0], "wi"), self._linear(experts[0], "wo")
-        places = int(sizes.sum())
-        self.wi_NFD = torch.zeros((places, *wi.shape), dtype=wi.dtype, device=wi.device)
-        self.wo_NDF = torch.zeros((places, *wo.shape), dtype=wo.dtype, device=wo.device)
-        self._experts = experts
-        with torch.no_grad():
-            for expert, module in enumerate(experts):
-                place = int(self._first[plan.homes[layer, expert]])
-                for name, stacked in (("wi", self.wi_NFD), ("wo", self.wo_NDF)):
-                    weight = self._linear(module, name)
-                    stacked[place].copy_(weight)
-                    weight.data = stacked[place]
+    def __init__(
+        self, plan: ReplicationPlan, layer: int, devices: range, shape_FD: tuple[int, int], like: Tensor
+    ) -> None:
+        self.layer, self.devices = layer, devices
+        self.slots = slice(devices.start * plan.slots_per_device, devices.stop * plan.slots_per_device)
+        self._home_P = plan.is_home_slot[self.slots]
+        self._expert_P = plan.phy2log[layer, self.slots]
+        sizes = np.where(self._home_P, 1, 2)
+        self._first_P = np.cumsum(sizes) - sizes
+        self._in_force_P = np.zeros_like(self._first_P)
+        self.wi_NFD = like.new_zeros((int(sizes.sum()), *shape_FD))
+        self.wo_NDF = like.new_zeros((int(sizes.sum()), *reversed(shape_FD)))
 
-    @staticmethod
-    def _linear(expert: nn.Module, name: str) -> nn.Parameter:
-        return expert.get_parameter(f"{name}.weight")
+    @torch.no_grad()
+    def fill(self, source: ExpertSource) -> None:
+        """Reads the experts at home here."""
+        for slot in np.flatnonzero(self._home_P):
+            place = int(self._first_P[slot])
+            source.fill(self.layer, int(self._expert_P[slot]), self.wi_NFD[place], self.wo_NDF[place])
 
     @property
     def expert_bytes(self) -> int:
@@ -58,30 +57,33 @@ class SlotWeights:
 
     @property
     def places(self) -> IntArray:
-        """The place in force of each slot, `[P]`."""
-        return self._first + self._in_force
+        """The place in force of each slot here, `[P]`."""
+        return np.asarray(self._first_P + self._in_force_P)
 
-    def block(self, device: int) -> slice:
-        """The places of one device."""
-        size = len(self.wi_NFD) // self.num_devices
-        return slice(device * size, (device + 1) * size)
+    def block(self, device: int) -> tuple[Tensor, Tensor]:
+        """The matrices in the places of one device of this process: `[N, D, F]` and `[N, F, D]`."""
+        size = len(self.wi_NFD) // len(self.devices)
+        wi_NFD, wo_NDF = (stacked.narrow(0, device * size, size) for stacked in (self.wi_NFD, self.wo_NDF))
+        return wi_NFD.transpose(1, 2), wo_NDF.transpose(1, 2)
 
-    @torch.no_grad()
-    def write(self, move: SlotMove) -> None:
-        """Copies an expert from its home into the spare place of a replica slot; takes effect at `commit`."""
-        assert not self.is_home_P[move.slot], f"slot {move.slot} is a home"
-        source, target = int(self.places[move.source]), int(self._first[move.slot] + 1 - self._in_force[move.slot])
-        self.wi_NFD[target].copy_(self.wi_NFD[source], non_blocking=True)
-        self.wo_NDF[target].copy_(self.wo_NDF[source], non_blocking=True)
+    def holds(self, slot: int) -> bool:
+        """Whether a slot of the plan is one of this process'."""
+        return self.slots.start <= slot < self.slots.stop
+
+    def in_force(self, slot: int) -> tuple[Tensor, Tensor]:
+        """The weights that one of the plan's slots computes with now."""
+        place = int(self.places[slot - self.slots.start])
+        return self.wi_NFD[place], self.wo_NDF[place]
+
+    def spare(self, slot: int) -> tuple[Tensor, Tensor]:
+        """The other place of a replica slot, to be written to; it takes effect at `commit`."""
+        local = slot - self.slots.start
+        assert not self._home_P[local], f"slot {slot} is a home"
+        place = int(self._first_P[local] + 1 - self._in_force_P[local])
+        return self.wi_NFD[place], self.wo_NDF[place]
 
     def commit(self, slots: Iterable[int]) -> None:
-        """Switches the written slots over to their other place."""
+        """Switches written slots over to their other place; those of other processes are none of its business."""
         for slot in slots:
-            self._in_force[slot] ^= 1
-
-    def release(self) -> None:
-        """Gives the model's experts storage of their own again, bit for bit what it was."""
-        for module in self._experts:
-            for name in ("wi", "wo"):
-                weight = self._linear(module, name)
-                weight.data = weight.data.clone()
+            if self.holds(slot):
+                self._in_force_P[slot - self.slots.start] ^= 1

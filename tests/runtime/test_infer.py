@@ -14,7 +14,7 @@ from predictor.learned import LearnedForecaster
 from predictor.model import Architecture, LoadNetwork
 from tests.conftest import TEXTS, small_switch
 
-MS = {"forecast", "plan", "move", "compute", "slowest_device"}
+MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "held_up"}
 
 
 @pytest.fixture

@@ -1,0 +1,169 @@
+"""Peers: the processes that share one model, one for each device; or this process alone.
+
+NCCL carries what lies on CUDA devices, gloo the rest. Start them with torchrun; alone, nothing is opened.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+BEAT_S = 0.2
+"""Seconds between two signs of life."""
+_opened = 0
+
+
+class PeerLostError(RuntimeError):
+    """Another rank is gone or hangs; the message names it."""
+
+
+class Peers:
+    """The ranks of a job.
+
+    Args:
+        timeout_s: Seconds after which a rank that does not answer counts as lost.
+
+    Attributes:
+        rank: 0..world - 1.
+        world: Number of ranks.
+        moves: The process group for whatever runs beside the model: plans and weights.
+    """
+
+    def __init__(self, timeout_s: float = 60.0) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.timeout_s = timeout_s
+        self.moves: Any = None
+        self._stop = threading.Event()
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cpu")
+
+    def __enter__(self) -> "Peers":
+        if self.world > 1:
+            global _opened
+            _opened += 1  # every rank counts alike; names of an earlier group must not come back
+            store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=timedelta(seconds=self.timeout_s)))
+            self._store: Any = dist.PrefixStore(f"switchcast/{_opened}", store)  # type: ignore[attr-defined]
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group(
+                backend, store=self._store, rank=self.rank, world_size=self.world,
+                timeout=timedelta(seconds=self.timeout_s),
+            )  # fmt: skip
+            self.moves = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
+            self._stop.clear()
+            threading.Thread(target=self._beat, daemon=True, name="switchcast-beat").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.world > 1:
+            self._stop.set()
+            dist.destroy_process_group()
+
+    def check_alike(self, facts: dict[str, str]) -> None:
+        """Refuses ranks that differ in what they run.
+
+        Raises:
+            ValueError: Naming the fact, the rank and both values.
+        """
+        if self.world == 1:
+            return
+        self._store.set(f"facts/{self.rank}", json.dumps(facts))
+        first = json.loads(self._store.get("facts/0"))
+        for rank in range(1, self.world):
+            theirs = json.loads(self._store.get(f"facts/{rank}"))
+            for name in first:
+                if theirs.get(name) != first[name]:
+                    raise ValueError(f"{name} is {first[name]} on rank 0 and {theirs.get(name)} on rank {rank}")
+
+    def gather(self, row: Tensor) -> Tensor:
+        """Every rank's row `[...]`, which must be of the same shape: `[world, ...]`."""
+        if self.world == 1:
+            return row[None]
+        rows = row.new_empty((self.world, *row.shape))
+        dist.all_gather(list(rows), row)
+        return rows
+
+    def exchange(self, rows: Tensor, to: list[int], out: Tensor, sizes: list[int]) -> Any:
+        """Starts sending rows to every rank in order, and receiving theirs into `out`; the answer has `wait()`."""
+        return dist.all_to_all_single(out, rows, sizes, to, async_op=True)
+
+    def agree(self, ready: bool) -> bool:
+        """Whether all ranks are ready."""
+        if self.world == 1:
+            return ready
+        flag = torch.tensor([int(ready)])
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def tell(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What rank 0 holds, told to all beside the model; the others give an array of that shape."""
+        if self.world == 1:
+            return array
+        told = torch.from_numpy(np.array(array))
+        dist.broadcast(told, 0, group=self.moves)
+        return np.asarray(told.numpy())
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Gives a collective's failure the name of the rank that is gone.
+
+        Raises:
+            PeerLostError: If some rank shows no sign of life; other errors pass unchanged.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or isinstance(error, PeerLostError):
+                raise
+            with suppress(ValueError):  # launchers end all ranks at once; the name comes first
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if lost := self._lost():
+                raise PeerLostError(f"{lost}; rank {self.rank} stops ({str(error).splitlines()[0]})") from None
+            raise
+
+    def _beat(self) -> None:
+        store, count = self._store.clone(), 0
+        with suppress(RuntimeError):
+            while not self._stop.wait(BEAT_S):
+                count += 1
+                store.set(f"beat/{self.rank}", str(count))
+
+    def _lost(self) -> str:
+        """Which ranks show no sign of life; "" if all do."""
+        try:
+            if self._store.check(["lost"]):  # who noticed first may be gone itself by now
+                return str(self._store.get("lost").decode())
+            before = self._beats()
+            self._stop.wait(10 * BEAT_S)
+            now = self._beats()
+        except RuntimeError:
+            return "rank 0 is lost, and the store with it"
+        gone = [str(rank) for rank in range(self.world) if rank != self.rank and before[rank] == now[rank]]
+        lost = f"rank {', '.join(gone)} is lost" if gone else ""
+        if lost:
+            self._store.set("lost", lost)
+        return lost
+
+    def _beats(self) -> list[bytes]:
+        keys = [f"beat/{rank}" for rank in range(self.world)]
+        return [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
