@@ -13,10 +13,10 @@ import os
 import sys
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from data.cli import user_errors
@@ -37,10 +37,12 @@ from runtime.balance import balancedness, split_load
 from runtime.homes import contiguous_homes
 from runtime.plan import ReplicationPlan
 from runtime.planner import HomePlanner
+from runtime.scenarios import RECENT
 
 DEFAULTS = Path(__file__).parent / "configs" / "default.yaml"
-DEVICES, REDUNDANT = 8, 16
-"""The setting in which the report compares forecasters by what they are for."""
+DEVICES = 8
+REDUNDANT = {"balancedness": 16, "balancedness_8": 8}
+"""The settings in which the report compares forecasters by what they are for."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -63,17 +65,14 @@ class TrainCLI(LightningCLI):
 class Replicator:
     """Replicates by one forecaster's forecasts on one stream, batch after batch."""
 
-    def __init__(self, layout: MoELayout) -> None:
-        self.planner = HomePlanner(DEVICES, REDUNDANT)
+    def __init__(self, layout: MoELayout, redundant: int) -> None:
+        self.planner = HomePlanner(DEVICES, redundant)
         homes = contiguous_homes(layout.num_layers, layout.num_experts)
-        self.plan = ReplicationPlan.at_home(homes, DEVICES, REDUNDANT)
-        self.seen: list[IntArray] = []
+        self.plan = ReplicationPlan.at_home(homes, DEVICES, redundant)
 
-    def __call__(self, forecast: LoadForecast, load: IntArray) -> float:
-        """Balancedness of the batch that came, `[L, E]`, under the plan made from its forecast."""
-        recent = np.stack(self.seen[-8:]) if self.seen else np.zeros((0, *load.shape), dtype=np.int64)
-        self.plan = self.planner.plan(forecast, self.plan, recent)
-        self.seen.append(load)
+    def __call__(self, forecast: LoadForecast, load: IntArray, past: IntArray) -> float:
+        """Balancedness of the batch that came, `[L, E]`, under the plan made from its forecast and the loads before."""
+        self.plan = self.planner.plan(forecast, self.plan, past[-RECENT:])
         return float(balancedness(split_load(load, self.plan)).mean())
 
 
@@ -93,7 +92,8 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     learned.spread = calibrate_spread(learned, data.samples("val"))
     learned.familiarity = Familiarity.fit(data.layout.vocab_size, data.tokens("train"), data.tokens("val"))
     divides = data.layout.num_experts % DEVICES == 0
-    ladder = climb([*rivals(data), learned], data, (lambda: Replicator(data.layout)) if divides else None)
+    replicators = {name: partial(Replicator, data.layout, count) for name, count in REDUNDANT.items() if divides}
+    ladder = climb([*rivals(data), learned], data, replicators)
     about["metrics"] = details(ladder)
     with predictor_folder(folder) as new:
         save_predictor(new, learned, about)

@@ -53,7 +53,7 @@ def forecaster(layout: MoELayout, config: str) -> LearnedForecaster:
     known = Familiarity(torch.ones(layout.vocab_size, dtype=torch.bool), 1.0)
     table = torch.randn(layout.vocab_size, layout.d_model)
     network = LoadNetwork(layout, Architecture(**settings))
-    return LearnedForecaster(layout, network, table, torch.ones(2, layout.num_layers, 2), known)
+    return LearnedForecaster(layout, network, table, torch.ones(2, layout.num_layers, 3), known)
 
 
 def milliseconds(calls: list[Callable[[], Any]]) -> list[list[float]]:

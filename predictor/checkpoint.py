@@ -104,6 +104,7 @@ def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tenso
     try:
         network = LoadNetwork(trained, Architecture(**BEFORE | config["architecture"]))
         spread = weights.pop(SPREAD)
+        spread = torch.nn.functional.pad(spread, (0, 3 - spread.shape[-1]))  # two weights before there was a third
         familiarity = Familiarity(weights.pop(KNOWN), float(weights.pop(USUAL))) if KNOWN in weights else None
         network.load_state_dict(weights)
     except (TypeError, KeyError, RuntimeError) as error:

@@ -4,7 +4,7 @@ Shape suffixes: N batches, L MoE layers, E logical experts.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from data.datamodule import RouterTraceModule
@@ -17,9 +17,10 @@ from predictor.ridge import RidgeForecaster
 from predictor.scores import Scores
 from predictor.token_table import TokenTable
 
-Balancer = Callable[[LoadForecast, IntArray], float]
-"""Balancedness that a forecast and the load that came `[L, E]` lead to; keeps the plan from batch to batch."""
-
+Balancer = Callable[[LoadForecast, IntArray, IntArray], float]
+"""Balancedness that a forecast, the load that came `[L, E]` and those before it `[K, L, E]` lead to; keeps its plan."""
+REGRETS = {"balancedness": "regret", "balancedness_8": "regret_8"}
+"""Each balancedness of `Scores`, and where its distance to the oracle's goes."""
 
 Ladder = dict[str, dict[str, Scores]]
 """Stream, then forecaster."""
@@ -42,17 +43,19 @@ def rivals(data: RouterTraceModule) -> list[Forecaster]:
 
 
 def climb(
-    forecasters: list[Forecaster], data: RouterTraceModule, new_balancer: Callable[[], Balancer] | None = None
+    forecasters: list[Forecaster],
+    data: RouterTraceModule,
+    new_balancers: Mapping[str, Callable[[], Balancer]] | None = None,
 ) -> Ladder:
     """Scores forecasters on all test batches.
 
     Args:
         forecasters: What to score.
         data: A module that was set up.
-        new_balancer: Makes the balancer of one forecaster on one stream.
+        new_balancers: For each balancedness of `Scores` what makes the balancer of one forecaster on one stream.
     """
     ladder: Ladder = {}
-    balancers: dict[tuple[str, str], Balancer] = {}
+    balancers: dict[tuple[str, str, str], Balancer] = {}
     for step, sample in test_steps(data):
         stream = ladder.setdefault(sample.trace.phase, {})
         for forecaster in forecasters:
@@ -63,11 +66,21 @@ def climb(
             scores.add(forecast, data.loads[step])
             if (right := _top1(forecaster, sample)) is not None:
                 scores.token_top1.append(right)
-            if new_balancer is not None:
-                key = (sample.trace.phase, forecaster.name)
-                balancer = balancers.get(key) or balancers.setdefault(key, new_balancer())
-                scores.balancedness.append(balancer(forecast, data.loads[step]))
+            for metric, new in (new_balancers or {}).items():
+                key = (sample.trace.phase, forecaster.name, metric)
+                balancer = balancers.get(key) or balancers.setdefault(key, new())
+                getattr(scores, metric).append(balancer(forecast, data.loads[step], data.loads[:step]))
+    _add_regrets(ladder)
     return ladder
+
+
+def _add_regrets(ladder: Ladder) -> None:
+    for stream in ladder.values():
+        for metric, regret in REGRETS.items():
+            best = getattr(stream[Oracle.name], metric) if Oracle.name in stream else []
+            for scores in stream.values():
+                own = getattr(scores, metric)
+                getattr(scores, regret).extend(most - got for most, got in zip(best, own, strict=False))
 
 
 def test_steps(data: RouterTraceModule) -> Iterable[tuple[int, TraceSample]]:

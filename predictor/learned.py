@@ -3,6 +3,8 @@
 Shape suffixes: K past batches, L MoE layers, E logical experts.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,19 @@ from predictor.history import WINDOW
 from predictor.model import LoadNetwork, Prediction
 
 
+class Estimate(NamedTuple):
+    """A load and what its squared error may come from.
+
+    Attributes:
+        load: Expected dispatched tokens, `[L, E]`.
+        terms: Chance in the tokens' choices, the squared load (a bias that grows with it), and the squared distance to
+            what past loads say (to the last load, where past loads are all there is): news are less sure, `[3, L, E]`.
+    """
+
+    load: Tensor
+    terms: Tensor
+
+
 class LearnedForecaster:
     """Forecasts from the coming batch's tokens and past loads, or from past loads alone.
 
@@ -21,8 +36,8 @@ class LearnedForecaster:
         layout: The host model.
         network: The trained network.
         embedding: The host model's token embeddings, `[V, D]`.
-        spread: Calibration of the spread: what the squared error is of the variance and of the squared load,
-            with tokens known (0) and unknown (1), `[2, L, 2]`.
+        spread: Calibration of the spread: weights of the `Estimate`'s three terms in the squared error of a load, with
+            tokens known (0) and unknown (1), `[2, L, 3]`.
         familiarity: Tells text of the kind the network was trained on; None trusts it on any text.
     """
 
@@ -42,18 +57,44 @@ class LearnedForecaster:
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         """See `Forecaster`."""
         past = torch.from_numpy(history[-WINDOW:]).float()
-        if upcoming is not None and upcoming.num_tokens:
-            prediction = self.predict(upcoming, past)
-            load, variance = self._with_history(prediction, upcoming, past)
-            spread = self.spread[0]
-        else:
-            load, variance = self.from_history(past)
-            spread = self.spread[1]
-        deviation = (spread[:, :1] * variance + spread[:, 1:] * load**2).sqrt()
-        tokens = load.sum(-1, keepdim=True).clamp(min=1e-9)
-        return forecast_from_load(
-            load.double().numpy(), made_at=len(history), source=self.name, spread=(deviation / tokens).double().numpy()
+        load, square = (
+            self._from_tokens(upcoming, past) if upcoming is not None and upcoming.num_tokens else self._weighed(past)
         )
+        tokens = load.sum(-1, keepdim=True).clamp(min=1e-9)
+        spread = (square.sqrt() / tokens).double().numpy()
+        return forecast_from_load(load.double().numpy(), made_at=len(history), source=self.name, spread=spread)
+
+    def _from_tokens(self, upcoming: TokenBatch, past_KLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Load and its squared error, `[L, E]`: the network's, mixed with history's where the text is unfamiliar."""
+        load, square = self._weighed(past_KLE, upcoming)
+        trust = 1.0 if self.familiarity is None or not len(past_KLE) else self.familiarity.trust(upcoming)
+        if trust == 1.0:
+            return load, square
+        history, history_square = self._weighed(past_KLE)
+        factor = load.sum(-1, keepdim=True) / history.sum(-1, keepdim=True).clamp(min=1e-9)
+        history = history * factor
+        doubt = (
+            trust * (1 - trust) * (load - history) ** 2
+        )  # the variance of a mixture is theirs, and that of its means
+        mixed_square = trust * square + (1 - trust) * factor**2 * history_square + doubt
+        return trust * load + (1 - trust) * history, mixed_square
+
+    def _weighed(self, past_KLE: Tensor, upcoming: TokenBatch | None = None) -> tuple[Tensor, Tensor]:
+        """Load and its squared error, `[L, E]`."""
+        load, terms = self.estimate(upcoming, past_KLE)
+        return load, torch.einsum("ls,sle->le", self.spread[1 if upcoming is None else 0], terms)
+
+    def estimate(self, upcoming: TokenBatch | None, past_KLE: Tensor) -> Estimate:
+        """Load and what its error may come from, with the batch's tokens or without."""
+        from_past, variance = self.from_history(past_KLE)
+        if upcoming is None:
+            load, other = from_past, past_KLE[-1] if len(past_KLE) else from_past
+        else:
+            prediction = self.predict(upcoming, past_KLE)
+            load, variance = prediction.load, prediction.variance
+            other = from_past if len(past_KLE) else load
+        other = other * load.sum(-1, keepdim=True) / other.sum(-1, keepdim=True).clamp(min=1e-9)
+        return Estimate(load, torch.stack([variance, load**2, (load - other) ** 2]))
 
     @torch.inference_mode()
     def predict(self, upcoming: TokenBatch, past_KLE: Tensor) -> Prediction:
@@ -67,16 +108,6 @@ class LearnedForecaster:
         x_BTD = nn.functional.embedding(upcoming.input_ids, self.embedding)
         prediction: Prediction = self.network(x_BTD, upcoming.mask, past_KLE)
         return prediction
-
-    def _with_history(self, prediction: Prediction, upcoming: TokenBatch, past_KLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Load and variance `[L, E]`: the network's, mixed with history's where the text is unfamiliar."""
-        trust = 1.0 if self.familiarity is None or not len(past_KLE) else self.familiarity.trust(upcoming)
-        if trust == 1.0:
-            return prediction.load, prediction.variance
-        history, _ = self.from_history(past_KLE)
-        history = history * prediction.load.sum(-1, keepdim=True) / history.sum(-1, keepdim=True).clamp(min=1e-9)
-        doubt = trust * (1 - trust) * (prediction.load - history) ** 2  # variance of a mixture of two
-        return trust * prediction.load + (1 - trust) * history, prediction.variance + doubt
 
     @torch.inference_mode()
     def from_history(self, past_KLE: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,7 @@ class LoadForecaster(LightningModule):
         """The network as it is now, on the CPU, with a spread that is not calibrated yet."""
         network = LoadNetwork(self.layout, self.architecture)
         network.load_state_dict({name: value.cpu() for name, value in self.network.state_dict().items()})
-        return LearnedForecaster(self.layout, network, self.embedding.cpu(), torch.ones(2, self.layout.num_layers, 2))
+        return LearnedForecaster(self.layout, network, self.embedding.cpu(), torch.ones(2, self.layout.num_layers, 3))
 
     def configure_optimizers(self) -> Any:
         """AdamW under a one-cycle schedule that ends with the last epoch."""

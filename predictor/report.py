@@ -18,6 +18,9 @@ METRICS = {
     "hot_recall": "Share of the 16 hottest experts found",
     "token_top1": "Share of tokens whose expert was named",
     "balancedness": "Balancedness, 8 devices, 16 redundant experts (1 is perfect)",
+    "regret": "How much more the oracle's forecast balances, 16 redundant experts",
+    "balancedness_8": "Balancedness, 8 devices, 8 redundant experts",
+    "regret_8": "How much more the oracle's forecast balances, 8 redundant experts",
 }
 
 

@@ -14,7 +14,8 @@ from predictor.baselines import share_of
 from predictor.forecast import FloatArray, LoadForecast
 from predictor.metrics import hot_recall, load_tv, sampling_floor, surprise
 
-CONTRACT = ("load_tv", "hot_recall", "token_top1", "balancedness")
+CONTRACT = ("load_tv", "hot_recall", "token_top1", "balancedness", "balancedness_8", "regret", "regret_8")
+"""What is summarised, with an interval for each."""
 RESAMPLES = 1000
 BLOCK = 5
 """Batches drawn together in the bootstrap, since neighbours are alike."""
@@ -30,7 +31,10 @@ class Scores:
         hot_recall: Share of the hot experts found, `[N][L]`.
         surprise: Negative log-likelihood of a token's expert, nats, `[N][L]`.
         token_top1: Share of tokens whose expert was named, `[N][L_enc]`; empty where tokens are not forecast.
-        balancedness: Mean over layers, `[N]`; empty where there was no balancer.
+        balancedness: With 16 redundant experts, mean over layers, `[N]`; empty where there was no balancer.
+        balancedness_8: The same with 8.
+        regret: How much more the oracle's forecast balanced the same batch with 16 redundant experts, `[N]`.
+        regret_8: The same with 8.
         milliseconds: Time of one forecast, `[N]`.
         share: Forecast shares, `[N][L, E]`.
         spread: One standard deviation of each, `[N][L, E]`.
@@ -43,6 +47,9 @@ class Scores:
     surprise: list[FloatArray] = field(default_factory=list)
     token_top1: list[FloatArray] = field(default_factory=list)
     balancedness: list[float] = field(default_factory=list)
+    balancedness_8: list[float] = field(default_factory=list)
+    regret: list[float] = field(default_factory=list)
+    regret_8: list[float] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
     share: list[FloatArray] = field(default_factory=list)
     spread: list[FloatArray] = field(default_factory=list)

@@ -20,7 +20,7 @@ from predictor.model import Architecture, LoadNetwork
 def saved(tmp_path, layout):
     torch.manual_seed(0)
     network = LoadNetwork(layout, Architecture(width=8))
-    learned = LearnedForecaster(layout, network, read_embedding(layout.model_id), torch.full((2, 3, 2), 0.5))
+    learned = LearnedForecaster(layout, network, read_embedding(layout.model_id), torch.full((2, 3, 3), 0.5))
     save_predictor(tmp_path / "p", learned, {"metrics": {}})
     return tmp_path / "p", learned
 

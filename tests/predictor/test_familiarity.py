@@ -38,7 +38,7 @@ def test_unfamiliar_text_is_forecast_from_past_loads_with_more_spread(layout, ho
     torch.manual_seed(0)
     table = torch.randn(layout.vocab_size, layout.d_model)
     network = LoadNetwork(layout, Architecture(width=8, depth=1))
-    spread = torch.ones(2, layout.num_layers, 2)
+    spread = torch.ones(2, layout.num_layers, 3)
     alone, careful = (LearnedForecaster(layout, network, table, spread, known) for known in (None, familiarity))
     history = np.random.default_rng(0).integers(0, 90, (5, layout.num_layers, layout.num_experts))
     known, mixed, unknown = batch(1, 2, 3, 4), batch(1, 2, 58, 57, 56), batch(58, 57)

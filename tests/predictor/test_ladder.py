@@ -11,6 +11,7 @@ from predictor.ladder import climb, rivals
 from predictor.learned import LearnedForecaster
 from predictor.model import Architecture, LoadNetwork
 from predictor.report import summarise, write_report
+from predictor.scores import CONTRACT
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_oracle_is_perfect_and_others_are_not(data):
     assert set(summaries) == {"steady", "every_1"}
     for rows in summaries.values():
         assert list(rows) == ["uniform", "stationary", "last", "ema", "ridge", "token_table", "oracle"]
-        assert rows["oracle"] == {"load_tv": 0.0, "hot_recall": 1.0, "token_top1": 1.0, "balancedness": None}
+        assert rows["oracle"] == dict.fromkeys(CONTRACT) | {"load_tv": 0.0, "hot_recall": 1.0, "token_top1": 1.0}
         assert all(row["load_tv"] > 0.01 for name, row in rows.items() if name != "oracle")
     assert summaries["every_1"]["token_table"]["load_tv"] < 0.7 * summaries["every_1"]["last"]["load_tv"]
     assert summaries["steady"]["token_table"]["token_top1"] > 0.7
@@ -38,11 +39,16 @@ def test_balancer_sees_each_stream_alone(data):
     def new_balancer():
         calls = []
         made.append(calls)
-        return lambda forecast, load: calls.append(load.sum()) or 0.5
+        return lambda forecast, load, past: calls.append(len(past)) or (0.9 if forecast.source == "oracle" else 0.5)
 
-    ladder = climb([Uniform(3, EXPERTS)], data, new_balancer)
-    assert [len(calls) for calls in made] == [8, 8]
-    assert ladder["steady"]["uniform"].summary()["balancedness"] == 0.5
+    ladder = climb([Uniform(3, EXPERTS), Oracle(data.loads)], data, {"balancedness_8": new_balancer})
+    assert [len(calls) for calls in made] == [8, 8, 8, 8]
+    assert made[0] == [step for step, split in enumerate(data.splits) if split == "test"][:8]
+    summary = ladder["steady"]["uniform"].summary()
+    assert summary["balancedness_8"] == 0.5
+    assert summary["regret_8"] == 0.4
+    assert summary["balancedness"] is None
+    assert ladder["steady"]["oracle"].summary()["regret_8"] == 0.0
 
 
 def test_ema_picks_the_rate_that_fits():
@@ -60,7 +66,7 @@ def test_oracle_reads_the_step_off_the_history():
 def test_report_holds_its_pictures(data, layout, tmp_path):
     torch.manual_seed(0)
     network = LoadNetwork(layout, Architecture(width=8))
-    learned = LearnedForecaster(layout, network, torch.randn(60, layout.d_model), torch.ones(2, 3, 2))
+    learned = LearnedForecaster(layout, network, torch.randn(60, layout.d_model), torch.ones(2, 3, 3))
     write_report(tmp_path, "a & b", climb([*rivals(data), learned], data), layout.layer_names)
     page = (tmp_path / "report.html").read_text()
     assert "<h1>a &amp; b</h1>" in page

@@ -43,7 +43,8 @@ def test_fitted_spread_covers_new_batches(bias):
     truth = torch.from_numpy(np.stack([rng.multinomial(2000, row[0] / row[0].sum())[None] for row in true])).float()
     load = torch.from_numpy(share * 2000).float()
     variance = load * (1 - load / 2000)
-    a, b = fit_spread(load[:60], variance[:60], truth[:60])[0]
-    deviation = (a * variance[60:] + b * load[60:] ** 2).sqrt()
+    terms = torch.stack([variance, load**2, torch.rand(load.shape, generator=torch.Generator().manual_seed(0))], 1)
+    weights = fit_spread(load[:60], terms[:60], truth[:60])[0]
+    deviation = torch.einsum("s,nsle->nle", weights, terms[60:]).sqrt()
     covered = ((load[60:] - truth[60:]).abs() <= 1.2816 * deviation).float().mean()
     assert 0.75 <= float(covered) <= 0.85

@@ -14,6 +14,7 @@ from wandb_file import records
 import train
 from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor
 from predictor.module import LoadForecaster
+from predictor.scores import CONTRACT
 
 ROOT = Path(__file__).parents[2]
 FORECASTERS = {"uniform", "stationary", "last", "ema", "token_table", "learned", "oracle"}
@@ -45,8 +46,9 @@ def test_contract_and_folder(run, layout, trace, upcoming):
     assert set(line["test"]) == {"steady", "every_1"}
     for rows in line["test"].values():
         assert set(rows) >= FORECASTERS
-        assert all(set(row) == {"load_tv", "hot_recall", "token_top1", "balancedness"} for row in rows.values())
-        assert rows["oracle"]["load_tv"] == 0.0
+        assert all(set(row) == set(CONTRACT) for row in rows.values())
+        assert rows["oracle"]["load_tv"] == rows["oracle"]["regret"] == 0.0
+        assert rows["last"]["balancedness_8"] <= rows["last"]["balancedness"] <= 1.0
     changing = line["test"]["every_1"]
     assert changing["learned"]["load_tv"] < min(changing[name]["load_tv"] for name in ("last", "ema", "stationary"))
     folder = Path(line["predictor"])
