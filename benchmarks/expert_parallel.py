@@ -1,0 +1,295 @@
+"""One MoE layer over several ranks: what placement and split make of recorded skew, on real kernels and a real network.
+
+    python -m benchmarks.expert_parallel                               # 2 gloo ranks with a thread each
+    python -m benchmarks.expert_parallel --loads counts.npz --experts 64
+    python -m benchmarks.expert_parallel --emulate 8                   # 8 ranks' work in turn, in one process
+
+Routing is injected: each step's tokens go to experts as a recorded or Zipf load says, so that skew is real whatever
+the weights are. All arms run in turn within each step, with the same tokens. Ours forecast, plan and move beside the
+step before, as in the engine; EPLB's plan and moves are free. Prints a table and, as the last line, one JSON document.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.distributed.run import main as torchrun
+
+from data.cli import user_errors
+from predictor.baselines import Ema
+from predictor.forecast import forecast_from_load
+from runtime.balance import balancedness
+from runtime.controller import Controller
+from runtime.experts import SlotExperts
+from runtime.homes import contiguous_homes
+from runtime.loads import read_loads
+from runtime.peers import Peers
+from runtime.plan import IntArray, ReplicationPlan
+from runtime.planner import HomePlanner
+from runtime.rivals import EplbPlanner
+from runtime.slots import SlotWeights
+from runtime.split import split_evenly
+from runtime.transfer import SlotTransfer
+
+D_MODEL, D_FF = 768, 3072
+WARM = 4
+"""Steps that are run but not counted: history begins, kernels compile."""
+
+
+class Stream:
+    """Loads of one layer, step by step, and the tokens they stand for.
+
+    Args:
+        loads: Tokens of each expert, `[steps, E]`.
+        ranks: Ranks the tokens are spread over at random.
+    """
+
+    def __init__(self, loads: IntArray, ranks: int) -> None:
+        self.loads, self.ranks = loads, ranks
+
+    def routed(self, step: int, rank: int, uniform: bool, devices: int) -> torch.Tensor:
+        """One-hot choices `[T / ranks, 1, E]` of a rank's tokens; `uniform` spreads each expert's over all devices."""
+        size = self.loads.shape[1]
+        expert = np.repeat(np.arange(size), self.loads[step])
+        if uniform:
+            expert = (expert + np.arange(len(expert)) % devices * (size // devices)) % size
+        mine = np.random.default_rng(step).permutation(expert)[rank :: self.ranks]
+        return torch.nn.functional.one_hot(torch.from_numpy(mine), size)[:, None]
+
+
+def zipf(experts: int, tokens: int, steps: int, exponent: float) -> IntArray:
+    """A steady stream: the i-th expert's share falls as i to the `exponent`, and tokens are drawn from the shares."""
+    share = np.arange(1.0, experts + 1) ** -exponent
+    return np.random.default_rng(0).multinomial(tokens, share / share.sum(), size=steps)
+
+
+def recorded(path: Path, layer: int, tokens: int, steps: int) -> IntArray:
+    """A layer's recorded loads, drawn anew so that each step has `tokens`."""
+    loads = read_loads(path).loads
+    if not 0 <= layer < loads.shape[1]:
+        raise ValueError(f"layer is {layer}; {path} has layers 0 to {loads.shape[1] - 1}")
+    rows = loads[:steps, layer].astype(np.float64)
+    rng = np.random.default_rng(0)
+    return np.stack([rng.multinomial(tokens, row / row.sum()) for row in rows if row.sum()])
+
+
+class Upcoming:
+    """The oracle as a forecaster: it is told the next load."""
+
+    name = "oracle"
+
+    def __init__(self) -> None:
+        self.load: IntArray | None = None
+
+    def forecast(self, upcoming: object, history: IntArray) -> Any:
+        """See `predictor.forecast.Forecaster`."""
+        assert self.load is not None
+        return forecast_from_load(self.load[None].astype(np.float64), made_at=len(history), source=self.name)
+
+
+class Arm:
+    """One way to place and split, with slots of its own where weights move.
+
+    Args:
+        name: What tables call it.
+        experts: Slots that run it.
+        home: The plan without replicas.
+        peers: The ranks.
+        forecaster: What ours plan from; None leaves the placement as `place` puts it.
+    """
+
+    def __init__(
+        self, name: str, experts: SlotExperts, home: ReplicationPlan, peers: Peers, forecaster: Any = None
+    ) -> None:
+        self.name, self.experts, self.peers, self.forecaster = name, experts, peers, forecaster
+        self.plan: IntArray = home.phy2log[0]
+        self.even = False
+        self.steps: list[dict[str, Any]] = []
+        if forecaster is not None:
+            transfer = SlotTransfer([experts.weights], home, peers)
+            planner = HomePlanner(home.num_devices, home.num_redundant)
+            self.controller = Controller(forecaster, planner, transfer, peers)
+
+    def run(self, step: int, hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> None:
+        """Runs a step and keeps what it took."""
+        experts, held_up = self.experts, 0.0
+        if self.peers.world > 1:
+            dist.barrier()
+        began = time.perf_counter()
+        prepared = None
+        if self.forecaster is not None:
+            prepared = self.controller.commit(wait=step == 0)
+            held_up = time.perf_counter() - began
+            self.plan = self.controller.transfer.plan.phy2log[0]
+        experts.phy2log = self.plan
+        experts.reset()
+        spent: list[float] = []
+        experts.split = self._timed_split(spent)  # type: ignore[method-assign]
+        if self.forecaster is not None:
+            self.controller.prepare(None)
+        experts(hidden, one_hot, weight)
+        elapsed = 1e3 * (time.perf_counter() - began)
+        busy = [watch.take_ms() for watch in experts.busy]
+        if self.forecaster is not None:
+            self.controller.observe(experts.load[None])
+        self.steps.append({
+            "step_ms": elapsed, "busy_ms": busy, "load": experts.device_load.copy(), "held_up_ms": 1e3 * held_up,
+            "split_ms": sum(spent), "waited_ms": experts.waited.take_ms(),
+            "prepare_ms": prepared.forecast_ms + prepared.plan_ms if prepared else 0.0,
+            "move_ms": prepared.move_ms if prepared else 0.0, "moves": prepared.moves if prepared else 0,
+        })  # fmt: skip
+
+    def _timed_split(self, spent: list[float]) -> Callable[[IntArray], IntArray]:
+        def split(counts: IntArray) -> IntArray:
+            began = time.perf_counter()
+            if self.even:
+                quota = split_evenly(counts, self.experts.phy2log, self.experts.num_devices)
+            else:
+                quota = SlotExperts.split(self.experts, counts)
+            spent.append(1e3 * (time.perf_counter() - began))
+            return quota
+
+        return split
+
+
+def slots(home: ReplicationPlan, peers: Peers, wake_tokens: int) -> SlotExperts:
+    """Slots with random weights on this rank's devices."""
+    own = home.num_devices // peers.world
+    devices = range(peers.rank * own, (peers.rank + 1) * own)
+    weights = SlotWeights(home, 0, devices, (D_FF, D_MODEL), torch.empty(1))
+    generator = torch.Generator().manual_seed(peers.rank)
+    weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
+    weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
+    return SlotExperts(weights, torch.nn.ReLU(), home.phy2log[0], peers, home.num_devices, wake_tokens)
+
+
+def arms_of(home: ReplicationPlan, peers: Peers, wake_tokens: int) -> list[Arm]:
+    """The rivals and ours; arms whose weights do not move share slots."""
+    shared = slots(home, peers, wake_tokens)
+    eplb = Arm("eplb", shared, home, peers)
+    eplb.even = True
+    return [
+        Arm("contiguous", shared, home, peers),
+        eplb,
+        Arm("history", slots(home, peers, wake_tokens), home, peers, Ema()),
+        Arm("oracle", slots(home, peers, wake_tokens), home, peers, Upcoming()),
+        Arm("perfect", shared, home, peers),
+    ]
+
+
+@torch.inference_mode()
+def measure(stream: Stream, home: ReplicationPlan, peers: Peers, wake_tokens: int) -> dict[str, Any]:
+    """Runs all arms over all steps, in turn within each."""
+    arms = arms_of(home, peers, wake_tokens)
+    console = Console(stderr=True, quiet=peers.rank > 0)
+    torch.manual_seed(peers.rank)
+    for step in track(range(len(stream.loads)), "steps", console=console):
+        for arm in arms:
+            one_hot = stream.routed(step, peers.rank, arm.name == "perfect", home.num_devices)
+            hidden, weight = torch.randn(len(one_hot), D_MODEL), torch.rand(len(one_hot), 1)
+            if arm.name == "eplb" and step:
+                last = forecast_from_load(stream.loads[step - 1][None].astype(np.float64), made_at=step, source="last")
+                arm.plan = EplbPlanner().plan(last, home, np.zeros((0, 1, home.num_experts), dtype=np.int64)).phy2log[0]
+            if isinstance(arm.forecaster, Upcoming):
+                arm.forecaster.load = stream.loads[min(step + 1, len(stream.loads) - 1)]
+            arm.run(step, hidden, one_hot, weight)
+    return {arm.name: summary(arm, peers) for arm in arms}
+
+
+def summary(arm: Arm, peers: Peers) -> dict[str, Any]:
+    """Medians over the counted steps; a step takes as long as its slowest rank, emulated ones included."""
+    kept = arm.steps[WARM:]
+    own = torch.tensor([[row["step_ms"], row["waited_ms"], *row["busy_ms"]] for row in kept], dtype=torch.float64)
+    ranks = peers.gather(own).numpy()  # [S, steps, 2 + devices of a rank]
+    busy = np.concatenate(ranks[:, :, 2:], axis=-1)
+    emulated = peers.world == 1 and busy.shape[-1] > 1
+    step = busy.max(-1) if emulated else ranks[:, :, 0].max(0)
+    low, middle, high = np.quantile(step, [0.25, 0.5, 0.75])
+    return {
+        "step_ms": round(float(middle), 2),
+        "spread_ms": [round(float(low), 2), round(float(high), 2)],
+        "busy_ms": np.median(busy, axis=0).round(2).tolist(),
+        "balancedness": round(float(np.mean([balancedness(row["load"][None])[0] for row in kept])), 4),
+        "moves": round(float(np.mean([row["moves"] for row in kept])), 2),
+        **{name: round(median(row[name] for row in kept), 3)
+           for name in ("split_ms", "prepare_ms", "move_ms", "held_up_ms", "waited_ms")},
+    }  # fmt: skip
+
+
+def show(found: dict[str, Any], title: str) -> None:
+    """The arms as a table, and how far each is from perfect balance."""
+    table = Table(title=title)
+    for name in ("arm", "step ms", "quartiles", "x perfect", "busy ms", "balancedness", "moves", "split ms",
+                 "forecast + plan ms", "held up ms"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for name, arm in found.items():
+        table.add_row(
+            name, f"{arm['step_ms']:.0f}", " - ".join(f"{ms:.0f}" for ms in arm["spread_ms"]),
+            f"{arm['step_ms'] / found['perfect']['step_ms']:.2f}", " ".join(f"{ms:.0f}" for ms in arm["busy_ms"]),
+            f"{arm['balancedness']:.3f}", f"{arm['moves']:.1f}", f"{arm['split_ms']:.2f}", f"{arm['prepare_ms']:.1f}",
+            f"{arm['held_up_ms']:.2f}",
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--loads", type=Path, help="trace folder or counts file; Zipf loads by default")
+    parser.add_argument("--layer", type=int, default=0, help="which layer of --loads")
+    parser.add_argument("--experts", type=int, default=32, help="experts of the Zipf loads")
+    parser.add_argument("--exponent", type=float, default=1.2, help="of the Zipf loads")
+    parser.add_argument("--redundant", type=int, default=8, help="replica slots over all ranks")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step over all ranks")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--emulate", type=int, default=0, metavar="DEVICES", help="run so many ranks' work in turn")
+    parser.add_argument("--wake-tokens", type=int, default=0, help="price of one more active expert, in tokens")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Starts the ranks, unless torchrun has, and prints what rank 0 found."""
+    options = parse()
+    if not options.emulate and "RANK" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torchrun(["--standalone", "--nproc-per-node", str(options.ranks), "-m", __spec__.name, *sys.argv[1:]])
+        return
+    torch.set_num_threads(1)
+    with user_errors(), Peers() as peers:
+        if options.loads is None:
+            loads = zipf(options.experts, options.tokens, options.steps, options.exponent)
+        else:
+            loads = recorded(options.loads, options.layer, options.tokens, options.steps)
+        if len(loads) <= WARM:
+            raise ValueError(f"{len(loads)} steps; expected more than {WARM}, the first of which are not counted")
+        devices = options.emulate or peers.world
+        home = ReplicationPlan.at_home(contiguous_homes(1, loads.shape[1]), devices, options.redundant)
+        found = measure(Stream(loads, peers.world), home, peers, options.wake_tokens)
+        if peers.rank == 0:
+            where = f"{devices} emulated devices" if options.emulate else f"{devices} gloo ranks, a thread each"
+            show(found, f"{where}; {loads.shape[1]} experts, {options.redundant} redundant, {options.tokens} tokens")
+            perfect = found["perfect"]["step_ms"]
+            shares = {f"share_of_perfect_{name}": round(perfect / found[name]["step_ms"], 4) for name in
+                      ("history", "oracle", "eplb", "contiguous")}  # fmt: skip
+            document = {"share_of_perfect": shares["share_of_perfect_history"], **shares}
+            document["speedup_over_contiguous"] = round(found["contiguous"]["step_ms"] / found["history"]["step_ms"], 3)
+            document["settings"] = {name: str(value) for name, value in vars(options).items()} | {
+                "torch": torch.__version__, "ranks": peers.world, "seed": 0}  # fmt: skip
+            print(json.dumps(found | document))
+
+
+if __name__ == "__main__":
+    main()
