@@ -44,19 +44,24 @@ class Preparation:
 
     Attributes:
         forecast: The forecast it rests on; None where there was nothing to forecast from, and on ranks but the first.
-        moves: Experts moved.
-        nbytes: Bytes they weigh.
+        layer_moves: Experts moved in each MoE layer, `[L]`.
+        nbytes: Bytes they weigh, over all layers.
         forecast_ms: Milliseconds the forecast took.
         plan_ms: Milliseconds the plan took.
         move_ms: Milliseconds the moves took to issue (on CPU: to copy).
     """
 
     forecast: LoadForecast | None
-    moves: int
+    layer_moves: tuple[int, ...]
     nbytes: int
     forecast_ms: float
     plan_ms: float
     move_ms: float
+
+    @property
+    def moves(self) -> int:
+        """Experts moved."""
+        return sum(self.layer_moves)
 
 
 class Controller:
@@ -122,7 +127,9 @@ class Controller:
         moves = self.transfer.start(target)
         times.append(time.perf_counter())
         spans = [1e3 * (stop - begin) for begin, stop in pairwise(times)]
-        return Preparation(forecast, len(moves), self.transfer.nbytes(moves), *spans)
+        each = Counter(move.layer for move in moves)
+        layer_moves = tuple(each[layer] for layer in range(len(self.transfer.layers)))
+        return Preparation(forecast, layer_moves, self.transfer.nbytes(moves), *spans)
 
     def _forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast | None:
         """The forecaster's own, else one from history, else none."""
