@@ -32,6 +32,9 @@ from predictor.ladder import climb, rivals
 from predictor.module import LoadForecaster
 from predictor.report import details, summarise, write_report
 from predictor.resume import checkpoint_to_resume
+from predictor.segments import segment_errors
+from predictor.tables import CAPTIONS, ladder_table
+from predictor.token_table import TokenTable
 from predictor.tracking import track_inputs, track_results
 from runtime.balance import balancedness, split_load
 from runtime.homes import contiguous_homes
@@ -84,7 +87,7 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     checkpoint = checkpoint_to_resume(trainer, cli.config["ckpt_path"])
     track_inputs(trainer, cli.config.as_dict(), data.path)
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    about: dict[str, Any] = {"provenance": provenance(time.perf_counter() - started)}
+    about: dict[str, Any] = {"provenance": provenance(model.seconds, model.cpu_seconds)}
     trainer.test(model, datamodule=data, ckpt_path="best", weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return None
@@ -93,15 +96,21 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     learned.familiarity = Familiarity.fit(data.layout.vocab_size, data.tokens("train"), data.tokens("val"))
     divides = data.layout.num_experts % DEVICES == 0
     replicators = {name: partial(Replicator, data.layout, count) for name, count in REDUNDANT.items() if divides}
-    ladder = climb([*rivals(data), learned], data, replicators)
+    others = rivals(data)
+    ladder = climb([*others, learned], data, replicators)
     about["metrics"] = details(ladder)
+    table = next(rival for rival in others if isinstance(rival, TokenTable))
+    about["segments"] = segment_errors([table, learned], data)
     with predictor_folder(folder) as new:
         save_predictor(new, learned, about)
         (new / "run.yaml").write_text(cli.parser.dump(cli.config))
-        (new / "README.md").write_text(model_card(learned, summarise(ladder), about["provenance"]))
+        (new / "README.md").write_text(model_card(learned, about["metrics"], about["provenance"]))
         write_report(new, f"Expert load of {data.layout.model_id}", ladder, data.layout.layer_names)
         load_predictor(new, data.layout)
     track_results(trainer, ladder, data.layout.layer_names, folder)
+    for metric in ("load_tv", "balancedness", "balancedness_8"):
+        print(f"\n{CAPTIONS[metric]}\n\n{ladder_table(about['metrics'], metric)}")
+    print(f"\nMore: python -m predictor.show {folder}, or open {folder / 'report.html'}")
     seconds = round(time.perf_counter() - started, 1)
     return {"predictor": str(folder), "trace": str(data.path), "seconds": seconds, "test": summarise(ladder)}
 

@@ -14,9 +14,7 @@ from typing import Any
 
 from predictor.checkpoint import CONFIG, WEIGHTS
 from predictor.learned import LearnedForecaster
-
-Summaries = dict[str, dict[str, dict[str, float | None]]]
-"""Stream, then forecaster, then metric."""
+from predictor.tables import Details, ladder_table
 
 
 def check_target(folder: Path) -> None:
@@ -46,8 +44,8 @@ def predictor_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside)
 
 
-def provenance(seconds: float) -> dict[str, Any]:
-    """Where a predictor comes from: command, time, git revision, library versions."""
+def provenance(seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """Where a predictor comes from: command, time, git revision, seconds of the fit alone, library versions."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
@@ -57,21 +55,12 @@ def provenance(seconds: float) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_revision": git.stdout.strip() or None,
         "training_seconds": round(seconds, 1),
+        "training_cpu_seconds": round(cpu_seconds, 1),
         "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
     }
 
 
-def markdown_table(summaries: Summaries, metric: str) -> str:
-    """One metric as a Markdown table: a row per forecaster, a column per stream."""
-    streams = list(summaries)
-    lines = ["| forecaster | " + " | ".join(streams) + " |", "|---|" + "---|" * len(streams)]
-    for name in summaries[streams[0]]:
-        values = [summaries[stream][name][metric] for stream in streams]
-        lines.append(f"| {name} | " + " | ".join("" if v is None else f"{v:.3f}" for v in values) + " |")
-    return "\n".join(lines)
-
-
-def model_card(forecaster: LearnedForecaster, summaries: Summaries, about: dict[str, Any]) -> str:
+def model_card(forecaster: LearnedForecaster, details: Details, about: dict[str, Any]) -> str:
     """README.md of a predictor folder."""
     layout, architecture = forecaster.layout, forecaster.network.architecture
     parameters = sum(value.numel() for value in forecaster.network.parameters())
@@ -92,9 +81,9 @@ loads of the batches before it. It never changes what the model answers.
 - Load it with `predictor.checkpoint.load_predictor(folder)`: torch and safetensors only.
 
 ## Load error on held-out batches
-Total variation of forecast and true share, mean over MoE layers and batches; lower is better.
+Total variation of forecast and true share, mean over MoE layers and batches, with 95 % intervals; lower is better.
 
-{markdown_table(summaries, "load_tv")}
+{ladder_table(details, "load_tv")}
 
 ## Limits
 A predictor fits one model's routers: another checkpoint is refused. Text unlike the training trace is forecast worse

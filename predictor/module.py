@@ -4,6 +4,7 @@ Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
 """
 
 import math
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -103,6 +104,12 @@ class LoadForecaster(LightningModule):
     def on_fit_start(self) -> None:
         """One thread: steps are too small to share, and threads that wait for each other stall on a busy machine."""
         torch.set_num_threads(1)
+        self.began = time.perf_counter(), time.process_time()
+
+    def on_fit_end(self) -> None:
+        """Keeps what the fit took: seconds on the clock, and of the processor, which other work does not lengthen."""
+        self.seconds = time.perf_counter() - self.began[0]
+        self.cpu_seconds = time.process_time() - self.began[1]
 
     def training_step(self, sample: TraceSample, step: int) -> Tensor:
         """One batch of the trace is one training batch."""

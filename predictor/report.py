@@ -3,25 +3,18 @@
 import base64
 import html
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from predictor.export import Summaries
+from predictor.baselines import LastBatch, Oracle
 from predictor.ladder import Ladder
 from predictor.plots import calibration_curve, heat_maps, ladder_bars, to_png
+from predictor.tables import CAPTIONS, Details, figure
 
+Summaries = dict[str, dict[str, dict[str, float | None]]]
+"""Stream, then forecaster, then figure."""
 NOMINAL = np.array([0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
-METRICS = {
-    "load_tv": "Total variation of forecast and true load (lower is better)",
-    "hot_recall": "Share of the 16 hottest experts found",
-    "token_top1": "Share of tokens whose expert was named",
-    "balancedness": "Balancedness, 8 devices, 16 redundant experts (1 is perfect)",
-    "regret": "How much more the oracle's forecast balances, 16 redundant experts",
-    "balancedness_8": "Balancedness, 8 devices, 8 redundant experts",
-    "regret_8": "How much more the oracle's forecast balances, 8 redundant experts",
-}
 
 
 def summarise(ladder: Ladder) -> Summaries:
@@ -32,12 +25,18 @@ def summarise(ladder: Ladder) -> Summaries:
     }
 
 
-def details(ladder: Ladder) -> dict[str, dict[str, dict[str, Any]]]:
+def details(ladder: Ladder) -> Details:
     """All figures of every stream and forecaster, intervals included."""
-    return {
-        stream: {name: scores.details() for name, scores in forecasters.items()}
-        for stream, forecasters in ladder.items()
-    }
+    result: Details = {}
+    for stream, forecasters in ladder.items():
+        result[stream] = {name: scores.details() for name, scores in forecasters.items()}
+        for name, scores in forecasters.items():
+            for regret, closed in {"regret": "gap_closed", "regret_8": "gap_closed_8"}.items():
+                if getattr(scores, regret) and name not in (LastBatch.name, Oracle.name):
+                    value, interval = scores.gap_closed(forecasters[LastBatch.name], regret)
+                    figures = {closed: round(value, 4), f"{closed}_interval": [round(end, 4) for end in interval]}
+                    result[stream][name] |= figures
+    return result
 
 
 def layer_rows(ladder: Ladder, layer_names: list[str]) -> list[list[str | float]]:
@@ -63,9 +62,9 @@ def figures(ladder: Ladder, layer_names: list[str]) -> dict[str, Figure]:
     return result
 
 
-def _html_table(header: list[str], rows: list[list[str | float | None]]) -> str:
-    def cell(value: str | float | None) -> str:
-        return f"<td>{'' if value is None else f'{value:.3f}' if isinstance(value, float) else html.escape(value)}</td>"
+def _html_table(header: list[str], rows: list[list[str | float]]) -> str:
+    def cell(value: str | float) -> str:
+        return f"<td>{f'{value:.3f}' if isinstance(value, float) else html.escape(value)}</td>"
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
@@ -74,18 +73,18 @@ def _html_table(header: list[str], rows: list[list[str | float | None]]) -> str:
 
 def write_report(folder: Path, title: str, ladder: Ladder, layer_names: list[str]) -> None:
     """Writes report.html, which holds its pictures, and each picture as a PNG beside it."""
-    summaries = summarise(ladder)
-    streams = list(summaries)
+    found, streams = details(ladder), list(ladder)
     parts = [f"<h1>{html.escape(title)}</h1>"]
-    for metric, caption in METRICS.items():
-        rows = [[name, *(summaries[s][name][metric] for s in streams)] for name in summaries[streams[0]]]
-        parts.append(f"<h2>{html.escape(caption)}</h2>" + _html_table(["forecaster", *streams], rows))
+    for metric, caption in CAPTIONS.items():
+        rows: list[list[str | float]] = [
+            [name, *(figure(found[stream][name], metric) for stream in streams)] for name in ladder[streams[0]]
+        ]
+        shown = [row for row in rows if any(row[1:])]
+        parts.append(f"<h2>{html.escape(caption)}</h2>" + _html_table(["forecaster", *streams], shown))
     parts.append("<h2>Total variation, layer by layer</h2>")
-    parts.append(
-        _html_table(["stream", "forecaster", *layer_names], [list(r) for r in layer_rows(ladder, layer_names)])
-    )
-    for name, figure in figures(ladder, layer_names).items():
-        png = to_png(figure)
+    parts.append(_html_table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names)))
+    for name, picture in figures(ladder, layer_names).items():
+        png = to_png(picture)
         (folder / f"{name}.png").write_bytes(png)
         parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}img{max-width:100%}"

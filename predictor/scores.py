@@ -18,7 +18,8 @@ CONTRACT = ("load_tv", "hot_recall", "token_top1", "balancedness", "balancedness
 """What is summarised, with an interval for each."""
 RESAMPLES = 1000
 BLOCK = 5
-"""Batches drawn together in the bootstrap, since neighbours are alike."""
+"""Batches drawn together in the bootstrap, since neighbours are alike; fewer where there are fewer than three times
+as many."""
 
 
 @dataclass
@@ -76,11 +77,16 @@ class Scores:
     def interval(self, metric: str) -> tuple[float, float]:
         """95 % interval of a metric's mean: a circular block bootstrap over batches."""
         values = np.array([np.nanmean(value) for value in getattr(self, metric)])
-        rng = np.random.default_rng(0)
-        starts = rng.integers(len(values), size=(RESAMPLES, -(-len(values) // BLOCK)))
-        rows = (starts[..., None] + np.arange(BLOCK)).reshape(RESAMPLES, -1)[:, : len(values)] % len(values)
-        low, high = np.quantile(values[rows].mean(1), [0.025, 0.975])
+        low, high = np.quantile(values[resampled(len(values))].mean(1), [0.025, 0.975])
         return float(low), float(high)
+
+    def gap_closed(self, last: "Scores", regret: str) -> tuple[float, tuple[float, float]]:
+        """Share of the last batch's regret that this forecaster is spared, and its 95 % interval."""
+        own, its = np.array(getattr(self, regret)), np.array(getattr(last, regret))
+        rows = resampled(len(own))
+        its_mean = np.maximum(its[rows].mean(1), 1e-9)  # a draw in which persistence is perfect leaves nothing to close
+        low, high = np.quantile(1 - own[rows].mean(1) / its_mean, [0.025, 0.975])
+        return float(1 - own.mean() / max(its.mean(), 1e-9)), (float(low), float(high))
 
     def summary(self) -> dict[str, float | None]:
         """The figures of the contract: means over layers and batches."""
@@ -100,3 +106,11 @@ class Scores:
         if np.any(self.spread):
             result["coverage_80"] = round(float(self.coverage(np.array([0.8]))[0]), 4)
         return result
+
+
+def resampled(count: int) -> IntArray:
+    """Rows of a circular block bootstrap over `count` batches, `[RESAMPLES, count]`."""
+    block = min(BLOCK, max(count // 3, 1))
+    starts = np.random.default_rng(0).integers(count, size=(RESAMPLES, -(-count // block)))
+    rows: IntArray = (starts[..., None] + np.arange(block)).reshape(RESAMPLES, -1)[:, :count] % count
+    return rows

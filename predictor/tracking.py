@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import WandbLogger
 from data.store import TRACE_JSON
 from predictor.ladder import Ladder
 from predictor.plots import to_png
-from predictor.report import METRICS, figures, layer_rows, summarise
+from predictor.report import details, figures, layer_rows, summarise
+from predictor.tables import CAPTIONS
 
 
 def _wandb(trainer: Trainer) -> WandbLogger | None:
@@ -44,11 +45,12 @@ def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], fold
     run = logger.experiment
     summaries = summarise(ladder)
     rows = [
-        [stream, name, *(values[metric] for metric in METRICS)]
-        for stream, forecasters in summaries.items()
+        [stream, name, *(end for metric in CAPTIONS for end in (values.get(metric), *_ends(values, metric)))]
+        for stream, forecasters in details(ladder).items()
         for name, values in forecasters.items()
     ]
-    run.log({"tables/ladder": wandb.Table(["stream", "forecaster", *METRICS], rows)})
+    columns = [f"{metric}{end}" for metric in CAPTIONS for end in ("", "_low", "_high")]
+    run.log({"tables/ladder": wandb.Table(["stream", "forecaster", *columns], rows)})
     run.log({"tables/layers": wandb.Table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names))})
     for name, figure in figures(ladder, layer_names).items():
         run.log({f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(to_png(figure))))})
@@ -58,3 +60,8 @@ def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], fold
     artifact.add_dir(str(folder))
     run.log_artifact(artifact, aliases=["latest", "best"])
     run.finish()
+
+
+def _ends(values: dict[str, Any], metric: str) -> list[float | None]:
+    """Both ends of a figure's interval."""
+    return values.get(f"{metric}_interval") or [None, None]

@@ -1,0 +1,49 @@
+"""The ladder as Markdown, the same for a terminal, a model card and the docs."""
+
+from typing import Any
+
+Details = dict[str, dict[str, dict[str, Any]]]
+"""Stream, then forecaster, then figure: what config.json of a predictor folder keeps as `metrics`."""
+CAPTIONS = {
+    "load_tv": "Total variation of forecast and true load (lower is better)",
+    "hot_recall": "Share of the 16 hottest experts found",
+    "token_top1": "Share of tokens whose expert was named",
+    "balancedness": "Balancedness, 8 devices, 16 redundant experts (1 is perfect)",
+    "regret": "How much more the oracle's forecast balances, 16 redundant experts",
+    "gap_closed": "Share of the gap from last batch to oracle that is closed, 16 redundant experts",
+    "balancedness_8": "Balancedness, 8 devices, 8 redundant experts",
+    "regret_8": "How much more the oracle's forecast balances, 8 redundant experts",
+    "gap_closed_8": "Share of the gap from last batch to oracle that is closed, 8 redundant experts",
+    "coverage_80": "Share of experts whose true share lies in the forecast's 80 % interval",
+}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figure(values: dict[str, Any], metric: str) -> str:
+    """A figure with its 95 % interval; nothing where the forecaster has no such figure."""
+    if (value := values.get(metric)) is None:
+        return ""
+    interval = values.get(f"{metric}_interval")
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def ladder_table(details: Details, metric: str) -> str:
+    """One metric: a row for each forecaster that has it, a column for each stream."""
+    streams = list(details)
+    rows = [[name, *(figure(details[stream][name], metric) for stream in streams)] for name in details[streams[0]]]
+    return markdown(["forecaster", *streams], [row for row in rows if any(row[1:])])
+
+
+def layers_table(details: Details, layer_names: list[str], names: list[str]) -> str:
+    """Load error of some forecasters layer by layer, a row for each stream."""
+    rows = [
+        [stream, name, *(f"{tv:.3f}" for tv in forecasters[name]["load_tv_layers"])]
+        for stream, forecasters in details.items()
+        for name in names
+    ]
+    return markdown(["stream", "forecaster", *layer_names], rows)
