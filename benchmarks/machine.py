@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from runtime.cache import LOADERS
-from runtime.disk import ExpertFiles, Key, never
+from runtime.disk import ExpertFiles, never
+from runtime.memory import Key, Place, Pool
 
 
 class ResidentPeak:
@@ -54,13 +54,13 @@ class ThrottledFiles(ExpertFiles):
         super().__init__(*args)
         self._mbps, self._free, self._lock = mbps, 0.0, threading.Lock()
 
-    def read(self, key: Key, wi_FD: Tensor, wo_DF: Tensor, stop: Callable[[], bool] = never) -> None:
+    def read(self, key: Key, place: Place, stop: Callable[[], bool] = never) -> None:
         """See `ExpertFiles.read`; waits until a disk of that speed would be done."""
         if self._mbps is not None:
             with self._lock:
                 self._free = max(self._free, time.perf_counter()) + self.shape.nbytes / self._mbps / 1e6
                 until = self._free
-        super().read(key, wi_FD, wo_DF, stop)
+        super().read(key, place, stop)
         if self._mbps is not None:
             time.sleep(max(0.0, until - time.perf_counter()))
 
@@ -69,13 +69,13 @@ def read_speed(files: ExpertFiles, count: int = 48) -> dict[str, Any]:
     """How fast experts arrive in memory, from as many threads as a tier has; closes the files."""
     shape, keys = files.shape, sorted(files.keys())
     keys = keys[:: max(len(keys) // count, 1)][:count]
-    places = [(torch.empty(shape.d_ff, shape.d_model), torch.empty(shape.d_model, shape.d_ff)) for _ in range(LOADERS)]
+    pool = Pool(shape, LOADERS, torch.device("cpu"))
 
     def read(share: int) -> None:
         for key in keys[share::LOADERS]:
-            files.read(key, *places[share])
+            files.read(key, pool.places[share])
 
-    read(0)  # touches the memory
+    list(map(read, range(LOADERS)))  # touches the memory
     with ThreadPoolExecutor(LOADERS) as threads:
         began = time.perf_counter()
         list(threads.map(read, range(LOADERS)))

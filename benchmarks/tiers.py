@@ -32,10 +32,11 @@ from data.weights import BUNDLED, ModelWeights
 from predictor.baselines import Ema
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
+from runtime.batch import ModelBatch, forward
 from runtime.cache import LOADERS, ExpertCache
 from runtime.disk import ExpertFiles
-from runtime.engine import ModelBatch, forward
 from runtime.foresight import Forecast, Guarded
+from runtime.memory import PAGE
 from runtime.policies import Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest, Policy
 from runtime.tally import Tally
 from runtime.tiered import TieredExperts, install, needed_rows
@@ -97,9 +98,8 @@ class Bench:
     def turn(self, arm: str, budget: float, warm: int, mbps: float | None = None) -> Turn:
         """Runs all batches through one arm."""
         files = ThrottledFiles(self.files, self.layout, torch.float32, mbps=mbps)
-        whole = len(files) * files.shape.nbytes
         places = len(files) if arm == "all_resident" else int(budget * len(files))
-        held = min(places * files.shape.nbytes, whole) + LOADERS * files.reader_bytes
+        held = places * 2 * files.shape.room + LOADERS * files.reader_bytes + PAGE
         turn, policy = Turn(), self.policy(arm, places)
         with ResidentPeak() as peak, ExpertCache(files, policy, held) as cache, ThreadPoolExecutor(1) as aside:
             layers = install(self.model.model, self.layout, cache)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from predictor.forecast import LoadForecast
-from runtime.disk import ExpertFiles, Key, never
+from runtime.disk import ExpertFiles, never
 from runtime.fetch import Source
-from runtime.memory import ExpertShape, Pool, show_bytes
+from runtime.memory import Key, Place, Pool, places_within
 from runtime.policies import Policy
 from runtime.tiers import Tier
 
@@ -38,19 +38,20 @@ class FromTier:
         """See `Source`."""
         return self.below.has(key)
 
-    def read(self, key: Key, wi_FD: Tensor, wo_DF: Tensor, stop: Callable[[], bool] = never) -> None:
+    def read(self, key: Key, place: Place, stop: Callable[[], bool] = never) -> None:
         """See `Source`; returns when the copy is done, on a stream of the calling thread's own where there are any."""
+        place.lay(0, 0)
         self.below.want([key])
-        for place in self.below.take([key]):
-            if not wi_FD.is_cuda:
-                wi_FD.copy_(place.wi)
-                wo_DF.copy_(place.wo)
+        for source in self.below.take([key]):
+            if not place.wi.is_cuda:
+                place.wi.copy_(source.wi)
+                place.wo.copy_(source.wo)
                 continue
             if not hasattr(self._own, "stream"):
-                self._own.stream = torch.cuda.Stream(wi_FD.device)  # type: ignore[no-untyped-call]
+                self._own.stream = torch.cuda.Stream(place.wi.device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(self._own.stream):
-                wi_FD.copy_(place.wi, non_blocking=True)
-                wo_DF.copy_(place.wo, non_blocking=True)
+                place.wi.copy_(source.wi, non_blocking=True)
+                place.wo.copy_(source.wo, non_blocking=True)
             self._own.stream.synchronize()  # this thread alone waits; the place below may be evicted from here on
 
 
@@ -92,7 +93,7 @@ class ExpertCache:
             source: Source = files
             for name, budget, where, pinned in filter(None, [lower, ("device", device_memory, place, False)]):
                 reserve = LOADERS * files.reader_bytes if source is files else 0
-                places = min(places_within(budget, files.shape, reserve, name), len(files))
+                places = min(places_within(budget, files.shape, reserve, f"{name}_memory"), len(files))
                 self.tiers.insert(0, Tier(name, Pool(files.shape, places, where, pinned), source, LOADERS))
                 source = FromTier(self.tiers[0])
         except BaseException:
@@ -154,18 +155,3 @@ class ExpertCache:
         while self.tiers:
             self.tiers.pop(0).close()
         self.files.close()
-
-
-def places_within(budget: int, shape: ExpertShape, reserve: int, name: str) -> int:
-    """Experts that a budget holds beside `reserve` bytes of buffers.
-
-    Raises:
-        ValueError: If it holds none, with the smallest budget that does.
-    """
-    if (places := (budget - reserve) // shape.nbytes) < 1:
-        least = shape.nbytes + reserve
-        raise ValueError(
-            f"{name}_memory is {show_bytes(budget)}, too little for one token's expert: {show_bytes(shape.nbytes)} "
-            f"and {show_bytes(reserve)} of buffers; give at least {least} bytes ({show_bytes(least)})"
-        )
-    return places

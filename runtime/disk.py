@@ -1,30 +1,23 @@
 """ExpertFiles: reads single experts out of a model folder's safetensors files, past the page cache.
 
-Headers are read once. An expert is read by offset, piece by piece through a small aligned buffer of the reading thread,
-and cast on the way where the file has another dtype; no file is ever read or mapped as a whole.
+An expert is read by offset straight into its place, which has room for the pages around it; where the file has another
+dtype it goes through a small buffer of the reading thread. No file is ever read or mapped as a whole.
 """
 
-import json
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.layout import MoELayout
-from runtime.memory import ExpertShape
+from runtime.memory import PAGE, ExpertShape, Key, Place
+from runtime.weightfile import DTYPES, Span, WeightFile
 
-Key = tuple[int, int]
-"""MoE layer and logical expert."""
-PAGE = 4096  # bytes that direct reads are aligned to
-PIECE = 1 << 20  # bytes; small enough to stay in a core's cache between the read and the copy
-LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+PIECE = 4 << 20  # bytes read at once; between pieces a read can be given up
 
 
 class ReadCancelledError(Exception):
@@ -34,90 +27,6 @@ class ReadCancelledError(Exception):
 def never() -> bool:
     """For reads that are not to be given up."""
     return False
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a tensor lies: `size` bytes from `start` on in a file, in a stored dtype."""
-
-    file: "WeightFile"
-    start: int
-    size: int
-    dtype: torch.dtype
-
-
-class WeightFile:
-    """One safetensors file, open for reading by offset.
-
-    Args:
-        path: The file.
-        direct: Read past the page cache where the file system can.
-
-    Raises:
-        ValueError: If it is no safetensors file or shorter than its header says.
-    """
-
-    def __init__(self, path: Path, direct: bool) -> None:
-        self.path, self.direct = path, direct and hasattr(os, "O_DIRECT")
-        self.fd = os.open(path, os.O_RDONLY)
-        try:
-            self.header, self.data = self._read_header()
-        except BaseException:
-            os.close(self.fd)
-            raise
-        if self.direct:
-            self._open_direct()
-
-    def _read_header(self) -> tuple[dict[str, Any], int]:
-        """The header, and where the tensors begin."""
-        size = os.fstat(self.fd).st_size
-        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-        if size < 8 or length > min(LONGEST_HEADER, size - 8):
-            raise ValueError(f"{self.path} is no safetensors file, or was cut off in its header; fetch it again")
-        try:
-            header: dict[str, Any] = json.loads(os.pread(self.fd, length, 8))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path} has a damaged safetensors header; fetch it again") from None
-        if (whole := 8 + length + max(ends, default=0)) > size:
-            raise ValueError(
-                f"{self.path} has {size} bytes where its header says {whole}; it was cut off, fetch it again"
-            )
-        return header, 8 + length
-
-    def _open_direct(self) -> None:
-        """Swaps the descriptor for a direct one if a first read through it works."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-        except OSError:
-            self.direct = False
-            return
-        try:
-            with mmap.mmap(-1, PAGE) as page:
-                os.preadv(fd, [page], 0)
-        except OSError:
-            os.close(fd)
-            self.direct = False
-            return
-        os.close(self.fd)
-        self.fd = fd
-
-    def span(self, name: str, shape: tuple[int, int]) -> Span:
-        """Where a tensor lies.
-
-        Raises:
-            ValueError: If it is missing, has another shape, or a dtype or place that cannot be read.
-        """
-        if (entry := self.header.get(name)) is None:
-            raise ValueError(f"{self.path} has no weights named {name}, though the index says so; fetch it again")
-        if tuple(entry["shape"]) != shape:
-            raise ValueError(f"{self.path}: {name} has shape {entry['shape']}, expected {list(shape)}")
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{self.path}: {name} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}")
-        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        if (self.data + begin) % dtype.itemsize or end - begin != shape[0] * shape[1] * dtype.itemsize:
-            raise ValueError(f"{self.path}: {name} lies at odd bytes; save the model again with save_pretrained")
-        return Span(self, self.data + begin, end - begin, dtype)
 
 
 class ExpertFiles:
@@ -187,48 +96,65 @@ class ExpertFiles:
         """Every expert is on disk; see `runtime.tiers.Source`."""
         return key in self._spans
 
-    def read(self, key: Key, wi_FD: Tensor, wo_DF: Tensor, stop: Callable[[], bool] = never) -> None:
+    def read(self, key: Key, place: Place, stop: Callable[[], bool] = never) -> None:
         """Reads one expert into place, on the calling thread.
 
         Args:
             key: Which expert.
-            wi_FD: Where its first matrix goes, contiguous, in host memory.
-            wo_DF: Where its second matrix goes, likewise.
+            place: Where it goes, in host memory.
             stop: Asked between pieces; True gives the read up.
 
         Raises:
             OSError: If the file ends early or cannot be read; the message names it.
             ReadCancelledError: If `stop` said so.
         """
-        for span, target in zip(self._spans[key], (wi_FD, wo_DF), strict=True):
-            self._read(span, target.view(-1), stop)
+        spans = self._spans[key]
+        straight = [span.dtype == self.shape.dtype for span in spans]
+        place.lay(*(span.start % PAGE if plain else 0 for span, plain in zip(spans, straight, strict=True)))
+        for span, plain, room, matrix in zip(spans, straight, place.rooms, (place.wi, place.wo), strict=True):
+            if plain:
+                self._read_straight(span, memoryview(room.numpy()), stop)
+            else:
+                self._read_cast(span, matrix.view(-1), stop)
+            if not span.file.direct and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(span.file.fd, span.start, span.size, os.POSIX_FADV_DONTNEED)
 
-    def _read(self, span: Span, target: Tensor, stop: Callable[[], bool]) -> None:
+    def _read_straight(self, span: Span, room: memoryview, stop: Callable[[], bool]) -> None:
+        """Reads the pages around a matrix into its room, which has the matrix at the same byte of a page."""
+        first, done = span.start - span.start % PAGE, 0
+        last = span.start + span.size
+        whole = -(-(last - first) // PAGE) * PAGE
+        while first + done < last:
+            count = self._pread(span, room[done : min(done + PIECE, whole)], first + done, stop)
+            done += count if first + done + count >= last else count - count % PAGE
+
+    def _read_cast(self, span: Span, target: Tensor, stop: Callable[[], bool]) -> None:
+        """Reads a matrix piece by piece into a buffer and casts it from there."""
         buffer, typed = self._buffer()
-        source, done = typed[span.dtype], 0
+        size, done = span.dtype.itemsize, 0
         while done < span.size:
-            if stop():
-                raise ReadCancelledError
-            position = span.start + done
-            aligned = position - position % PAGE
-            try:
-                count = os.preadv(span.file.fd, [buffer], aligned)
-            except OSError as error:
-                raise OSError(
-                    error.errno, f"{span.file.path} cannot be read at byte {position}: {error.strerror}"
-                ) from None
-            fresh = min(aligned + count - position, span.size - done)
-            fresh -= fresh % span.dtype.itemsize
-            if fresh <= 0:
-                held, needed = os.fstat(span.file.fd).st_size, span.start + span.size
-                raise OSError(
-                    f"{span.file.path} has {held} bytes where {needed} are needed; it was cut off, fetch it again"
-                )
-            first, size = (position - aligned) // span.dtype.itemsize, span.dtype.itemsize
-            target[done // size : (done + fresh) // size].copy_(source[first : first + fresh // size])
+            before = (span.start + done) % PAGE
+            count = self._pread(span, buffer, span.start + done - before, stop) - before
+            fresh = min(count - count % size, span.size - done)
+            source = typed[span.dtype][before // size :][: fresh // size]
+            target[done // size : (done + fresh) // size].copy_(source)
             done += fresh
-        if not span.file.direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(span.file.fd, span.start, span.size, os.POSIX_FADV_DONTNEED)
+
+    def _pread(self, span: Span, target: memoryview, position: int, stop: Callable[[], bool]) -> int:
+        """Reads what comes at a position, at least a page of it or all there is of the matrix."""
+        if stop():
+            raise ReadCancelledError
+        try:
+            count = os.preadv(span.file.fd, [target], position)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{span.file.path} cannot be read at byte {position}: {error.strerror}"
+            ) from None
+        last = span.start + span.size
+        if position + count < last and count < PAGE:
+            held = os.fstat(span.file.fd).st_size
+            raise OSError(f"{span.file.path} has {held} bytes where {last} are needed; it was cut off, fetch it again")
+        return count
 
     def _buffer(self) -> tuple[memoryview, dict[torch.dtype, Tensor]]:
         """The calling thread's own buffer, page-aligned, and the same as tensors."""

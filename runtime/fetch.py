@@ -4,10 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from runtime.disk import Key, never
-from runtime.shelf import Place
+from runtime.disk import never
+from runtime.memory import Key, Place
 
 
 class Source(Protocol):
@@ -17,8 +15,8 @@ class Source(Protocol):
         """Whether it has the expert at hand, so that a prefetch need not wait for a tier further below."""
         ...
 
-    def read(self, key: Key, wi_FD: Tensor, wo_DF: Tensor, stop: Callable[[], bool] = never) -> None:
-        """Copies an expert into place, on the calling thread; see `ExpertFiles.read`."""
+    def read(self, key: Key, place: Place, stop: Callable[[], bool] = never) -> None:
+        """Brings an expert into a place, on the calling thread; see `ExpertFiles.read`."""
         ...
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from predictor.forecast import LoadForecast
-from runtime.disk import Key
+from runtime.memory import Key
 from runtime.policies import Expecting, LeastRecent, Policy
 from runtime.schedule import FloatArray
 

@@ -1,14 +1,18 @@
 """Bytes: budgets as people write them, and memory that holds experts within one.
 
-Shape suffixes: N places, F inner width, D model width.
+Shape suffixes: F inner width, D model width.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Key = tuple[int, int]
+"""MoE layer and logical expert."""
+PAGE = 4096  # bytes that direct reads are aligned to
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -54,43 +58,90 @@ class ExpertShape:
         """Bytes of both matrices."""
         return 2 * self.d_ff * self.d_model * self.dtype.itemsize
 
+    @property
+    def room(self) -> int:
+        """Bytes set aside for one matrix: whole pages, so that a direct read of it may begin anywhere in the first."""
+        return -(-self.nbytes // 2 // PAGE) * PAGE + PAGE
+
+
+@dataclass(eq=False)
+class Place:
+    """Room for one expert.
+
+    Attributes:
+        rooms: Bytes of the two matrices, page-aligned, `[2, room]`.
+        shape: The expert's.
+        wi: First matrix `[F, D]`, somewhere in its room.
+        wo: Second matrix `[D, F]`, likewise.
+        key: The expert it holds or is being loaded; None if empty.
+        ready: Whether the expert is there.
+        idle: A prefetched expert that nobody has used yet.
+        read: Records when an accelerator will have finished reading it.
+    """
+
+    rooms: Tensor
+    shape: ExpertShape
+    wi: Tensor = field(init=False)
+    wo: Tensor = field(init=False)
+    key: Key | None = None
+    ready: bool = False
+    idle: bool = False
+    read: Any = None
+
+    def __post_init__(self) -> None:
+        self.lay(0, 0)
+
+    def lay(self, wi_offset: int, wo_offset: int) -> None:
+        """Says at which byte of its room each matrix begins."""
+        size, (wi, wo) = self.shape.nbytes // 2, self.rooms
+        self.wi = wi[wi_offset : wi_offset + size].view(self.shape.dtype).view(self.shape.d_ff, self.shape.d_model)
+        self.wo = wo[wo_offset : wo_offset + size].view(self.shape.dtype).view(self.shape.d_model, self.shape.d_ff)
+
 
 class Pool:
     """Places for experts, allocated at once: what they take never grows.
 
     Args:
         shape: One expert.
-        places: N.
+        places: How many.
         device: Where they lie.
         pinned: Page-lock them, so that copies to an accelerator need not wait for the host.
     """
 
     def __init__(self, shape: ExpertShape, places: int, device: torch.device, pinned: bool = False) -> None:
-        self.wi_NFD = torch.empty(places, shape.d_ff, shape.d_model, dtype=shape.dtype, device=device)
-        self.wo_NDF = torch.empty(places, shape.d_model, shape.d_ff, dtype=shape.dtype, device=device)
-        # torch's own pinned allocations are rounded up to a power of two, which no budget would survive
-        self._pinned = [self.wi_NFD, self.wo_NDF] if pinned else []
-        for tensor in self._pinned:
-            _check(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))  # type: ignore[no-untyped-call]
-
-    def __len__(self) -> int:
-        return len(self.wi_NFD)
+        self.shape, self._pinned = shape, pinned
+        self._raw = torch.empty(places * 2 * shape.room + PAGE, dtype=torch.uint8, device=device)
+        if pinned:  # torch's own pinned allocations are rounded up to a power of two, which no budget would survive
+            _check(torch.cuda.cudart().cudaHostRegister(self._raw.data_ptr(), self._raw.nbytes, 0))  # type: ignore[no-untyped-call]
+        first = -self._raw.data_ptr() % PAGE
+        rooms = self._raw[first : first + places * 2 * shape.room].view(places, 2, shape.room)
+        self.places = [Place(room, shape) for room in rooms]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all places."""
-        return self.wi_NFD.nbytes + self.wo_NDF.nbytes
+        """Bytes allocated."""
+        return self._raw.nbytes
 
-    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        return self.wi_NFD[place], self.wo_NDF[place]
+    def release(self) -> None:
+        """Gives the memory back and is empty from then on; no place may be in use."""
+        if self._pinned:
+            _check(torch.cuda.cudart().cudaHostUnregister(self._raw.data_ptr()))  # type: ignore[no-untyped-call]
+        self._raw, self._pinned, self.places = self._raw.new_empty(0), False, []
 
-    def release(self) -> "Pool":
-        """Gives the memory back and is empty from then on; no view of a place may be in use."""
-        while self._pinned:
-            _check(torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr()))  # type: ignore[no-untyped-call]
-        self.wi_NFD = self.wi_NFD.new_empty(0, *self.wi_NFD.shape[1:])
-        self.wo_NDF = self.wo_NDF.new_empty(0, *self.wo_NDF.shape[1:])
-        return self
+
+def places_within(budget: int, shape: ExpertShape, reserve: int, name: str) -> int:
+    """Experts that a budget holds beside `reserve` bytes of buffers.
+
+    Raises:
+        ValueError: If it holds none, with the smallest budget that does.
+    """
+    if (places := (budget - reserve - PAGE) // (2 * shape.room)) < 1:
+        least = 2 * shape.room + reserve + PAGE
+        raise ValueError(
+            f"{name} is {show_bytes(budget)}, too little for one token's expert: {show_bytes(2 * shape.room)} "
+            f"and {show_bytes(reserve)} of buffers; give at least {least} bytes ({show_bytes(least)})"
+        )
+    return places
 
 
 def _check(status: object) -> None:

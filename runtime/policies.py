@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from predictor.forecast import LoadForecast
-from runtime.disk import Key
+from runtime.memory import Key
 from runtime.schedule import BoolArray, FloatArray, Schedule
 
 LIKELY = 0.5

@@ -1,36 +1,11 @@
 """Shelf: the places of a tier, and which expert is in which. Not for several threads at once: the tier locks."""
 
 from collections.abc import Container
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from runtime.disk import Key
-from runtime.memory import Pool
+from runtime.memory import Key, Place, Pool
 from runtime.schedule import FloatArray
-
-
-@dataclass(eq=False)
-class Place:
-    """Room for one expert.
-
-    Attributes:
-        wi: First matrix `[F, D]`.
-        wo: Second matrix `[D, F]`.
-        key: The expert it holds or is being loaded; None if empty.
-        ready: Whether the expert is there.
-        idle: A prefetched expert that nobody has used yet.
-        read: Records when an accelerator will have finished reading it.
-    """
-
-    wi: Tensor
-    wo: Tensor
-    key: Key | None = None
-    ready: bool = False
-    idle: bool = False
-    read: Any = None
 
 
 class Shelf:
@@ -42,7 +17,7 @@ class Shelf:
 
     def __init__(self, pool: Pool) -> None:
         self.due: FloatArray | None = None
-        self._places = [Place(*pool[index]) for index in range(len(pool))]
+        self._places = pool.places
         self._where: dict[Key, Place] = {}
 
     def __len__(self) -> int:

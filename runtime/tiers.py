@@ -14,11 +14,11 @@ from functools import partial
 
 import torch
 
-from runtime.disk import Key, ReadCancelledError
+from runtime.disk import ReadCancelledError
 from runtime.fetch import Fetch, Source
-from runtime.memory import Pool
+from runtime.memory import Key, Place, Pool
 from runtime.schedule import FloatArray
-from runtime.shelf import Place, Shelf
+from runtime.shelf import Shelf
 from runtime.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ class Tier:
 
     def __init__(self, name: str, pool: Pool, source: Source, loaders: int = 2) -> None:
         self.name, self.pool, self.source, self.tally = name, pool, source, Tally()
-        self.expert_bytes = pool.nbytes // len(pool)
         self._shelf = Shelf(pool)
         self._wanted: Counter[Key] = Counter()
         self._demands: deque[Key] = deque()
@@ -143,7 +142,7 @@ class Tier:
                 if load.place.read is not None:
                     load.place.read.synchronize()  # the kernels that used the evicted expert
                     load.place.read = None
-                self.source.read(load.key, load.place.wi, load.place.wo, partial(self._is_stale, load))
+                self.source.read(load.key, load.place, partial(self._is_stale, load))
             except Exception as caught:
                 error = caught
             self._finish(load, error)
@@ -162,7 +161,7 @@ class Tier:
                 if load is not None:
                     self._clear(load.place)
                     self._shelf.assign(load.place, load.key)
-                    self.tally.peak_bytes = max(self.tally.peak_bytes, len(self._shelf) * self.expert_bytes)
+                    self.tally.peak_bytes = max(self.tally.peak_bytes, 2 * self.pool.shape.room * len(self._shelf))
                     if not self._loading:
                         self._busy_since = time.perf_counter()
                     self._loading += 1
@@ -208,10 +207,10 @@ class Tier:
     def _count(self, load: Fetch) -> None:
         if load.ahead:
             self.tally.prefetches += 1
-            self.tally.prefetch_bytes += self.expert_bytes
+            self.tally.prefetch_bytes += self.pool.shape.nbytes
         else:
             self.tally.demands += 1
-            self.tally.demand_bytes += self.expert_bytes
+            self.tally.demand_bytes += self.pool.shape.nbytes
 
     def _explain(self, load: Fetch, error: Exception) -> None:
         """What becomes of a load that did not succeed: whoever waits hears of it, for a prefetch the log does."""
@@ -238,4 +237,5 @@ class Tier:
         self.stop()
         for thread in self._threads:
             thread.join()
-        self._shelf = Shelf(self.pool.release())
+        self.pool.release()
+        self._shelf = Shelf(self.pool)

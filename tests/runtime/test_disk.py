@@ -9,7 +9,7 @@ from safetensors import safe_open
 from data.layout import MoELayout
 from data.weights import ModelWeights
 from runtime.disk import ExpertFiles, ReadCancelledError
-from runtime.memory import parse_bytes, show_bytes
+from runtime.memory import Pool, parse_bytes, show_bytes
 from tests.conftest import small_switch
 
 
@@ -38,10 +38,12 @@ def stored(folder, name):
     raise KeyError(name)
 
 
-def empty(files):
-    shape = files.shape
-    wi = torch.full((shape.d_ff, shape.d_model), torch.nan, dtype=shape.dtype)
-    return wi, wi.new_full((shape.d_model, shape.d_ff), torch.nan)
+def read(files, key, *stop):
+    """An expert's matrices, read into a place full of other bytes."""
+    place = Pool(files.shape, 1, torch.device("cpu")).places[0]
+    place.rooms.fill_(255)
+    files.read(key, place, *stop)
+    return place.wi, place.wo
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -50,8 +52,7 @@ def test_every_expert_is_read_as_stored(folder, layout, dtype, direct):
     files = ExpertFiles(ModelWeights(str(folder)).files, layout, dtype, direct)
     for layer, module in enumerate(layout.module_names):
         for expert in range(layout.num_experts):
-            wi, wo = empty(files)
-            files.read((layer, expert), wi, wo)
+            wi, wo = read(files, (layer, expert))
             prefix = f"{module}.experts.expert_{expert}"
             assert torch.equal(wi, stored(folder, f"{prefix}.wi.weight").to(dtype))
             assert torch.equal(wo, stored(folder, f"{prefix}.wo.weight").to(dtype))
@@ -62,13 +63,12 @@ def test_pieces_smaller_than_a_matrix_join_up(folder, layout, monkeypatch):
     monkeypatch.setattr("runtime.disk.PIECE", 4096)
     files = ExpertFiles(ModelWeights(str(folder)).files, layout, torch.float32)
     assert files.reader_bytes == 4096
-    wi, wo = empty(files)
-    files.read((1, 3), wi, wo)
+    wi, wo = read(files, (1, 3))
     assert torch.equal(wi, stored(folder, f"{layout.module_names[1]}.experts.expert_3.wi.weight").float())
     assert torch.equal(wo, stored(folder, f"{layout.module_names[1]}.experts.expert_3.wo.weight").float())
     asked = iter([False, False, True])
     with pytest.raises(ReadCancelledError):
-        files.read((1, 3), wi, wo, lambda: next(asked))
+        read(files, (1, 3), lambda: next(asked))
 
 
 def test_a_file_cut_off_before_the_start_is_refused(layout, tmp_path):
@@ -91,7 +91,7 @@ def test_a_file_cut_off_while_in_use_is_named(layout, tmp_path, direct):
     files = ExpertFiles(ModelWeights(str(tmp_path)).files, layout, torch.float32, direct)
     os.truncate(tmp_path / "model.safetensors", 30_000)
     with pytest.raises(OSError, match=r"model\.safetensors has 30000 bytes where \d+ are needed"):
-        files.read((1, 7), *empty(files))
+        read(files, (1, 7))
 
 
 def test_another_geometry_is_refused(tmp_path, layout):

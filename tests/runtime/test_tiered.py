@@ -15,6 +15,7 @@ from runtime.cache import LOADERS, ExpertCache
 from runtime.disk import ExpertFiles
 from runtime.engine import ModelBatch, forward
 from runtime.foresight import Forecast, Guarded
+from runtime.memory import PAGE
 from runtime.policies import Expecting, Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest
 from runtime.tiered import install, needed_rows
 
@@ -77,9 +78,9 @@ def tiered(folder, share, policy=LeastRecent, host_share=None):
     """A model with its experts under a share of their bytes: the loaded model, its layers and the cache."""
     switch: LoadedSwitch = load_dense(str(folder))
     layout, files = switch.layout, open_files(folder, switch.layout)
-    whole, reserve = len(files) * files.shape.nbytes, LOADERS * files.reader_bytes
-    device = int(share * whole) + (reserve if host_share is None else 0)
-    host = None if host_share is None else int(host_share * whole) + reserve
+    whole, reserve = len(files) * 2 * files.shape.room, LOADERS * files.reader_bytes
+    device = int(share * whole) + PAGE + (reserve if host_share is None else 0)
+    host = None if host_share is None else int(host_share * whole) + PAGE + reserve
     cache = ExpertCache(files, policy(layout.num_layers, layout.num_experts), device, host)
     return switch, install(switch.model, layout, cache), cache
 
@@ -98,9 +99,9 @@ def test_answers_are_the_plain_models(switch_folder, plain, policy, share):
     switch, _, cache = tiered(switch_folder, share, policy)
     with cache:
         tier = cache.tiers[0]
-        assert len(tier.pool) == int(share * 16)
+        assert len(tier.pool.places) == int(share * 16)
         assert_same_answers(plain, switch, cache)
-        assert tier.tally.peak_bytes <= share * 16 * tier.expert_bytes
+        assert tier.tally.peak_bytes <= share * 16 * 2 * tier.pool.shape.room
         if share < 0.5 and policy is LeastRecent:
             assert tier.tally.misses > 50
 
@@ -108,7 +109,7 @@ def test_answers_are_the_plain_models(switch_folder, plain, policy, share):
 def test_the_same_with_host_memory_in_between(switch_folder, plain):
     switch, _, cache = tiered(switch_folder, 0.13, Random, host_share=0.4)
     with cache:
-        assert [len(tier.pool) for tier in cache.tiers] == [2, 6]
+        assert [len(tier.pool.places) for tier in cache.tiers] == [2, 6]
         assert_same_answers(plain, switch, cache)
         device, host = (tier.tally for tier in cache.tiers)
         assert host.hits + host.late + host.misses >= device.demands
@@ -166,7 +167,7 @@ def test_two_caches_share_a_folder(switch_folder, plain):
 def test_answers_stay_on_a_gpu_while_experts_come_and_go(switch_folder, plain):
     switch = load_dense(str(switch_folder))
     layout, files = switch.layout, open_files(switch_folder, switch.layout)
-    policy, expert = Random(layout.num_layers, layout.num_experts), files.shape.nbytes
+    policy, expert = Random(layout.num_layers, layout.num_experts), 3 * files.shape.room
     switch.model.to("cuda")
     with ExpertCache(files, policy, 3 * expert, 6 * expert + LOADERS * files.reader_bytes, "cuda") as cache:
         install(switch.model, layout, cache)

@@ -13,7 +13,7 @@ from data.switch import load_dense
 from data.weights import ModelWeights
 from runtime.cache import LOADERS, ExpertCache
 from runtime.disk import ExpertFiles, ReadCancelledError, never
-from runtime.memory import ExpertShape, Pool
+from runtime.memory import PAGE, ExpertShape, Pool
 from runtime.policies import LeastRecent, LikeLast
 from runtime.tiered import install
 from runtime.tiers import Tier
@@ -32,7 +32,7 @@ class Gate:
     def has(self, key):
         return True
 
-    def read(self, key, wi, wo, stop=never):
+    def read(self, key, place, stop=never):
         with self.change:
             self.begun.append(key)
             self.change.notify_all()
@@ -42,8 +42,8 @@ class Gate:
                 self.change.wait(0.01)
             if key in self.broken:
                 raise OSError(f"weights of {key} cannot be read")
-        wi.fill_(key[1])
-        wo.fill_(key[1])
+        place.wi.fill_(key[1])
+        place.wo.fill_(key[1])
 
     def let(self, *keys):
         with self.change:
@@ -108,7 +108,7 @@ def test_what_is_there_comes_first(make, gate):
     gate.let(key(1))
     assert next(places).key == key(1)
     assert (tier.tally.hits, tier.tally.late, tier.tally.misses) == (1, 0, 2)
-    assert tier.tally.demand_bytes == 2 * tier.expert_bytes == 2 * 48
+    assert tier.tally.demand_bytes == 2 * 48
 
 
 def test_wishes_are_fetched_in_order_and_demands_before_them(make, gate):
@@ -253,12 +253,12 @@ def test_a_budget_below_one_expert_is_refused_with_the_least_that_works(switch_f
 
     def open_cache(**budgets):
         files = ExpertFiles(kept, layout, torch.float32)
-        least = files.shape.nbytes + LOADERS * files.reader_bytes
+        least = 2 * files.shape.room + LOADERS * files.reader_bytes + PAGE
         cache = ExpertCache(files, LikeLast(2, 8), **{name: least + extra for name, extra in budgets.items()})
         return cache, least
 
     with pytest.raises(
-        ValueError, match=r"device_memory is .* too little for one token's expert: 12\.0 KiB"
+        ValueError, match=r"device_memory is .* too little for one token's expert: 24\.0 KiB"
     ) as refused:
         open_cache(device_memory=-1)
     cache, least = open_cache(device_memory=0)
@@ -267,7 +267,7 @@ def test_a_budget_below_one_expert_is_refused_with_the_least_that_works(switch_f
         install(switch.model, layout, cache)
         ids = torch.tensor([[7, 8, 9, 1]])
         assert switch.model.generate(input_ids=ids, max_new_tokens=3).shape[0] == 1
-        assert len(cache.tiers[0].pool) == 1
+        assert len(cache.tiers[0].pool.places) == 1
     with pytest.raises(ValueError, match="host_memory is"):
         open_cache(device_memory=0, host_memory=-1)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("switchcast-host")]
