@@ -22,8 +22,11 @@ from runtime.shelf import Shelf
 from runtime.tally import Tally
 
 log = logging.getLogger(__name__)
-MARGIN = 1.25
-"""A prefetch evicts only what is due that much later than itself; without, noise moves experts to and fro."""
+LATER, LATEST = 1.5, 0.5
+"""A prefetch evicts only what is due later than this many times its own due, and this many layers.
+
+Without, what is hardly less urgent is moved to and fro by the forecasts' noise: a third more bytes for the same time.
+"""
 
 
 class Tier:
@@ -183,7 +186,7 @@ class Tier:
         latest = self._shelf.due_of(victim.key)
         while self._wishes:
             key = self._wishes.pop(0)
-            if not self._shelf.get(key) and MARGIN * self._shelf.due_of(key) < latest and self.source.has(key):
+            if not self._shelf.get(key) and LATER * self._shelf.due_of(key) + LATEST < latest and self.source.has(key):
                 return Fetch(key, victim, ahead=True)
         return None
 

@@ -124,15 +124,15 @@ def test_wishes_are_fetched_in_order_and_demands_before_them(make, gate):
     assert (tier.tally.useful_prefetches, tier.tally.hits) == (1, 1)
 
 
-def test_a_prefetch_never_evicts_what_is_due_sooner(make, gate):
+def test_a_prefetch_never_evicts_what_is_due_sooner_or_hardly_later(make, gate):
     gate.let(*map(key, range(8)))
     tier = make(2)
     use(tier, 0, 1)
-    due = np.array([[1.0, 5.0, 3.0, 9.0]])
-    tier.plan(due, [key(3), key(2)])  # 3 would have to evict 1, which is due before it; 2 is due before 1
+    due = np.array([[1.0, 6.0, 3.0, 9.0, 5.5]])
+    tier.plan(due, [key(3), key(4), key(2)])  # they would evict 1: it is due before 3, hardly after 4, well after 2
     gate.wait_for(key(0), key(1), key(2))
     settle(tier)
-    assert [tier.has(key(expert)) for expert in range(4)] == [True, False, True, False]
+    assert [tier.has(key(expert)) for expert in range(5)] == [True, False, True, False, False]
     use(tier, 3)  # on demand: 2 goes, as it is due last; it was fetched for nothing
     assert [tier.has(key(expert)) for expert in range(4)] == [True, False, False, True]
     assert (tier.tally.prefetches, tier.tally.wasted_prefetches, tier.tally.precision) == (1, 1, 0.0)
