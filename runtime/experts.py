@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
 
-from runtime.flight import Flight, upload
+from runtime.flight import Flight
 from runtime.peers import Peers
 from runtime.plan import IntArray
+from runtime.products import products
 from runtime.route import route, starts
 from runtime.slots import SlotWeights
 from runtime.split import device_load, split_by_quota
@@ -61,6 +61,7 @@ class SlotExperts(nn.Module):
         self.busy = [Stopwatch(weights.wi_NFD.device) for _ in weights.devices]
         self.waited = Stopwatch(torch.device("cpu"))
         self.needed: Tensor | None = None
+        self._one_device = num_devices == 1 and np.array_equal(phy2log, np.arange(len(phy2log)))
         self.reset()
 
     def reset(self) -> None:
@@ -75,45 +76,61 @@ class SlotExperts(nn.Module):
         one_hot_TE = routed_TE if self.needed is None else routed_TE * self.needed[:, None]
         expert_T = torch.where(one_hot_TE.any(-1), one_hot_TE.argmax(-1), one_hot_TE.shape[-1])
         token_T = expert_T.argsort(stable=True)  # those left out come last
-        with self.waited.running():  # the one wait for the device: sizes must be known here
-            counts_S2E = self.peers.gather(torch.stack([one_hot_TE.sum(0), routed_TE.sum(0)])).cpu().numpy()
-        quota_SP = self.split(counts_S2E[:, 0])
-        self.load += counts_S2E[:, 0].sum(0)
-        self.device_load += device_load(quota_SP, self.num_devices)
-        return self.spread(hidden_TD, token_T, weight_T1, quota_SP, counts_S2E[:, 1].sum(0))
+        counts_SE, plain_E = self._count(one_hot_TE, routed_TE)
+        quota_SP = counts_SE if self._one_device else self.split(counts_SE)
+        np.add(self.load, counts_SE.sum(0), out=self.load)
+        np.add(self.device_load, device_load(quota_SP, self.num_devices), out=self.device_load)
+        if self._one_device:
+            return self._at_home(hidden_TD, token_T, weight_T1, counts_SE[0], plain_E)
+        plain_Q = plain_E[self.phy2log[self.weights.slots]]  # of no meaning in empty slots
+        return self.spread(hidden_TD, token_T, weight_T1, quota_SP, plain_Q)
+
+    def _count(self, one_hot_TE: Tensor, routed_TE: Tensor) -> tuple[IntArray, IntArray]:
+        """Tokens of each expert on each rank `[S, E]`, and with what need not be computed, over all ranks `[E]`."""
+        counts_E = one_hot_TE.sum(0)
+        rows = counts_E if self.needed is None else torch.cat([counts_E, routed_TE.sum(0)])
+        with self.waited:  # the one wait for the device: sizes must be known here
+            counts_SX = self.peers.gather(rows).cpu().numpy()
+        size = len(counts_E)
+        return counts_SX[:, :size], counts_SX[:, -size:].sum(0)
 
     def split(self, counts_SE: IntArray) -> IntArray:
         """Tokens from each rank to each slot, `[S, P]`."""
         return split_by_quota(counts_SE, self.phy2log, self.num_devices, wake_tokens=self.wake_tokens)
 
     def spread(
-        self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, quota_SP: IntArray, routed_E: IntArray
+        self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, quota_SP: IntArray, plain_Q: IntArray
     ) -> Tensor:
         """Sends tokens, sorted by expert, where the quotas say; computes what arrives here; collects the results.
 
-        `routed_E` are the rows the plain model would multiply with each expert, as far as known, padding counted.
+        `plain_Q` are the rows the plain model would multiply with the expert of each slot of this rank.
         """
         flights = []
         start_P = starts(quota_SP[self.peers.rank], self.phy2log)
-        routed_P = routed_E[self.phy2log]  # of no meaning in empty slots, which get no tokens
-        for slots in self._halves(int(quota_SP.sum())):
-            part_SP = np.where(slots, quota_SP, 0)
-            away = part_SP.reshape(len(part_SP), self.peers.world, -1).sum(-1) * ~np.eye(self.peers.world, dtype=bool)
-            self.sent += int(away.sum())
-            way = route(
-                part_SP, start_P, routed_P, self.peers.rank, self.weights.slots, self.weights.places,
-                len(self.weights.wi_NFD),
-            )  # fmt: skip
-            flights.append(Flight(hidden_TD, token_T, way, self.peers, bool(away.any())))
-        for flight in flights:
-            with self.waited.running():
+        for slots_P in self._halves(int(quota_SP.sum())):
+            part_SP = np.where(slots_P, quota_SP, 0)
+            away_SS = part_SP.reshape(len(part_SP), len(part_SP), -1).sum(-1) * ~np.eye(len(part_SP), dtype=bool)
+            self.sent += int(away_SS.sum())
+            way = route(part_SP, start_P, self.peers.rank, self.weights.slots)
+            flight = Flight(hidden_TD, token_T, way, self.peers, bool(away_SS.any()))
+            flights.append((flight, part_SP[:, self.weights.slots].sum(0)))
+        for flight, size_Q in flights:
+            with self.waited:
                 rows_MD = flight.rows()
-            flight.land(self._compute(rows_MD, flight.route.rows))
+            flight.land(self._compute(rows_MD, size_Q, plain_Q))
         output_TD = torch.zeros_like(hidden_TD)
-        for flight in flights:
-            with self.waited.running():
+        for flight, _ in flights:
+            with self.waited:
                 flight.deliver(output_TD, weight_T1)
         return output_TD
+
+    def _at_home(
+        self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, counts_E: IntArray, plain_E: IntArray
+    ) -> Tensor:
+        """One device computes everything itself: there is nothing to split or send."""
+        token = token_T.narrow(0, 0, int(counts_E.sum()))
+        result_MD = self._compute(hidden_TD.index_select(0, token), counts_E, plain_E)
+        return torch.zeros_like(hidden_TD).index_copy_(0, token, result_MD * weight_T1.index_select(0, token))
 
     def _halves(self, tokens: int) -> list[npt.NDArray[np.bool_]]:
         """Slots that run together, `[P]` each: all of them, or the first and the second half of each rank's."""
@@ -124,17 +141,13 @@ class SlotExperts(nn.Module):
         first = slots % per_rank < per_rank // 2
         return [first, ~first]
 
-    def _compute(self, rows_MD: Tensor, rows_N: IntArray) -> Tensor:
+    def _compute(self, rows_MD: Tensor, size_Q: IntArray, plain_Q: IntArray) -> Tensor:
         """Runs each device's rows, which lie next to each other, through its slots."""
-        rows_GN, parts = rows_N.reshape(len(self.weights.devices), -1), []
-        for device, part_MD in enumerate(rows_MD.split_with_sizes(rows_GN.sum(-1).tolist())):
+        size_N, plain_N = self.weights.by_place(size_Q), self.weights.by_place(plain_Q)
+        parts = []
+        for device, part_MD in enumerate(rows_MD.split_with_sizes(size_N.sum(-1).tolist())):
             if len(part_MD):
-                with self.busy[device].running():
-                    parts.append(self._products(part_MD, device, rows_GN[device]))
+                with self.busy[device]:
+                    block = self.weights.block(device)
+                    parts.append(products(part_MD, *block, self.activation, size_N[device], plain_N[device]))
         return parts[0] if len(parts) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *parts])
-
-    def _products(self, rows_MD: Tensor, device: int, rows_N: IntArray) -> Tensor:
-        """The experts of one device over its rows."""
-        wi_NDF, wo_NFD = self.weights.block(device)
-        offsets = upload(rows_N.cumsum().astype(np.int32), rows_MD.device)
-        return grouped_mm(self.activation(grouped_mm(rows_MD, wi_NDF, offs=offsets)), wo_NFD, offs=offsets)

@@ -5,6 +5,7 @@ Shape suffixes: T tokens of this rank, A rows that arrive, M rows computed, D mo
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,9 @@ class Flight:
             self._work.wait()
         if self.route.straight:
             return self._arrived_AD
-        return self._arrived_AD.index_select(0, upload(self.route.filled, self._arrived_AD.device))
+        order = np.empty_like(self.route.row)
+        order[self.route.row] = np.arange(len(order))
+        return self._arrived_AD.index_select(0, upload(order, self._arrived_AD.device))
 
     def land(self, result_MD: Tensor) -> None:
         """Sends results back to where their tokens came from."""

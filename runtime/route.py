@@ -3,7 +3,7 @@
 Rows reach a rank in this order: its own, by slot, then those of the other ranks, each by slot. They are computed place
 by place, and within a place in the order of the ranks, which is the order of the sequences in the batch.
 
-Shape suffixes: S ranks, E experts, P slots of the plan, Q slots of this rank, N places of this rank.
+Shape suffixes: S ranks, P slots of the plan, Q slots of this rank, N places of this rank.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.plan import IntArray
-
-ALIKE = 16
-"""Rows from which on matrix kernels add up a row in the same order whatever their number (seen on CPUs with MKL).
-
-Below it, groups that lost padding or were split are filled up to what the plain model multiplies at once, as far as
-that is known: padding that was not computed may be routed elsewhere later on. Without it, last bits differ more often.
-"""
 
 
 @dataclass(frozen=True)
@@ -31,8 +24,6 @@ class Route:
         to: Rows sent to each rank, `[S]`; none to itself.
         arriving: Rows received from each rank, `[S]`; none from itself.
         row: The row each one is computed in, in order of arrival.
-        filled: For each row the arrival it is filled from; rows that fill a small group up repeat the first one.
-        rows: Rows of each place, `[N]`.
     """
 
     pick: IntArray
@@ -40,49 +31,38 @@ class Route:
     to: list[int]
     arriving: list[int]
     row: IntArray
-    filled: IntArray
-    rows: IntArray
 
     @property
     def straight(self) -> bool:
         """Whether rows are computed just as they arrive."""
-        return len(self.filled) == len(self.row) and self.kept == len(self.row)
+        return self.kept == len(self.row)
 
 
-def route(
-    quota_SP: IntArray, start_P: IntArray, routed_P: IntArray, rank: int, slots: slice, places_Q: IntArray, places: int
-) -> Route:
+def route(quota_SP: IntArray, start_P: IntArray, rank: int, slots: slice) -> Route:
     """The route of one rank under the quotas of some slots.
 
     Args:
         quota_SP: Tokens from each rank to each slot on the route.
         start_P: Where the slot's tokens begin among the rank's own, sorted by expert: see `starts`.
-        routed_P: Rows that the plain model would multiply with the slot's expert, padding counted.
         rank: Which rank this is.
         slots: Its slots in the plan.
-        places_Q: The place in force of each of its slots.
-        places: N.
     """
     ranks = [rank, *(other for other in range(len(quota_SP)) if other != rank)]
-    per_rank = quota_SP.shape[1] // len(quota_SP)
-    mine_P = quota_SP[rank].copy()
-    away_P = mine_P.copy()
-    away_P[slots], mine_P[: slots.start], mine_P[slots.stop :] = 0, 0, 0
-    pick = np.concatenate([runs(start_P, mine_P), runs(start_P, away_P)])
+    away_P = quota_SP[rank].copy()
+    away_P[slots] = 0
+    kept = runs(start_P[slots], quota_SP[rank, slots])
     arriving_SQ = quota_SP[:, slots]
     size_Q = arriving_SQ.sum(0)
-    size_N, rows_N = np.zeros((2, places), dtype=np.int64)
-    size_N[places_Q] = size_Q
-    rows_N[places_Q] = np.maximum(size_Q, np.minimum(routed_P[slots], ALIKE)) * (size_Q > 0)
-    first_Q = (rows_N.cumsum() - rows_N)[places_Q]
-    first_SQ = first_Q + arriving_SQ.cumsum(0) - arriving_SQ
-    row = runs(first_SQ[ranks].ravel(), arriving_SQ[ranks].ravel())
-    filled = np.zeros(int(rows_N.sum()), dtype=np.int64)
-    filled[row] = np.arange(len(row))
+    first_SQ = size_Q.cumsum() - size_Q + arriving_SQ.cumsum(0) - arriving_SQ
     arriving = arriving_SQ.sum(1)
     arriving[rank] = 0
-    to = away_P.reshape(len(quota_SP), per_rank).sum(1)
-    return Route(pick, int(mine_P.sum()), to.tolist(), arriving.tolist(), row, filled, rows_N)
+    return Route(
+        pick=np.concatenate([kept, runs(start_P, away_P)]),
+        kept=len(kept),
+        to=away_P.reshape(len(quota_SP), -1).sum(1).tolist(),
+        arriving=arriving.tolist(),
+        row=runs(first_SQ[ranks].ravel(), arriving_SQ[ranks].ravel()),
+    )
 
 
 def starts(quota_P: IntArray, phy2log_P: IntArray) -> IntArray:

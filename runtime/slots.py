@@ -60,6 +60,14 @@ class SlotWeights:
         """The place in force of each slot here, `[P]`."""
         return np.asarray(self._first_P + self._in_force_P)
 
+    def by_place(self, value_P: IntArray) -> IntArray:
+        """Values of the slots here, at the places in force, device by device, `[G, N / G]`; 0 at all others."""
+        value_N = value_P
+        if len(value_P) < len(self.wi_NFD):  # without replica slots, places are slots
+            value_N = np.zeros(len(self.wi_NFD), dtype=np.int64)
+            value_N[self.places] = value_P
+        return value_N.reshape(len(self.devices), -1)
+
     def block(self, device: int) -> tuple[Tensor, Tensor]:
         """The matrices in the places of one device of this process: `[N, D, F]` and `[N, F, D]`."""
         size = len(self.wi_NFD) // len(self.devices)

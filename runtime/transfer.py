@@ -35,7 +35,7 @@ class SlotTransfer:
         self._stream: Any = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
         self._event: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def start(self, target: ReplicationPlan) -> list[SlotMove]:
         """Writes what `target` has elsewhere than the plan in force; nothing changes for running batches."""
         moves = self.plan.moves_to(target)

@@ -1,7 +1,5 @@
 """The slots compute what the model's own loop computes, whatever the plan, and give the plain model back."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -133,7 +131,8 @@ def test_a_move_never_touches_a_place_in_force():
 def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
     """A tensor on the wrong device, or a value read on the way, raises here; pinning and events take a real device."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(Stopwatch, "running", contextlib.nullcontext)
+    monkeypatch.setattr(Stopwatch, "__init__", lambda self, device: setattr(self, "_cuda", False))
+    monkeypatch.setattr(Stopwatch, "_seconds", 0.0, raising=False)
     with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
         home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
         like = torch.empty(1, dtype=torch.bfloat16, device="cuda")
@@ -142,6 +141,6 @@ def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
         hidden, weight = like.new_empty((60, WIDTH)), like.new_empty((60, 1))
         counts = np.array([20, 5, 0, 3, 1, 1, 0, 0])
         token = torch.empty(60, dtype=torch.int64, device="cuda")
-        output = slots.spread(hidden, token, weight, slots.split(counts[None]), counts)
+        output = slots.spread(hidden, token, weight, slots.split(counts[None]), counts[home.phy2log[0]])
     assert output.shape == hidden.shape
     assert output.device.type == "cuda"

@@ -1,0 +1,121 @@
+"""One process, one device, no replicas: the slots beside the model's own loop, and beside grouped products alone.
+
+    python -m benchmarks.one_device
+
+Switch-base geometry, routing by Zipf shares. Three arms in turn, same tokens: the model's own experts module (`loop`),
+two `grouped_mm` with sorting and nothing else (`grouped`), and `SlotExperts` (`slots`). `padded` batches hold a quarter
+of padding, which only the slots leave out. Prints a table and, as the last line, one JSON document.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.nn.functional import grouped_mm
+from transformers import SwitchTransformersConfig
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
+
+from runtime.experts import SlotExperts
+from runtime.homes import contiguous_homes
+from runtime.peers import Peers
+from runtime.plan import ReplicationPlan
+from runtime.slots import SlotWeights
+
+D_MODEL, D_FF = 768, 3072
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def in_slots(loop: SwitchTransformersExperts, experts: int) -> SlotExperts:
+    """The loop's experts in slots of one device."""
+    home = ReplicationPlan.at_home(contiguous_homes(1, experts), 1, 0)
+    weights = SlotWeights(home, 0, range(1), (D_FF, D_MODEL), torch.empty(1))
+    for place, expert in enumerate(loop.children()):
+        weights.wi_NFD[place].copy_(expert.wi.weight)
+        weights.wo_NDF[place].copy_(expert.wo.weight)
+        expert.wi.weight.data, expert.wo.weight.data = weights.wi_NFD[place], weights.wo_NDF[place]
+    return SlotExperts(weights, torch.nn.ReLU(), home.phy2log[0], Peers(), 1)
+
+
+def grouped(slots: SlotExperts) -> Layer:
+    """Two grouped products over the same weights, sorting and scattering included."""
+    wi_NDF, wo_NFD = slots.weights.block(0)
+
+    def layer(hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        order = one_hot[:, 0].argmax(-1).argsort(stable=True)
+        offsets = one_hot.sum((0, 1)).cumsum(0).int()
+        inner = grouped_mm(hidden[order], wi_NDF, offs=offsets).relu()
+        outer = grouped_mm(inner, wo_NFD, offs=offsets) * weight[order]
+        return torch.empty_like(hidden).index_copy_(0, order, outer)
+
+    return layer
+
+
+def milliseconds(layer: Layer, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
+    """One call."""
+    began = time.perf_counter()
+    layer(*inputs)
+    return 1e3 * (time.perf_counter() - began)
+
+
+@torch.inference_mode()
+def measure(experts: int, repeats: int) -> list[dict[str, Any]]:
+    """Ratios pair by pair, for every size, with and without padding."""
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(d_model=D_MODEL, d_ff=D_FF, num_experts=experts, dropout_rate=0.0)
+    loop = SwitchTransformersExperts(config).eval()
+    slots = in_slots(loop, experts)
+    arms: dict[str, Layer] = {"loop": loop, "grouped": grouped(slots), "slots": slots}
+    share = np.arange(1.0, experts + 1) ** -1.0
+    rng, results = np.random.default_rng(0), []
+    cases = [(size, padded) for size in SIZES for padded in (False, True) if not padded or size >= 4]
+    for size, padded in track(cases, "sizes", console=Console(stderr=True)):
+        slots.needed = torch.arange(size) < size * 3 // 4 if padded else None
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(repeats if size >= 512 else 5 * repeats):
+            expert = torch.from_numpy(rng.choice(experts, size, p=share / share.sum()))
+            one_hot = torch.nn.functional.one_hot(expert, experts)[:, None]
+            inputs = (torch.randn(size, D_MODEL), one_hot, torch.rand(size, 1))
+            for name in list(arms) if turn % 2 else reversed(list(arms)):
+                times[name].append(milliseconds(arms[name], inputs))
+        row: dict[str, Any] = {"tokens": size, "padded": padded, "slots_ms": round(median(times["slots"]), 3)}
+        for rival in ("loop", "grouped"):
+            ratios = [ours / theirs for ours, theirs in zip(times["slots"], times[rival], strict=True)]
+            low, middle, high = quantiles(ratios, n=4)
+            row[f"over_{rival}"], row[f"over_{rival}_quartiles"] = round(middle, 3), [round(low, 3), round(high, 3)]
+        results.append(row)
+    return results
+
+
+def main() -> None:
+    """A table, then one JSON document."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = measure(options.experts, options.repeats)
+    table = Table(title=f"Time of the slots over that of the rivals, {options.experts} experts, one thread")
+    for name in ("tokens", "padding", "slots ms", "over the loop", "quartiles", "over grouped_mm", "quartiles "):
+        table.add_column(name, justify="right")
+    for row in results:
+        table.add_row(
+            str(row["tokens"]), "1/4" if row["padded"] else "none", f"{row['slots_ms']:.2f}", f"{row['over_loop']:.2f}",
+            " - ".join(f"{ratio:.2f}" for ratio in row["over_loop_quartiles"]), f"{row['over_grouped']:.2f}",
+            " - ".join(f"{ratio:.2f}" for ratio in row["over_grouped_quartiles"]),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(json.dumps({"experts": options.experts, "torch": torch.__version__, "seed": 0, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What experts compute: two matrix products with an activation between, for the rows of many experts at once.
+
+Shape suffixes: M rows, N places, F inner width, D model width.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm
+
+from runtime.flight import upload
+from runtime.plan import IntArray
+
+ALIKE = 16
+"""Rows from which on a CPU's matrix kernels add up a row in the same order whatever their number (seen with MKL).
+
+Below it, a group that was split, or lost padding, is filled up to as many rows as the plain model multiplies at once,
+as far as that is known: padding that was not computed may be routed elsewhere later on. Without it, last bits differ
+more often, and a later router may make much of them.
+"""
+
+
+def products(
+    rows_MD: Tensor, wi_NDF: Tensor, wo_NFD: Tensor, activation: nn.Module, size_N: IntArray, plain_N: IntArray
+) -> Tensor:
+    """The experts' answers to rows that are sorted by place, `[M, D]`.
+
+    Args:
+        rows_MD: Rows.
+        wi_NDF: First matrices.
+        wo_NFD: Second matrices.
+        activation: Between them.
+        size_N: Rows of each place; they sum to M.
+        plain_N: Rows that the plain model would multiply with the same expert.
+    """
+    if rows_MD.device.type != "cpu":
+        offsets = upload(size_N.cumsum().astype(np.int32), rows_MD.device)
+        return grouped_mm(activation(grouped_mm(rows_MD, wi_NDF, offs=offsets)), wo_NFD, offs=offsets)
+    result_MD, start = torch.empty_like(rows_MD), 0
+    for place in np.flatnonzero(size_N).tolist():  # on a CPU one by one: what lies between the products stays in cache
+        size, fill = int(size_N[place]), int(min(plain_N[place], ALIKE) - size_N[place])
+        group = rows_MD.narrow(0, start, size)
+        target = result_MD.narrow(0, start, size)
+        if fill > 0:
+            group = torch.cat([group, group.new_zeros(fill, group.shape[1])])
+            target.copy_(torch.mm(activation(torch.mm(group, wi_NDF[place])), wo_NFD[place])[:size])
+        else:
+            torch.mm(activation(torch.mm(group, wi_NDF[place])), wo_NFD[place], out=target)
+        start += size
+    return result_MD
