@@ -25,7 +25,7 @@ from data.layout import MoELayout
 from data.trace import IntArray
 from predictor.calibrate import calibrate_spread
 from predictor.checkpoint import load_predictor, save_predictor
-from predictor.export import check_target, model_card, predictor_folder, provenance
+from predictor.export import check_target, git_revision, model_card, predictor_folder, provenance
 from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast
 from predictor.ladder import climb, rivals
@@ -35,7 +35,7 @@ from predictor.resume import checkpoint_to_resume
 from predictor.segments import segment_errors
 from predictor.tables import CAPTIONS, ladder_table
 from predictor.token_table import TokenTable
-from predictor.tracking import track_inputs, track_results
+from predictor.tracking import track_results, track_settings, track_trace
 from runtime.balance import balancedness, split_load
 from runtime.homes import contiguous_homes
 from runtime.plan import ReplicationPlan
@@ -84,9 +84,10 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     started, folder = time.perf_counter(), Path(cli.config["predictor"])
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     check_target(folder)
-    checkpoint = checkpoint_to_resume(trainer, cli.config["ckpt_path"])
-    track_inputs(trainer, cli.config.as_dict(), data.path)
+    checkpoint = checkpoint_to_resume(trainer, model, cli.config["ckpt_path"])
+    track_settings(trainer, cli.config.as_dict() | {"git_revision": git_revision()})
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    track_trace(trainer, data.path)
     about: dict[str, Any] = {"provenance": provenance(model.seconds, model.cpu_seconds)}
     trainer.test(model, datamodule=data, ckpt_path="best", weights_only=True, verbose=False)
     if not trainer.is_global_zero:

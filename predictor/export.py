@@ -44,16 +44,20 @@ def predictor_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside)
 
 
+def git_revision() -> str | None:
+    """Commit of this code, with "-dirty" where files differ from it; None outside a git folder."""
+    command = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return git.stdout.strip() or None
+
+
 def provenance(seconds: float, cpu_seconds: float) -> dict[str, Any]:
     """Where a predictor comes from: command, time, git revision, seconds of the fit alone, library versions."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     libraries = ("torch", "lightning", "transformers", "numpy")
     return {
         "command": ["train.py", *sys.argv[1:]],
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_revision": git.stdout.strip() or None,
+        "git_revision": git_revision(),
         "training_seconds": round(seconds, 1),
         "training_cpu_seconds": round(cpu_seconds, 1),
         "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},

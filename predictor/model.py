@@ -133,7 +133,7 @@ class LoadNetwork(nn.Module):
             tokens_BT1: Tokens that each position stands for; 0 on padding.
         """
         share_BTM, tokens_B1T = logits_BTLE.softmax(-1).flatten(2), tokens_BT1.transpose(1, 2)
-        mean_BLE = (tokens_B1T @ share_BTM).view(len(logits_BTLE), *logits_BTLE.shape[2:])
+        mean_BLE = (tokens_B1T @ share_BTM).view(logits_BTLE.shape[0], *logits_BTLE.shape[2:])
         with torch.no_grad():  # it only smooths the capacity; its gradient costs a tenth of a step
             variance_BLE = mean_BLE - (tokens_B1T @ share_BTM.square()).view_as(mean_BLE)
         return capped(mean_BLE, variance_BLE, self.capacity), variance_BLE

@@ -78,6 +78,20 @@ class LoadForecaster(LightningModule):
                 f"{self.layout.model_id} has {len(self.embedding)} embeddings, the trace was made with a vocabulary of "
                 f"{self.layout.vocab_size}; they are not the same model"
             )
+        if not self.embedding.isfinite().all():
+            raise ValueError(f"the embedding table of {self.layout.model_id} holds NaN or infinite numbers")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps which model the run was for."""
+        checkpoint["fingerprint"] = self.layout.fingerprint()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a run that was for another model."""
+        if (found := checkpoint.get("fingerprint")) != self.layout.fingerprint():
+            raise ValueError(
+                f"the checkpoint is of a run for a model with fingerprint {found}, the trace's model has "
+                f"{self.layout.fingerprint()}; leave --ckpt_path out"
+            )
 
     def forward(self, sample: TraceSample) -> Prediction:
         """Forecasts one batch."""
@@ -118,9 +132,19 @@ class LoadForecaster(LightningModule):
         return torch.stack([self.weights.get(name, 1.0) * value for name, value in loss.items()]).sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the length of the gradient before it is clipped."""
+        """Logs the length of the gradient before it is clipped.
+
+        Raises:
+            ValueError: If it is NaN or infinite.
+        """
         norms = [value.grad.norm() for value in self.network.parameters() if value.grad is not None]
-        self.log("train/gradient_norm", torch.stack(norms).norm())
+        norm = torch.stack(norms).norm()
+        if not norm.isfinite():
+            raise ValueError(
+                f"the gradient of step {self.global_step} is {float(norm)}; lower --model.learning_rate, or raise "
+                "--trainer.precision"
+            )
+        self.log("train/gradient_norm", norm)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the means anew."""

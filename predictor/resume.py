@@ -6,12 +6,17 @@ from pickle import UnpicklingError
 import torch
 from lightning import Trainer
 
+from predictor.module import LoadForecaster
 
-def checkpoint_to_resume(trainer: Trainer, wanted: str | None) -> Path | None:
+WRITTEN = {"state_dict", "hyper_parameters", "optimizer_states", "loops"}
+"""What a checkpoint of train.py holds, among others."""
+
+
+def checkpoint_to_resume(trainer: Trainer, model: LoadForecaster, wanted: str | None) -> Path | None:
     """The checkpoint file that a user means by a path or by "last"; None for a fresh start.
 
     Raises:
-        ValueError: If there is none, or it is damaged.
+        ValueError: If there is none, it is damaged, or it is of another architecture.
     """
     if wanted is None:
         return None
@@ -22,7 +27,12 @@ def checkpoint_to_resume(trainer: Trainer, wanted: str | None) -> Path | None:
     if not path.exists():
         raise ValueError(f"{path} does not exist; there is no run to resume, leave --ckpt_path out")
     try:
-        torch.load(path, map_location="meta", weights_only=True)
+        state = torch.load(path, map_location="meta", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path} is no checkpoint that can be resumed: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not state.keys() >= WRITTEN:
+        raise ValueError(f"{path} is no checkpoint that can be resumed: no run of train.py wrote it")
+    wrote, wants = state["hyper_parameters"].get("architecture"), model.hparams["architecture"]
+    if wrote != wants:
+        raise ValueError(f"{path} is of architecture {wrote}, the configuration wants {wants}; make them agree")
     return path

@@ -49,6 +49,15 @@ class Recurrence(torch.autograd.Function):
         return total_TBH * (1 - gate_TBH), forget_TBH, (forget_TBH * before_TBH).sum((0, 1))
 
 
+def unrolled(candidate_TBH: Tensor, forget_TBH: Tensor, peephole_H: Tensor) -> Tensor:
+    """The states that `Recurrence` gives, in operations that `torch.export` can follow, `[T, B, H]`."""
+    states = [torch.zeros_like(candidate_TBH[0])]
+    for candidate, forget in zip(candidate_TBH.unbind(), forget_TBH.unbind(), strict=True):
+        gate = torch.addcmul(forget, peephole_H, states[-1]).sigmoid()
+        states.append(torch.lerp(candidate, states[-1], gate))
+    return torch.stack(states[1:])
+
+
 def shifted(state_TBH: Tensor) -> Tensor:
     """The state before each step: empty, then all but the last."""
     return torch.cat([torch.zeros_like(state_TBH[:1]), state_TBH[:-1]])
@@ -77,7 +86,8 @@ class SRULayer(nn.Module):
         """Maps `[T, B, H]` to the same shape; padding must come last and does not influence the other positions."""
         candidate, forget, reset = self.project(x_TBH).chunk(3, -1)
         candidate = candidate * mask_TB[..., None]  # an empty state stays empty until the first real token
-        state: Tensor = Recurrence.apply(self._turned(candidate), self._turned(forget), self.peephole[0])  # type: ignore[no-untyped-call]
+        recurrence: Any = unrolled if torch.compiler.is_exporting() else Recurrence.apply
+        state: Tensor = recurrence(self._turned(candidate), self._turned(forget), self.peephole[0])
         gate = torch.addcmul(reset, self.peephole[1], self._turned(shifted(state))).sigmoid()
         return torch.lerp(self.scale * x_TBH, self._turned(state), gate)
 

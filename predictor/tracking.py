@@ -18,20 +18,22 @@ def _wandb(trainer: Trainer) -> WandbLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
 
 
-def track_inputs(trainer: Trainer, settings: dict[str, Any], trace: Path) -> None:
-    """Logs the settings and, when online, the trace as input artifact (by its description, not its shards)."""
+def track_settings(trainer: Trainer, settings: dict[str, Any]) -> None:
+    """Logs the settings as the run's configuration."""
+    if logger := _wandb(trainer):
+        logger.experiment.config.update(settings, allow_val_change=True)
+
+
+def track_trace(trainer: Trainer, trace: Path) -> None:
+    """Names the trace as the run's input artifact, by its description, not its shards; online only."""
     logger = _wandb(trainer)
-    if logger is None:
+    if logger is None or logger.experiment.offline:
         return
     import wandb
 
-    run = logger.experiment
-    run.config.update(settings, allow_val_change=True)
     artifact = wandb.Artifact(trace.name, type="trace", metadata={"path": str(trace)})
-    if (trace / TRACE_JSON).exists():  # else it is collected by and by
-        artifact.add_file(str(trace / TRACE_JSON))
-    if not run.offline:
-        run.use_artifact(artifact)
+    artifact.add_file(str(trace / TRACE_JSON))
+    logger.experiment.use_artifact(artifact)
 
 
 def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Fixtures around the made-up trace."""
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from made_up import VOCABULARY, WIDTH, make_batch, make_layout, time_splits, write_trace
 from safetensors.torch import save_file
 
+import train
 from data.layout import MoELayout
 from data.trace import TokenBatch
 
@@ -34,3 +37,27 @@ def trace(tmp_path_factory, layout) -> Path:
 @pytest.fixture
 def upcoming() -> TokenBatch:
     return make_batch(0, "steady", "test", np.random.default_rng(1)).tokens
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def arguments(trace, layout) -> list[str]:
+    """A short run on the made-up trace."""
+    smoke = str(ROOT / "configs" / "smoke.yaml")
+    return ["train.py", "--config", smoke, f"--data.trace={trace}", f"--data.model={layout.model_id}",
+            "--trainer.enable_progress_bar=false"]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, arguments):
+    """Runs `train.py` in an empty folder; returns the last line of stdout, parsed."""
+
+    def call(*more):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        train.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call

@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_up import EXPERTS, VOCABULARY, make_layout
+from made_up import EXPERTS, VOCABULARY, WIDTH, make_layout
 
 from data.switch import read_embedding
-from data.trace import TokenBatch
+from data.trace import TokenBatch, pad_tokens
 from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor, save_predictor
 from predictor.learned import LearnedForecaster
 from predictor.model import Architecture, LoadNetwork
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture
@@ -40,6 +43,20 @@ def test_round_trip_forecasts_the_same(saved, layout, upcoming):
         assert np.array_equal(ours.spread, theirs.spread)
         assert ours.made_at == len(past)
     assert loaded.forecast(upcoming, history).spread.min() > 0
+
+
+def test_a_folder_of_format_1_still_forecasts_the_same():
+    """Written before decoder loads were read from every token and before news widened the spread."""
+    table = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))
+    loaded = load_predictor(FIXTURES / "v1", make_layout("made-up"), table)
+    expected = json.loads((FIXTURES / "v1" / "forecast.json").read_text())
+    history = np.arange(4 * 3 * EXPERTS).reshape(4, 3, EXPERTS)
+    forecast = loaded.forecast(pad_tokens([np.array(row) for row in expected["tokens"]], 0), history)
+    assert np.allclose(forecast.share, expected["share"], atol=1e-5)
+    assert np.allclose(forecast.tokens, expected["load_tokens"], atol=1e-3)
+    blind = loaded.forecast(None, history)
+    assert np.allclose(blind.share, expected["share_without_tokens"], atol=1e-5)
+    assert np.allclose(blind.spread, expected["spread_without_tokens"], atol=1e-5)
 
 
 def test_embedding_is_not_in_the_folder(saved):

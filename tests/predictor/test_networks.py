@@ -131,3 +131,32 @@ def test_gradients_reach_every_parameter(layout, upcoming):
         prediction = network(torch.randn(*upcoming.mask.shape, layout.d_model), upcoming.mask, past)
         (prediction.load.square().sum() + network.history.share(past).square().sum()).backward()
         assert [name for name, value in network.named_parameters() if value.grad is None] == []
+
+
+def test_exported_network_says_the_same_for_any_batch_size(layout, upcoming):
+    torch.manual_seed(0)
+    network = LoadNetwork(layout, Architecture(width=8, sparse_attention=True)).eval()
+    inputs = torch.randn(*upcoming.mask.shape, layout.d_model), upcoming.mask, torch.ones(4, 3, layout.num_experts)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        program = torch.export.export(network, inputs, dynamic_shapes=({0: batch}, {0: batch}, None)).module()
+        other = torch.randn(9, *inputs[0].shape[1:]), inputs[1][torch.arange(9) % 6], inputs[2]
+        for case in (inputs, other):
+            for exported, eager in zip(program(*case), network(*case), strict=True):
+                assert torch.allclose(exported, eager, atol=1e-6)
+
+
+def test_decoder_load_may_differ_between_tokens_of_a_sequence(layout):
+    """A token that brings about decoder tokens of expert 2, and one that brings about none."""
+    network = LoadNetwork(layout, Architecture(width=2, depth=1, bidirectional=False, history=False)).eval()
+    hidden = torch.tensor([[[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]])
+    with torch.no_grad():
+        network.decoder_length.weight.copy_(torch.tensor([[1.0, -9.0]]))
+        network.decoder_length.bias.zero_()
+        network.decoder_heads.weight.zero_()
+        network.decoder_heads.weight[2, 0] = 9.0
+    for length, expected in ((3, 2.0), (2, 1.0)):
+        load, _ = network._decoder_load(hidden, torch.arange(3)[None] < length)
+        assert load[0, 0, 2].item() / torch.nn.functional.softplus(torch.tensor(9.0)).item() == pytest.approx(
+            min(expected, layout.expert_capacity / 9), rel=0.02
+        )
