@@ -142,7 +142,7 @@ class ExpertCache:
         upper = self.tiers[0]
         upper.want(keys)
         with self._planning:
-            self.policy.observe(layer, experts, self.loads)
+            self.policy.observe(layer, experts, upper.tally.costs)
             self._plan()
         for place in upper.take(keys):
             assert place.key is not None

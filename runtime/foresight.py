@@ -67,9 +67,9 @@ class Forecast(Expecting):
         """See `Policy`."""
         self._next = None if forecast is None else forecast.load
 
-    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
+    def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
-        super().observe(layer, experts, loads)
+        super().observe(layer, experts, costs)
         if self.schedule.started:  # a step of the decoder: the forecast was of the whole batch
             self._now = None
         if self._now is not None:
@@ -90,8 +90,10 @@ class Forecast(Expecting):
 class Guarded:
     """A policy that gives way to least-recently-used where it does not pay.
 
-    Beside the policy a least-recently-used cache is followed on paper. Where the policy has caused more loads than
-    that one would have, on balance over the last accesses, it is suspended; each time for twice as long.
+    Beside the policy a least-recently-used cache is followed on paper. What counts against it are its misses; against
+    the policy, experts that were not there when needed (forecast wrongly, or fetched too late for the bandwidth) and
+    prefetches nobody used. Where the policy has more, on balance over the last accesses, it is suspended; each time for
+    twice as long.
 
     Args:
         policy: The policy.
@@ -104,7 +106,7 @@ class Guarded:
         suspended: Whether it is.
     """
 
-    TOLERANCE = 1.1  # loads of the policy for each of the rival's
+    TOLERANCE = 1.1  # costs of the policy for each of the rival's
     WINDOW = 8  # caches full of accesses that the balance goes back
     PATIENCE = 4  # caches full of accesses before the first judgement, and of the first suspension
 
@@ -114,7 +116,7 @@ class Guarded:
         self._recent = LeastRecent(num_layers, num_experts)
         self._held: OrderedDict[Key, None] = OrderedDict()
         self._ours = self._theirs = 0.0
-        self._loads, self._wait = 0, float(self.PATIENCE * places)
+        self._costs, self._wait = 0, float(self.PATIENCE * places)
 
     @property
     def name(self) -> str:
@@ -129,19 +131,19 @@ class Guarded:
         """See `Policy`."""
         self.policy.expect(forecast)
 
-    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
+    def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
-        self.policy.observe(layer, experts, loads)
-        self._recent.observe(layer, experts, loads)
+        self.policy.observe(layer, experts, costs)
+        self._recent.observe(layer, experts, costs)
         memory = 1 - min(len(experts) / (self.WINDOW * self.places), 0.5)
-        self._ours = memory * self._ours + loads - self._loads
-        self._theirs = memory * self._theirs + self._would_load(layer, experts)
-        self._loads, self._wait = loads, self._wait - len(experts)
+        self._ours = memory * self._ours + costs - self._costs
+        self._theirs = memory * self._theirs + self._would_miss(layer, experts)
+        self._costs, self._wait = costs, self._wait - len(experts)
         if self._wait <= 0:
             self._judge()
 
-    def _would_load(self, layer: int, experts: Sequence[int]) -> int:
-        """Loads that least-recently-used needs for these experts."""
+    def _would_miss(self, layer: int, experts: Sequence[int]) -> int:
+        """Misses of least-recently-used among these experts."""
         count = 0
         for expert in experts:
             key = (layer, expert)
@@ -161,7 +163,7 @@ class Guarded:
             self.suspended, self.falls = True, self.falls + 1
             self._wait = float(self.PATIENCE * self.places * 2**self.falls)
             log.warning(
-                "'%s' loads %.0f experts where least-recently-used loads %.0f, which now takes over for %.0f experts",
+                "'%s' missed or wasted %.0f experts, least-recently-used misses %.0f; it takes over for %.0f experts",
                 self.policy.name, self._ours, self._theirs, self._wait,
             )  # fmt: skip
 

@@ -33,8 +33,8 @@ class Policy(Protocol):
         """The load of the batch that comes after the one under way."""
         ...
 
-    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
-        """A layer runs now and needs these experts; so many loads from the tier below there have been so far."""
+    def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
+        """A layer runs now and needs these experts; `costs` is the tally's so far."""
         ...
 
     def due(self) -> FloatArray:
@@ -61,7 +61,7 @@ class LeastRecent:
     def expect(self, forecast: LoadForecast | None) -> None:
         """See `Policy`."""
 
-    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
+    def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
         self._clock += 1
         self._due[layer, list(experts)] = -self._clock
@@ -80,7 +80,7 @@ class LeastFrequent(LeastRecent):
 
     name = "lfu"
 
-    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
+    def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
         self._due[layer, list(experts)] -= 1
 
@@ -108,7 +108,7 @@ class Expecting:
     def expect(self, forecast: LoadForecast | None) -> None:
         """See `Policy`; not of use here."""
 
-    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
+    def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
         self.schedule.observe(layer)
         self.last_LE[layer] = False
@@ -174,11 +174,11 @@ class LikeNearest(Expecting):
         self._store()
         super().begin()
 
-    def observe(self, layer: int, experts: Sequence[int], loads: int) -> None:
+    def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
         if self._ran[layer]:
             self._store()
-        super().observe(layer, experts, loads)
+        super().observe(layer, experts, costs)
         self._ran[layer] = True
 
     def _store(self) -> None:

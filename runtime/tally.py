@@ -45,6 +45,11 @@ class Tally:
         return self.hits / max(self.hits + self.late + self.misses, 1)
 
     @property
+    def costs(self) -> int:
+        """Experts that were not there when asked for, and prefetches that nobody used."""
+        return self.late + self.misses + self.wasted_prefetches
+
+    @property
     def precision(self) -> float:
         """Share of prefetched experts that were used, among those whose fate is known."""
         return self.useful_prefetches / max(self.useful_prefetches + self.wasted_prefetches, 1)

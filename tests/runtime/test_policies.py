@@ -168,22 +168,22 @@ class Wrong(Expecting):
         return [(0, 0)]
 
 
-def test_a_policy_that_loads_more_than_lru_gives_way_and_says_so(caplog):
+def test_a_policy_that_costs_more_than_lru_gives_way_and_says_so(caplog):
     policy = Guarded(Wrong(1, 8), 1, 8, places=4)
-    loads = 0
+    costs = 0
     with caplog.at_level(logging.WARNING):
         for _ in range(20):  # four experts for four places: the rival has all it needs
-            loads += 4
-            policy.observe(0, [0, 1, 2, 3], loads)
+            costs += 4
+            policy.observe(0, [0, 1, 2, 3], costs)
             if policy.suspended:
                 break
     assert (policy.suspended, policy.falls) == (True, 1)
     assert policy.wishes() == []
     assert policy.due()[0, 0] < 0  # least recently used
-    assert "'wrong' loads" in caplog.text
-    assert "where least-recently-used loads" in caplog.text
+    assert "'wrong' missed or wasted" in caplog.text
+    assert "where least-recently-used misses" in caplog.text
     for _ in range(20):
-        policy.observe(0, [0, 1, 2, 3], loads)
+        policy.observe(0, [0, 1, 2, 3], costs)
         if not policy.suspended:
             break
     assert not policy.suspended  # given another chance
@@ -192,8 +192,8 @@ def test_a_policy_that_loads_more_than_lru_gives_way_and_says_so(caplog):
 
 @pytest.mark.parametrize("factor", [0.5, 1.0])
 def test_a_policy_as_good_as_lru_is_left_alone(factor):
-    policy, loads = Guarded(Expecting(1, 8), 1, 8, places=2), 0.0
+    policy, costs = Guarded(Expecting(1, 8), 1, 8, places=2), 0.0
     for step in range(200):
-        loads += 2 * factor
-        policy.observe(0, [step % 4, 4 + step % 4], int(loads))
+        costs += 2 * factor
+        policy.observe(0, [step % 4, 4 + step % 4], int(costs))
     assert policy.falls == 0
