@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 
 from runtime.cache import LOADERS
 from runtime.disk import ExpertFiles, never
@@ -45,6 +46,12 @@ class ResidentPeak:
 def resident_bytes() -> int:
     """Bytes of memory the process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def touch(model: nn.Module) -> None:
+    """Brings weights that are only mapped into memory, so that they are not taken for growth later."""
+    for parameter in model.parameters():
+        parameter.detach().sum()
 
 
 class ThrottledFiles(ExpertFiles):

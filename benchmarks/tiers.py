@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.machine import ResidentPeak, ThrottledFiles, read_speed
+from benchmarks.machine import ResidentPeak, ThrottledFiles, read_speed, touch
 from benchmarks.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
 from data.cli import from_command_line, user_errors
 from data.layout import MoELayout
@@ -72,6 +72,7 @@ class Bench:
     ) -> None:
         self.model, self.batches, self.mode, self.small = load_dense(model), batches, mode, small
         self.files = ModelWeights(model).files
+        touch(self.model.model)
         self.layout: MoELayout = self.model.layout
         wanted = [small.layout.num_layers, small.layout.num_encoder_layers, small.layout.num_experts]
         if [self.layout.num_layers, self.layout.num_encoder_layers, self.layout.num_experts] != wanted:

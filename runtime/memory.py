@@ -111,6 +111,7 @@ class Pool:
     def __init__(self, shape: ExpertShape, places: int, device: torch.device, pinned: bool = False) -> None:
         self.shape, self._pinned = shape, pinned
         self._raw = torch.empty(places * 2 * shape.room + PAGE, dtype=torch.uint8, device=device)
+        self._raw.zero_()  # now, not under the first reads: a budget that does not fit fails here
         if pinned:  # torch's own pinned allocations are rounded up to a power of two, which no budget would survive
             _check(torch.cuda.cudart().cudaHostRegister(self._raw.data_ptr(), self._raw.nbytes, 0))  # type: ignore[no-untyped-call]
         first = -self._raw.data_ptr() % PAGE

@@ -1,0 +1,100 @@
+"""Text from a model that is larger than memory, under two budgets that must agree to the token.
+
+    python -m benchmarks.make_switch --out outputs/switch-base-128 --experts 128     # 29 GB
+    python -m benchmarks.beyond_memory --model outputs/switch-base-128
+
+Weights are random, so the text is noise; reads, routing and memory are real. The last line is one JSON document.
+"""
+
+import json
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.machine import ResidentPeak, resident_bytes, touch
+from data.cli import from_command_line, user_errors
+from data.switch import LoadedSwitch, load_dense
+from data.trace import TokenBatch
+from data.weights import ModelWeights
+from runtime.cache import ExpertCache
+from runtime.disk import ExpertFiles
+from runtime.foresight import Forecast, Guarded
+from runtime.memory import parse_bytes, show_bytes
+from runtime.tiered import install, needed_rows
+
+PROMPTS = (
+    "the experts of this model do not fit into memory , so they are fetched when they are needed",
+    "a small batch touches a tenth of them",
+    "what was needed a moment ago is often needed again",
+    "the rest waits on disk",
+)
+
+
+def generate(switch: LoadedSwitch, tokens: TokenBatch, files: ExpertFiles, budget: int, new: int) -> dict[str, Any]:
+    """Greedy text under a budget, with what it took."""
+    shape = (switch.layout.num_layers, switch.layout.num_experts)
+    policy = Guarded(Forecast(*shape), *shape, places=budget // (2 * files.shape.room))
+    before = resident_bytes()
+    with ResidentPeak() as peak, ExpertCache(files, policy, budget) as cache:
+        for layer, experts in enumerate(install(switch.model, switch.layout, cache)):
+            if layer < switch.layout.num_encoder_layers:
+                experts.needed = needed_rows(tokens.mask)
+        cache.begin()
+        began = time.perf_counter()
+        ids: Tensor = switch.model.generate(
+            input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), max_new_tokens=new, do_sample=False
+        )
+        seconds, tally = time.perf_counter() - began, cache.tiers[0].tally
+    return {
+        "ids": ids.tolist(), "seconds": round(seconds, 2), "tokens_per_s": round(ids[:, 1:].numel() / seconds, 2),
+        "budget": budget, "grown_bytes": peak.grown, "peak_bytes": tally.peak_bytes, "before_bytes": before,
+        "read_bytes": tally.demand_bytes + tally.prefetch_bytes, "hit_rate": round(tally.hit_rate, 3),
+        "prefetch_precision": round(tally.precision, 3), "stall_s": round(tally.stall_ms / 1e3, 2),
+        "falls": policy.falls,
+    }  # fmt: skip
+
+
+def beyond_memory(
+    model: str = "outputs/switch-base-128", budgets: tuple[str, ...] = ("4GiB", "1GiB"), new: int = 32
+) -> None:
+    """Generates under each budget and compares.
+
+    Args:
+        model: The model's folder.
+        budgets: Bytes for experts.
+        new: Tokens to write for each prompt.
+    """
+    torch.set_num_threads(1)
+    console, paths = Console(width=150), ModelWeights(model).files
+    whole = sum(path.stat().st_size for path in set(paths.values()))
+    switch = load_dense(model)
+    touch(switch.model)
+    encoded = switch.tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
+    tokens = TokenBatch(encoded["input_ids"], encoded["attention_mask"].bool())
+    results = []
+    for budget in map(parse_bytes, budgets):
+        done = generate(switch, tokens, ExpertFiles(paths, switch.layout, torch.float32), budget, new)
+        results.append(done)
+        console.print(
+            f"{show_bytes(whole)} of weights, {show_bytes(budget)} for experts: {done['seconds']} s, process grew by "
+            f"{show_bytes(done['grown_bytes'])} from {show_bytes(done['before_bytes'])}, read "
+            f"{show_bytes(done['read_bytes'])}, hits {done['hit_rate']:.0%}"
+        )
+    console.print(switch.tokenizer.batch_decode(results[0]["ids"], skip_special_tokens=True)[0][:200])
+    same = all(done["ids"] == results[0]["ids"] for done in results)
+    short = [{name: value for name, value in done.items() if name != "ids"} for done in results]
+    print(json.dumps({"weights_bytes": whole, "memory_bytes": _memory(), "same_text": same, "runs": short}))
+
+
+def _memory() -> int:
+    """Bytes of memory this machine has."""
+    with open("/proc/meminfo") as lines:
+        return 1024 * int(next(lines).split()[1])
+
+
+if __name__ == "__main__":
+    with user_errors():
+        from_command_line(beyond_memory)
