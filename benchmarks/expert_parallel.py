@@ -118,7 +118,8 @@ class Arm:
         self.even = False
         self.steps: list[dict[str, Any]] = []
         if forecaster is not None:
-            transfer = SlotTransfer([experts.weights], home, peers)
+            assert isinstance(experts.slots, SlotWeights)
+            transfer = SlotTransfer([experts.slots], home, peers)
             planner = HomePlanner(home.num_devices, home.num_redundant)
             self.controller = Controller(forecaster, planner, transfer, peers)
 
@@ -141,7 +142,7 @@ class Arm:
             self.controller.prepare(None)
         experts(hidden, one_hot, weight)
         elapsed = 1e3 * (time.perf_counter() - began)
-        busy = [watch.take_ms() for watch in experts.busy]
+        busy = experts.slots.take_busy_ms()
         if self.forecaster is not None:
             self.controller.observe(experts.load[None])
         self.steps.append({
@@ -168,11 +169,11 @@ def slots(home: ReplicationPlan, peers: Peers, wake_tokens: int) -> SlotExperts:
     """Slots with random weights on this rank's devices."""
     own = home.num_devices // peers.world
     devices = range(peers.rank * own, (peers.rank + 1) * own)
-    weights = SlotWeights(home, 0, devices, (D_FF, D_MODEL), torch.empty(1))
+    weights = SlotWeights(home, 0, devices, (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
     generator = torch.Generator().manual_seed(peers.rank)
     weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
     weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
-    return SlotExperts(weights, torch.nn.ReLU(), home.phy2log[0], peers, home.num_devices, wake_tokens)
+    return SlotExperts(weights, home.phy2log[0], peers, home.num_devices, wake_tokens)
 
 
 def arms_of(home: ReplicationPlan, peers: Peers, wake_tokens: int) -> list[Arm]:

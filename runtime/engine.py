@@ -124,14 +124,16 @@ class Engine:
         devices = range(self.peers.rank * own, (self.peers.rank + 1) * own)
         activation = ACT2FN[model.config.dense_act_fn]
         self._before = [model.get_submodule(name) for name in self._names]
-        self._layers = []
+        self._layers, weights = [], []
         for layer, phy2log in enumerate(self.home.phy2log):
-            weights = SlotWeights(self.home, layer, devices, (layout.d_ff, layout.d_model), model.shared.weight)
-            weights.fill(self._source)
-            self._layers.append(SlotExperts(weights, activation, phy2log, self.peers, self.home.num_devices))
+            shape = (layout.d_ff, layout.d_model)
+            slots = SlotWeights(self.home, layer, devices, shape, model.shared.weight, activation)
+            slots.fill(self._source)
+            weights.append(slots)
+            self._layers.append(SlotExperts(slots, phy2log, self.peers, self.home.num_devices))
         for name, experts in zip(self._names, self._layers, strict=True):
             model.set_submodule(name, experts)
-        self.transfer = SlotTransfer([experts.weights for experts in self._layers], self.home, self.peers)
+        self.transfer = SlotTransfer(weights, self.home, self.peers)
         self.controller = Controller(self.forecaster, self.planner, self.transfer, self.peers)
 
     def _facts(self, layout: MoELayout) -> dict[str, str]:
@@ -206,7 +208,7 @@ class Engine:
         def stack(read: Callable[[SlotExperts], Any]) -> Any:
             return np.stack([read(experts) for experts in self._layers])
 
-        busy = stack(lambda experts: [watch.take_ms() for watch in experts.busy])
+        busy = stack(lambda experts: experts.slots.take_busy_ms())
         waited = stack(lambda experts: [experts.waited.take_ms()])
         times = self.peers.gather(torch.from_numpy(np.concatenate([busy, waited], -1))).numpy()  # [S, L, own + 1]
         return BatchCost(

@@ -6,6 +6,8 @@ one's share of the work runs and is timed in turn.
 Shape suffixes: T tokens of this rank, M rows, S ranks, E logical experts, P slots, N places, G devices, D model width.
 """
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,11 +16,27 @@ from torch import Tensor, nn
 from runtime.flight import Flight
 from runtime.peers import Peers
 from runtime.plan import IntArray
-from runtime.products import products
 from runtime.route import route, starts
-from runtime.slots import SlotWeights
 from runtime.split import device_load, split_by_quota
 from runtime.stopwatch import Stopwatch
+
+
+class Slots(Protocol):
+    """What computes: the slots of this process in one layer."""
+
+    @property
+    def span(self) -> slice:
+        """Which of the plan's slots they are."""
+        ...
+
+    def compute(self, rows_MD: Tensor, size_P: IntArray, plain_P: IntArray) -> Tensor:
+        """Answers to rows sorted by slot, `[M, D]`; `plain_P` rows the plain model would multiply with the expert."""
+        ...
+
+    def take_busy_ms(self) -> list[float]:
+        """Milliseconds each device of this process computed since the last take."""
+        ...
+
 
 PIPELINED = 1024
 """Tokens of all ranks from which on a layer runs in two halves, so that one half travels while the other computes."""
@@ -31,10 +49,9 @@ class SlotExperts(nn.Module):
     None means all) before a forward. Afterwards `load`, `device_load`, `sent` and the stopwatches tell what it did.
 
     Args:
-        weights: The slots of this process.
-        activation: Between the two products of an expert.
+        slots: The slots of this process.
         phy2log: The layer's row of the plan in force, `[P]`.
-        peers: The ranks; each has as many devices as `weights` has.
+        peers: The ranks; each has as many devices as this one.
         num_devices: G, over all ranks.
         wake_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
 
@@ -42,23 +59,20 @@ class SlotExperts(nn.Module):
         load: Tokens of each expert that were computed on any rank, `[E]`, summed over the calls since `reset`.
         device_load: Tokens each device computed, `[G]`, likewise.
         sent: Tokens that left their rank, likewise.
-        busy: A stopwatch for each device of this process.
         waited: How long this process waited for other ranks.
     """
 
     def __init__(
         self,
-        weights: SlotWeights,
-        activation: nn.Module,
+        slots: Slots,
         phy2log: IntArray,
         peers: Peers,
         num_devices: int,
         wake_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.weights, self.activation, self.phy2log, self.peers = weights, activation, phy2log, peers
+        self.slots, self.phy2log, self.peers = slots, phy2log, peers
         self.num_devices, self.wake_tokens = num_devices, wake_tokens
-        self.busy = [Stopwatch(weights.wi_NFD.device) for _ in weights.devices]
         self.waited = Stopwatch(torch.device("cpu"))
         self.needed: Tensor | None = None
         self._one_device = num_devices == 1 and np.array_equal(phy2log, np.arange(len(phy2log)))
@@ -82,7 +96,7 @@ class SlotExperts(nn.Module):
         np.add(self.device_load, device_load(quota_SP, self.num_devices), out=self.device_load)
         if self._one_device:
             return self._at_home(hidden_TD, token_T, weight_T1, counts_SE[0], plain_E)
-        plain_Q = plain_E[self.phy2log[self.weights.slots]]  # of no meaning in empty slots
+        plain_Q = plain_E[self.phy2log[self.slots.span]]  # of no meaning in empty slots
         return self.spread(hidden_TD, token_T, weight_T1, quota_SP, plain_Q)
 
     def _count(self, one_hot_TE: Tensor, routed_TE: Tensor) -> tuple[IntArray, IntArray]:
@@ -111,13 +125,13 @@ class SlotExperts(nn.Module):
             part_SP = np.where(slots_P, quota_SP, 0)
             away_SS = part_SP.reshape(len(part_SP), len(part_SP), -1).sum(-1) * ~np.eye(len(part_SP), dtype=bool)
             self.sent += int(away_SS.sum())
-            way = route(part_SP, start_P, self.peers.rank, self.weights.slots)
+            way = route(part_SP, start_P, self.peers.rank, self.slots.span)
             flight = Flight(hidden_TD, token_T, way, self.peers, bool(away_SS.any()))
-            flights.append((flight, part_SP[:, self.weights.slots].sum(0)))
+            flights.append((flight, part_SP[:, self.slots.span].sum(0)))
         for flight, size_Q in flights:
             with self.waited:
                 rows_MD = flight.rows()
-            flight.land(self._compute(rows_MD, size_Q, plain_Q))
+            flight.land(self.slots.compute(rows_MD, size_Q, plain_Q))
         output_TD = torch.zeros_like(hidden_TD)
         for flight, _ in flights:
             with self.waited:
@@ -129,7 +143,7 @@ class SlotExperts(nn.Module):
     ) -> Tensor:
         """One device computes everything itself: there is nothing to split or send."""
         token = token_T.narrow(0, 0, int(counts_E.sum()))
-        result_MD = self._compute(hidden_TD.index_select(0, token), counts_E, plain_E)
+        result_MD = self.slots.compute(hidden_TD.index_select(0, token), counts_E, plain_E)
         return torch.zeros_like(hidden_TD).index_copy_(0, token, result_MD * weight_T1.index_select(0, token))
 
     def _halves(self, tokens: int) -> list[npt.NDArray[np.bool_]]:
@@ -140,14 +154,3 @@ class SlotExperts(nn.Module):
         per_rank = len(slots) // self.peers.world
         first = slots % per_rank < per_rank // 2
         return [first, ~first]
-
-    def _compute(self, rows_MD: Tensor, size_Q: IntArray, plain_Q: IntArray) -> Tensor:
-        """Runs each device's rows, which lie next to each other, through its slots."""
-        size_N, plain_N = self.weights.by_place(size_Q), self.weights.by_place(plain_Q)
-        parts = []
-        for device, part_MD in enumerate(rows_MD.split_with_sizes(size_N.sum(-1).tolist())):
-            if len(part_MD):
-                with self.busy[device]:
-                    block = self.weights.block(device)
-                    parts.append(products(part_MD, *block, self.activation, size_N[device], plain_N[device]))
-        return parts[0] if len(parts) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *parts])

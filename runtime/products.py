@@ -38,13 +38,20 @@ def products(
         return grouped_mm(activation(grouped_mm(rows_MD, wi_NDF, offs=offsets)), wo_NFD, offs=offsets)
     result_MD, start = torch.empty_like(rows_MD), 0
     for place in np.flatnonzero(size_N).tolist():  # on a CPU one by one: what lies between the products stays in cache
-        size, fill = int(size_N[place]), int(min(plain_N[place], ALIKE) - size_N[place])
-        group = rows_MD.narrow(0, start, size)
+        size = int(size_N[place])
         target = result_MD.narrow(0, start, size)
-        if fill > 0:
-            group = torch.cat([group, group.new_zeros(fill, group.shape[1])])
-            target.copy_(torch.mm(activation(torch.mm(group, wi_NDF[place])), wo_NFD[place])[:size])
-        else:
-            torch.mm(activation(torch.mm(group, wi_NDF[place])), wo_NFD[place], out=target)
+        product(rows_MD.narrow(0, start, size), wi_NDF[place], wo_NFD[place], activation, int(plain_N[place]), target)
         start += size
     return result_MD
+
+
+def product(
+    rows_MD: Tensor, wi_DF: Tensor, wo_FD: Tensor, activation: nn.Module, plain: int, target_MD: Tensor
+) -> None:
+    """One expert's answer to its rows, written to `target_MD`; `plain` rows the plain model would multiply with it."""
+    size, fill = len(rows_MD), min(plain, ALIKE) - len(rows_MD)
+    if fill > 0 and rows_MD.device.type == "cpu":
+        rows_MD = torch.cat([rows_MD, rows_MD.new_zeros(fill, rows_MD.shape[1])])
+        target_MD.copy_(torch.mm(activation(torch.mm(rows_MD, wi_DF)), wo_FD).narrow(0, 0, size))
+    else:
+        torch.mm(activation(torch.mm(rows_MD, wi_DF)), wo_FD, out=target_MD)

@@ -10,10 +10,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.plan import IntArray, ReplicationPlan
+from runtime.products import products
 from runtime.source import ExpertSource
+from runtime.stopwatch import Stopwatch
 
 
 class SlotWeights:
@@ -25,23 +27,31 @@ class SlotWeights:
         devices: The devices of this process, out of all of the plan's.
         shape_FD: Inner width and model width of an expert.
         like: Any tensor with the dtype and device that the places are to have.
+        activation: Between the two products of an expert.
 
     Attributes:
-        slots: This process' slots among all of the plan's.
+        span: This process' slots among all of the plan's.
     """
 
     def __init__(
-        self, plan: ReplicationPlan, layer: int, devices: range, shape_FD: tuple[int, int], like: Tensor
+        self,
+        plan: ReplicationPlan,
+        layer: int,
+        devices: range,
+        shape_FD: tuple[int, int],
+        like: Tensor,
+        activation: nn.Module,
     ) -> None:
-        self.layer, self.devices = layer, devices
-        self.slots = slice(devices.start * plan.slots_per_device, devices.stop * plan.slots_per_device)
-        self._home_P = plan.is_home_slot[self.slots]
-        self._expert_P = plan.phy2log[layer, self.slots]
+        self.layer, self.devices, self._activation = layer, devices, activation
+        self.span = slice(devices.start * plan.slots_per_device, devices.stop * plan.slots_per_device)
+        self._home_P = plan.is_home_slot[self.span]
+        self._expert_P = plan.phy2log[layer, self.span]
         sizes = np.where(self._home_P, 1, 2)
         self._first_P = np.cumsum(sizes) - sizes
         self._in_force_P = np.zeros_like(self._first_P)
         self.wi_NFD = like.new_zeros((int(sizes.sum()), *shape_FD))
         self.wo_NDF = like.new_zeros((int(sizes.sum()), *reversed(shape_FD)))
+        self._busy = [Stopwatch(like.device) for _ in devices]
 
     @torch.no_grad()
     def fill(self, source: ExpertSource) -> None:
@@ -60,7 +70,22 @@ class SlotWeights:
         """The place in force of each slot here, `[P]`."""
         return np.asarray(self._first_P + self._in_force_P)
 
-    def by_place(self, value_P: IntArray) -> IntArray:
+    def compute(self, rows_MD: Tensor, size_P: IntArray, plain_P: IntArray) -> Tensor:
+        """Runs each device's rows, which lie next to each other, through its slots; see `runtime.experts.Slots`."""
+        size_GN, plain_GN = self._by_place(size_P), self._by_place(plain_P)
+        parts = []
+        for device, part_MD in enumerate(rows_MD.split_with_sizes(size_GN.sum(-1).tolist())):
+            if len(part_MD):
+                with self._busy[device]:
+                    block = self.block(device)
+                    parts.append(products(part_MD, *block, self._activation, size_GN[device], plain_GN[device]))
+        return parts[0] if len(parts) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *parts])
+
+    def take_busy_ms(self) -> list[float]:
+        """Milliseconds each device here computed since the last take."""
+        return [watch.take_ms() for watch in self._busy]
+
+    def _by_place(self, value_P: IntArray) -> IntArray:
         """Values of the slots here, at the places in force, device by device, `[G, N / G]`; 0 at all others."""
         value_N = value_P
         if len(value_P) < len(self.wi_NFD):  # without replica slots, places are slots
@@ -76,16 +101,16 @@ class SlotWeights:
 
     def holds(self, slot: int) -> bool:
         """Whether a slot of the plan is one of this process'."""
-        return self.slots.start <= slot < self.slots.stop
+        return self.span.start <= slot < self.span.stop
 
     def in_force(self, slot: int) -> tuple[Tensor, Tensor]:
         """The weights that one of the plan's slots computes with now."""
-        place = int(self.places[slot - self.slots.start])
+        place = int(self.places[slot - self.span.start])
         return self.wi_NFD[place], self.wo_NDF[place]
 
     def spare(self, slot: int) -> tuple[Tensor, Tensor]:
         """The other place of a replica slot, to be written to; it takes effect at `commit`."""
-        local = slot - self.slots.start
+        local = slot - self.span.start
         assert not self._home_P[local], f"slot {slot} is a home"
         place = int(self._first_P[local] + 1 - self._in_force_P[local])
         return self.wi_NFD[place], self.wo_NDF[place]
@@ -94,4 +119,4 @@ class SlotWeights:
         """Switches written slots over to their other place; those of other processes are none of its business."""
         for slot in slots:
             if self.holds(slot):
-                self._in_force_P[slot - self.slots.start] ^= 1
+                self._in_force_P[slot - self.span.start] ^= 1

@@ -47,10 +47,12 @@ class InSlots:
         self.plain: SwitchTransformersExperts = model.encoder.block[1].layer[1].mlp.experts
         home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
         self.source = LiveExperts(model, MoELayout.from_model(model, "random"))
-        weights = SlotWeights(home, 0, range(DEVICES), (48, WIDTH), model.shared.weight)
-        weights.fill(self.source)
-        self.slots = SlotExperts(weights, self.plain["expert_0"].act, home.phy2log[0], Peers(), DEVICES)
-        self.transfer = SlotTransfer([weights], home, Peers())
+        self.weights = SlotWeights(
+            home, 0, range(DEVICES), (48, WIDTH), model.shared.weight, self.plain["expert_0"].act
+        )
+        self.weights.fill(self.source)
+        self.slots = SlotExperts(self.weights, home.phy2log[0], Peers(), DEVICES)
+        self.transfer = SlotTransfer([self.weights], home, Peers())
 
     def put_in_force(self, plan: ReplicationPlan) -> None:
         self.transfer.start(plan)
@@ -114,7 +116,7 @@ def test_release_gives_the_experts_their_own_storage_bit_for_bit():
     untouched, layer = InSlots().plain, InSlots()
     layer.put_in_force(random_plan(layer.transfer.plan, 3))
     layer.source.release()
-    layer.slots.weights.wi_NFD.zero_()
+    layer.weights.wi_NFD.zero_()
     for name, parameter in layer.plain.named_parameters():
         assert torch.equal(parameter, untouched.get_parameter(name)), name
 
@@ -122,7 +124,7 @@ def test_release_gives_the_experts_their_own_storage_bit_for_bit():
 def test_a_move_never_touches_a_place_in_force():
     layer = InSlots()
     layer.put_in_force(random_plan(layer.transfer.plan, 0))
-    weights = layer.slots.weights
+    weights = layer.weights
     before = weights.wi_NFD[torch.from_numpy(weights.places)].clone()
     layer.transfer.start(random_plan(layer.transfer.plan, 1))
     assert torch.equal(weights.wi_NFD[torch.from_numpy(weights.places)], before)
@@ -136,8 +138,8 @@ def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
         home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
         like = torch.empty(1, dtype=torch.bfloat16, device="cuda")
-        weights = SlotWeights(home, 0, range(DEVICES), (48, WIDTH), like)
-        slots = SlotExperts(weights, torch.nn.ReLU(), home.phy2log[0], Peers(), DEVICES)
+        weights = SlotWeights(home, 0, range(DEVICES), (48, WIDTH), like, torch.nn.ReLU())
+        slots = SlotExperts(weights, home.phy2log[0], Peers(), DEVICES)
         hidden, weight = like.new_empty((60, WIDTH)), like.new_empty((60, 1))
         counts = np.array([20, 5, 0, 3, 1, 1, 0, 0])
         token = torch.empty(60, dtype=torch.int64, device="cuda")
