@@ -8,6 +8,8 @@ Weights are random, so the text is noise; reads, routing and memory are real. Th
 
 import json
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +22,7 @@ from data.switch import LoadedSwitch, load_dense
 from data.trace import TokenBatch
 from data.weights import ModelWeights
 from runtime.cache import ExpertCache
-from runtime.disk import ExpertFiles
-from runtime.foresight import Forecast, Guarded
-from runtime.memory import parse_bytes, show_bytes
+from runtime.memory import show_bytes
 from runtime.tiered import install, needed_rows
 
 PROMPTS = (
@@ -33,12 +33,12 @@ PROMPTS = (
 )
 
 
-def generate(switch: LoadedSwitch, tokens: TokenBatch, files: ExpertFiles, budget: int, new: int) -> dict[str, Any]:
+def generate(
+    switch: LoadedSwitch, tokens: TokenBatch, files: Mapping[str, Path], budget: str, new: int
+) -> dict[str, Any]:
     """Greedy text under a budget, with what it took."""
-    shape = (switch.layout.num_layers, switch.layout.num_experts)
-    policy = Guarded(Forecast(*shape), *shape, places=budget // (2 * files.shape.room))
     before = resident_bytes()
-    with ResidentPeak() as peak, ExpertCache(files, policy, budget) as cache:
+    with ResidentPeak() as peak, ExpertCache.open(files, switch.layout, torch.float32, budget) as cache:
         for layer, experts in enumerate(install(switch.model, switch.layout, cache)):
             if layer < switch.layout.num_encoder_layers:
                 experts.needed = needed_rows(tokens.mask)
@@ -47,13 +47,14 @@ def generate(switch: LoadedSwitch, tokens: TokenBatch, files: ExpertFiles, budge
         ids: Tensor = switch.model.generate(
             input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), max_new_tokens=new, do_sample=False
         )
-        seconds, tally = time.perf_counter() - began, cache.tiers[0].tally
+        seconds = time.perf_counter() - began
+        tally, falls = cache.tiers[0].tally, cache.report()["falls"]
     return {
         "ids": ids.tolist(), "seconds": round(seconds, 2), "tokens_per_s": round(ids[:, 1:].numel() / seconds, 2),
         "budget": budget, "grown_bytes": peak.grown, "peak_bytes": tally.peak_bytes, "before_bytes": before,
         "read_bytes": tally.demand_bytes + tally.prefetch_bytes, "hit_rate": round(tally.hit_rate, 3),
         "prefetch_precision": round(tally.precision, 3), "stall_s": round(tally.stall_ms / 1e3, 2),
-        "falls": policy.falls,
+        "falls": falls,
     }  # fmt: skip
 
 
@@ -75,11 +76,11 @@ def beyond_memory(
     encoded = switch.tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
     tokens = TokenBatch(encoded["input_ids"], encoded["attention_mask"].bool())
     results = []
-    for budget in map(parse_bytes, budgets):
-        done = generate(switch, tokens, ExpertFiles(paths, switch.layout, torch.float32), budget, new)
+    for budget in budgets:
+        done = generate(switch, tokens, paths, budget, new)
         results.append(done)
         console.print(
-            f"{show_bytes(whole)} of weights, {show_bytes(budget)} for experts: {done['seconds']} s, process grew by "
+            f"{show_bytes(whole)} of weights, {budget} for experts: {done['seconds']} s, process grew by "
             f"{show_bytes(done['grown_bytes'])} from {show_bytes(done['before_bytes'])}, read "
             f"{show_bytes(done['read_bytes'])}, hits {done['hit_rate']:.0%}"
         )

@@ -6,16 +6,20 @@ one they come from host memory under the first budget; a second tier in host mem
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from data.layout import MoELayout
 from predictor.forecast import LoadForecast
 from runtime.disk import ExpertFiles, never
 from runtime.fetch import Source
-from runtime.memory import Key, Place, Pool, places_within
+from runtime.foresight import Forecast, Guarded
+from runtime.memory import Key, Place, Pool, parse_bytes, places_within
 from runtime.policies import Policy
 from runtime.tiers import Tier
 
@@ -99,6 +103,40 @@ class ExpertCache:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def open(
+        cls,
+        files: Mapping[str, Path],
+        layout: MoELayout,
+        dtype: torch.dtype,
+        device_memory: int | str,
+        host_memory: int | str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "ExpertCache":
+        """A cache that keeps and fetches by forecasts, and gives way to least-recently-used where they do not pay.
+
+        Args:
+            files: The file that holds each tensor; see `data.weights.ModelWeights`.
+            layout: The model's MoE layers.
+            dtype: What experts are computed in.
+            device_memory: See the class; also as '2GiB'.
+            host_memory: Likewise.
+            device: Where experts are computed.
+
+        Raises:
+            ValueError: If a file is damaged, or a budget is none or too small.
+        """
+        budget, below = parse_bytes(device_memory), None if host_memory is None else parse_bytes(host_memory)
+        stored = ExpertFiles(files, layout, dtype)
+        shape = (layout.num_layers, layout.num_experts)
+        policy = Guarded(Forecast(*shape), *shape, places=max(budget // (2 * stored.shape.room), 1))
+        return cls(stored, policy, budget, below, device)
+
+    def report(self) -> dict[str, Any]:
+        """What each tier did, by its name, and how often forecasts gave way; for JSON."""
+        falls = self.policy.falls if isinstance(self.policy, Guarded) else 0
+        return {tier.name: tier.tally.to_json() for tier in self.tiers} | {"policy": self.policy.name, "falls": falls}
 
     def __enter__(self) -> "ExpertCache":
         return self

@@ -59,6 +59,11 @@ class Tally:
         """Share of the loading time that nobody waited for."""
         return max(0.0, 1 - self.stall_ms / self.load_ms) if self.load_ms else 1.0
 
+    def to_json(self) -> dict[str, int | float]:
+        """All counters and what follows from them."""
+        rates = {"hit_rate": self.hit_rate, "prefetch_precision": self.precision, "hidden": self.hidden}
+        return asdict(self) | rates
+
     def copy(self) -> "Tally":
         """As it stands."""
         return replace(self)

@@ -1,5 +1,6 @@
 """Answers never change where experts do not fit: against the plain model at every budget, with random evictions."""
 
+import os
 import threading
 
 import numpy as np
@@ -11,9 +12,9 @@ from data.switch import LoadedSwitch, load_dense, load_switch
 from data.trace import pad_tokens
 from data.weights import ModelWeights
 from predictor.baselines import LastBatch
+from runtime.batch import ModelBatch, forward
 from runtime.cache import LOADERS, ExpertCache
 from runtime.disk import ExpertFiles
-from runtime.engine import ModelBatch, forward
 from runtime.foresight import Forecast, Guarded
 from runtime.memory import PAGE
 from runtime.policies import Expecting, Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest
@@ -160,6 +161,27 @@ def test_two_caches_share_a_folder(switch_folder, plain):
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def test_a_batch_fails_with_the_files_name_and_others_go_on(tmp_path, plain):
+    plain.model.save_pretrained(tmp_path)
+    plain.tokenizer.save_pretrained(tmp_path)
+    switch = load_dense(str(tmp_path))
+    for parameter in switch.model.parameters():
+        parameter.data = parameter.data.clone()  # they may be mapped from the file
+    first, other = batches(2)
+    with ExpertCache.open(ModelWeights(str(tmp_path)).files, switch.layout, torch.float32, "1MiB") as cache:
+        experts = install(switch.model, switch.layout, cache)
+        few = ModelBatch(pad_tokens([first.tokens.input_ids[0, :2].numpy()], pad=0))
+        assert torch.equal(forward(switch.model, few), forward(plain.model, few))
+        os.truncate(tmp_path / "model.safetensors", 20_000)
+        with pytest.raises(OSError, match=r"model\.safetensors has 20000 bytes where \d+ are needed"):
+            forward(switch.model, other)
+        assert torch.equal(forward(switch.model, few), forward(plain.model, few))
+        report = cache.report()
+        assert report["device"]["failed"] > 0
+        assert (report["policy"], report["falls"]) == ("forecast", 0)
+        assert experts[0].cache is cache
 
 
 @pytest.mark.gpu
