@@ -1,6 +1,6 @@
 """TieredExperts: the drop-in for a Switch model's experts module where not all experts fit. Same answers.
 
-Shape suffixes: T tokens, M rows, E logical experts, D model width.
+Shape suffixes: T tokens, M rows of one expert, E logical experts, D model width.
 """
 
 from typing import Any
@@ -38,13 +38,12 @@ class TieredExperts(nn.Module):
         one_hot_TE = one_hot_T1E[:, 0]
         if self.needed is not None:
             one_hot_TE = one_hot_TE * self.needed[:, None]
-        token_M, expert_M = one_hot_TE.nonzero(as_tuple=True)
-        counts = torch.bincount(expert_M, minlength=one_hot_TE.shape[-1]).tolist()  # the one wait for the device
+        counts: list[int] = one_hot_TE.sum(0).tolist()  # the one wait for the device
         output_TD = torch.zeros_like(hidden_TD)
-        if not len(token_M):
+        if not (kept := sum(counts)):
             return output_TD
-        token_M = token_M[expert_M.argsort(stable=True)]
-        rows_by_expert = torch.split(token_M, counts)
+        expert_T = torch.where(one_hot_TE.any(-1), one_hot_TE.argmax(-1), len(counts))
+        rows_by_expert = torch.split(expert_T.argsort(stable=True)[:kept], counts)
         # the busiest first: what comes last is then soonest done with
         active = sorted((expert for expert, count in enumerate(counts) if count), key=lambda expert: -counts[expert])
         for expert, wi_FD, wo_DF in self.cache.use(self.layer, active):
