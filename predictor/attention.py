@@ -32,6 +32,6 @@ class SparseAttention(nn.Module):
         query, key, value = self.query_key_value(x_BTH).chunk(3, -1)
         scores_BTT = query @ key.transpose(1, 2) / math.sqrt(x_BTH.shape[-1])
         lowest = torch.finfo(scores_BTT.dtype).min / x_BTH.shape[1]  # its sum over a row is still finite
-        weights_BTT = sparsemax(scores_BTT.masked_fill(~mask_BT[:, None], lowest))
+        weights_BTT = sparsemax(scores_BTT.masked_fill(~mask_BT[:, None], lowest).float())
         attended: Tensor = weights_BTT @ value
         return attended

@@ -106,6 +106,11 @@ class LoadNetwork(nn.Module):
         hidden = self.context(hidden, mask_BT)
         if self.attention is not None:
             hidden = hidden + self.attention(hidden, mask_BT)
+        with torch.autocast(hidden.device.type, enabled=False):  # sums over thousands of tokens stay exact
+            return self._forecast(hidden.to(self.enter.weight.dtype), mask_BT, history_KLE)
+
+    def _forecast(self, hidden: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
+        """What follows from the state of every token, `[B, T, H]`."""
         logits = self.encoder_heads(hidden).unflatten(-1, (self.num_encoder_layers, self.num_experts))
         load_BLE, variance_BLE = self._counted(logits, mask_BT[..., None].to(logits.dtype))
         sequence_load = load_BLE[:, :0]

@@ -84,12 +84,13 @@ class SRULayer(nn.Module):
 
     def forward(self, x_TBH: Tensor, mask_TB: Tensor) -> Tensor:
         """Maps `[T, B, H]` to the same shape; padding must come last and does not influence the other positions."""
-        candidate, forget, reset = self.project(x_TBH).chunk(3, -1)
+        exact = self.peephole.dtype  # under mixed precision the products alone are rounded, never the state
+        candidate, forget, reset = self.project(x_TBH).to(exact).chunk(3, -1)
         candidate = candidate * mask_TB[..., None]  # an empty state stays empty until the first real token
         recurrence: Any = unrolled if torch.compiler.is_exporting() else Recurrence.apply
         state: Tensor = recurrence(self._turned(candidate), self._turned(forget), self.peephole[0])
         gate = torch.addcmul(reset, self.peephole[1], self._turned(shifted(state))).sigmoid()
-        return torch.lerp(self.scale * x_TBH, self._turned(state), gate)
+        return torch.lerp(self.scale * x_TBH.to(exact), self._turned(state), gate)
 
     def _turned(self, value_TBH: Tensor) -> Tensor:
         """The right-to-left channels turned round in time."""

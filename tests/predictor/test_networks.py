@@ -160,3 +160,20 @@ def test_decoder_load_may_differ_between_tokens_of_a_sequence(layout):
         assert load[0, 0, 2].item() / torch.nn.functional.softplus(torch.tensor(9.0)).item() == pytest.approx(
             min(expected, layout.expert_capacity / 9), rel=0.02
         )
+
+
+@pytest.mark.parametrize(
+    "architecture", ARCHITECTURES, ids=lambda a: a.cell + ("-sparse" if a.sparse_attention else "")
+)
+def test_mixed_precision_rounds_products_alone(architecture, layout, upcoming):
+    torch.manual_seed(0)
+    network = LoadNetwork(layout, architecture)
+    inputs = torch.randn(*upcoming.mask.shape, layout.d_model), upcoming.mask, torch.ones(4, 3, layout.num_experts)
+    exact = network(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = network(*inputs)
+    assert mixed.load.dtype == torch.float32
+    assert not torch.equal(mixed.load, exact.load)
+    assert torch.allclose(mixed.load, exact.load, rtol=0.05, atol=0.05)
+    assert mixed.load[:2].sum(-1).allclose(exact.load[:2].sum(-1), rtol=1e-3)
+    mixed.load.square().sum().backward()
