@@ -7,6 +7,7 @@ there are none the placement stays as it is; the model's answers do not depend o
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -20,14 +21,36 @@ from data.trace import TokenBatch
 from predictor.baselines import Ema
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory
 from runtime.peers import Peers
-from runtime.plan import ReplicationPlan
-from runtime.transfer import SlotTransfer
+from runtime.plan import ReplicationPlan, SlotMove
 from runtime.worker import Worker
 
 HISTORY = 64  # batches
 PATIENCE_S = 30.0
 """Seconds that a first batch, which nothing runs beside, waits for its forecast."""
 log = logging.getLogger(__name__)
+
+
+class Transfer(Protocol):
+    """Brings plans in force: by moving weights, or by having a cache fetch them."""
+
+    plan: ReplicationPlan
+
+    @property
+    def arrived(self) -> bool:
+        """Whether what was started is done on this rank."""
+        ...
+
+    def start(self, target: ReplicationPlan, forecast: LoadForecast | None = None) -> list[SlotMove]:
+        """Begins to bring a plan in force, made from a forecast that rank 0 holds; what changes."""
+        ...
+
+    def commit(self) -> ReplicationPlan:
+        """Puts it in force, between batches."""
+        ...
+
+    def nbytes(self, moves: Sequence[SlotMove]) -> int:
+        """Bytes that some moves carry."""
+        ...
 
 
 class Planner(Protocol):
@@ -76,7 +99,7 @@ class Controller:
         peers: The ranks.
     """
 
-    def __init__(self, forecaster: Forecaster | None, planner: Planner, transfer: SlotTransfer, peers: Peers) -> None:
+    def __init__(self, forecaster: Forecaster | None, planner: Planner, transfer: Transfer, peers: Peers) -> None:
         self.forecaster, self.planner, self.transfer, self.peers = forecaster, planner, transfer, peers
         layers, experts = transfer.plan.phy2log.shape[0], transfer.plan.num_experts
         self.history: npt.NDArray[np.int64] = np.zeros((0, layers, experts), dtype=np.int64)
@@ -124,11 +147,11 @@ class Controller:
             target = self._plan(forecast, history)
         target = ReplicationPlan(self.peers.tell(target.phy2log), target.num_devices)
         times.append(time.perf_counter())
-        moves = self.transfer.start(target)
+        moves = self.transfer.start(target, forecast)
         times.append(time.perf_counter())
         spans = [1e3 * (stop - begin) for begin, stop in pairwise(times)]
         each = Counter(move.layer for move in moves)
-        layer_moves = tuple(each[layer] for layer in range(len(self.transfer.layers)))
+        layer_moves = tuple(each[layer] for layer in range(len(target.phy2log)))
         return Preparation(forecast, layer_moves, self.transfer.nbytes(moves), *spans)
 
     def _forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast | None:

@@ -11,34 +11,31 @@ experts. Alone, a process emulates the devices.
 import hashlib
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from torch import Tensor
 
-from data.layout import MoELayout
+from data.files import sha256
 from data.switch import Dtype, LoadedSwitch, load_dense, load_switch
 from data.trace import TokenBatch
 from data.weights import ModelWeights
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
-from runtime.batch import BatchCost, BatchOutput, ModelBatch, forward, needed
+from runtime.batch import BatchOutput, ModelBatch, forward
+from runtime.cached import Budget
 from runtime.controller import Controller, Preparation
-from runtime.experts import SlotExperts
 from runtime.homes import contiguous_homes
 from runtime.peers import Peers
 from runtime.plan import IntArray, ReplicationPlan
 from runtime.planner import HomePlanner
-from runtime.slots import SlotWeights
+from runtime.slotted import SlottedModel
 from runtime.source import ExpertSource, LiveExperts, StoredExperts
 from runtime.steps import DecoderSteps, ended
-from runtime.transfer import SlotTransfer
 
 EMULATED = 8
 
@@ -54,7 +51,7 @@ class Engine:
         devices: G; under torchrun it is the number of processes, alone 8 by default.
         redundant: R, replica slots a layer over all devices.
         homes: Experts in the order of the home slots, `[L, E]`; their own order by default.
-        experts: Where expert weights come from; by default the model's own modules.
+        experts: Where expert weights come from, all of them or within a budget; by default the model's own modules.
         timeout_s: Seconds after which another rank that does not answer counts as lost.
 
     Raises:
@@ -68,7 +65,7 @@ class Engine:
         devices: int | None = None,
         redundant: int = 16,
         homes: IntArray | None = None,
-        experts: ExpertSource | None = None,
+        experts: ExpertSource | Budget | None = None,
         timeout_s: float = 60.0,
     ) -> None:
         layout = switch.layout
@@ -77,10 +74,15 @@ class Engine:
         devices = devices_of(self.peers, devices)
         self.home = ReplicationPlan.at_home(order, devices, redundant)
         self.planner = HomePlanner(devices, redundant)
-        self._source = LiveExperts(switch.model, layout) if experts is None else experts
-        self._names = [f"{name}.experts" for name in layout.module_names]
-        self._before: list[nn.Module] = []
-        self._layers: list[SlotExperts] = []
+        self._experts = LiveExperts(switch.model, layout) if experts is None else experts
+        self._facts = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model": layout.fingerprint(),
+            "dtype": str(switch.model.dtype),
+            "forecaster": "none" if forecaster is None else forecaster.name,
+            "homes and redundant experts": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
+        }
 
     @classmethod
     def from_pretrained(
@@ -91,70 +93,62 @@ class Engine:
         redundant: int = 16,
         revision: str = "",
         dtype: Dtype = "float32",
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
         timeout_s: float = 60.0,
     ) -> "Engine":
         """Loads a model and, where given, a predictor trained for it.
 
-        Under torchrun no process ever holds all experts: each reads its own from the model's files.
+        Under torchrun, or within a budget, no process ever holds all experts: each reads those it wants from the files.
+
+        Args:
+            model: 'switch-mini-64' (bundled), a local folder, or a hub id.
+            predictor: Folder that `train.py` wrote.
+            devices: See the class.
+            redundant: See the class.
+            revision: Revision of a hub model.
+            dtype: What the weights are cast to.
+            device_memory: Bytes that experts may take where they are computed, such as '2GiB'; the others are fetched
+                ahead of need. All of them by default.
+            host_memory: Bytes of host memory below that, where computing is done on an accelerator.
+            timeout_s: See the class.
 
         Raises:
-            ValueError: If either cannot be loaded or they do not belong together.
+            ValueError: If something cannot be loaded, does not belong together, or a budget is too small.
         """
-        alone = Peers().world == 1
-        switch = (load_switch if alone else load_dense)(model, revision, dtype)
-        source = None if alone else StoredExperts(ModelWeights(model, revision), switch.layout)
-        table = switch.model.shared.weight.detach()
-        forecaster = None if predictor is None else load_predictor(Path(predictor), switch.layout, table)
-        switch.model.to(Peers().device)
-        return cls(switch, forecaster, devices, redundant, experts=source, timeout_s=timeout_s)
+        peers = Peers()
+        whole = peers.world == 1 and device_memory is None
+        switch = (load_switch if whole else load_dense)(model, revision, dtype)
+        switch.model.to(peers.device)
+        experts: ExpertSource | Budget | None = None
+        if device_memory is not None:
+            experts = Budget(device_memory, host_memory, ModelWeights(model, revision).files)
+            devices, redundant = (1, 0) if peers.world == 1 else (devices, redundant)
+        elif not whole:
+            experts = StoredExperts(ModelWeights(model, revision), switch.layout)
+        engine = cls(switch, None, devices, redundant, experts=experts, timeout_s=timeout_s)
+        if predictor is not None:
+            table = switch.model.shared.weight.detach()
+            engine.forecaster = load_predictor(Path(predictor), switch.layout, table)
+            engine._facts["predictor"] = sha256(Path(predictor) / "model.safetensors")
+        return engine
 
     def __enter__(self) -> "Engine":
         self.peers.__enter__()
         try:
-            self._enter()
+            self.peers.check_alike(self._facts)
+            self.slotted = SlottedModel(self.switch, self.home, self.peers, self._experts)
         except BaseException:
             self.peers.__exit__(None, None, None)
             raise
+        self.controller = Controller(self.forecaster, self.planner, self.slotted.transfer, self.peers)
         return self
-
-    def _enter(self) -> None:
-        model, layout = self.switch.model, self.switch.layout
-        self.peers.check_alike(self._facts(layout))
-        own = self.home.num_devices // self.peers.world
-        devices = range(self.peers.rank * own, (self.peers.rank + 1) * own)
-        activation = ACT2FN[model.config.dense_act_fn]
-        self._before = [model.get_submodule(name) for name in self._names]
-        self._layers, weights = [], []
-        for layer, phy2log in enumerate(self.home.phy2log):
-            shape = (layout.d_ff, layout.d_model)
-            slots = SlotWeights(self.home, layer, devices, shape, model.shared.weight, activation)
-            slots.fill(self._source)
-            weights.append(slots)
-            self._layers.append(SlotExperts(slots, phy2log, self.peers, self.home.num_devices))
-        for name, experts in zip(self._names, self._layers, strict=True):
-            model.set_submodule(name, experts)
-        self.transfer = SlotTransfer(weights, self.home, self.peers)
-        self.controller = Controller(self.forecaster, self.planner, self.transfer, self.peers)
-
-    def _facts(self, layout: MoELayout) -> dict[str, str]:
-        """What must be alike on all ranks."""
-        return {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "model": layout.fingerprint(),
-            "dtype": str(self.switch.model.dtype),
-            "forecaster": "none" if self.forecaster is None else self.forecaster.name,
-            "redundant": str(self.home.num_redundant),
-            "homes": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
-        }
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.controller.close()
-        for name, before in zip(self._names, self._before, strict=True):
-            self.switch.model.set_submodule(name, before)
-        self._source.release()
+        self.slotted.close()
         self.peers.__exit__(kind, error, trace)
 
     def run(self, batches: Iterable[ModelBatch]) -> Iterator[BatchOutput]:
@@ -188,39 +182,14 @@ class Engine:
     def _forward(self, batch: ModelBatch, preparation: Preparation | None, held_up_ms: float) -> BatchOutput:
         rows = batch.rows(self.peers.rank, self.peers.world)
         own = batch.part(rows)
-        self._begin(own.tokens, own.decoder)
+        self.slotted.begin(own.tokens, own.decoder)
         start = time.perf_counter()
         logits = forward(self.switch.model, own)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
-        elapsed = 1e3 * (time.perf_counter() - start)
-        return BatchOutput(logits[: rows.stop - rows.start], rows, self._cost(elapsed, held_up_ms, preparation))
-
-    def _begin(self, tokens: TokenBatch, decoder: TokenBatch | None) -> None:
-        """Tells every layer which plan is in force and which of its rows must be computed."""
-        for layer, experts in enumerate(self._layers):
-            experts.phy2log = self.transfer.plan.phy2log[layer]
-            experts.reset()
-            rows = tokens if layer < self.switch.layout.num_encoder_layers else decoder
-            experts.needed = None if rows is None else needed(rows.mask).reshape(-1).to(self.switch.model.device)
-
-    def _cost(self, elapsed: float, held_up_ms: float, preparation: Preparation | None) -> BatchCost:
-        def stack(read: Callable[[SlotExperts], Any]) -> Any:
-            return np.stack([read(experts) for experts in self._layers])
-
-        busy = stack(lambda experts: experts.slots.take_busy_ms())
-        waited = stack(lambda experts: [experts.waited.take_ms()])
-        times = self.peers.gather(torch.from_numpy(np.concatenate([busy, waited], -1))).numpy()  # [S, L, own + 1]
-        return BatchCost(
-            load=stack(lambda experts: experts.load),
-            device_load=stack(lambda experts: experts.device_load),
-            sent=stack(lambda experts: experts.sent),
-            busy_ms=np.concatenate(times[:, :, :-1], axis=-1),
-            waited_ms=times[:, :, -1].T if self.peers.world > 1 else np.zeros((len(self._layers), 1)),
-            compute_ms=elapsed,
-            held_up_ms=held_up_ms,
-            preparation=preparation,
-        )
+        elapsed_ms = 1e3 * (time.perf_counter() - start)
+        cost = self.slotted.cost(elapsed_ms, held_up_ms, preparation)
+        return BatchOutput(logits[: rows.stop - rows.start], rows, cost)
 
     @torch.inference_mode()
     def generate(self, tokens: TokenBatch, replan_every: int | None = None, **settings: Any) -> Tensor:
@@ -245,9 +214,9 @@ class Engine:
         with self.peers.watched():
             self.controller.prepare(tokens)
             self.controller.commit(wait=True)
-            self._begin(own, None)
+            self.slotted.begin(own, None)
             encoder = self.switch.layout.num_encoder_layers
-            with DecoderSteps(model, self._layers, encoder, self.controller, replan_every, idle, settings):
+            with DecoderSteps(model, self.slotted.layers, encoder, self.controller, replan_every, idle, settings):
                 ids: Tensor = model.generate(
                     input_ids=own.input_ids.to(device), attention_mask=own.mask.long().to(device),
                     synced_gpus=self.peers.world > 1, **settings,

@@ -33,6 +33,11 @@ class Slots(Protocol):
         """Answers to rows sorted by slot, `[M, D]`; `plain_P` rows the plain model would multiply with the expert."""
         ...
 
+    @property
+    def whole(self) -> bool:
+        """Whether a layer must be computed at once."""
+        ...
+
     def take_busy_ms(self) -> list[float]:
         """Milliseconds each device of this process computed since the last take."""
         ...
@@ -149,7 +154,7 @@ class SlotExperts(nn.Module):
     def _halves(self, tokens: int) -> list[npt.NDArray[np.bool_]]:
         """Slots that run together, `[P]` each: all of them, or the first and the second half of each rank's."""
         slots = np.arange(len(self.phy2log))
-        if self.peers.world == 1 or tokens < PIPELINED:
+        if self.peers.world == 1 or self.slots.whole or tokens < PIPELINED:
             return [slots >= 0]
         per_rank = len(slots) // self.peers.world
         first = slots % per_rank < per_rank // 2

@@ -33,6 +33,8 @@ class SlotWeights:
         span: This process' slots among all of the plan's.
     """
 
+    whole = False
+
     def __init__(
         self,
         plan: ReplicationPlan,

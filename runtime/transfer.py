@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from predictor.forecast import LoadForecast
 from runtime.peers import Peers
 from runtime.plan import ReplicationPlan, SlotMove
 from runtime.slots import SlotWeights
@@ -36,7 +37,7 @@ class SlotTransfer:
         self._event: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
-    def start(self, target: ReplicationPlan) -> list[SlotMove]:
+    def start(self, target: ReplicationPlan, forecast: LoadForecast | None = None) -> list[SlotMove]:
         """Writes what `target` has elsewhere than the plan in force; nothing changes for running batches."""
         moves = self.plan.moves_to(target)
         if self._stream is not None:  # the spare places were last read by batches issued before this point

@@ -144,7 +144,7 @@ def shards(rank: int, folder: str) -> tuple[list[int], int]:
     """Places of each layer, and expert weights elsewhere in the model."""
     with Engine.from_pretrained(folder, redundant=4) as engine:
         list(engine.run(iter(batches(2))))
-        held = [len(experts.slots.wi_NFD) for experts in engine._layers]
+        held = [len(experts.slots.wi_NFD) for experts in engine.slotted.layers]
         return held, sum("expert_" in name for name, _ in engine.switch.model.named_parameters())
 
 

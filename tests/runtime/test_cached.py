@@ -1,0 +1,63 @@
+"""The engine within a byte budget: the plain model's answers alone and on several ranks, whatever is resident."""
+
+import pytest
+import torch
+
+from data.switch import load_switch
+from predictor.baselines import LastBatch
+from runtime.batch import ModelBatch
+from runtime.cache import LOADERS
+from runtime.engine import Engine
+from runtime.memory import PAGE, ExpertShape
+from tests.runtime.ranks import on_ranks
+from tests.runtime.test_engine import Noise, batches
+from tests.runtime.test_ranks import RandomPlanner, largest_difference, unusual
+
+SETTINGS = {"max_new_tokens": 12, "do_sample": False}
+
+
+def budget(experts: int) -> int:
+    """Bytes for so many experts of the random model, and the buffers they are read through."""
+    room = ExpertShape(48, 32, torch.float32).room
+    return 2 * experts * room + LOADERS * room + PAGE
+
+
+def answers(rank: int, folder: str, experts: int) -> dict[str, object]:
+    """Logits and greedy text within a budget of so many of the model's sixteen experts."""
+    plain = load_switch(folder).model
+    found: dict[str, object] = {}
+    with Engine.from_pretrained(folder, redundant=4, device_memory=budget(experts)) as engine:
+        layout = engine.switch.layout
+        for name, forecaster in (("none", None), ("noise", Noise(layout)), ("last", LastBatch())):
+            engine.controller.forecaster = forecaster
+            found[name] = largest_difference(engine, plain, unusual())
+        if engine.home.num_redundant:
+            engine.controller.planner = RandomPlanner(engine.home)
+            found["random"] = largest_difference(engine, plain, unusual())
+        tokens = batches(1)[0].tokens
+        expected = plain.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **SETTINGS)
+        rows = ModelBatch(tokens).rows(engine.peers.rank, engine.peers.world)
+        ids = engine.generate(tokens, 2, **SETTINGS)
+        found["text"] = torch.equal(ids, expected[rows][:, : ids.shape[1]])
+        tier = engine.slotted.cache.tiers[0]
+        found["places"] = len(tier.pool.places)
+        found["misses"] = tier.tally.misses
+    return found
+
+
+@pytest.mark.parametrize(("world", "experts"), [(1, 1), (1, 4), (1, 16), (2, 2)])
+def test_answers_are_the_plain_models_within_a_budget(switch_folder, world, experts):
+    for found in on_ranks(world, answers, str(switch_folder), experts):
+        assert isinstance(found, dict), found
+        assert found.pop("text")
+        assert found.pop("places") == experts
+        assert found.pop("misses") > (0 if experts == 16 else 20)
+        assert len(found) == (3 if world == 1 else 4)
+        assert max(found.values()) <= 1e-5, found
+
+
+def test_a_budget_that_holds_no_expert_is_refused_with_the_least_that_does(switch_folder):
+    with pytest.raises(ValueError, match=rf"device_memory is .* too little .* give at least {budget(1)} bytes"):
+        Engine.from_pretrained(str(switch_folder), device_memory=budget(1) - 1).__enter__()
+    with pytest.raises(ValueError, match="'lots' is no number of bytes; write it like 2GiB"):
+        Engine.from_pretrained(str(switch_folder), device_memory="lots").__enter__()
