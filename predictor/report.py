@@ -14,6 +14,8 @@ from predictor.tables import CAPTIONS, Details, figure
 
 Summaries = dict[str, dict[str, dict[str, float | None]]]
 """Stream, then forecaster, then figure."""
+LEAST_GAP = 0.01
+"""Regret of the last batch, by the low end of its interval, from which its share that is closed means something."""
 NOMINAL = np.array([0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
@@ -30,10 +32,13 @@ def details(ladder: Ladder) -> Details:
     result: Details = {}
     for stream, forecasters in ladder.items():
         result[stream] = {name: scores.details() for name, scores in forecasters.items()}
-        for name, scores in forecasters.items():
-            for regret, closed in {"regret": "gap_closed", "regret_8": "gap_closed_8"}.items():
-                if getattr(scores, regret) and name not in (LastBatch.name, Oracle.name):
-                    value, interval = scores.gap_closed(forecasters[LastBatch.name], regret)
+        last = forecasters.get(LastBatch.name)
+        for regret, closed in {"regret": "gap_closed", "regret_8": "gap_closed_8"}.items():
+            if last is None or not getattr(last, regret) or last.interval(regret)[0] <= LEAST_GAP:
+                continue
+            for name, scores in forecasters.items():
+                if name not in (LastBatch.name, Oracle.name):
+                    value, interval = scores.gap_closed(last, regret)
                     figures = {closed: round(value, 4), f"{closed}_interval": [round(end, 4) for end in interval]}
                     result[stream][name] |= figures
     return result
