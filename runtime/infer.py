@@ -30,6 +30,7 @@ from runtime.batch import BatchCost, ModelBatch
 from runtime.check import BatchCheck, Checker
 from runtime.engine import Engine
 from runtime.peers import PeerLostError, Peers
+from runtime.telemetry import Telemetry, over_batches
 
 
 def text_batches(engine: Engine, text: str | None, traffic: Traffic, count: int) -> Iterator[ModelBatch]:
@@ -76,6 +77,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchCost], engine: Engine) 
             "waited": median(float(cost.waited_ms.max(-1).sum()) for cost in costs),
             "held_up": median(cost.held_up_ms for cost in costs),
         },
+        "layers": over_batches(costs, engine.switch.layout.layer_names),
     }
 
 
@@ -101,6 +103,13 @@ def show(report: dict[str, Any], console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    layers = Table("layer", "balancedness", "busiest device, ms", "waited, ms", "sent", "moves")
+    for row in report["layers"]:
+        *figures, sent, moves = (
+            row[name] for name in ("balancedness", "busy_max_ms", "waited_ms", "sent_share", "moves")
+        )
+        layers.add_row(row["layer"], *(f"{figure:.3f}" for figure in figures), f"{sent:.1%}", str(moves))
+    console.print(layers)
 
 
 def _or_dash(value: float | None, how: str) -> str:
@@ -131,6 +140,9 @@ def infer(
     traffic: Traffic = Traffic(),
     check: bool = True,
     timeout: float = 60.0,
+    metrics_port: int | None = None,
+    metrics_file: Path | None = None,
+    wandb: bool | str = False,
     out: Path = Path("outputs/infer"),
 ) -> dict[str, Any]:
     """Runs a model over text with its experts replicated over devices, and compares with the plain model.
@@ -146,6 +158,9 @@ def infer(
         traffic: How text is cut into batches.
         check: Whether answers are compared with the plain model's, which every process then holds as well.
         timeout: Seconds after which a process that does not answer counts as lost.
+        metrics_port: Port to serve Prometheus metrics on while it runs, at /metrics; 0 takes any free one.
+        metrics_file: File to append one JSON line to after every batch.
+        wandb: Whether to log every batch to Weights & Biases, or the project to log it to.
         out: Folder for report.json and balancedness.png.
 
     Raises:
@@ -153,35 +168,57 @@ def infer(
     """
     if batches < 1:
         raise ValueError(f"batches is {batches}; at least 1 is needed")
-    checks: list[BatchCheck] = []
-    costs: list[BatchCost] = []
-    queue: list[ModelBatch] = []
-    engine = Engine.from_pretrained(model, predictor, devices, redundant, timeout_s=timeout)
-    plain = load_switch(model).model.to(engine.peers.device) if check else None
-    console = Console(stderr=True, quiet=engine.peers.rank > 0)
-    with engine:
-        checker = Checker(engine, plain)
-        stream = text_batches(engine, text, traffic, batches)
-
-        def noted() -> Iterator[ModelBatch]:
-            for batch in stream:
-                queue.append(batch)
-                yield batch
-
-        for output in track(engine.run(noted()), "inference", total=batches, console=console):
-            checks.append(checker.check(queue.pop(0), output))
-            costs.append(output.cost)
-        if not checks:
-            raise ValueError("the text gave no batch; expected at least one usable line")
-        report = summarise(checks, costs, engine)
-    if engine.peers.rank == 0:
+    settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
+    first = Peers().rank == 0  # it alone serves and writes
+    sinks = (metrics_port, metrics_file, wandb) if first else (None, None, False)
+    with Telemetry(*sinks, out, settings) as telemetry:
+        engine = Engine.from_pretrained(model, predictor, devices, redundant, timeout_s=timeout)
+        plain = load_switch(model).model.to(engine.peers.device) if check else None
+        with engine:
+            checks, costs = run(engine, plain, text_batches(engine, text, traffic, batches), batches, telemetry)
+            report = summarise(checks, costs, engine)
+    if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
         plot(checks, out / "balancedness.png")
     return report
 
 
+def run(
+    engine: Engine, plain: Any, stream: Iterator[ModelBatch], most: int, telemetry: Telemetry
+) -> tuple[list[BatchCheck], list[BatchCost]]:
+    """Runs and checks every batch.
+
+    Raises:
+        ValueError: If there is none.
+        PeerLostError: If another process is gone.
+    """
+    checks: list[BatchCheck] = []
+    costs: list[BatchCost] = []
+    queue: list[ModelBatch] = []
+    checker, layers, controller = Checker(engine, plain), engine.switch.layout.layer_names, engine.controller
+    console = Console(stderr=True, quiet=engine.peers.rank > 0)
+    if telemetry.port is not None:
+        console.print(f"metrics: http://localhost:{telemetry.port}/metrics")
+
+    def noted() -> Iterator[ModelBatch]:
+        for batch in stream:
+            queue.append(batch)
+            yield batch
+
+    for output in track(engine.run(noted()), "inference", total=most, console=console):
+        with engine.peers.watched():
+            checks.append(checker.check(queue.pop(0), output))
+        costs.append(output.cost)
+        telemetry.record(layers, output.cost, controller.late, controller.fallbacks)
+    if not checks:
+        raise ValueError("the text gave no batch; expected at least one usable line")
+    return checks, costs
+
+
 def main() -> None:
-    """Command line of `infer`: a table, then one JSON document."""
+    """Command line of `infer`: a table, then one JSON document. `--metrics-port` and `--metrics_port` are one."""
+    words = [word.partition("=") if word.startswith("--") else ("", "", word) for word in sys.argv[1:]]
+    sys.argv[1:] = ["--" * bool(name) + name[2:].replace("-", "_") + equals + value for name, equals, value in words]
     with user_errors():
         try:
             report = from_command_line(infer)
