@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import urllib.request
+from concurrent.futures import wait
 from itertools import pairwise
 
 import numpy as np
@@ -40,6 +41,7 @@ def run(switch, forecaster, telemetry: Telemetry, after=lambda costs: None) -> l
         for output in engine.run(iter(batches())):
             telemetry.record(LAYERS, output.cost, engine.controller.late, engine.controller.fallbacks)
             costs.append(output.cost)
+            wait([engine.controller._future] if engine.controller._future else [], 10)  # none is late
             after(costs)
     return costs
 
