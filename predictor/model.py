@@ -34,7 +34,7 @@ class Architecture:
         depth: Recurrent layers.
         bidirectional: Whether half of each layer's channels reads from right to left.
         sparse_attention: Whether a sparsemax attention with a residual follows the recurrence.
-        history: Whether past loads are blended into the forecast from tokens; without tokens they always decide.
+        history: Whether past loads are blended into the forecast from tokens too; without tokens they always decide.
         decoder: What the decoder's load is read from: each token's state, or one mean state for each sequence.
     """
 
@@ -43,7 +43,7 @@ class Architecture:
     depth: int = 2
     bidirectional: bool = True
     sparse_attention: bool = False
-    history: bool = True
+    history: bool = False
     decoder: DecoderHead = "tokens"
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from predictor.model import Architecture, LoadNetwork, capped
 from predictor.sru import Recurrence, SRULayer
 
 ARCHITECTURES = [
-    Architecture(width=8),
+    Architecture(width=8, history=True),
     Architecture(width=8, bidirectional=False, sparse_attention=True, history=False),
     Architecture(cell="lstm", width=8, sparse_attention=True),
     Architecture(cell="gru", width=8, depth=1),
@@ -107,7 +107,7 @@ def test_load_is_the_capped_sum_of_token_probabilities(layout):
 
 
 def test_history_takes_over_where_it_is_trusted(layout, upcoming):
-    network = LoadNetwork(layout, Architecture(width=8)).eval()
+    network = LoadNetwork(layout, Architecture(width=8, history=True)).eval()
     with torch.no_grad():
         network.history.trust_logits.fill_(20.0)
         network.history.rate_logits[:, 0] = 20.0  # the last batch alone
@@ -127,7 +127,7 @@ def test_architecture_refuses_nonsense():
 def test_gradients_reach_every_parameter(layout, upcoming):
     """Plain DDP needs it, with and without a history."""
     for past in (torch.zeros(0, 3, layout.num_experts), torch.ones(2, 3, layout.num_experts)):
-        network = LoadNetwork(layout, Architecture(width=8, sparse_attention=True))
+        network = LoadNetwork(layout, Architecture(width=8, sparse_attention=True, history=True))
         prediction = network(torch.randn(*upcoming.mask.shape, layout.d_model), upcoming.mask, past)
         (prediction.load.square().sum() + network.history.share(past).square().sum()).backward()
         assert [name for name, value in network.named_parameters() if value.grad is None] == []
