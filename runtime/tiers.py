@@ -196,9 +196,9 @@ class Tier:
 
     def _finish(self, load: Fetch, error: Exception | None) -> None:
         with self._change:
-            self._loading -= 1
-            if not self._loading:
-                self.tally.load_ms += 1e3 * (time.perf_counter() - self._busy_since)
+            now = time.perf_counter()
+            self.tally.load_ms += 1e3 * (now - self._busy_since)
+            self._busy_since, self._loading = now, self._loading - 1
             if error is None:
                 load.place.ready, load.place.idle = True, load.ahead
                 self._count(load)

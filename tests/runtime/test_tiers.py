@@ -174,6 +174,15 @@ def test_a_prefetch_on_its_way_is_waited_for_not_loaded_twice(make, gate):
     assert 0 <= tier.tally.hidden < 1
 
 
+def test_loading_time_counts_while_loads_go_on_without_a_break(make, gate):
+    tier = make(4)
+    gate.let(key(1))
+    tier.plan(np.zeros((1, 8)), [key(1), key(2)])
+    gate.wait_for(key(1), key(2))  # 2 has taken over at once and is not let through
+    assert tier.has(key(1))
+    assert tier.tally.load_ms > 0
+
+
 def test_a_failed_load_reaches_who_waits_and_nobody_else(make, gate, caplog):
     tier = make(4)
     gate.let(*map(key, range(8)))
