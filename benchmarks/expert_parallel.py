@@ -33,7 +33,7 @@ from predictor.forecast import forecast_from_load
 from runtime.balance import balancedness
 from runtime.controller import Controller
 from runtime.experts import SlotExperts
-from runtime.homes import contiguous_homes
+from runtime.homes import contiguous_homes, flat_homes
 from runtime.loads import read_loads
 from runtime.peers import Peers
 from runtime.plan import IntArray, ReplicationPlan
@@ -176,16 +176,18 @@ def slots(home: ReplicationPlan, peers: Peers, wake_tokens: int) -> SlotExperts:
     return SlotExperts(weights, home.phy2log[0], peers, home.num_devices, wake_tokens)
 
 
-def arms_of(home: ReplicationPlan, peers: Peers, wake_tokens: int) -> list[Arm]:
-    """The rivals and ours; arms whose weights do not move share slots."""
+def arms_of(stream: Stream, home: ReplicationPlan, peers: Peers, wake_tokens: int) -> list[Arm]:
+    """The rivals, and ours, whose homes are flat over the steps not counted; what never moves shares slots."""
+    flat = flat_homes(stream.loads[:WARM].mean(0, keepdims=True), home.num_devices)
+    ours = ReplicationPlan.at_home(flat, home.num_devices, home.num_redundant)
     shared = slots(home, peers, wake_tokens)
     eplb = Arm("eplb", shared, home, peers)
     eplb.even = True
     return [
         Arm("contiguous", shared, home, peers),
         eplb,
-        Arm("history", slots(home, peers, wake_tokens), home, peers, Ema()),
-        Arm("oracle", slots(home, peers, wake_tokens), home, peers, Upcoming()),
+        Arm("history", slots(ours, peers, wake_tokens), ours, peers, Ema()),
+        Arm("oracle", slots(ours, peers, wake_tokens), ours, peers, Upcoming()),
         Arm("perfect", shared, home, peers),
     ]
 
@@ -193,7 +195,7 @@ def arms_of(home: ReplicationPlan, peers: Peers, wake_tokens: int) -> list[Arm]:
 @torch.inference_mode()
 def measure(stream: Stream, home: ReplicationPlan, peers: Peers, wake_tokens: int) -> dict[str, Any]:
     """Runs all arms over all steps, in turn within each."""
-    arms = arms_of(home, peers, wake_tokens)
+    arms = arms_of(stream, home, peers, wake_tokens)
     console = Console(stderr=True, quiet=peers.rank > 0)
     torch.manual_seed(peers.rank)
     for step in track(range(len(stream.loads)), "steps", console=console):

@@ -32,6 +32,8 @@ def user_errors() -> Iterator[None]:
 
 
 def from_command_line(function: Callable[..., Result]) -> Result:
-    """Calls a function with its arguments from the command line; its docstring is the help."""
-    result: Any = auto_cli(function, parser_class=OneLineParser)
+    """Calls a function with arguments from the command line, `--like-this` or `--like_this`; its docstring helps."""
+    words = [word.partition("=") if word.startswith("--") else ("", "", word) for word in sys.argv[1:]]
+    args = ["--" * bool(name) + name[2:].replace("-", "_") + equals + value for name, equals, value in words]
+    result: Any = auto_cli(function, args=args, parser_class=OneLineParser)
     return result  # type: ignore[no-any-return]

@@ -8,9 +8,10 @@ import torch
 
 from predictor.forecast import forecast_from_load
 from runtime.balance import balancedness, split_load
-from runtime.batch import BatchCost, BatchOutput, ModelBatch, forward
+from runtime.batch import BatchOutput, ModelBatch, forward
 from runtime.engine import Engine
 from runtime.plan import IntArray
+from runtime.telemetry import forecast_error
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Checker:
             contiguous=_mean_balance(split_load(output.cost.load, self.engine.home)),
             replicated=_mean_balance(output.cost.device_load),
             oracle=_mean_balance(split_load(output.cost.load, self._plan)),
-            load_tv=_forecast_error(output.cost),
+            load_tv=None if (errors := forecast_error(output.cost)) is None else float(errors.mean()),
         )
 
     def _compare(self, batch: ModelBatch, output: BatchOutput) -> tuple[float, float]:
@@ -77,11 +78,3 @@ class Checker:
 
 def _mean_balance(device_load_LG: IntArray) -> float:
     return float(balancedness(device_load_LG).mean())
-
-
-def _forecast_error(cost: BatchCost) -> float | None:
-    forecast = cost.preparation.forecast if cost.preparation else None
-    if forecast is None:
-        return None
-    truth = forecast_from_load(cost.load.astype(np.float64), made_at=0, source="truth")
-    return float(np.abs(forecast.share - truth.share).sum(-1).mean() / 2)

@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from data.cli import from_command_line, user_errors
-from data.files import whole_file, write_json
+from data.files import write_json
 from data.phases import corpus_splits, open_traffic
 from data.switch import load_switch
 from data.tracer import model_inputs
@@ -30,7 +27,8 @@ from runtime.batch import BatchCost, ModelBatch
 from runtime.check import BatchCheck, Checker
 from runtime.engine import Engine
 from runtime.peers import PeerLostError, Peers
-from runtime.telemetry import Telemetry, over_batches
+from runtime.summary import plot, show, summarise
+from runtime.telemetry import Telemetry
 
 
 def text_batches(engine: Engine, text: str | None, traffic: Traffic, count: int) -> Iterator[ModelBatch]:
@@ -43,93 +41,6 @@ def text_batches(engine: Engine, text: str | None, traffic: Traffic, count: int)
         yield ModelBatch(*model_inputs(batch, engine.switch.model.config))
 
 
-def summarise(checks: list[BatchCheck], costs: list[BatchCost], engine: Engine) -> dict[str, Any]:
-    """The JSON document: sums over batches, means of balancedness and error, medians of milliseconds."""
-    ready = [cost.preparation for cost in costs if cost.preparation]
-    errors = [check.load_tv for check in checks if check.load_tv is not None]
-    differences = [check.logit_difference for check in checks if check.logit_difference is not None]
-    alike = [check.same_argmax * check.tokens for check in checks if check.same_argmax is not None]
-    tokens = sum(check.tokens for check in checks)
-    names = ("contiguous", "replicated", "oracle")
-    return {
-        "model": engine.switch.layout.model_id,
-        "processes": engine.peers.world,
-        "devices": engine.home.num_devices,
-        "redundant": engine.home.num_redundant,
-        "batches": len(checks),
-        "tokens": tokens,
-        "max_logit_difference": max(differences, default=None),
-        "same_argmax": sum(alike) / tokens if alike else None,
-        "balancedness": {name: float(np.mean([getattr(check, name) for check in checks])) for name in names},
-        "load_tv": float(np.mean(errors)) if errors else None,
-        "moves": sum(item.moves for item in ready),
-        "bytes": sum(item.nbytes for item in ready),
-        "late": engine.controller.late,
-        "fallbacks": sum(engine.controller.fallbacks.values()),
-        "sent_share": float(sum(cost.sent.sum() for cost in costs) / max(1, sum(cost.load.sum() for cost in costs))),
-        "peak_gib": [round(peak, 3) for peak in engine.peak_gib()],
-        "ms": {
-            "forecast": median(item.forecast_ms for item in ready) if ready else None,
-            "plan": median(item.plan_ms for item in ready) if ready else None,
-            "move": median(item.move_ms for item in ready) if ready else None,
-            "compute": median(cost.compute_ms for cost in costs),
-            "slowest_device": median(float(cost.busy_ms.max(-1).sum()) for cost in costs),
-            "waited": median(float(cost.waited_ms.max(-1).sum()) for cost in costs),
-            "held_up": median(cost.held_up_ms for cost in costs),
-        },
-        "layers": over_batches(costs, engine.switch.layout.layer_names),
-    }
-
-
-def show(report: dict[str, Any], console: Console) -> None:
-    """The report as a table for people."""
-    table = Table(
-        title=f"{report['model']}: {report['batches']} batches, {report['tokens']:,} tokens", show_header=False
-    )
-    balance = report["balancedness"]
-    rows = {
-        "largest logit difference to the plain model": _or_dash(report["max_logit_difference"], ".1e"),
-        "same likeliest token": _or_dash(report["same_argmax"], ".2%"),
-        f"balancedness on {report['devices']} devices, no replicas": f"{balance['contiguous']:.3f}",
-        f"  with {report['redundant']} replica slots a layer": f"{balance['replicated']:.3f}",
-        "  with the oracle's forecast": f"{balance['oracle']:.3f}",
-        "forecast error (total variation)": _or_dash(report["load_tv"], ".3f"),
-        "experts moved": f"{report['moves']} ({report['bytes'] / 1e6:.1f} MB), {report['late']} times late",
-    }
-    if report["processes"] > 1:
-        rows["tokens sent to another process"] = f"{report['sent_share']:.1%}"
-    rows["peak memory of each process, GiB"] = ", ".join(f"{peak:.2f}" for peak in report["peak_gib"])
-    rows |= {f"median ms: {name}": _or_dash(ms, ".1f") for name, ms in report["ms"].items()}
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
-    layers = Table("layer", "balancedness", "busiest device, ms", "waited, ms", "sent", "moves")
-    for row in report["layers"]:
-        *figures, sent, moves = (
-            row[name] for name in ("balancedness", "busy_max_ms", "waited_ms", "sent_share", "moves")
-        )
-        layers.add_row(row["layer"], *(f"{figure:.3f}" for figure in figures), f"{sent:.1%}", str(moves))
-    console.print(layers)
-
-
-def _or_dash(value: float | None, how: str) -> str:
-    return "-" if value is None else format(value, how)
-
-
-def plot(checks: list[BatchCheck], path: Path) -> None:
-    """Balancedness of every batch: without replicas, as it ran, and with the oracle."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("oracle", "oracle"), ("replicated", "as it ran"), ("contiguous", "no replicas")):
-        axes.plot([getattr(check, name) for check in checks], label=label, marker=".")
-    axes.set(xlabel="batch", ylabel="balancedness", ylim=(0, 1.02), title="Mean device load / largest device load")
-    axes.legend(loc="lower right")
-    with whole_file(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
-
-
 def infer(
     model: str = BUNDLED,
     predictor: Path | None = None,
@@ -139,6 +50,8 @@ def infer(
     batches: int = 24,
     traffic: Traffic = Traffic(),
     check: bool = True,
+    device_memory: str | None = None,
+    host_memory: str | None = None,
     timeout: float = 60.0,
     metrics_port: int | None = None,
     metrics_file: Path | None = None,
@@ -157,6 +70,8 @@ def infer(
         batches: Most batches to run.
         traffic: How text is cut into batches.
         check: Whether answers are compared with the plain model's, which every process then holds as well.
+        device_memory: Bytes that experts may take where they are computed, such as 2GiB; the others are fetched ahead.
+        host_memory: Bytes of host memory below that, where computing is done on an accelerator.
         timeout: Seconds after which a process that does not answer counts as lost.
         metrics_port: Port to serve Prometheus metrics on while it runs, at /metrics; 0 takes any free one.
         metrics_file: File to append one JSON line to after every batch.
@@ -172,7 +87,15 @@ def infer(
     first = Peers().rank == 0  # it alone serves and writes
     sinks = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*sinks, out, settings) as telemetry:
-        engine = Engine.from_pretrained(model, predictor, devices, redundant, timeout_s=timeout)
+        engine = Engine.from_pretrained(
+            model,
+            predictor,
+            devices,
+            redundant,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            timeout_s=timeout,
+        )
         plain = load_switch(model).model.to(engine.peers.device) if check else None
         with engine:
             checks, costs = run(engine, plain, text_batches(engine, text, traffic, batches), batches, telemetry)
@@ -216,9 +139,7 @@ def run(
 
 
 def main() -> None:
-    """Command line of `infer`: a table, then one JSON document. `--metrics-port` and `--metrics_port` are one."""
-    words = [word.partition("=") if word.startswith("--") else ("", "", word) for word in sys.argv[1:]]
-    sys.argv[1:] = ["--" * bool(name) + name[2:].replace("-", "_") + equals + value for name, equals, value in words]
+    """Command line of `infer`: tables, then one JSON document."""
     with user_errors():
         try:
             report = from_command_line(infer)

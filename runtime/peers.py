@@ -46,6 +46,7 @@ class Peers:
         self.timeout_s = timeout_s
         self.moves: Any = None
         self._stop = threading.Event()
+        self._on_sigterm: Any = signal.SIG_DFL
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +70,9 @@ class Peers:
             )  # fmt: skip
             self.moves = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
             self._stop.clear()
+            with suppress(ValueError):  # not the main thread
+                self._on_sigterm = signal.signal(signal.SIGTERM, self._end)
+                signal.siginterrupt(signal.SIGTERM, False)
             threading.Thread(target=self._beat, daemon=True, name="switchcast-beat").start()
         return self
 
@@ -77,6 +81,8 @@ class Peers:
     ) -> None:
         if self.world > 1:
             self._stop.set()
+            with suppress(ValueError):
+                signal.signal(signal.SIGTERM, self._on_sigterm)
             dist.destroy_process_group()
 
     def check_alike(self, facts: dict[str, str]) -> None:
@@ -135,11 +141,16 @@ class Peers:
         except RuntimeError as error:
             if self.world == 1 or isinstance(error, PeerLostError):
                 raise
-            with suppress(ValueError):  # launchers end all ranks at once; the name comes first
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if lost := self._lost():
                 raise PeerLostError(f"{lost}; rank {self.rank} stops ({str(error).splitlines()[0]})") from None
             raise
+
+    def _end(self, number: int, frame: Any) -> None:
+        """A launcher that sees one rank die ends all others at once: the name of that rank comes first."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if lost := self._lost():
+            raise PeerLostError(f"{lost}; rank {self.rank} stops")
+        raise SystemExit(128 + number)
 
     def _beat(self) -> None:
         store, count = self._store.clone(), 0
@@ -150,20 +161,23 @@ class Peers:
 
     def _lost(self) -> str:
         """Which ranks show no sign of life; "" if all do."""
-        try:
-            if self._store.check(["lost"]):  # who noticed first may be gone itself by now
-                return str(self._store.get("lost").decode())
-            before = self._beats()
-            self._stop.wait(10 * BEAT_S)
-            now = self._beats()
-        except RuntimeError:
-            return "rank 0 is lost, and the store with it"
+        for _ in range(3):
+            with suppress(RuntimeError):  # a signal may break a call to the store off
+                return self._without_beat(self._store.clone())
+        return "rank 0 is lost, and the store with it"
+
+    def _without_beat(self, store: Any) -> str:
+        if store.check(["lost"]):  # who noticed first may be gone itself by now
+            return str(store.get("lost").decode())
+        before = self._beats(store)
+        self._stop.wait(10 * BEAT_S)
+        now = self._beats(store)
         gone = [str(rank) for rank in range(self.world) if rank != self.rank and before[rank] == now[rank]]
         lost = f"rank {', '.join(gone)} is lost" if gone else ""
         if lost:
-            self._store.set("lost", lost)
+            store.set("lost", lost)
         return lost
 
-    def _beats(self) -> list[bytes]:
+    def _beats(self, store: Any) -> list[bytes]:
         keys = [f"beat/{rank}" for rank in range(self.world)]
-        return [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
+        return [store.get(key) if store.check([key]) else b"" for key in keys]

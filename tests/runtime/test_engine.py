@@ -87,14 +87,15 @@ def test_a_broken_forecaster_falls_back_on_past_loads_and_says_so_once(switch, h
 def test_a_late_preparation_is_left_for_the_next_boundary(switch):
     engine = Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT)
     with engine:
-        engine.slotted.transfer.__class__.arrived, arrived = property(lambda self: False), engine.slotted.transfer.__class__.arrived
+        kind = type(engine.slotted.transfer)
+        kind.arrived, arrived = property(lambda self: False), kind.arrived
         try:
             engine.controller.prepare(batches()[0].tokens)
             assert engine.controller.commit() is None
             assert engine.controller.late == 1
             assert engine.slotted.transfer.plan is engine.home
         finally:
-            engine.slotted.transfer.__class__.arrived = arrived
+            kind.arrived = arrived
         assert engine.controller.commit(wait=True) is not None
 
 
