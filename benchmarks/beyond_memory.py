@@ -21,9 +21,10 @@ from data.cli import from_command_line, user_errors
 from data.switch import LoadedSwitch, load_dense
 from data.trace import TokenBatch
 from data.weights import ModelWeights
+from runtime.batch import needed_positions
 from runtime.cache import ExpertCache
+from runtime.cached import install
 from runtime.memory import show_bytes
-from runtime.tiered import install, needed_rows
 
 PROMPTS = (
     "the experts of this model do not fit into memory , so they are fetched when they are needed",
@@ -41,7 +42,7 @@ def generate(
     with ResidentPeak() as peak, ExpertCache.open(files, switch.layout, torch.float32, budget) as cache:
         for layer, experts in enumerate(install(switch.model, switch.layout, cache)):
             if layer < switch.layout.num_encoder_layers:
-                experts.needed = needed_rows(tokens.mask)
+                experts.needed = needed_positions(tokens.mask).reshape(-1)
         cache.begin()
         began = time.perf_counter()
         ids: Tensor = switch.model.generate(

@@ -27,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.distributed.run import main as torchrun
 
+from benchmarks.injected import Stream, Upcoming, recorded, zipf
 from data.cli import user_errors
 from predictor.baselines import Ema
 from predictor.forecast import forecast_from_load
@@ -34,7 +35,6 @@ from runtime.balance import balancedness
 from runtime.controller import Controller
 from runtime.experts import SlotExperts
 from runtime.homes import contiguous_homes, flat_homes
-from runtime.loads import read_loads
 from runtime.peers import Peers
 from runtime.plan import IntArray, ReplicationPlan
 from runtime.planner import HomePlanner
@@ -46,57 +46,6 @@ from runtime.transfer import SlotTransfer
 D_MODEL, D_FF = 768, 3072
 WARM = 4
 """Steps that are run but not counted: history begins, kernels compile."""
-
-
-class Stream:
-    """Loads of one layer, step by step, and the tokens they stand for.
-
-    Args:
-        loads: Tokens of each expert, `[steps, E]`.
-        ranks: Ranks the tokens are spread over at random.
-    """
-
-    def __init__(self, loads: IntArray, ranks: int) -> None:
-        self.loads, self.ranks = loads, ranks
-
-    def routed(self, step: int, rank: int, uniform: bool, devices: int) -> torch.Tensor:
-        """One-hot choices `[T / ranks, 1, E]` of a rank's tokens; `uniform` spreads each expert's over all devices."""
-        size = self.loads.shape[1]
-        expert = np.repeat(np.arange(size), self.loads[step])
-        if uniform:
-            expert = (expert + np.arange(len(expert)) % devices * (size // devices)) % size
-        mine = np.random.default_rng(step).permutation(expert)[rank :: self.ranks]
-        return torch.nn.functional.one_hot(torch.from_numpy(mine), size)[:, None]
-
-
-def zipf(experts: int, tokens: int, steps: int, exponent: float) -> IntArray:
-    """A steady stream: the i-th expert's share falls as i to the `exponent`, and tokens are drawn from the shares."""
-    share = np.arange(1.0, experts + 1) ** -exponent
-    return np.random.default_rng(0).multinomial(tokens, share / share.sum(), size=steps)
-
-
-def recorded(path: Path, layer: int, tokens: int, steps: int) -> IntArray:
-    """A layer's recorded loads, drawn anew so that each step has `tokens`."""
-    loads = read_loads(path).loads
-    if not 0 <= layer < loads.shape[1]:
-        raise ValueError(f"layer is {layer}; {path} has layers 0 to {loads.shape[1] - 1}")
-    rows = loads[:steps, layer].astype(np.float64)
-    rng = np.random.default_rng(0)
-    return np.stack([rng.multinomial(tokens, row / row.sum()) for row in rows if row.sum()])
-
-
-class Upcoming:
-    """The oracle as a forecaster: it is told the next load."""
-
-    name = "oracle"
-
-    def __init__(self) -> None:
-        self.load: IntArray | None = None
-
-    def forecast(self, upcoming: object, history: IntArray) -> Any:
-        """See `predictor.forecast.Forecaster`."""
-        assert self.load is not None
-        return forecast_from_load(self.load[None].astype(np.float64), made_at=len(history), source=self.name)
 
 
 class Arm:

@@ -19,8 +19,8 @@ from data.tap import RouterTap
 from data.trace import IntArray, TokenBatch
 from data.tracer import model_inputs
 from data.traffic import Traffic
+from runtime.batch import needed_positions
 from runtime.schedule import BoolArray
-from runtime.tiered import needed_rows
 
 Mode = Literal["full", "encoder", "generate"]
 
@@ -63,11 +63,11 @@ class RecordedBatch:
             needed = np.zeros((layout.num_layers, layout.num_experts), dtype=bool)
             for layer, (experts, kept) in enumerate(zip(self.experts, self.kept, strict=True)):
                 if layer < layout.num_encoder_layers:
-                    rows = kept & needed_rows(self.tokens.mask).view_as(kept) & (step == 0)
+                    rows = kept & needed_positions(self.tokens.mask).view_as(kept) & (step == 0)
                 elif mode == "generate":
                     experts, rows = experts[:, step], torch.ones_like(kept[:, step])
                 else:
-                    rows = kept & needed_rows(self.decoder.mask).view_as(kept) & (mode == "full")
+                    rows = kept & needed_positions(self.decoder.mask).view_as(kept) & (mode == "full")
                 needed[layer, experts[rows].long().numpy()] = True
             yield needed
 

@@ -12,18 +12,16 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.machine import ResidentPeak, ThrottledFiles, read_speed, touch
 from benchmarks.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
+from benchmarks.turns import Turn, show, summarise
 from data.cli import from_command_line, user_errors
 from data.layout import MoELayout
 from data.switch import LoadedSwitch, load_dense, load_switch
@@ -32,36 +30,17 @@ from data.weights import BUNDLED, ModelWeights
 from predictor.baselines import Ema
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
-from runtime.batch import ModelBatch, forward
+from runtime.batch import ModelBatch, forward, needed_positions
 from runtime.cache import LOADERS, ExpertCache
+from runtime.cached import install
 from runtime.disk import ExpertFiles
+from runtime.experts import SlotExperts
 from runtime.foresight import Forecast, Guarded
 from runtime.memory import PAGE
 from runtime.policies import Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest, Policy
 from runtime.tally import Tally
-from runtime.tiered import TieredExperts, install, needed_rows
 
 ARMS = ("all_resident", "lru", "lfu", "last", "cosine", "ours_history", "ours", "oracle")
-
-
-@dataclass
-class Turn:
-    """What an arm did in one turn, warm-up left out.
-
-    Attributes:
-        seconds: Of each batch.
-        tokens: Of each batch, decoder included.
-        tally: Counters at the end less those at the end of the warm-up.
-        loads: Experts read.
-        resident_peak: Most bytes the process grew by over what it held without any expert.
-        falls: Times the policy gave way to least-recently-used.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
-    resident_peak: int = 0
-    falls: int = 0
 
 
 class Bench:
@@ -139,14 +118,16 @@ class Bench:
         return batch.tokens.num_tokens + (0 if self.mode == "encoder" else batch.decoder.num_tokens)
 
     @torch.inference_mode()
-    def run(self, batch: RecordedBatch, layers: list[TieredExperts] | None) -> None:
+    def run(self, batch: RecordedBatch, layers: list[SlotExperts] | None) -> None:
         """One batch through the model, with the experts that are installed."""
         for layer, router in enumerate(self.routers):
             decoding = layer >= self.layout.num_encoder_layers
             router.batch, router.step = batch, 0 if decoding and self.mode == "generate" else None
             if layers is not None:
                 stepwise = router.step is not None
-                layers[layer].needed = None if stepwise else needed_rows(batch.mask(layer, self.layout))
+                layers[layer].needed = (
+                    None if stepwise else needed_positions(batch.mask(layer, self.layout)).reshape(-1)
+                )
         if self.mode == "generate":
             steps = batch.decoder.input_ids.shape[1]
             self.model.model.generate(
@@ -169,60 +150,6 @@ class Bench:
                 turn.seconds.append(time.perf_counter() - began)
                 turn.tokens.append(self.tokens(batch))
         return turn
-
-
-def summarise(turns: list[Turn]) -> dict[str, Any]:
-    """Medians over turns; the spread is that of tokens a second from turn to turn."""
-    speeds = [sum(turn.tokens) / sum(turn.seconds) for turn in turns]
-    tokens, batches = sum(turns[0].tokens), len(turns[0].seconds)
-    tallies = [turn.tally for turn in turns]
-
-    def median(read: Any) -> float:
-        return float(np.median([read(tally) for tally in tallies]))
-
-    return {
-        "tokens_per_s": round(float(np.median(speeds)), 1),
-        "spread": [round(min(speeds), 1), round(max(speeds), 1)],
-        "hit_rate": round(median(lambda tally: tally.hit_rate), 3),
-        "bytes_per_token": round(median(lambda tally: tally.demand_bytes + tally.prefetch_bytes) / tokens),
-        "demand_bytes": median(lambda tally: tally.demand_bytes),
-        "prefetch_bytes": median(lambda tally: tally.prefetch_bytes),
-        "prefetch_precision": round(median(lambda tally: tally.precision), 3),
-        "stall_ms": round(median(lambda tally: tally.stall_ms) / batches, 1),
-        "load_ms": round(median(lambda tally: tally.load_ms) / batches, 1),
-        "hidden": round(median(lambda tally: tally.hidden), 3),
-        "batch_ms": round(1e3 * float(np.median([sum(turn.seconds) / batches for turn in turns])), 1),
-        "peak_bytes": int(median(lambda tally: tally.peak_bytes)),
-        "resident_bytes": int(np.median([turn.resident_peak for turn in turns])),
-        "falls": sum(turn.falls for turn in turns),
-    }
-
-
-def show(results: dict[str, dict[str, Any]], title: str, console: Console) -> None:
-    """The arms as a table."""
-    table = Table(title=title)
-    for name in (
-        "arm",
-        "tokens/s",
-        "spread",
-        "x LRU",
-        "hits",
-        "precision",
-        "MB/token",
-        "stall ms",
-        "hidden",
-        "peak GB",
-    ):
-        table.add_column(name, justify="right")
-    base = results.get("lru", {}).get("tokens_per_s")
-    for arm, row in results.items():
-        table.add_row(
-            arm, f"{row['tokens_per_s']:.1f}", "-".join(f"{speed:.0f}" for speed in row["spread"]),
-            f"{row['tokens_per_s'] / base:.2f}" if base else "-", f"{row['hit_rate']:.1%}",
-            f"{row['prefetch_precision']:.1%}" if row["prefetch_bytes"] else "-", f"{row['bytes_per_token'] / 1e6:.2f}",
-            f"{row['stall_ms']:.0f}", f"{row['hidden']:.0%}", f"{row['resident_bytes'] / 1e9:.2f}",
-        )  # fmt: skip
-    console.print(table)
 
 
 def tiers(

@@ -110,7 +110,7 @@ def load_dense(model: str, revision: str = "", dtype: Dtype = "float32") -> Load
     for name in [name for name, _ in switch.named_modules() if name.endswith(".mlp.experts")]:
         switch.set_submodule(name, nn.Module())
     kind, names = getattr(torch, dtype), [name for name in switch.state_dict() if name in weights.files]
-    found = {name: weights.read(name).to(kind) for name in names}
+    found = {name: weights.read(name).to(kind, copy=True) for name in names}  # not mapped: files may change
     try:
         switch.load_state_dict(found, strict=False, assign=True)
     except RuntimeError as error:

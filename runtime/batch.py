@@ -1,6 +1,6 @@
 """What the engine is given and what it gives: batches, their answers, and what they took."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def _part(tokens: TokenBatch, rows: slice) -> TokenBatch:
     return TokenBatch(tokens.input_ids[rows], tokens.mask[rows])
 
 
-def needed(mask: Tensor) -> Tensor:
+def needed_positions(mask: Tensor) -> Tensor:
     """Positions a model must compute, `[B, T]`: all up to the last real token of a sequence.
 
     What comes behind it is never read. Padding in front is computed: it takes up experts' capacity, and so decides
@@ -66,6 +66,7 @@ class BatchCost:
         compute_ms: Milliseconds of the whole forward on this rank.
         held_up_ms: Milliseconds this rank waited for the preparation before it.
         preparation: What was done ahead of this batch; None where nothing was ready.
+        tiers: What each tier of this rank's cache did so far (see `runtime.tally.Tally`); empty where all fits.
     """
 
     load: IntArray
@@ -76,6 +77,7 @@ class BatchCost:
     compute_ms: float
     held_up_ms: float
     preparation: Preparation | None
+    tiers: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,18 @@ Shape suffixes: L MoE layers, E logical experts, P slots of this process, M rows
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from data.layout import MoELayout
 from predictor.forecast import LoadForecast, forecast_from_load
 from runtime.cache import ExpertCache
+from runtime.experts import SlotExperts
+from runtime.homes import contiguous_homes
 from runtime.peers import Peers
 from runtime.plan import IntArray, ReplicationPlan, SlotMove
 from runtime.products import product
@@ -131,3 +135,14 @@ class CacheTransfer:
     def nbytes(self, moves: Sequence[SlotMove]) -> int:
         """Bytes moved between places: none."""
         return 0
+
+
+def install(model: Any, layout: MoELayout, cache: ExpertCache) -> list[SlotExperts]:
+    """Puts slots over a cache in the place of each experts module of a model, for one process; layers in order."""
+    home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), 1, 0)
+    activation, layers = ACT2FN[model.config.dense_act_fn], []
+    for layer, name in enumerate(layout.module_names):
+        slots = CachedSlots(cache, home, layer, 0, activation, model.shared.weight)
+        layers.append(SlotExperts(slots, home.phy2log[layer], Peers(), 1))
+        model.set_submodule(f"{name}.experts", layers[-1])
+    return layers

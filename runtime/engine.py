@@ -182,7 +182,7 @@ class Engine:
     def _forward(self, batch: ModelBatch, preparation: Preparation | None, held_up_ms: float) -> BatchOutput:
         rows = batch.rows(self.peers.rank, self.peers.world)
         own = batch.part(rows)
-        self.slotted.begin(own.tokens, own.decoder)
+        self.slotted.begin(own.tokens, own.decoder, preparation is not None)
         start = time.perf_counter()
         logits = forward(self.switch.model, own)
         if logits.is_cuda:
@@ -213,8 +213,8 @@ class Engine:
             settings["stopping_criteria"] = [ended]
         with self.peers.watched():
             self.controller.prepare(tokens)
-            self.controller.commit(wait=True)
-            self.slotted.begin(own, None)
+            preparation = self.controller.commit(wait=True)
+            self.slotted.begin(own, None, preparation is not None)
             encoder = self.switch.layout.num_encoder_layers
             with DecoderSteps(model, self.slotted.layers, encoder, self.controller, replan_every, idle, settings):
                 ids: Tensor = model.generate(

@@ -81,6 +81,7 @@ class Endpoint(Sink):
         self._bytes = counter("moved_bytes", "Bytes of the experts moved", "layer")
         self._busy = counter("busy_seconds", "Time a device computed experts", "layer", "device")
         self._waited = counter("waited_seconds", "Time a rank waited for others", "layer", "rank")
+        self._tier = gauge("tier", "What a tier of rank 0's expert cache did so far, by figure", "tier", "figure")
         self._device_tokens = gauge("device_tokens", "Tokens a device computed in the last batch", "layer", "device")
 
     def add(self, document: Document) -> None:
@@ -91,6 +92,9 @@ class Endpoint(Sink):
             self._fallbacks.labels(reason.partition(":")[0]).inc(times)
         self._compute.observe(document["compute_ms"] / 1e3)
         self._held_up.observe(document["held_up_ms"] / 1e3)
+        for tier, tally in document["tiers"].items():
+            for name, value in tally.items():
+                self._tier.labels(tier, name).set(value)
         for figures in document["layers"]:
             layer = figures["layer"]
             self._balance.labels(layer).observe(figures["balancedness"])
@@ -179,7 +183,10 @@ class WandbRun(Sink):
 
     def add(self, document: Document) -> None:
         """Logs a batch: its own figures by name, a layer's as `encoder_1/moves`, lists by their largest."""
-        row = {name: value for name, value in document.items() if name not in ("batch", "time", "layers", "fallbacks")}
+        nested = ("batch", "time", "layers", "fallbacks", "tiers")
+        row = {name: value for name, value in document.items() if name not in nested}
+        for tier, tally in document["tiers"].items():
+            row |= {f"{tier}/{name}": value for name, value in tally.items()}
         row["fallbacks"] = sum(document["fallbacks"].values())
         for figures in document["layers"]:
             for name, value in figures.items():

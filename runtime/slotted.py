@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from data.switch import LoadedSwitch
 from data.trace import TokenBatch
-from runtime.batch import BatchCost, needed
+from runtime.batch import BatchCost, needed_positions
 from runtime.cache import ExpertCache
 from runtime.cached import Budget, CachedSlots, CacheTransfer
 from runtime.controller import Preparation, Transfer
@@ -73,15 +73,19 @@ class SlottedModel:
         ]
         return slots, CacheTransfer(slots, self._home, self.cache, self._peers)
 
-    def begin(self, tokens: TokenBatch, decoder: TokenBatch | None) -> None:
+    def begin(self, tokens: TokenBatch, decoder: TokenBatch | None, prepared: bool) -> None:
         """A batch begins: tells every layer which plan is in force and which of its rows must be computed."""
         if self.cache is not None:
+            if not prepared:  # what was expected last has been
+                self.cache.expect(None)
             self.cache.begin()
         for layer, experts in enumerate(self.layers):
             experts.phy2log = self.transfer.plan.phy2log[layer]
             experts.reset()
             rows = tokens if layer < self.switch.layout.num_encoder_layers else decoder
-            experts.needed = None if rows is None else needed(rows.mask).reshape(-1).to(self.switch.model.device)
+            experts.needed = (
+                None if rows is None else needed_positions(rows.mask).reshape(-1).to(self.switch.model.device)
+            )
 
     def cost(self, elapsed_ms: float, held_up_ms: float, preparation: Preparation | None) -> BatchCost:
         """What the batch that began last took, over all ranks."""
@@ -101,6 +105,7 @@ class SlottedModel:
             compute_ms=elapsed_ms,
             held_up_ms=held_up_ms,
             preparation=preparation,
+            tiers={} if self.cache is None else {tier.name: tier.tally.to_json() for tier in self.cache.tiers},
         )
 
     def close(self) -> None:

@@ -37,7 +37,8 @@ def figures(layers: Sequence[str], cost: BatchCost) -> Document:
 
     `source` is the forecaster's name, "history" where the average of past loads took its place, and "none" where
     nothing was forecast or what was prepared came late. `moves` and `bytes` are what the preparation before the batch
-    cost; `load_tv` is the forecast's error. Lists go by device (`device_tokens`, `busy_ms`) or rank (`waited_ms`).
+    cost; `load_tv` is the forecast's error. `tiers` counts from the start of the run. Lists go by device
+    (`device_tokens`, `busy_ms`) or rank (`waited_ms`).
     """
     done, errors = cost.preparation, forecast_error(cost)
     source = done.forecast.source if done and done.forecast else "none"
@@ -52,6 +53,7 @@ def figures(layers: Sequence[str], cost: BatchCost) -> Document:
         "forecast_ms": done.forecast_ms if done else None,
         "plan_ms": done.plan_ms if done else None,
         "move_ms": done.move_ms if done else None,
+        "tiers": cost.tiers,
         "layers": [
             {
                 "layer": name,

@@ -18,6 +18,7 @@ from runtime.balance import balancedness
 from runtime.engine import Engine
 from runtime.telemetry import Telemetry, figures, forecast_error, over_batches
 from tests.predictor.wandb_file import records
+from tests.runtime.test_cached import budget
 from tests.runtime.test_engine import Broken, Noise, batches
 
 LAYERS = ["encoder_1", "decoder_1"]
@@ -181,3 +182,18 @@ def test_a_line_is_whole_or_not_there(switch, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
     assert path.read_bytes() == before
+
+
+def test_tiers_are_told_where_experts_do_not_fit(switch_folder, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with Telemetry(port=0, file=file) as telemetry:
+        with Engine.from_pretrained(str(switch_folder), device_memory=budget(4)) as engine:
+            for output in engine.run(iter(batches())):
+                telemetry.record(LAYERS, output.cost)
+            tally = engine.slotted.cache.tiers[0].tally
+        found = scrape(telemetry.port)
+    last = json.loads(file.read_text().splitlines()[-1])["tiers"]["device"]
+    assert last["misses"] == tally.misses > 0
+    assert last["hit_rate"] == tally.hit_rate
+    assert found["tier", "misses", "device"] == tally.misses
+    assert found["tier", "stall_ms", "device"] == pytest.approx(last["stall_ms"])

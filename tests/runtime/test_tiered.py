@@ -12,13 +12,13 @@ from data.switch import LoadedSwitch, load_dense, load_switch
 from data.trace import pad_tokens
 from data.weights import ModelWeights
 from predictor.baselines import LastBatch
-from runtime.batch import ModelBatch, forward
+from runtime.batch import ModelBatch, forward, needed_positions
 from runtime.cache import LOADERS, ExpertCache
+from runtime.cached import install
 from runtime.disk import ExpertFiles
 from runtime.foresight import Forecast, Guarded
 from runtime.memory import PAGE
 from runtime.policies import Expecting, Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest
-from runtime.tiered import install, needed_rows
 
 
 class Random(Expecting):
@@ -123,7 +123,7 @@ def test_padding_after_the_last_token_fetches_nothing(switch_folder, plain):
     mask = torch.zeros(2, 30, dtype=torch.bool)
     mask[0, 3:5] = mask[1, :2] = True  # padding before, between and after
     ids[mask] = torch.tensor([7, 9, 9, 7])
-    encoder.needed = needed_rows(mask)
+    encoder.needed = needed_positions(mask).reshape(-1)
     assert encoder.needed.sum() == 7
     with cache, torch.inference_mode():
         ours = switch.model.encoder(input_ids=ids, attention_mask=mask.long())[0]

@@ -12,10 +12,10 @@ from data.layout import MoELayout
 from data.switch import load_dense
 from data.weights import ModelWeights
 from runtime.cache import LOADERS, ExpertCache
+from runtime.cached import install
 from runtime.disk import ExpertFiles, ReadCancelledError, never
 from runtime.memory import PAGE, ExpertShape, Pool
 from runtime.policies import LeastRecent, LikeLast
-from runtime.tiered import install
 from runtime.tiers import Tier
 from tests.conftest import small_switch
 
