@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--exponent", type=float, default=1.2, help="of the Zipf loads")
     parser.add_argument("--redundant", type=int, default=8, help="replica slots over all ranks")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step over all ranks")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=34)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--emulate", type=int, default=0, metavar="DEVICES", help="run so many ranks' work in turn")
     parser.add_argument("--wake-tokens", type=int, default=0, help="price of one more active expert, in tokens")

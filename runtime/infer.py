@@ -26,7 +26,7 @@ from data.weights import BUNDLED
 from runtime.batch import BatchCost, ModelBatch
 from runtime.check import BatchCheck, Checker
 from runtime.engine import Engine
-from runtime.peers import PeerLostError, Peers
+from runtime.peers import PeerLostError, Peers, leave
 from runtime.summary import plot, show, summarise
 from runtime.telemetry import Telemetry
 
@@ -140,15 +140,19 @@ def run(
 
 def main() -> None:
     """Command line of `infer`: tables, then one JSON document."""
-    with user_errors():
-        try:
+    try:
+        with user_errors():
             report = from_command_line(infer)
-        except PeerLostError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-        if Peers().rank == 0:
-            show(report, Console())
-            print(json.dumps(report))
+    except PeerLostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(1)
+    except SystemExit as stop:
+        if Peers().world > 1:
+            leave(stop.code if isinstance(stop.code, int) else 1)
+        raise
+    if Peers().rank == 0:
+        show(report, Console())
+        print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 NCCL carries what lies on CUDA devices, gloo the rest. Start them with torchrun; alone, nothing is opened.
 """
 
+import atexit
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,13 @@ from torch.distributed.rendezvous import rendezvous
 BEAT_S = 0.2
 """Seconds between two signs of life."""
 _opened = 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without waiting for any other."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class PeerLostError(RuntimeError):
@@ -69,6 +78,8 @@ class Peers:
                 timeout=timedelta(seconds=self.timeout_s),
             )  # fmt: skip
             self.moves = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
+            self._told = ""
+            self._watches: list[Any] = [self._store.clone(), self._store.clone()]
             self._stop.clear()
             with suppress(ValueError):  # not the main thread
                 self._on_sigterm = signal.signal(signal.SIGTERM, self._end)
@@ -83,7 +94,10 @@ class Peers:
             self._stop.set()
             with suppress(ValueError):
                 signal.signal(signal.SIGTERM, self._on_sigterm)
-            dist.destroy_process_group()
+            if kind is None:
+                dist.destroy_process_group()
+            else:  # closing a group waits for what is under way in it, which now may never end
+                atexit.register(leave, 1)
 
     def check_alike(self, facts: dict[str, str]) -> None:
         """Refuses ranks that differ in what they run.
@@ -158,17 +172,17 @@ class Peers:
             while not self._stop.wait(BEAT_S):
                 count += 1
                 store.set(f"beat/{self.rank}", str(count))
+                if not self._told and store.check(["lost"]):
+                    self._told = store.get("lost").decode()
 
     def _lost(self) -> str:
         """Which ranks show no sign of life; "" if all do."""
-        for _ in range(3):
+        for store in self._watches:
             with suppress(RuntimeError):  # a signal may break a call to the store off
-                return self._without_beat(self._store.clone())
-        return "rank 0 is lost, and the store with it"
+                return self._told or self._without_beat(store)
+        return self._told or "rank 0 is lost, and the store with it"
 
     def _without_beat(self, store: Any) -> str:
-        if store.check(["lost"]):  # who noticed first may be gone itself by now
-            return str(store.get("lost").decode())
         before = self._beats(store)
         self._stop.wait(10 * BEAT_S)
         now = self._beats(store)
@@ -176,7 +190,8 @@ class Peers:
         lost = f"rank {', '.join(gone)} is lost" if gone else ""
         if lost:
             store.set("lost", lost)
-        return lost
+            self._stop.wait(4 * BEAT_S)  # until all have heard: whoever leaves now looks lost as well
+        return self._told or lost
 
     def _beats(self, store: Any) -> list[bytes]:
         keys = [f"beat/{rank}" for rank in range(self.world)]

@@ -167,11 +167,9 @@ def test_a_batch_fails_with_the_files_name_and_others_go_on(tmp_path, plain):
     plain.model.save_pretrained(tmp_path)
     plain.tokenizer.save_pretrained(tmp_path)
     switch = load_dense(str(tmp_path))
-    for parameter in switch.model.parameters():
-        parameter.data = parameter.data.clone()  # they may be mapped from the file
     first, other = batches(2)
     with ExpertCache.open(ModelWeights(str(tmp_path)).files, switch.layout, torch.float32, "1MiB") as cache:
-        experts = install(switch.model, switch.layout, cache)
+        install(switch.model, switch.layout, cache)
         few = ModelBatch(pad_tokens([first.tokens.input_ids[0, :2].numpy()], pad=0))
         assert torch.equal(forward(switch.model, few), forward(plain.model, few))
         os.truncate(tmp_path / "model.safetensors", 20_000)
@@ -181,7 +179,6 @@ def test_a_batch_fails_with_the_files_name_and_others_go_on(tmp_path, plain):
         report = cache.report()
         assert report["device"]["failed"] > 0
         assert (report["policy"], report["falls"]) == ("forecast", 0)
-        assert experts[0].cache is cache
 
 
 @pytest.mark.gpu
