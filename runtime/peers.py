@@ -79,7 +79,7 @@ class Peers:
             )  # fmt: skip
             self.moves = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
             self._told = ""
-            self._watches: list[Any] = [self._store.clone(), self._store.clone()]
+            self._watches = self._clones(2)
             self._stop.clear()
             with suppress(ValueError):  # not the main thread
                 self._on_sigterm = signal.signal(signal.SIGTERM, self._end)
@@ -166,8 +166,12 @@ class Peers:
             raise PeerLostError(f"{lost}; rank {self.rank} stops")
         raise SystemExit(128 + number)
 
+    def _clones(self, count: int) -> list[Any]:
+        """Connections of their own to the store: one serves one thread at a time."""
+        return [self._store.clone() for _ in range(count)]
+
     def _beat(self) -> None:
-        store, count = self._store.clone(), 0
+        (store,), count = self._clones(1), 0
         with suppress(RuntimeError):
             while not self._stop.wait(BEAT_S):
                 count += 1
