@@ -19,8 +19,8 @@ as far as that is known: padding that was not computed may be routed elsewhere l
 more often, and a later router may make much of them.
 """
 
-FEW = 512
-"""Rows below which one grouped product is faster on a CPU too; above, what lies between the two outgrows the cache."""
+GROUPED = range(16, 512)
+"""Rows for which one grouped product is faster on a CPU too; fewer do not pay for it, more outgrow the cache."""
 
 
 def products(
@@ -37,7 +37,7 @@ def products(
         plain_N: Rows that the plain model would multiply with the same expert.
     """
     filled = bool(((size_N > 0) & (size_N < np.minimum(plain_N, ALIKE))).any())
-    if rows_MD.device.type != "cpu" or (len(rows_MD) < FEW and not filled):
+    if rows_MD.device.type != "cpu" or (len(rows_MD) in GROUPED and not filled):
         offsets = upload(size_N.cumsum().astype(np.int32), rows_MD.device)
         return grouped_mm(activation(grouped_mm(rows_MD, wi_NDF, offs=offsets)), wo_NFD, offs=offsets)
     result_MD, start = torch.empty_like(rows_MD), 0
