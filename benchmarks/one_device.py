@@ -49,13 +49,13 @@ def in_slots(loop: SwitchTransformersExperts, experts: int) -> SlotExperts:
 def grouped(slots: SlotExperts) -> Layer:
     """Two grouped products over the same weights, sorting and scattering included."""
     assert isinstance(slots.slots, SlotWeights)
-    wi_NDF, wo_NFD = slots.slots.block(0)
+    block = slots.slots.blocks[0]
 
     def layer(hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         order = one_hot[:, 0].argmax(-1).argsort(stable=True)
         offsets = one_hot.sum((0, 1)).cumsum(0).int()
-        inner = grouped_mm(hidden[order], wi_NDF, offs=offsets).relu()
-        outer = grouped_mm(inner, wo_NFD, offs=offsets) * weight[order]
+        inner = grouped_mm(hidden[order], block.wi_NDF, offs=offsets).relu()
+        outer = grouped_mm(inner, block.wo_NFD, offs=offsets) * weight[order]
         return torch.empty_like(hidden).index_copy_(0, order, outer)
 
     return layer

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from runtime.choices import choices
 from runtime.flight import Flight
 from runtime.peers import Peers
 from runtime.plan import IntArray
@@ -91,27 +92,18 @@ class SlotExperts(nn.Module):
 
     def forward(self, hidden_TD: Tensor, one_hot_T1E: Tensor, weight_T1: Tensor) -> Tensor:
         """Same contract as `SwitchTransformersExperts`: dropped tokens (all-zero rows), and rows not needed, get 0."""
-        routed_TE = one_hot_T1E[:, 0]
-        one_hot_TE = routed_TE if self.needed is None else routed_TE * self.needed[:, None]
-        expert_T = torch.where(one_hot_TE.any(-1), one_hot_TE.argmax(-1), one_hot_TE.shape[-1])
-        token_T = expert_T.argsort(stable=True)  # those left out come last
-        counts_SE, plain_E = self._count(one_hot_TE, routed_TE)
-        quota_SP = counts_SE if self._one_device else self.split(counts_SE)
+        token_T, counts_2E = choices(one_hot_T1E[:, 0], self.needed)
+        with self.waited:  # the one wait for the device: sizes must be known here
+            counts_S2E = self.peers.gather(counts_2E).cpu().numpy()
+        counts_SE, plain_E = counts_S2E[:, 0], counts_S2E[:, 1].sum(0)
         np.add(self.load, counts_SE.sum(0), out=self.load)
-        np.add(self.device_load, device_load(quota_SP, self.num_devices), out=self.device_load)
         if self._one_device:
+            self.device_load[0] = self.load.sum()
             return self._at_home(hidden_TD, token_T, weight_T1, counts_SE[0], plain_E)
+        quota_SP = self.split(counts_SE)
+        np.add(self.device_load, device_load(quota_SP, self.num_devices), out=self.device_load)
         plain_Q = plain_E[self.phy2log[self.slots.span]]  # of no meaning in empty slots
         return self.spread(hidden_TD, token_T, weight_T1, quota_SP, plain_Q)
-
-    def _count(self, one_hot_TE: Tensor, routed_TE: Tensor) -> tuple[IntArray, IntArray]:
-        """Tokens of each expert on each rank `[S, E]`, and with what need not be computed, over all ranks `[E]`."""
-        counts_E = one_hot_TE.sum(0)
-        rows = counts_E if self.needed is None else torch.cat([counts_E, routed_TE.sum(0)])
-        with self.waited:  # the one wait for the device: sizes must be known here
-            counts_SX = self.peers.gather(rows).cpu().numpy()
-        size = len(counts_E)
-        return counts_SX[:, :size], counts_SX[:, -size:].sum(0)
 
     def split(self, counts_SE: IntArray) -> IntArray:
         """Tokens from each rank to each slot, `[S, P]`."""
@@ -147,9 +139,12 @@ class SlotExperts(nn.Module):
         self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, counts_E: IntArray, plain_E: IntArray
     ) -> Tensor:
         """One device computes everything itself: there is nothing to split or send."""
-        token = token_T.narrow(0, 0, int(counts_E.sum()))
+        computed = int(counts_E.sum())
+        token = token_T.narrow(0, 0, computed)
         result_MD = self.slots.compute(hidden_TD.index_select(0, token), counts_E, plain_E)
-        return torch.zeros_like(hidden_TD).index_copy_(0, token, result_MD * weight_T1.index_select(0, token))
+        result_MD *= weight_T1.index_select(0, token)
+        output_TD = (torch.empty_like if computed == hidden_TD.shape[0] else torch.zeros_like)(hidden_TD)
+        return output_TD.index_copy_(0, token, result_MD)
 
     def _halves(self, tokens: int) -> list[npt.NDArray[np.bool_]]:
         """Slots that run together, `[P]` each: all of them, or the first and the second half of each rank's."""

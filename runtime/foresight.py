@@ -1,7 +1,7 @@
 """Forecast: the policy that keeps and fetches experts by forecasts of their load, and knows how far to trust them.
 
-A forecast says tokens; what counts here is whether there is at least one. How often a predicted load came true is
-learned while running, so a forecaster that is wrong soon moves nothing: its probabilities all become the average.
+How far forecasts are trusted is learned while running (`runtime.calibration`), so a forecaster that is wrong soon moves
+nothing.
 """
 
 import logging
@@ -11,40 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from predictor.forecast import LoadForecast
+from runtime.calibration import Calibration
 from runtime.memory import Key
 from runtime.policies import Expecting, LeastRecent, Policy
 from runtime.schedule import FloatArray
 
 log = logging.getLogger(__name__)
-EDGES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0])
-"""Tokens that part predicted loads into classes."""
-
-
-class Calibration:
-    """Probability that an expert is needed, by its predicted load and layer.
-
-    Starts from the Poisson distribution and follows what is seen.
-    """
-
-    PRIOR = 8.0  # experts that the Poisson distribution is worth
-    MEMORY = 0.98  # of a layer's counts from one batch to the next
-
-    def __init__(self, num_layers: int) -> None:
-        centres = np.array([EDGES[0] / 2, *np.sqrt(EDGES[1:] * EDGES[:-1]), 2 * EDGES[-1]])
-        self._seen = np.full((num_layers, len(centres)), self.PRIOR)
-        self._needed = self._seen * (1 - np.exp(-centres))
-
-    def probability(self, load_LE: FloatArray) -> FloatArray:
-        """Of each expert, `[L, E]`."""
-        classes = np.digitize(load_LE, EDGES)
-        table = self._needed / self._seen
-        return np.asarray(np.take_along_axis(table, classes, axis=1))
-
-    def observe(self, layer: int, load_E: FloatArray, needed_E: FloatArray) -> None:
-        """What became of one layer's forecast."""
-        classes, size = np.digitize(load_E, EDGES), len(EDGES) + 1
-        for kept, weights in ((self._seen, None), (self._needed, needed_E)):
-            kept[layer] = self.MEMORY * kept[layer] + np.bincount(classes, weights, minlength=size)
 
 
 class Forecast(Expecting):
@@ -69,11 +41,13 @@ class Forecast(Expecting):
 
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
+        usual_E = self.usual_LE[layer].copy()
         super().observe(layer, experts, costs)
         if self.schedule.started:  # a step of the decoder: the forecast was of the whole batch
             self._now = None
         if self._now is not None:
-            self._calibration.observe(layer, self._now[layer], self.last_LE[layer].astype(np.float64))
+            needed_E = self.last_LE[layer].astype(np.float64)
+            self._calibration.observe(layer, self._now[layer], usual_E, needed_E)
 
     def current(self) -> FloatArray:
         """See `Expecting`."""
@@ -84,7 +58,7 @@ class Forecast(Expecting):
         return self._probability(self._next)
 
     def _probability(self, load_LE: FloatArray | None) -> FloatArray:
-        return self.usual_LE if load_LE is None else self._calibration.probability(load_LE)
+        return self.usual_LE if load_LE is None else self._calibration.probability(load_LE, self.usual_LE)
 
 
 class Guarded:

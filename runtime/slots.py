@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.plan import IntArray, ReplicationPlan
-from runtime.products import products
+from runtime.products import Block
 from runtime.source import ExpertSource
 from runtime.stopwatch import Stopwatch
 
@@ -31,6 +31,7 @@ class SlotWeights:
 
     Attributes:
         span: This process' slots among all of the plan's.
+        blocks: What each device here computes with.
     """
 
     whole = False
@@ -44,7 +45,7 @@ class SlotWeights:
         like: Tensor,
         activation: nn.Module,
     ) -> None:
-        self.layer, self.devices, self._activation = layer, devices, activation
+        self.layer, self.devices = layer, devices
         self.span = slice(devices.start * plan.slots_per_device, devices.stop * plan.slots_per_device)
         self._home_P = plan.is_home_slot[self.span]
         self._expert_P = plan.phy2log[layer, self.span]
@@ -53,6 +54,8 @@ class SlotWeights:
         self._in_force_P = np.zeros_like(self._first_P)
         self.wi_NFD = like.new_zeros((int(sizes.sum()), *shape_FD))
         self.wo_NDF = like.new_zeros((int(sizes.sum()), *reversed(shape_FD)))
+        stacks = (stacked.chunk(len(devices)) for stacked in (self.wi_NFD, self.wo_NDF))
+        self.blocks = [Block(wi_NFD, wo_NDF, activation) for wi_NFD, wo_NDF in zip(*stacks, strict=True)]
         self._busy = [Stopwatch(like.device) for _ in devices]
 
     @torch.no_grad()
@@ -75,13 +78,13 @@ class SlotWeights:
     def compute(self, rows_MD: Tensor, size_P: IntArray, plain_P: IntArray) -> Tensor:
         """Runs each device's rows, which lie next to each other, through its slots; see `runtime.experts.Slots`."""
         size_GN, plain_GN = self._by_place(size_P), self._by_place(plain_P)
-        parts = []
-        for device, part_MD in enumerate(rows_MD.split_with_sizes(size_GN.sum(-1).tolist())):
-            if len(part_MD):
+        parts_MD = [rows_MD] if len(self.blocks) == 1 else rows_MD.split_with_sizes(size_GN.sum(-1).tolist())
+        results_MD = []
+        for device, part_MD in enumerate(parts_MD):
+            if part_MD.shape[0]:
                 with self._busy[device]:
-                    block = self.block(device)
-                    parts.append(products(part_MD, *block, self._activation, size_GN[device], plain_GN[device]))
-        return parts[0] if len(parts) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *parts])
+                    results_MD.append(self.blocks[device].answer(part_MD, size_GN[device], plain_GN[device]))
+        return results_MD[0] if len(results_MD) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *results_MD])
 
     def take_busy_ms(self) -> list[float]:
         """Milliseconds each device here computed since the last take."""
@@ -90,16 +93,10 @@ class SlotWeights:
     def _by_place(self, value_P: IntArray) -> IntArray:
         """Values of the slots here, at the places in force, device by device, `[G, N / G]`; 0 at all others."""
         value_N = value_P
-        if len(value_P) < len(self.wi_NFD):  # without replica slots, places are slots
-            value_N = np.zeros(len(self.wi_NFD), dtype=np.int64)
+        if len(value_P) < self.wi_NFD.shape[0]:  # without replica slots, places are slots
+            value_N = np.zeros(self.wi_NFD.shape[0], dtype=np.int64)
             value_N[self.places] = value_P
         return value_N.reshape(len(self.devices), -1)
-
-    def block(self, device: int) -> tuple[Tensor, Tensor]:
-        """The matrices in the places of one device of this process: `[N, D, F]` and `[N, F, D]`."""
-        size = len(self.wi_NFD) // len(self.devices)
-        wi_NFD, wo_NDF = (stacked.narrow(0, device * size, size) for stacked in (self.wi_NFD, self.wo_NDF))
-        return wi_NFD.transpose(1, 2), wo_NDF.transpose(1, 2)
 
     def holds(self, slot: int) -> bool:
         """Whether a slot of the plan is one of this process'."""

@@ -22,7 +22,7 @@ from runtime.shelf import Shelf
 from runtime.tally import Tally
 
 log = logging.getLogger(__name__)
-LATER, LATEST = 1.5, 0.5
+LATER, LATEST = 1.5, 1.0
 """A prefetch evicts only what is due later than this many times its own due, and this many layers.
 
 Without, what is hardly less urgent is moved to and fro by the forecasts' noise: a third more bytes for the same time.

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from predictor.forecast import forecast_from_load
-from runtime.foresight import Calibration, Forecast, Guarded
+from runtime.calibration import Calibration
+from runtime.foresight import Forecast, Guarded
 from runtime.policies import Expecting, Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest
 from runtime.schedule import FAR, Schedule
 
@@ -143,17 +144,45 @@ def test_a_forecast_of_a_batch_says_nothing_of_a_decoder_step():
     assert np.array_equal(policy.current(), policy.usual_LE)
 
 
-def test_calibration_follows_what_comes_true():
+LOAD = np.array([[0.0, 0.7, 4.0], [0.0, 0.7, 4.0]])
+USUAL = np.full((2, 3), 0.25)
+
+
+def test_calibration_begins_near_the_poisson_distribution():
+    chance = Calibration(2).probability(LOAD, USUAL)
+    np.testing.assert_allclose(chance[0], [0.02, 1 - np.exp(-0.7), 1 - np.exp(-4)], atol=0.2)
+    assert (np.diff(chance[0]) > 0).all()
+
+
+def test_calibration_follows_what_comes_true_layer_by_layer():
     calibration = Calibration(2)
-    load = np.array([[0.0, 0.7, 4.0], [0.0, 0.7, 4.0]])
-    first = calibration.probability(load)
-    np.testing.assert_allclose(first[0, 1:], [1 - np.exp(-0.61), 1 - np.exp(-3.87)], atol=0.01)
+    first = calibration.probability(LOAD, USUAL)
     for _ in range(200):
-        calibration.observe(0, load[0], np.array([1.0, 0.0, 0.0]))
-    after = calibration.probability(load)
+        calibration.observe(0, LOAD[0], USUAL[0], np.array([1.0, 0.0, 0.0]))
+    after = calibration.probability(LOAD, USUAL)
     assert (after[0] > 0.9).tolist() == [True, False, False]
     assert (after[0, 1:] < 0.1).all()
     assert np.array_equal(after[1], first[1])
+
+
+def test_where_forecasts_say_nothing_what_is_usual_counts():
+    rng, calibration = np.random.default_rng(0), Calibration(1)
+    usual = np.repeat([[0.1, 0.9]], 32, axis=-1)
+    for _ in range(100):
+        calibration.observe(0, rng.exponential(size=64), usual[0], (rng.uniform(size=64) < usual[0]).astype(float))
+    chance = calibration.probability(rng.exponential(size=(1, 64)), usual)
+    np.testing.assert_allclose(chance, usual, atol=0.1)
+
+
+def test_calibration_recovers_from_a_forecaster_that_turns_around():
+    rng, calibration = np.random.default_rng(0), Calibration(1)
+    for step in range(120):
+        needed = rng.uniform(size=64) < 0.3
+        load = np.where(needed == (step < 60), 20.0, 0.0)
+        calibration.observe(0, load, np.full(64, 0.3), needed.astype(float))
+    chance = calibration.probability(load[None], np.full((1, 64), 0.3))[0]
+    assert (chance[needed] > 0.8).all()
+    assert (chance[~needed] < 0.2).all()
 
 
 class Wrong(Expecting):

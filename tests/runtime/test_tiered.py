@@ -91,7 +91,8 @@ def assert_same_answers(plain, switch, cache):
         history = np.ones((number + 1, switch.layout.num_layers, switch.layout.num_experts), dtype=np.int64)
         cache.expect(LastBatch().forecast(None, history))
         cache.begin()
-        assert torch.equal(forward(switch.model, batch), forward(plain.model, batch))
+        # not to the bit: how some kernels add up depends on where in memory a matrix lies
+        torch.testing.assert_close(forward(switch.model, batch), forward(plain.model, batch), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.07, 0.1, 0.25, 0.5, 1.0])
@@ -171,11 +172,11 @@ def test_a_batch_fails_with_the_files_name_and_others_go_on(tmp_path, plain):
     with ExpertCache.open(ModelWeights(str(tmp_path)).files, switch.layout, torch.float32, "1MiB") as cache:
         install(switch.model, switch.layout, cache)
         few = ModelBatch(pad_tokens([first.tokens.input_ids[0, :2].numpy()], pad=0))
-        assert torch.equal(forward(switch.model, few), forward(plain.model, few))
+        torch.testing.assert_close(forward(switch.model, few), forward(plain.model, few), rtol=0, atol=1e-5)
         os.truncate(tmp_path / "model.safetensors", 20_000)
         with pytest.raises(OSError, match=r"model\.safetensors has 20000 bytes where \d+ are needed"):
             forward(switch.model, other)
-        assert torch.equal(forward(switch.model, few), forward(plain.model, few))
+        torch.testing.assert_close(forward(switch.model, few), forward(plain.model, few), rtol=0, atol=1e-5)
         report = cache.report()
         assert report["device"]["failed"] > 0
         assert (report["policy"], report["falls"]) == ("forecast", 0)
