@@ -47,6 +47,15 @@ class RecordedBatch:
         """Real positions of a layer's stack."""
         return self.tokens.mask if layer < layout.num_encoder_layers else self.decoder.mask
 
+    def part(self, rows: slice) -> "RecordedBatch":
+        """Some of the sequences."""
+        tokens, decoder = (TokenBatch(all.input_ids[rows], all.mask[rows]) for all in (self.tokens, self.decoder))
+        return RecordedBatch(
+            tokens,
+            decoder,
+            *(tuple(one[rows] for one in field) for field in (self.experts, self.kept, self.probability)),
+        )
+
     def load(self, layout: MoELayout) -> IntArray:
         """Dispatched tokens of each expert `[L, E]`, padding left out."""
         kept = [kept & self.mask(layer, layout) for layer, kept in enumerate(self.kept)]

@@ -2,13 +2,16 @@
 
     python -m benchmarks.make_switch --out outputs/switch-base-64 --experts 64 --blocks 4 --capacity 16
     python -m benchmarks.tiers --model outputs/switch-base-64 --predictor outputs/predictor
+    python -m benchmarks.tiers --model outputs/switch-base-64 --predictor outputs/predictor --ranks 2
 
 Weights are random, of switch-base's geometry, on disk, and read past the page cache. Which experts are needed is what
 the bundled model's routers did with real text. Arms take turns; each turn starts from an empty cache and its first
-batches are not counted. Prints tables and, as the last line, one JSON document with the figures of every arm.
+batches are not counted. On several ranks each has its share of the sequences, of the experts, and of the budget. Prints
+tables and, as the last line, one JSON document with the figures of every arm.
 """
 
 import json
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +21,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.distributed.run import main as torchrun
 
 from benchmarks.machine import ResidentPeak, ThrottledFiles, read_speed, touch
 from benchmarks.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
-from benchmarks.turns import Turn, show, summarise
+from benchmarks.turns import Turn, over_ranks, show, summarise
 from data.cli import from_command_line, user_errors
 from data.layout import MoELayout
 from data.switch import LoadedSwitch, load_dense, load_switch
@@ -29,7 +33,7 @@ from data.traffic import Traffic
 from data.weights import BUNDLED, ModelWeights
 from predictor.baselines import Ema
 from predictor.checkpoint import load_predictor
-from predictor.forecast import Forecaster
+from predictor.forecast import Forecaster, forecast_from_load
 from runtime.batch import ModelBatch, forward, needed_positions
 from runtime.cache import LOADERS, ExpertCache
 from runtime.cached import install
@@ -37,6 +41,7 @@ from runtime.disk import ExpertFiles
 from runtime.experts import SlotExperts
 from runtime.foresight import Forecast, Guarded
 from runtime.memory import PAGE
+from runtime.peers import Peers
 from runtime.policies import Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest, Policy
 from runtime.tally import Tally
 
@@ -47,9 +52,10 @@ class Bench:
     """The model, the recording, and what every turn shares."""
 
     def __init__(
-        self, model: str, batches: list[RecordedBatch], small: LoadedSwitch, predictor: Path | None, mode: Mode
-    ) -> None:
-        self.model, self.batches, self.mode, self.small = load_dense(model), batches, mode, small
+        self, model: str, batches: list[RecordedBatch], small: LoadedSwitch, predictor: Path | None, mode: Mode,
+        peers: Peers,
+    ) -> None:  # fmt: skip
+        self.model, self.batches, self.mode, self.peers = load_dense(model), batches, mode, peers
         self.files = ModelWeights(model).files
         touch(self.model.model)
         self.layout: MoELayout = self.model.layout
@@ -59,6 +65,8 @@ class Bench:
                 f"{model} has another number of layers or experts than the recording: {wanted}; see --help"
             )
         self.routers: list[RecordedRouter] = play_back(self.model.model, self.layout)
+        self.share = self.layout.num_experts // peers.world
+        self.own = np.arange(self.layout.num_experts) // self.share == peers.rank
         self.forecaster: Forecaster | None = None
         if predictor is not None:
             self.forecaster = load_predictor(predictor, small.layout, small.model.shared.weight.detach().float())
@@ -69,7 +77,8 @@ class Bench:
         """A fresh policy for an arm."""
         shape = (self.layout.num_layers, self.layout.num_experts)
         if arm == "oracle":
-            return Foreseen(np.stack([one for batch in self.batches for one in batch.passes(self.layout, self.mode)]))
+            passes = [one for batch in self.batches for one in batch.passes(self.layout, self.mode)]
+            return Foreseen(np.stack(passes) & self.own)
         if arm.startswith("ours"):
             return Guarded(Forecast(*shape), *shape, places)
         kinds = {"all_resident": LeastRecent, "lru": LeastRecent, "lfu": LeastFrequent, "last": LikeLast}
@@ -78,14 +87,14 @@ class Bench:
     def turn(self, arm: str, budget: float, warm: int, mbps: float | None = None) -> Turn:
         """Runs all batches through one arm."""
         files = ThrottledFiles(self.files, self.layout, torch.float32, mbps=mbps)
-        places = len(files) if arm == "all_resident" else int(budget * len(files))
+        places = int((1.0 if arm == "all_resident" else budget) * len(files) / self.peers.world)
         held = places * 2 * files.shape.room + LOADERS * files.reader_bytes + PAGE
         turn, policy = Turn(), self.policy(arm, places)
         with ResidentPeak() as peak, ExpertCache(files, policy, held) as cache, ThreadPoolExecutor(1) as aside:
-            layers = install(self.model.model, self.layout, cache)
+            layers = install(self.model.model, self.layout, cache, self.peers)
             if arm == "all_resident":
                 for layer in range(self.layout.num_layers):
-                    list(cache.use(layer, range(self.layout.num_experts)))
+                    list(cache.use(layer, np.flatnonzero(self.own).tolist()))
             before = Tally()
             ready = aside.submit(self._foresee, arm, cache, 0)
             for number, batch in enumerate(self.batches):
@@ -100,8 +109,9 @@ class Bench:
                 if number >= warm:
                     turn.seconds.append(time.perf_counter() - began)
                     turn.tokens.append(self.tokens(batch))
-            turn.tally = cache.tiers[0].tally.since(before)
-        turn.resident_peak, turn.falls = peak.grown, getattr(policy, "falls", 0)
+            turn.tally = over_ranks(cache.tiers[0].tally.since(before), self.peers)
+        turn.resident_peak = int(self.peers.gather(torch.tensor(peak.grown)).sum())
+        turn.falls = getattr(policy, "falls", 0)
         return turn
 
     def _foresee(self, arm: str, cache: ExpertCache, number: int) -> None:
@@ -110,8 +120,9 @@ class Bench:
         if forecaster is None or (arm == "ours_history" and number == 0):
             return
         began = time.perf_counter()
-        cache.expect(forecaster.forecast(self.batches[number].tokens, self.loads[: max(number - 1, 0)]))
+        forecast = forecaster.forecast(self.batches[number].tokens, self.loads[: max(number - 1, 0)])
         self.forecast_ms.append(1e3 * (time.perf_counter() - began))
+        cache.expect(forecast_from_load(forecast.load * self.own, made_at=number, source=forecast.source))
 
     def tokens(self, batch: RecordedBatch) -> int:
         """Real tokens that the model runs."""
@@ -119,7 +130,8 @@ class Bench:
 
     @torch.inference_mode()
     def run(self, batch: RecordedBatch, layers: list[SlotExperts] | None) -> None:
-        """One batch through the model, with the experts that are installed."""
+        """This rank's sequences of a batch through the model, with the experts that are installed."""
+        batch = batch.part(ModelBatch(batch.tokens).rows(self.peers.rank, self.peers.world))
         for layer, router in enumerate(self.routers):
             decoding = layer >= self.layout.num_encoder_layers
             router.batch, router.step = batch, 0 if decoding and self.mode == "generate" else None
@@ -166,6 +178,7 @@ def tiers(
     arms: tuple[str, ...] = ARMS,
     plain: bool = False,
     mbps: float | None = None,
+    ranks: int = 1,
 ) -> None:
     """Runs the benchmark.
 
@@ -183,28 +196,39 @@ def tiers(
         arms: Which arms.
         plain: Also the plain model with its own experts modules, all in memory.
         mbps: Slow reads down to so many MB/s; only to find where prefetch stops paying.
+        ranks: Processes over gloo, a device each.
     """
     if not 0 < budget <= 1 or warm >= per_phase * len(phases):
         raise ValueError(f"budget {budget} must lie above 0 and up to 1, warm {warm} below the number of batches")
+    if ranks < 1 or sequences < ranks or (plain and ranks > 1):
+        raise ValueError(f"ranks is {ranks}; expected 1 or more, not above sequences ({sequences}), and 1 with --plain")
+    if ranks > 1 and "RANK" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torchrun(["--standalone", "--nproc-per-node", str(ranks), "-m", "benchmarks.tiers", *sys.argv[1:]])
+        return
     torch.set_num_threads(1)
-    console, small = Console(width=None if sys.stdout.isatty() else 150), load_switch(BUNDLED)
-    traffic = Traffic(batches=40, smallest=sequences, largest=sequences, length=length)
-    bench = Bench(model, record(small, traffic, phases, per_phase), small, predictor, mode)
-    speed = read_speed(ExpertFiles(bench.files, bench.layout, torch.float32))
-    kept: dict[str, list[Turn]] = {arm: [] for arm in (["plain"] if plain else []) + list(arms)}
-    for number in track(range(turns), "turns", console=Console(stderr=True)):
-        for arm in np.roll(list(kept), -number):
-            kept[arm].append(bench.plain(model, warm) if arm == "plain" else bench.turn(arm, budget, warm, mbps))
+    small, traffic = load_switch(BUNDLED), Traffic(batches=40, smallest=sequences, largest=sequences, length=length)
+    with Peers() as peers:
+        bench = Bench(model, record(small, traffic, phases, per_phase), small, predictor, mode, peers)
+        kept: dict[str, list[Turn]] = {arm: [] for arm in (["plain"] if plain else []) + list(arms)}
+        speed = read_speed(ExpertFiles(bench.files, bench.layout, torch.float32))
+        for number in track(range(turns), "turns", console=Console(stderr=True, quiet=peers.rank > 0)):
+            for arm in np.roll(list(kept), -number):
+                kept[arm].append(bench.plain(model, warm) if arm == "plain" else bench.turn(arm, budget, warm, mbps))
+    if peers.rank > 0:
+        return
     results = {arm: summarise(done) for arm, done in kept.items()}
     needed = [one.sum() for batch in bench.batches[warm:] for one in batch.passes(bench.layout, mode)]
     setting = {
         "budget": budget, "sequences": sequences, "length": length, "mode": mode, "batches": len(bench.batches) - warm,
         "turns": turns, "expert_bytes": 2 * 4 * bench.layout.d_model * bench.layout.d_ff, "mbps_limit": mbps,
-        "needed_per_pass": float(np.mean(needed)),
+        "ranks": ranks, "needed_per_pass": float(np.mean(needed)),
         "forecast_ms": float(np.median(bench.forecast_ms)) if bench.forecast_ms else None, **speed,
     }  # fmt: skip
-    title = f"{mode}, {sequences} x {length} tokens, budget {budget:.0%}, disk {speed['read_mbps']:.0f} MB/s"
-    show(results, title + (f" held to {mbps:.0f}" if mbps else ""), console)
+    held = f" held to {mbps:.0f}" if mbps else ""
+    title = f"{mode}, {sequences} x {length} tokens, budget {budget:.0%}, disk {speed['read_mbps']:.0f} MB/s{held}"
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    show(results, title if ranks == 1 else f"{title}, {ranks} ranks", console)
     console.print(setting)
     print(json.dumps({**results, "setting": setting}))
 

@@ -1,12 +1,14 @@
 """What the arms of `benchmarks.tiers` did, turn by turn: summed up and shown."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from runtime.peers import Peers
 from runtime.tally import Tally
 
 
@@ -17,9 +19,8 @@ class Turn:
     Attributes:
         seconds: Of each batch.
         tokens: Of each batch, decoder included.
-        tally: Counters at the end less those at the end of the warm-up.
-        loads: Experts read.
-        resident_peak: Most bytes the process grew by over what it held without any expert.
+        tally: Counters at the end less those at the end of the warm-up; over ranks their sum, and the mean of times.
+        resident_peak: Most bytes the processes grew by over what they held without any expert.
         falls: Times the policy gave way to least-recently-used.
     """
 
@@ -28,6 +29,14 @@ class Turn:
     tally: Tally = field(default_factory=Tally)
     resident_peak: int = 0
     falls: int = 0
+
+
+def over_ranks(tally: Tally, peers: Peers) -> Tally:
+    """Counters of all ranks together; milliseconds are a rank's on average."""
+    row = {name: float(value) for name, value in asdict(tally).items()}
+    total = peers.gather(torch.tensor(list(row.values()), dtype=torch.float64)).sum(0).tolist()
+    sums: dict[str, Any] = dict(zip(row, total, strict=True))
+    return Tally(**{name: value / peers.world if name.endswith("_ms") else int(value) for name, value in sums.items()})
 
 
 def summarise(turns: list[Turn]) -> dict[str, Any]:

@@ -137,12 +137,13 @@ class CacheTransfer:
         return 0
 
 
-def install(model: Any, layout: MoELayout, cache: ExpertCache) -> list[SlotExperts]:
-    """Puts slots over a cache in the place of each experts module of a model, for one process; layers in order."""
-    home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), 1, 0)
+def install(model: Any, layout: MoELayout, cache: ExpertCache, peers: Peers | None = None) -> list[SlotExperts]:
+    """Puts slots over this rank's cache in place of a model's experts modules, all experts at home; layers in order."""
+    peers = Peers() if peers is None else peers
+    home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), peers.world, 0)
     activation, layers = ACT2FN[model.config.dense_act_fn], []
     for layer, name in enumerate(layout.module_names):
-        slots = CachedSlots(cache, home, layer, 0, activation, model.shared.weight)
-        layers.append(SlotExperts(slots, home.phy2log[layer], Peers(), 1))
+        slots = CachedSlots(cache, home, layer, peers.rank, activation, model.shared.weight)
+        layers.append(SlotExperts(slots, home.phy2log[layer], peers, peers.world))
         model.set_submodule(f"{name}.experts", layers[-1])
     return layers
