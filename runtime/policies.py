@@ -125,16 +125,16 @@ class Expecting:
 
     def due(self) -> FloatArray:
         """See `Policy`: each layer's distance, and a pass more for each one that does without the expert."""
-        distance_L, now_L = self.schedule.ahead()
+        distance_L, now_L, period_L = self.schedule.ahead()
         upcoming_LE, usual_LE = self.upcoming(), np.clip(self.usual_LE, 0.01, 1.0)
         first_LE = np.where(now_L[:, None], self.current(), upcoming_LE)
         second_LE = np.where(now_L[:, None], upcoming_LE, usual_LE)
         passes_LE = (1 - first_LE) * (1 + (1 - second_LE) / usual_LE)
-        return np.asarray(distance_L[:, None] + self.schedule.length * passes_LE)
+        return np.asarray(distance_L[:, None] + period_L[:, None] * passes_LE)
 
     def wishes(self) -> list[Key]:
         """See `Policy`: by layer, and in each the likeliest first."""
-        distance_L, now_L = self.schedule.ahead()
+        distance_L, now_L, _ = self.schedule.ahead()
         first_LE = np.where(now_L[:, None], self.current(), self.upcoming())
         layers, experts = np.nonzero(first_LE >= LIKELY)
         order = np.lexsort((-first_LE[layers, experts], distance_L[layers]))
@@ -227,11 +227,11 @@ class Foreseen(Expecting):
 
     def due(self) -> FloatArray:
         """See `Policy`: exactly."""
-        distance_L, now_L = self.schedule.ahead()
+        distance_L, now_L, _ = self.schedule.ahead()
         number = min(max(self.schedule.number, 0), len(self.truth))
-        start_LE = np.where(now_L[:, None], number, number + 1)
         next_LE = np.where(now_L[:, None], self._next_NLE[number], self._next_NLE[number + 1])
-        return np.asarray(distance_L[:, None] + self.schedule.length * (next_LE - start_LE))
+        later_LE = now_L.sum() + 1 + np.arange(len(now_L))[:, None] + self.schedule.length * (next_LE - number - 1)
+        return np.asarray(np.where(next_LE == number, distance_L[:, None], later_LE))
 
     def wishes(self) -> list[Key]:
         """See `Policy`: all that is ever needed, in order."""

@@ -10,7 +10,9 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 FAR = 16
-"""Passes until a layer that is in no pass of the current kind is taken to run again."""
+"""Passes until a layer runs that is in no pass of the current kind, as long as it ran but once."""
+NEWS = 0.3
+"""Weight of a layer's last interval between two runs in the mean of them."""
 
 
 class Schedule:
@@ -25,6 +27,9 @@ class Schedule:
         self._pass: list[int] = []
         self._known: dict[int, list[int]] = {}
         self._expected = list(range(num_layers))
+        self._clock = 0
+        self._ran: FloatArray = np.full(num_layers, -np.inf)
+        self._interval: FloatArray = np.full(num_layers, np.nan)
 
     def begin(self) -> None:
         """A batch begins: the next layer to run is the first of all."""
@@ -35,6 +40,11 @@ class Schedule:
         if self.number < 0 or (self._pass and layer <= self._pass[-1]):
             self._start(layer)
         self._pass.append(layer)
+        self._clock += 1
+        if np.isfinite(passed := self._clock - self._ran[layer]):
+            before = self._interval[layer]
+            self._interval[layer] = passed if np.isnan(before) else before + NEWS * (passed - before)
+        self._ran[layer] = self._clock
 
     def _start(self, first: int) -> None:
         if self._pass:
@@ -52,17 +62,23 @@ class Schedule:
         """Layer the pass began with; None as long as none ran."""
         return self._pass[0] if self._pass else None
 
-    def ahead(self) -> tuple[FloatArray, BoolArray]:
-        """How far off each layer's next run is, and whether it is in the pass under way.
+    def ahead(self) -> tuple[FloatArray, BoolArray, FloatArray]:
+        """How far off each layer's next run is, whether it is in the pass under way, and how often it runs.
 
         Returns:
-            Layers run until then, at least 1, `[L]`; and bool `[L]`.
+            Layers run until then, at least 1, `[L]`; bool `[L]`; layers run from then until its run after that, `[L]`.
         """
-        distance: FloatArray = np.arange(self.num_layers) + np.float64(FAR * self.length)
-        now: BoolArray = np.zeros(self.num_layers, dtype=np.bool_)
         last = self._pass[-1] if self._pass else -1
         rest = [layer for layer in self._expected if layer > last]
+        far = FAR * self.length + np.arange(self.num_layers)
+        known = ~np.isnan(self._interval)
+        period: FloatArray = np.where(known, self._interval, far)
+        # layers of another kind of pass, the encoder's while the decoder writes, come after the next one, or later
+        distance: FloatArray = np.where(known, self._ran + self._interval - self._clock, far)
+        distance = np.maximum(distance, len(rest) + self.length + 1)
         distance[self._expected] = len(rest) + 1 + np.arange(self.length)
         distance[rest] = 1 + np.arange(len(rest))
+        period[self._expected] = self.length
+        now: BoolArray = np.zeros(self.num_layers, dtype=np.bool_)
         now[rest] = True
-        return distance, now
+        return distance, now, period

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
 from data.layout import MoELayout
+from runtime.choices import choices
 from runtime.experts import SlotExperts
 from runtime.homes import contiguous_homes
 from runtime.peers import Peers
@@ -142,7 +143,12 @@ def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
         slots = SlotExperts(weights, home.phy2log[0], Peers(), DEVICES)
         hidden, weight = like.new_empty((60, WIDTH)), like.new_empty((60, 1))
         counts = np.array([20, 5, 0, 3, 1, 1, 0, 0])
-        token = torch.empty(60, dtype=torch.int64, device="cuda")
+        one_hot, needed = (
+            torch.zeros(60, EXPERTS, dtype=torch.int64, device="cuda"),
+            torch.ones(60, device="cuda").bool(),
+        )
+        token, chosen = choices(one_hot, needed)
         output = slots.spread(hidden, token, weight, slots.split(counts[None]), counts[home.phy2log[0]])
     assert output.shape == hidden.shape
-    assert output.device.type == "cuda"
+    assert {tensor.device.type for tensor in (output, token, chosen)} == {"cuda"}
+    assert (token.shape, chosen.shape) == ((60,), (2, EXPERTS))

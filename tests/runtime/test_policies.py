@@ -35,9 +35,10 @@ def test_distances_in_a_batch_and_across_its_end():
     assert schedule.ahead()[0].tolist() == [1, 2, 3, 4]
     schedule.observe(0)
     schedule.observe(1)
-    distance, now = schedule.ahead()
+    distance, now, period = schedule.ahead()
     assert distance.tolist() == [3, 4, 1, 2]
     assert now.tolist() == [False, False, True, True]
+    assert period.tolist() == [4] * 4
     assert (schedule.number, schedule.started) == (0, 0)
 
 
@@ -56,7 +57,7 @@ def test_decoder_steps_are_passes_of_their_own():
     schedule.begin()
     for layer in (0, 1, 2, 3, 2):
         schedule.observe(layer)
-    distance, now = schedule.ahead()
+    distance, now, _ = schedule.ahead()
     assert (schedule.number, schedule.started, schedule.length) == (1, 2, 2)
     assert distance[2:].tolist() == [2, 1]
     assert now.tolist() == [False, False, False, True]
@@ -65,6 +66,24 @@ def test_decoder_steps_are_passes_of_their_own():
         schedule.observe(layer)
     schedule.begin()
     assert schedule.ahead()[0].tolist() == [1, 2, 3, 4]
+
+
+def test_while_the_decoder_writes_the_encoder_is_as_far_off_as_it_usually_is():
+    schedule = Schedule(4)
+    for _ in range(3):  # batches of an encoder pass and ten decoder steps
+        schedule.begin()
+        for layer in [0, 1] + [2, 3] * 10:
+            schedule.observe(layer)
+    schedule.begin()
+    for layer in (0, 1, 2, 3, 2, 3, 2):
+        schedule.observe(layer)
+    distance, _, period = schedule.ahead()
+    assert distance.tolist() == [22 - 6, 22 - 5, 2, 1]  # 22 layers a batch
+    assert period.tolist() == [22, 22, 2, 2]
+    for _ in range(20):  # more steps than usual: not before the next step is over
+        schedule.observe(3)
+        schedule.observe(2)
+    assert schedule.ahead()[0].tolist() == [4, 4, 2, 1]
 
 
 def test_least_recent_and_least_frequent():
