@@ -24,7 +24,7 @@ def choices(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor
 
 def _on_device(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
     """Nothing here waits for the device."""
-    needed_TE = one_hot_TE if needed_T is None else one_hot_TE * needed_T[:, None]
+    needed_TE = one_hot_TE if needed_T is None else one_hot_TE * needed_T.unsqueeze(1)
     expert_T = torch.where(needed_TE.any(-1), needed_TE.argmax(-1), one_hot_TE.shape[-1])
     return expert_T.argsort(stable=True), torch.stack([needed_TE.sum(0), one_hot_TE.sum(0)])
 

@@ -143,10 +143,7 @@ def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
         slots = SlotExperts(weights, home.phy2log[0], Peers(), DEVICES)
         hidden, weight = like.new_empty((60, WIDTH)), like.new_empty((60, 1))
         counts = np.array([20, 5, 0, 3, 1, 1, 0, 0])
-        one_hot, needed = (
-            torch.zeros(60, EXPERTS, dtype=torch.int64, device="cuda"),
-            torch.ones(60, device="cuda").bool(),
-        )
+        one_hot, needed = like.new_empty((60, EXPERTS)).long(), like.new_empty(60).bool()
         token, chosen = choices(one_hot, needed)
         output = slots.spread(hidden, token, weight, slots.split(counts[None]), counts[home.phy2log[0]])
     assert output.shape == hidden.shape
