@@ -121,13 +121,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for kind in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # nothing of W&B's outside outputs/
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path("outputs/wandb").absolute()))
+    about = (__doc__ or "").splitlines()[0]
     with user_errors():
+        cli = TrainCLI(  # --help goes to stdout
+            LoadForecaster, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
+            auto_configure_optimizers=False, parser_class=OneLineParser,
+            parser_kwargs={"default_config_files": [str(DEFAULTS)], "description": about},
+        )  # fmt: skip
         with redirect_stdout(sys.stderr):
-            cli = TrainCLI(
-                LoadForecaster, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
-                auto_configure_optimizers=False, parser_class=OneLineParser,
-                parser_kwargs={"default_config_files": [str(DEFAULTS)]},
-            )  # fmt: skip
             line = train(cli)
         if line is not None:
             print(json.dumps(line))

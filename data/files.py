@@ -25,6 +25,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def check_folder(path: Path) -> None:
+    """Refuses a folder that nothing can be written to, before there is anything to write; makes nothing.
+
+    Raises:
+        ValueError: If it is a file, or may not be made or written to.
+    """
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, expected a folder for what is found; name another")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} may not be written to; name another folder")
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON document whole."""
     with whole_file(path) as aside:

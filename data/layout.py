@@ -80,6 +80,8 @@ class MoELayout:
         Raises:
             ValueError: If a field is missing or the fingerprint does not belong to the fields.
         """
+        if not isinstance(document, dict):
+            raise ValueError(f"not a model layout but a {type(document).__name__}")
         fields = {key: value for key, value in document.items() if key != "fingerprint"}
         try:
             layout = cls(**fields)

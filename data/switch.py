@@ -1,19 +1,20 @@
 """Where a Switch Transformer comes from: the bundled small one, a local folder, or the Hugging Face hub."""
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from packaging.version import Version
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from data.files import read_json
 from data.layout import MoELayout
 from data.weights import ModelWeights, locate, model_file
 
 OLDEST_TRANSFORMERS = "5.18"
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -45,12 +46,22 @@ def check_is_switch(model: str, revision: str = "") -> None:
             f"transformers {transformers.__version__} records wrong router logits for Switch models; "
             f"install transformers>={OLDEST_TRANSFORMERS}"
         )
-    try:
-        kind = json.loads(model_file(model, revision, "config.json").read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config.json of {model} is not JSON ({error})") from None
+    kind = read_json(model_file(model, revision, "config.json")).get("model_type")
     if kind != "switch_transformers":
         raise ValueError(f"{model} is a {kind} model; expected switch_transformers (such as google/switch-base-8)")
+
+
+def load_tokenizer(place: str, revision: str) -> Any:
+    """A model's tokenizer.
+
+    Raises:
+        ValueError: If a local folder has none: transformers would make one up that knows no words.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(place).is_dir() and not any((Path(place) / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(f"the folder has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's into it")
+    return AutoTokenizer.from_pretrained(place, revision=revision or "main")
 
 
 def load_switch(model: str, revision: str = "", dtype: Dtype = "float32") -> LoadedSwitch:
@@ -64,7 +75,7 @@ def load_switch(model: str, revision: str = "", dtype: Dtype = "float32") -> Loa
     Raises:
         ValueError: If it is not a Switch model, or files are missing, damaged or incomplete.
     """
-    from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
+    from transformers import SwitchTransformersForConditionalGeneration
     from transformers.utils import logging
 
     check_is_switch(model, revision)
@@ -80,8 +91,8 @@ def load_switch(model: str, revision: str = "", dtype: Dtype = "float32") -> Loa
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        tokenizer: Any = load_tokenizer(place, revision)
+    except Exception as error:  # whatever transformers raises on a damaged folder
         raise ValueError(f"{model} could not be loaded: {error}") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -96,16 +107,16 @@ def load_dense(model: str, revision: str = "", dtype: Dtype = "float32") -> Load
 
     Args and errors are those of `load_switch`.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, SwitchTransformersForConditionalGeneration
+    from transformers import AutoConfig, GenerationConfig, SwitchTransformersForConditionalGeneration
 
     check_is_switch(model, revision)
     weights, place = ModelWeights(model, revision), locate(model)
     try:
         config: Any = AutoConfig.from_pretrained(place, revision=revision or "main")
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        tokenizer: Any = load_tokenizer(place, revision)
         with torch.device("meta"):
             switch: Any = SwitchTransformersForConditionalGeneration(config)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever transformers raises on a damaged folder
         raise ValueError(f"{model} could not be loaded: {error}") from None
     for name in [name for name, _ in switch.named_modules() if name.endswith(".mlp.experts")]:
         switch.set_submodule(name, nn.Module())

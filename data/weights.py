@@ -1,11 +1,12 @@
 """ModelWeights: the tensors of a model's safetensors files, read one at a time; where those files come from."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from data.files import read_json
 
 BUNDLED = "switch-mini-64"
 """Name of the model that comes with this package; see data/bundled/switch-mini-64/README.md."""
@@ -19,7 +20,7 @@ def locate(model: str) -> str:
     """
     if model == BUNDLED:
         return str(Path(__file__).parent / "bundled" / BUNDLED)
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return model
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ValueError(
@@ -47,6 +48,14 @@ def model_file(model: str, revision: str, name: str) -> Path:
     return path
 
 
+def _shards(index: Path) -> dict[str, str]:
+    """The file that holds each tensor."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files; it was edited or damaged")
+    return shards
+
+
 class ModelWeights:
     """Tensors by name; of each file only what is asked for is read.
 
@@ -65,8 +74,7 @@ class ModelWeights:
         self.model = model
         try:
             try:
-                index = model_file(model, revision, "model.safetensors.index.json")
-                shards = json.loads(index.read_text())["weight_map"]
+                shards = _shards(model_file(model, revision, "model.safetensors.index.json"))
             except (FileNotFoundError, ValueError):
                 whole = model_file(model, revision, "model.safetensors")
                 with safe_open(whole, framework="pt") as weights:

@@ -22,10 +22,22 @@ class ModelBatch:
     Attributes:
         tokens: Encoder tokens `[B, T]`.
         decoder: Decoder input tokens `[B, U]`; None runs the encoder alone.
+
+    Raises:
+        TypeError: If these are no token batches.
+        ValueError: If they differ in the number of sequences.
     """
 
     tokens: TokenBatch
     decoder: TokenBatch | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("tokens", self.tokens), ("decoder", self.decoder)):
+            if not isinstance(value, TokenBatch) and not (name == "decoder" and value is None):
+                kind = type(value).__name__
+                raise TypeError(f"{name} is a {kind}, expected data.trace.TokenBatch(input_ids [B, T], mask [B, T])")
+        if self.decoder is not None and len(self.decoder.mask) != len(self.tokens.mask):
+            raise ValueError(f"{len(self.tokens.mask)} sequences, but decoder tokens of {len(self.decoder.mask)}")
 
     def rows(self, rank: int, world: int) -> slice:
         """The sequences that one of several ranks runs: as many as the others', or one less."""

@@ -73,6 +73,8 @@ class Checker:
             found[0] = (ours - theirs).abs().max()
             found[1], found[2] = (ours.argmax(-1) == theirs.argmax(-1)).sum(), len(ours)
         everyone = self.engine.peers.gather(found)
+        if not everyone.isfinite().all():
+            raise ValueError(f"logits of {self.engine.switch.layout.model_id} are not finite; its weights are damaged")
         return float(everyone[:, 0].max()), float(everyone[:, 1].sum() / everyone[:, 2].sum())
 
 

@@ -27,6 +27,8 @@ from runtime.worker import Worker
 HISTORY = 64  # batches
 PATIENCE_S = 30.0
 """Seconds that a first batch, which nothing runs beside, waits for its forecast."""
+MOST_TOKENS = 1e12
+"""A forecast of more tokens for an expert is taken for a broken one."""
 log = logging.getLogger(__name__)
 
 
@@ -107,11 +109,14 @@ class Controller:
         self.late = 0
         self._worker: Worker[Preparation] = Worker("switchcast-controller")
         self._future: Future[Preparation] | None = None
+        self._awaited = False
 
     def prepare(self, upcoming: TokenBatch | None) -> None:
         """Starts preparing for a batch, unless an earlier preparation is still under way."""
         if self.forecaster is not None and self._future is None:
-            self._future = self._worker.submit(self._prepare, upcoming, self.history)
+            if upcoming is not None:  # the model runs these tokens: a forecaster gets copies, whatever it does to them
+                upcoming = TokenBatch(upcoming.input_ids.clone(), upcoming.mask.clone())
+            self._future, self._awaited = self._worker.submit(self._prepare, upcoming, self.history.copy()), False
 
     def commit(self, wait: bool = False) -> Preparation | None:
         """Between batches: puts what was prepared in force if all ranks have it, else leaves it for the next boundary.
@@ -121,8 +126,9 @@ class Controller:
         """
         if self._future is None:
             return None
-        if wait:
+        if wait and not self._awaited:  # once: what is late by then may never come
             wait_for([self._future], PATIENCE_S)
+            self._awaited = True
         if not self.peers.agree(self._future.done() and (wait or self.transfer.arrived)):
             self.late += 1
             return None
@@ -161,6 +167,8 @@ class Controller:
             forecast = self.forecaster.forecast(upcoming, history)
             if forecast.share.shape != history.shape[1:]:
                 raise ValueError(f"its forecast is {forecast.share.shape}, the model has {history.shape[1:]}")
+            if not (forecast.load <= MOST_TOKENS).all():
+                raise ValueError(f"its forecast is of {forecast.load.max()} tokens for one expert")
             return forecast
         except Exception as error:  # whatever a forecaster does, the batch must run
             self._fall_back(f"forecaster '{self.forecaster.name}'", error, "past loads take its place")

@@ -9,7 +9,7 @@ experts. Alone, a process emulates the devices.
 """
 
 import hashlib
-import resource
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,9 +35,7 @@ from runtime.plan import IntArray, ReplicationPlan
 from runtime.planner import HomePlanner
 from runtime.slotted import SlottedModel
 from runtime.source import ExpertSource, LiveExperts, StoredExperts
-from runtime.steps import DecoderSteps, ended
-
-EMULATED = 8
+from runtime.steps import DecoderSteps, ended, sequences_each
 
 
 class Engine:
@@ -54,8 +52,11 @@ class Engine:
         experts: Where expert weights come from, all of them or within a budget; by default the model's own modules.
         timeout_s: Seconds after which another rank that does not answer counts as lost.
 
+    Attributes:
+        facts: What all ranks must have alike when they start, by name.
+
     Raises:
-        ValueError: If experts or redundant experts do not divide over the devices.
+        ValueError: If experts or redundant experts do not divide over the devices, or another engine runs the model.
     """
 
     def __init__(
@@ -71,16 +72,19 @@ class Engine:
         layout = switch.layout
         self.switch, self.forecaster, self.peers = switch, forecaster, Peers(timeout_s)
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
-        devices = devices_of(self.peers, devices)
+        devices = self.peers.devices(devices)
         self.home = ReplicationPlan.at_home(order, devices, redundant)
         self.planner = HomePlanner(devices, redundant)
         self._experts = LiveExperts(switch.model, layout) if experts is None else experts
-        self._facts = {
+        self._open, self._running = False, threading.Lock()
+        self.facts = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "model": layout.fingerprint(),
             "dtype": str(switch.model.dtype),
             "forecaster": "none" if forecaster is None else forecaster.name,
+            "predictor": "none",
+            "experts": type(self._experts).__name__,
             "homes and redundant experts": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
         }
 
@@ -116,7 +120,11 @@ class Engine:
         Raises:
             ValueError: If something cannot be loaded, does not belong together, or a budget is too small.
         """
-        peers = Peers()
+        peers = Peers(timeout_s)
+        if host_memory is not None and device_memory is None:
+            raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
+        if device_memory is not None and peers.world == 1 and devices not in (None, 1):
+            raise ValueError(f"devices is {devices}; within a budget a process is one device: use torchrun for more")
         whole = peers.world == 1 and device_memory is None
         switch = (load_switch if whole else load_dense)(model, revision, dtype)
         switch.model.to(peers.device)
@@ -130,23 +138,29 @@ class Engine:
         if predictor is not None:
             table = switch.model.shared.weight.detach()
             engine.forecaster = load_predictor(Path(predictor), switch.layout, table)
-            engine._facts["predictor"] = sha256(Path(predictor) / "model.safetensors")
+            engine.facts["predictor"] = sha256(Path(predictor) / "model.safetensors")
         return engine
 
     def __enter__(self) -> "Engine":
+        if self._open:
+            raise RuntimeError("the engine is open already")
         self.peers.__enter__()
         try:
-            self.peers.check_alike(self._facts)
+            self.peers.check_alike(self.facts)
             self.slotted = SlottedModel(self.switch, self.home, self.peers, self._experts)
         except BaseException:
+            if not isinstance(self._experts, Budget):
+                self._experts.release()
             self.peers.__exit__(None, None, None)
             raise
+        self._open = True
         self.controller = Controller(self.forecaster, self.planner, self.slotted.transfer, self.peers)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open = False
         self.controller.close()
         self.slotted.close()
         self.peers.__exit__(kind, error, trace)
@@ -159,14 +173,16 @@ class Engine:
 
         Raises:
             PeerLostError: If another rank is gone.
+            RuntimeError: If the engine is not open.
         """
+        self._check_open()
         queue = iter(batches)
         current = next(queue, None)
         if current is not None:
             self.controller.prepare(current.tokens)
         first = True
         while current is not None:
-            with self.peers.watched():
+            with self._running, self.peers.watched():
                 began = time.perf_counter()
                 preparation = self.controller.commit(wait=first)
                 held_up_ms = 1e3 * (time.perf_counter() - began)
@@ -178,11 +194,16 @@ class Engine:
             yield output
             current = upcoming
 
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RuntimeError("the engine is not open; use it inside `with engine:`")
+
     @torch.inference_mode()
     def _forward(self, batch: ModelBatch, preparation: Preparation | None, held_up_ms: float) -> BatchOutput:
         rows = batch.rows(self.peers.rank, self.peers.world)
         own = batch.part(rows)
-        self.slotted.begin(own.tokens, own.decoder, preparation is not None)
+        read = torch.zeros(len(own.tokens.mask)).bool() if own.decoder is None else own.decoder.mask.any(1)
+        self.slotted.begin(own.tokens, own.decoder, read, preparation is not None)
         start = time.perf_counter()
         logits = forward(self.switch.model, own)
         if logits.is_cuda:
@@ -204,40 +225,25 @@ class Engine:
 
         Raises:
             PeerLostError: If another rank is gone.
+            RuntimeError: If the engine is not open.
+            ValueError: If `settings` ask for something else than token ids.
         """
+        self._check_open()
         batch = ModelBatch(tokens)
         rows = batch.rows(self.peers.rank, self.peers.world)
         own, idle = batch.part(rows).tokens, rows.start == rows.stop
         model, device = self.switch.model, self.switch.model.device
+        each = sequences_each(settings, model.generation_config)
         if idle:
             settings["stopping_criteria"] = [ended]
-        with self.peers.watched():
+        with self._running, self.peers.watched():
             self.controller.prepare(tokens)
             preparation = self.controller.commit(wait=True)
-            self.slotted.begin(own, None, preparation is not None)
+            self.slotted.begin(own, None, torch.full((len(own.mask),), not idle), preparation is not None)
             encoder = self.switch.layout.num_encoder_layers
             with DecoderSteps(model, self.slotted.layers, encoder, self.controller, replan_every, idle, settings):
                 ids: Tensor = model.generate(
                     input_ids=own.input_ids.to(device), attention_mask=own.mask.long().to(device),
                     synced_gpus=self.peers.world > 1, **settings,
                 )  # fmt: skip
-        return ids[: rows.stop - rows.start]
-
-    def peak_gib(self) -> list[float]:
-        """Most memory each rank has held so far, in GiB."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # Linux counts in KiB
-        rows: list[list[float]] = self.peers.gather(torch.tensor([peak])).tolist()
-        return [row[0] for row in rows]
-
-
-def devices_of(peers: Peers, devices: int | None) -> int:
-    """The number of devices that was asked for, or that there are.
-
-    Raises:
-        ValueError: If there are several processes, but not one for each device.
-    """
-    if peers.world > 1 and devices not in (None, peers.world):
-        raise ValueError(f"devices is {devices}, but {peers.world} processes run; leave it out, or start as many")
-    if devices is None:
-        return peers.world if peers.world > 1 else EMULATED
-    return devices
+        return ids[: each * (rows.stop - rows.start)]

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data.cli import from_command_line, user_errors
-from data.files import write_json
+from data.files import check_folder, write_json
 from data.phases import corpus_splits, open_traffic
 from data.switch import load_switch
 from data.tracer import model_inputs
@@ -84,7 +84,8 @@ def infer(
     if batches < 1:
         raise ValueError(f"batches is {batches}; at least 1 is needed")
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
-    first = Peers().rank == 0  # it alone serves and writes
+    first = Peers(timeout).rank == 0  # it alone serves and writes
+    check_folder(out)
     sinks = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*sinks, out, settings) as telemetry:
         engine = Engine.from_pretrained(
@@ -96,6 +97,7 @@ def infer(
             host_memory=host_memory,
             timeout_s=timeout,
         )
+        engine.facts |= {"text": str(text), "batches": str(batches), "traffic": str(traffic), "check": str(check)}
         plain = load_switch(model).model.to(engine.peers.device) if check else None
         with engine:
             checks, costs = run(engine, plain, text_batches(engine, text, traffic, batches), batches, telemetry)
@@ -103,7 +105,7 @@ def infer(
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
         plot(checks, out / "balancedness.png")
-    return report
+    return report | {"out": str(out)}
 
 
 def run(
@@ -152,6 +154,7 @@ def main() -> None:
         raise
     if Peers().rank == 0:
         show(report, Console())
+        print(f"More: report.json and balancedness.png in {report['out']}")
         print(json.dumps(report))
 
 

@@ -5,6 +5,7 @@ Shape suffixes: F inner width, D model width.
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 Key = tuple[int, int]
 """MoE layer and logical expert."""
 PAGE = 4096  # bytes that direct reads are aligned to
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+UNITS = {"": 1, "B": 1} | {f"{name}B": 1000**power for power, name in enumerate("KMGT", 1)}
+UNITS |= {f"{name}iB": 1024**power for power, name in enumerate("KMGT", 1)}
 
 
 def parse_bytes(text: str | int) -> int:
@@ -106,12 +108,21 @@ class Pool:
         places: How many.
         device: Where they lie.
         pinned: Page-lock them, so that copies to an accelerator need not wait for the host.
+
+    Raises:
+        ValueError: If there is not that much memory.
     """
 
     def __init__(self, shape: ExpertShape, places: int, device: torch.device, pinned: bool = False) -> None:
         self.shape, self._pinned = shape, pinned
-        self._raw = torch.empty(places * 2 * shape.room + PAGE, dtype=torch.uint8, device=device)
-        self._raw.zero_()  # now, not under the first reads: a budget that does not fit fails here
+        size = places * 2 * shape.room + PAGE
+        if device.type == "cpu" and size > (free := free_bytes()):  # the system promises more than it has
+            raise ValueError(f"{show_bytes(size)} for experts, but {show_bytes(free)} are free; lower the budget")
+        try:
+            self._raw = torch.empty(size, dtype=torch.uint8, device=device)
+        except RuntimeError:
+            raise ValueError(f"{show_bytes(size)} for experts cannot be had on {device}; lower the budget") from None
+        self._raw.zero_()  # now, not under the first reads
         if pinned:  # torch's own pinned allocations are rounded up to a power of two, which no budget would survive
             _check(torch.cuda.cudart().cudaHostRegister(self._raw.data_ptr(), self._raw.nbytes, 0))  # type: ignore[no-untyped-call]
         first = -self._raw.data_ptr() % PAGE
@@ -143,6 +154,15 @@ def places_within(budget: int, shape: ExpertShape, reserve: int, name: str) -> i
             f"and {show_bytes(reserve)} of buffers; give at least {least} bytes ({show_bytes(least)})"
         )
     return places
+
+
+def free_bytes() -> float:
+    """Bytes of memory that processes can still have; without end where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
 def _check(status: object) -> None:

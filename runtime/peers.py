@@ -6,6 +6,7 @@ NCCL carries what lies on CUDA devices, gloo the rest. Start them with torchrun;
 import atexit
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+EMULATED = 8
+"""Devices of one process by itself."""
 BEAT_S = 0.2
 """Seconds between two signs of life."""
 _opened = 0
@@ -44,6 +47,9 @@ class Peers:
     Args:
         timeout_s: Seconds after which a rank that does not answer counts as lost.
 
+    Raises:
+        ValueError: If that is no time at all.
+
     Attributes:
         rank: 0..world - 1.
         world: Number of ranks.
@@ -52,6 +58,8 @@ class Peers:
 
     def __init__(self, timeout_s: float = 60.0) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if timeout_s <= 0:
+            raise ValueError(f"the timeout is {timeout_s} seconds, expected more than 0")
         self.timeout_s = timeout_s
         self.moves: Any = None
         self._stop = threading.Event()
@@ -64,20 +72,33 @@ class Peers:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cpu")
 
+    def devices(self, asked: int | None) -> int:
+        """How many devices experts are spread over: as many as asked for, else one a process; emulated if alone.
+
+        Raises:
+            ValueError: If there are several processes, but not one for each device asked for.
+        """
+        if self.world > 1 and asked not in (None, self.world):
+            raise ValueError(f"devices is {asked}, but {self.world} processes run; leave it out, or start as many")
+        if asked is None:
+            return self.world if self.world > 1 else EMULATED
+        return asked
+
+    def peak_gib(self) -> list[float]:
+        """Most memory each rank has held so far, in GiB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # Linux counts in KiB
+        rows: list[list[float]] = self.gather(torch.tensor([peak])).tolist()
+        return [row[0] for row in rows]
+
     def __enter__(self) -> "Peers":
         if self.world > 1:
             global _opened
             _opened += 1  # every rank counts alike; names of an earlier group must not come back
-            store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=timedelta(seconds=self.timeout_s)))
-            self._store: Any = dist.PrefixStore(f"switchcast/{_opened}", store)  # type: ignore[attr-defined]
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            dist.init_process_group(
-                backend, store=self._store, rank=self.rank, world_size=self.world,
-                timeout=timedelta(seconds=self.timeout_s),
-            )  # fmt: skip
-            self.moves = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
+            try:
+                self._meet()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise PeerLostError(f"{self.world} processes did not meet in {self.timeout_s} s ({reason})") from None
             self._told = ""
             self._watches = self._clones(2)
             self._stop.clear()
@@ -99,6 +120,17 @@ class Peers:
             else:  # closing a group waits for what is under way in it, which now may never end
                 atexit.register(leave, 1)
 
+    def _meet(self) -> None:
+        """Opens the store and the groups, once all ranks are there."""
+        patience = timedelta(seconds=self.timeout_s)
+        store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=patience))
+        self._store: Any = dist.PrefixStore(f"switchcast/{_opened}", store)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world, timeout=patience)
+        self.moves = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
+
     def check_alike(self, facts: dict[str, str]) -> None:
         """Refuses ranks that differ in what they run.
 
@@ -111,9 +143,9 @@ class Peers:
         first = json.loads(self._store.get("facts/0"))
         for rank in range(1, self.world):
             theirs = json.loads(self._store.get(f"facts/{rank}"))
-            for name in first:
-                if theirs.get(name) != first[name]:
-                    raise ValueError(f"{name} is {first[name]} on rank 0 and {theirs.get(name)} on rank {rank}")
+            for name in first | theirs:
+                if theirs.get(name) != first.get(name):
+                    raise ValueError(f"{name} is {first.get(name)} on rank 0 and {theirs.get(name)} on rank {rank}")
 
     def gather(self, row: Tensor) -> Tensor:
         """Every rank's row `[...]`, which must be of the same shape: `[world, ...]`."""

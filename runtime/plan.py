@@ -84,6 +84,11 @@ class ReplicationPlan:
             num_redundant: R, replica slots a layer over all devices.
         """
         check_division(homes.shape[-1], num_devices, num_redundant)
+        if num_redundant > (most := homes.shape[-1] * num_devices):
+            raise ValueError(
+                f"{num_redundant} redundant experts are more than a copy of each of {homes.shape[-1]} experts on every "
+                f"one of {num_devices} devices; choose {most} at most"
+            )
         blocks = homes.reshape(len(homes), num_devices, -1)
         empty = np.full((*blocks.shape[:2], num_redundant // num_devices), EMPTY)
         return cls(np.concatenate([blocks, empty], axis=-1).reshape(len(homes), -1), num_devices)

@@ -149,7 +149,11 @@ class JsonLines(Sink):
         """
         line = json.dumps(document).encode() + b"\n"
         size = os.fstat(self._file).st_size
-        if os.write(self._file, line) < len(line):
+        try:
+            written = os.write(self._file, line)
+        except OSError as error:
+            raise OSError(error.errno, f"metrics file {self._path} cannot be written: {error.strerror}") from None
+        if written < len(line):
             os.ftruncate(self._file, size)
             raise OSError(f"metrics file {self._path} has no room for another line; make room, or choose another")
 

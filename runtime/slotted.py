@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from data.switch import LoadedSwitch
@@ -35,6 +35,9 @@ class SlottedModel:
         layers: The slots of every MoE layer, in order.
         transfer: What brings another plan in force.
         cache: What holds experts that do not all fit; None where they do.
+
+    Raises:
+        ValueError: If another engine runs the model.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class SlottedModel:
         self.switch, self._home, self._peers, self._experts = switch, home, peers, experts
         self._names = [f"{name}.experts" for name in switch.layout.module_names]
         self._before: list[nn.Module] = [switch.model.get_submodule(name) for name in self._names]
+        if any(isinstance(module, SlotExperts) for module in self._before):
+            raise ValueError("another engine runs this model; close that one first")
         self._activation = ACT2FN[switch.model.config.dense_act_fn]
         self.cache: ExpertCache | None = None
         slots: Sequence[Slots]
@@ -73,8 +78,17 @@ class SlottedModel:
         ]
         return slots, CacheTransfer(slots, self._home, self.cache, self._peers)
 
-    def begin(self, tokens: TokenBatch, decoder: TokenBatch | None, prepared: bool) -> None:
-        """A batch begins: tells every layer which plan is in force and which of its rows must be computed."""
+    def begin(self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor, prepared: bool) -> None:
+        """A batch begins: tells every layer which plan is in force and which of its rows must be computed.
+
+        Args:
+            tokens: Encoder tokens `[B, T]`.
+            decoder: Decoder tokens `[B, U]`; None computes all of them.
+            read_B: The sequences whose encoder states a decoder reads.
+            prepared: Whether what was expected of a batch is for this one.
+        """
+        blank_B = read_B & ~tokens.mask.any(1)  # attention over nothing but padding reads all of it
+        encoder = needed_positions(tokens.mask) | blank_B[:, None]
         if self.cache is not None:
             if not prepared:  # what was expected last has been
                 self.cache.expect(None)
@@ -82,10 +96,10 @@ class SlottedModel:
         for layer, experts in enumerate(self.layers):
             experts.phy2log = self.transfer.plan.phy2log[layer]
             experts.reset()
-            rows = tokens if layer < self.switch.layout.num_encoder_layers else decoder
-            experts.needed = (
-                None if rows is None else needed_positions(rows.mask).reshape(-1).to(self.switch.model.device)
-            )
+            needed: Tensor | None = encoder
+            if layer >= self.switch.layout.num_encoder_layers:
+                needed = None if decoder is None else needed_positions(decoder.mask)
+            experts.needed = None if needed is None else needed.reshape(-1).to(self.switch.model.device)
 
     def cost(self, elapsed_ms: float, held_up_ms: float, preparation: Preparation | None) -> BatchCost:
         """What the batch that began last took, over all ranks."""

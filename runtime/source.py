@@ -25,10 +25,15 @@ class LiveExperts:
 
     Their weights become views of the places they are copied to, so nothing is held twice and the plain model still
     runs; `release` gives each of them storage of its own again, bit for bit what it was.
+
+    Raises:
+        ValueError: If another engine has them.
     """
 
     def __init__(self, model: Any, layout: MoELayout) -> None:
         self._layers = [list(model.get_submodule(f"{name}.experts").children()) for name in layout.module_names]
+        if any(len(layer) != layout.num_experts for layer in self._layers):
+            raise ValueError("another engine runs this model; close that one first")
         self._moved: list[Any] = []
 
     def fill(self, layer: int, expert: int, wi_FD: Tensor, wo_DF: Tensor) -> None:

@@ -47,7 +47,7 @@ class DecoderSteps:
         self._decoder, self._layers, self._written = model.decoder, layers, layers[encoder_layers:]
         self._controller, self._replan_every, self._idle = controller, replan_every, idle
         ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
-        self._ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), dtype=torch.int64)
+        self._ends = torch.as_tensor([] if ends is None else ends, dtype=torch.int64).flatten()
         # with beams, rows of the decoder become other sequences from step to step
         self._each_row = (settings.get("num_beams", model.generation_config.num_beams) or 1) == 1
         self._done: Tensor | None = None
@@ -86,6 +86,17 @@ class DecoderSteps:
         self._controller.observe(np.stack([experts.load for experts in self._layers]))
         for experts in self._written:
             experts.reset()
+
+
+def sequences_each(settings: dict[str, Any], config: Any) -> int:
+    """How many texts `generate` writes for each sequence.
+
+    Raises:
+        ValueError: If something else than token ids is asked for.
+    """
+    if settings.get("return_dict_in_generate", config.return_dict_in_generate):
+        raise ValueError("return_dict_in_generate is True; the engine gives token ids alone, leave it out")
+    return int(settings.get("num_return_sequences", config.num_return_sequences) or 1)
 
 
 def ended(ids: Tensor, scores: Tensor, **settings: Any) -> Tensor:

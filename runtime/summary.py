@@ -39,7 +39,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchCost], engine: Engine) 
         "late": engine.controller.late,
         "fallbacks": sum(engine.controller.fallbacks.values()),
         "sent_share": float(sum(cost.sent.sum() for cost in costs) / max(1, sum(cost.load.sum() for cost in costs))),
-        "peak_gib": [round(peak, 3) for peak in engine.peak_gib()],
+        "peak_gib": [round(peak, 3) for peak in engine.peers.peak_gib()],
         "ms": {
             "forecast": median(item.forecast_ms for item in ready) if ready else None,
             "plan": median(item.plan_ms for item in ready) if ready else None,
@@ -63,12 +63,17 @@ def show(report: dict[str, Any], console: Console) -> None:
     rows = {
         "largest logit difference to the plain model": _or_dash(report["max_logit_difference"], ".1e"),
         "same likeliest token": _or_dash(report["same_argmax"], ".2%"),
-        f"balancedness on {report['devices']} devices, no replicas": f"{balance['contiguous']:.3f}",
-        f"  with {report['redundant']} replica slots a layer": f"{balance['replicated']:.3f}",
-        "  with the oracle's forecast": f"{balance['oracle']:.3f}",
-        "forecast error (total variation)": _or_dash(report["load_tv"], ".3f"),
-        "experts moved": f"{report['moves']} ({report['bytes'] / 1e6:.1f} MB), {report['late']} times late",
     }
+    if report["devices"] > 1:
+        rows |= {
+            f"balancedness on {report['devices']} devices, no replicas": f"{balance['contiguous']:.3f}",
+            f"  with {report['redundant']} replica slots a layer": f"{balance['replicated']:.3f}",
+            "  with the oracle's forecast": f"{balance['oracle']:.3f}",
+        }
+    rows["forecast error (total variation)"] = _or_dash(report["load_tv"], ".3f")
+    if report["redundant"]:
+        moved = f", {report['bytes'] / 1e6:.1f} MB" if report["cache"] is None else ", read by the caches"
+        rows["replicas placed"] = f"{report['moves']}{moved}, {report['late']} times late"
     if report["processes"] > 1:
         rows["tokens sent to another process"] = f"{report['sent_share']:.1%}"
     rows["peak memory of each process, GiB"] = ", ".join(f"{peak:.2f}" for peak in report["peak_gib"])

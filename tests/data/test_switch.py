@@ -88,10 +88,37 @@ def test_folders_that_hold_no_switch_model(tmp_path):
     with pytest.raises(ValueError, match="is a mixtral model; expected switch_transformers"):
         load_switch(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json of .* is not JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        load_switch(str(tmp_path))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config.json holds a list, expected a JSON object"):
         load_switch(str(tmp_path))
     with pytest.raises(ValueError, match=r"nonsense is not a folder; expected .switch-mini-64., a local model folder"):
         load_switch("nonsense")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    (folder / "tokenizer.json").unlink()
+    for load in (load_switch, load_dense):
+        with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer.json or spiece.model\); copy the model's"):
+            load(str(folder))
+
+
+@pytest.mark.parametrize("index", ["[1]", '{"weight_map": null}', '{"weight_map": {"shared.weight": 3}}'])
+def test_a_damaged_index_of_shards(folder, index):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"the weights of .* cannot be read"):
+        ModelWeights(str(folder))
+
+
+def test_configurations_that_make_no_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"d_model": "wide"}, {"dense_act_fn": "nope"}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        for load in (load_switch, load_dense):
+            with pytest.raises(ValueError, match="could not be loaded"):
+                load(str(folder))
 
 
 def test_grouped_experts_train_like_the_models_own():

@@ -1,10 +1,12 @@
 """The engine within a byte budget: the plain model's answers alone and on several ranks, whatever is resident."""
 
+import numpy as np
 import pytest
 import torch
 
 from data.switch import load_switch
 from predictor.baselines import LastBatch
+from predictor.forecast import forecast_from_load
 from runtime.batch import ModelBatch
 from runtime.cache import LOADERS
 from runtime.engine import Engine
@@ -14,6 +16,13 @@ from tests.runtime.test_engine import Noise, batches
 from tests.runtime.test_ranks import RandomPlanner, largest_difference, unusual
 
 SETTINGS = {"max_new_tokens": 12, "do_sample": False}
+
+
+class Absurd(Noise):
+    """Forecasts more tokens than a number of tokens can be."""
+
+    def forecast(self, upcoming, history):
+        return forecast_from_load(np.full(self.shape, 1e300), made_at=0, source=self.name)
 
 
 def budget(experts: int) -> int:
@@ -28,7 +37,8 @@ def answers(rank: int, folder: str, experts: int) -> dict[str, object]:
     found: dict[str, object] = {}
     with Engine.from_pretrained(folder, redundant=4, device_memory=budget(experts)) as engine:
         layout = engine.switch.layout
-        for name, forecaster in (("none", None), ("noise", Noise(layout)), ("last", LastBatch())):
+        forecasters = {"none": None, "noise": Noise(layout), "last": LastBatch(), "absurd": Absurd(layout)}
+        for name, forecaster in forecasters.items():
             engine.controller.forecaster = forecaster
             found[name] = largest_difference(engine, plain, unusual())
         if engine.home.num_redundant:
@@ -52,12 +62,15 @@ def test_answers_are_the_plain_models_within_a_budget(switch_folder, world, expe
         assert found.pop("text")
         assert found.pop("places") == experts
         assert found.pop("misses") > (0 if experts == 16 else 20)
-        assert len(found) == (3 if world == 1 else 4)
+        assert len(found) == (4 if world == 1 else 5)
         assert max(found.values()) <= 1e-5, found
 
 
-def test_a_budget_that_holds_no_expert_is_refused_with_the_least_that_does(switch_folder):
+def test_a_budget_that_holds_no_expert_is_refused_with_the_least_that_does(switch_folder, monkeypatch):
     with pytest.raises(ValueError, match=rf"device_memory is .* too little .* give at least {budget(1)} bytes"):
         Engine.from_pretrained(str(switch_folder), device_memory=budget(1) - 1).__enter__()
+    monkeypatch.setattr("runtime.memory.free_bytes", lambda: 1000.0)
+    with pytest.raises(ValueError, match=r"for experts, but 1000 B are free; lower the budget"):
+        Engine.from_pretrained(str(switch_folder), device_memory=budget(2)).__enter__()
     with pytest.raises(ValueError, match="'lots' is no number of bytes; write it like 2GiB"):
         Engine.from_pretrained(str(switch_folder), device_memory="lots").__enter__()

@@ -1,12 +1,13 @@
 """Answers never change: the engine against the plain model with every kind of forecast, and plain again afterwards."""
 
 import copy
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from data.trace import pad_tokens
+from data.trace import TokenBatch, pad_tokens
 from predictor.forecast import LoadForecast, forecast_from_load
 from runtime.batch import ModelBatch, forward
 from runtime.engine import Engine
@@ -118,6 +119,101 @@ def test_greedy_text_is_identical(switch):
     with Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT) as engine:
         for _ in range(3):
             assert torch.equal(engine.generate(tokens, **settings), plain)
+
+
+def blank_rows() -> ModelBatch:
+    """Sequences of which one has an encoder part that is nothing but padding, and a decoder part that reads it."""
+    batch = next(batch for batch in batches() if len(batch.tokens.mask) > 1)
+    batch.tokens.mask[0] = False
+    return batch
+
+
+@pytest.mark.parametrize("redundant", [0, REDUNDANT])
+def test_padding_that_a_decoder_reads_is_computed(switch, redundant):
+    batch, plain = blank_rows(), copy.deepcopy(switch.model)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    with Engine(switch, None, DEVICES, redundant) as engine:
+        (output,) = engine.run([batch])
+        written = engine.generate(batch.tokens, **settings)
+    real = batch.decoder.mask
+    torch.testing.assert_close(output.logits[real], forward(plain, batch)[real], rtol=0, atol=1e-5)
+    ids, mask = batch.tokens.input_ids, batch.tokens.mask.long()
+    assert torch.equal(written, plain.generate(input_ids=ids, attention_mask=mask, **settings))
+
+
+def test_batches_that_are_none_are_refused():
+    tokens = batches(1)[0].tokens
+    with pytest.raises(TypeError, match=r"tokens is a Tensor, expected data.trace.TokenBatch\(input_ids \[B, T\]"):
+        ModelBatch(tokens.input_ids)
+    with pytest.raises(ValueError, match="sequences, but decoder tokens of 1"):
+        ModelBatch(TokenBatch(torch.zeros(2, 3).long(), torch.ones(2, 3).bool()), pad_tokens([np.array([0])], pad=0))
+
+
+class Scribbler(Noise):
+    """A forecaster that writes to what it is given."""
+
+    def forecast(self, upcoming, history):
+        upcoming.input_ids.fill_(7)
+        upcoming.mask.fill_(False)
+        history.fill(0)
+        return super().forecast(upcoming, history)
+
+
+def test_a_forecaster_that_writes_to_its_tokens_changes_nothing(switch):
+    assert_answers_unchanged(Engine(switch, Scribbler(switch.layout), DEVICES, REDUNDANT))
+
+
+def test_several_texts_for_a_sequence(switch):
+    tokens = batches(1)[0].tokens
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    plain = switch.model.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **settings)
+    with Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT) as engine:
+        assert torch.equal(engine.generate(tokens, **settings), plain)
+        with pytest.raises(ValueError, match="return_dict_in_generate is True; the engine gives token ids alone"):
+            engine.generate(tokens, return_dict_in_generate=True)
+
+
+def test_two_threads_take_turns(switch):
+    plain, stream, results = copy.deepcopy(switch.model), batches(), {}
+    with Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT) as engine:
+
+        def run(name: str) -> None:
+            results[name] = [output.logits for output in engine.run(iter(stream))]
+
+        threads = [threading.Thread(target=run, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for logits in results.values():
+        for batch, ours in zip(stream, logits, strict=True):
+            real = batch.decoder.mask
+            torch.testing.assert_close(ours[real], forward(plain, batch)[real], rtol=0, atol=1e-5)
+    assert set(results) == {"a", "b"}
+
+
+def test_an_engine_that_is_not_open_says_so(switch):
+    engine, batch = Engine(switch, None, DEVICES, 0), batches(1)[0]
+    for _ in range(2):  # before and after
+        with pytest.raises(RuntimeError, match="the engine is not open; use it inside `with engine:`"):
+            next(engine.run([batch]))
+        with pytest.raises(RuntimeError, match="the engine is not open"):
+            engine.generate(batch.tokens)
+        with engine, pytest.raises(RuntimeError, match="the engine is open already"):
+            engine.__enter__()
+
+
+def test_a_model_serves_one_engine_at_a_time(switch):
+    first, second = Engine(switch, None, DEVICES, 0), Engine(switch, None, DEVICES, 0)
+    before = switch.model.get_submodule("encoder.block.1.layer.1.mlp.experts")
+    with first:
+        with pytest.raises(ValueError, match="another engine runs this model; close that one first"):
+            second.__enter__()
+        with pytest.raises(ValueError, match="another engine runs this model"):
+            Engine(switch, None, DEVICES, 0)
+    with second:
+        pass
+    assert switch.model.get_submodule("encoder.block.1.layer.1.mlp.experts") is before
 
 
 def test_devices_that_do_not_divide_are_refused(switch):

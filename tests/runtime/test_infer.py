@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import runtime.infer
 from data.switch import load_switch
@@ -105,6 +106,15 @@ def other_model(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
+def not_finite(folder: Path, place: Path) -> Path:
+    """The model with a weight that is no number."""
+    shutil.copytree(folder, place)
+    weights = load_file(place / "model.safetensors")
+    weights["shared.weight"][7] = torch.nan
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    return place
+
+
 def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, predictor, tmp_path, capsys):
     (tmp_path / "blank.txt").write_text("\n\n")
     (tmp_path / "folder").mkdir()
@@ -121,6 +131,13 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         ({"devices": 3}, "8 experts do not divide over 3 devices"),
         ({"redundant": 6}, "6 redundant experts do not divide over 4 devices"),
         ({"redundancy": 6}, "redundancy"),
+        ({"redundant": 4000}, "4000 redundant experts are more than a copy of each of 8 experts on every one of 4"),
+        ({"timeout": 0}, "the timeout is 0.0 seconds"),
+        ({"host-memory": "1GiB"}, "host_memory is 1GiB without device_memory"),
+        ({"device-memory": "1GiB", "devices": 4}, "within a budget a process is one device"),
+        ({"device-memory": "lots", "devices": 1}, "'lots' is no number of bytes"),
+        ({"out": tmp_path / "blank.txt"}, "blank.txt is a file, expected a folder"),
+        ({"model": not_finite(switch_folder, tmp_path / "n")}, "are not finite"),
         ({"metrics-port": port}, f"metrics port {port} cannot be served"),
         ({"metrics-port": 70000}, "metrics port is 70000"),
         ({"metrics-file": tmp_path / "folder"}, "cannot be written"),

@@ -208,6 +208,32 @@ def test_ranks_with_other_models_are_refused():
         assert text.endswith("on rank 1")
 
 
+def lonely(rank: int) -> str:
+    if rank == 1:
+        return "never came"
+    with Engine(model(), None, None, 0, timeout_s=2):
+        return "started"
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_longer_than_the_timeout():
+    alone, _ = on_ranks(2, lonely, timeout_s=30)
+    assert alone.startswith("PeerLostError: 2 processes did not meet in 2 s"), alone
+
+
+def one_predicts(rank: int) -> str:
+    switch = model()
+    with Engine(switch, None, None, 0) as engine:
+        facts = {"model": "same"} if rank == 0 else {"model": "same", "predictor": "mine"}
+        engine.peers._store = torch.distributed.PrefixStore("again", engine.peers._store)
+        engine.peers.check_alike(facts)
+    return "started"
+
+
+def test_what_only_one_rank_has_is_refused_too():
+    for text in on_ranks(2, one_predicts):
+        assert text == "ValueError: predictor is None on rank 0 and mine on rank 1"
+
+
 class Hangs:
     name = "hangs"
 
@@ -229,6 +255,15 @@ def without_forecast(rank: int, forecaster) -> tuple[float, int, int]:
     with Engine(switch, forecaster, None, 8) as engine:
         worst = largest_difference(engine, plain, batches(6))
         return worst, engine.controller.late, sum(engine.controller.fallbacks.values())
+
+
+def test_a_forecaster_that_never_answers_is_waited_for_once(monkeypatch):
+    waits = []
+    monkeypatch.setattr(runtime.controller, "wait_for", lambda futures, seconds: waits.append(seconds))
+    with Engine(model(), Hangs(), 4, 8) as engine:
+        for _ in range(3):
+            list(engine.run(iter(batches(2))))
+    assert len(waits) == 1
 
 
 def test_a_forecaster_that_never_answers_holds_nobody_up():
