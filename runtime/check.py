@@ -50,7 +50,7 @@ class Checker:
         self.engine, self._plain, self._plan = engine, plain, engine.home
 
     def check(self, batch: ModelBatch, output: BatchOutput) -> BatchCheck:
-        """Runs the plain model on this rank's sequences of the batch; see `BatchCheck`."""
+        """Runs the plain model on the whole batch: in halves it differs from itself in last bits; see `BatchCheck`."""
         difference, same = (None, None) if self._plain is None else self._compare(batch, output)
         truth = forecast_from_load(output.cost.load.astype(np.float64), made_at=0, source="oracle")
         self._plan = self.engine.planner.plan(truth, self._plan, self.engine.controller.history)
@@ -65,11 +65,10 @@ class Checker:
         )
 
     def _compare(self, batch: ModelBatch, output: BatchOutput) -> tuple[float, float]:
-        own = batch.part(output.rows)
-        real = (own.decoder or own.tokens).mask.to(output.logits.device)
+        real = (batch.decoder or batch.tokens).mask[output.rows].to(output.logits.device)
         found = torch.zeros(3, dtype=torch.float64)  # largest difference, tokens alike, tokens
         if real.any():  # else this rank had no sequence
-            ours, theirs = output.logits[real], forward(self._plain, own)[real]
+            ours, theirs = output.logits[real], forward(self._plain, batch)[output.rows][real]
             found[0] = (ours - theirs).abs().max()
             found[1], found[2] = (ours.argmax(-1) == theirs.argmax(-1)).sum(), len(ours)
         everyone = self.engine.peers.gather(found)
