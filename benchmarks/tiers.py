@@ -65,8 +65,8 @@ class Bench:
                 f"{model} has another number of layers or experts than the recording: {wanted}; see --help"
             )
         self.routers: list[RecordedRouter] = play_back(self.model.model, self.layout)
-        self.share = self.layout.num_experts // peers.world
-        self.own = np.arange(self.layout.num_experts) // self.share == peers.rank
+        experts = self.layout.num_experts
+        self.own = np.arange(experts) * peers.world // experts == peers.rank
         self.forecaster: Forecaster | None = None
         if predictor is not None:
             self.forecaster = load_predictor(predictor, small.layout, small.model.shared.weight.detach().float())
