@@ -21,26 +21,25 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from data.cli import user_errors
 from data.datamodule import RouterTraceModule
-from data.layout import MoELayout
-from data.trace import IntArray
-from predictor.calibrate import calibrate_spread
+from data.models.layout import MoELayout
+from data.traces.trace import IntArray
+from predictor.baselines.token_table import TokenTable
 from predictor.checkpoint import load_predictor, save_predictor
-from predictor.export import check_target, git_revision, model_card, predictor_folder, provenance
+from predictor.evaluation.comparison import climb, rivals
+from predictor.evaluation.report import details, summarise, write_report
+from predictor.evaluation.segments import segment_errors
+from predictor.evaluation.tables import CAPTIONS, ladder_table
 from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast
-from predictor.ladder import climb, rivals
-from predictor.module import LoadForecaster
-from predictor.report import details, summarise, write_report
-from predictor.resume import checkpoint_to_resume
-from predictor.segments import segment_errors
-from predictor.tables import CAPTIONS, ladder_table
-from predictor.token_table import TokenTable
-from predictor.tracking import track_results, track_settings, track_trace
-from runtime.balance import balancedness, split_load
-from runtime.homes import contiguous_homes
-from runtime.plan import ReplicationPlan
-from runtime.planner import HomePlanner
-from runtime.scenarios import RECENT
+from predictor.training.calibration import calibrate_spread
+from predictor.training.export import check_target, git_revision, model_card, predictor_folder, provenance
+from predictor.training.module import LoadForecaster
+from predictor.training.resume import checkpoint_to_resume
+from predictor.training.wandb_logging import track_results, track_settings, track_trace
+from runtime.balancing.plan import ReplicationPlan, contiguous_homes
+from runtime.balancing.planner import HomePlanner
+from runtime.balancing.scenarios import RECENT
+from runtime.balancing.split import balancedness, split_load
 
 DEFAULTS = Path(__file__).parent / "configs" / "default.yaml"
 DEVICES = 8

@@ -1,6 +1,6 @@
 """Text from a model that is larger than memory, under two budgets that must agree to the token.
 
-    python -m benchmarks.make_switch --out outputs/switch-base-128 --experts 128     # 29 GB
+    python -m benchmarks.support.make_switch --out outputs/switch-base-128 --experts 128     # 29 GB
     python -m benchmarks.beyond_memory --model outputs/switch-base-128
 
 Weights are random, so the text is noise; reads, routing and memory are real. The last line is one JSON document.
@@ -16,15 +16,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.machine import ResidentPeak, resident_bytes, touch
+from benchmarks.support.machine import ResidentPeak, resident_bytes, touch
 from data.cli import from_command_line, user_errors
-from data.switch import LoadedSwitch, load_dense
-from data.trace import TokenBatch
-from data.weights import ModelWeights
-from runtime.batch import needed_positions
-from runtime.cache import ExpertCache
-from runtime.cached import install
-from runtime.memory import show_bytes
+from data.models.switch import LoadedSwitch, load_dense
+from data.models.weights import ModelWeights
+from data.traces.trace import TokenBatch
+from runtime.engine.batch import needed_positions
+from runtime.offload.cache import ExpertCache
+from runtime.offload.memory import show_bytes
+from runtime.offload.slots import install
 
 PROMPTS = (
     "the experts of this model do not fit into memory , so they are fetched when they are needed",

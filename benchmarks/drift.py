@@ -16,8 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from runtime.simulate import parse, simulate
-from runtime.workloads import WORKLOADS
+from runtime.simulate.comparison import parse, simulate
+from runtime.simulate.workloads import WORKLOADS
 
 POLICIES = (
     ("none", "contiguous", "even"),

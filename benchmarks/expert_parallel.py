@@ -27,21 +27,19 @@ from rich.progress import track
 from rich.table import Table
 from torch.distributed.run import main as torchrun
 
-from benchmarks.injected import Stream, Upcoming, recorded, zipf
+from benchmarks.support.injected import Stream, Upcoming, recorded, zipf
 from data.cli import user_errors
-from predictor.baselines import Ema
+from predictor.baselines.history import Ema
 from predictor.forecast import forecast_from_load
-from runtime.balance import balancedness
-from runtime.controller import Controller
-from runtime.experts import SlotExperts
-from runtime.homes import contiguous_homes, flat_homes
-from runtime.peers import Peers
-from runtime.plan import IntArray, ReplicationPlan
-from runtime.planner import HomePlanner
-from runtime.rivals import EplbPlanner
-from runtime.slots import SlotWeights
-from runtime.split import split_evenly
-from runtime.transfer import SlotTransfer
+from runtime.balancing.eplb import EplbPlanner
+from runtime.balancing.plan import IntArray, ReplicationPlan, contiguous_homes, flat_homes
+from runtime.balancing.planner import HomePlanner
+from runtime.balancing.split import balancedness, split_evenly
+from runtime.distributed.ranks import Peers
+from runtime.engine.controller import Controller
+from runtime.experts.layer import SlotExperts
+from runtime.experts.slots import SlotWeights
+from runtime.experts.transfer import SlotTransfer
 
 D_MODEL, D_FF = 768, 3072
 WARM = 4

@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 
-from data.layout import MoELayout
-from data.switch import load_switch
-from data.trace import TokenBatch
-from data.weights import BUNDLED
+from data.models.layout import MoELayout
+from data.models.switch import load_switch
+from data.models.weights import BUNDLED
+from data.traces.trace import TokenBatch
 from predictor.familiarity import Familiarity
-from predictor.learned import LearnedForecaster
-from predictor.model import Architecture, LoadNetwork
+from predictor.forecaster import LearnedForecaster
+from predictor.network import Architecture, LoadNetwork
 
 SEQUENCES, LENGTH, PAST = 16, 128, 64
 PAIRS, WARM = 10, 2

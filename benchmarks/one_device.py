@@ -24,11 +24,10 @@ from torch.nn.functional import grouped_mm
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
-from runtime.experts import SlotExperts
-from runtime.homes import contiguous_homes
-from runtime.peers import Peers
-from runtime.plan import ReplicationPlan
-from runtime.slots import SlotWeights
+from runtime.balancing.plan import ReplicationPlan, contiguous_homes
+from runtime.distributed.ranks import Peers
+from runtime.experts.layer import SlotExperts
+from runtime.experts.slots import SlotWeights
 
 D_MODEL, D_FF = 768, 3072
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -18,14 +18,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data.trace import IntArray
-from predictor.baselines import LastBatch
-from runtime.homes import flat_homes
-from runtime.plan import ReplicationPlan
-from runtime.planner import HomePlanner
-from runtime.replay import Planner
-from runtime.rivals import EplbPlanner
-from runtime.split import split_by_quota
+from data.traces.trace import IntArray
+from predictor.baselines.history import LastBatch
+from runtime.balancing.eplb import EplbPlanner
+from runtime.balancing.plan import ReplicationPlan, flat_homes
+from runtime.balancing.planner import HomePlanner
+from runtime.balancing.split import split_by_quota
+from runtime.simulate.replay import Planner
 
 SHAPES = (
     # layers, experts, redundant, devices, tokens, target of a plan in ms, target of a split in us

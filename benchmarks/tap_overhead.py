@@ -16,13 +16,13 @@ from rich.progress import track
 from rich.table import Table
 
 from data.cli import from_command_line, user_errors
-from data.phases import open_traffic
-from data.switch import LoadedSwitch, load_switch
-from data.tap import RouterTap
-from data.trace import TokenBatch
-from data.tracer import model_inputs
-from data.traffic import Traffic
-from data.weights import BUNDLED
+from data.models.switch import LoadedSwitch, load_switch
+from data.models.weights import BUNDLED
+from data.text.batching import Traffic
+from data.text.corpus_stream import open_traffic
+from data.traces.router_tap import RouterTap
+from data.traces.trace import TokenBatch
+from data.traces.tracer import model_inputs
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Experts that do not fit: policies side by side under one byte budget, on recorded routing and real reads.
 
-    python -m benchmarks.make_switch --out outputs/switch-base-64 --experts 64 --blocks 4 --capacity 16
+    python -m benchmarks.support.make_switch --out outputs/switch-base-64 --experts 64 --blocks 4 --capacity 16
     python -m benchmarks.tiers --model outputs/switch-base-64 --predictor outputs/predictor
     python -m benchmarks.tiers --model outputs/switch-base-64 --predictor outputs/predictor --ranks 2
 
@@ -23,27 +23,27 @@ from rich.console import Console
 from rich.progress import track
 from torch.distributed.run import main as torchrun
 
-from benchmarks.machine import ResidentPeak, ThrottledFiles, read_speed, touch
-from benchmarks.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
-from benchmarks.turns import Turn, over_ranks, show, summarise
+from benchmarks.support.machine import ResidentPeak, ThrottledFiles, read_speed, touch
+from benchmarks.support.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
+from benchmarks.support.turns import Turn, over_ranks, show, summarise
 from data.cli import from_command_line, user_errors
-from data.layout import MoELayout
-from data.switch import LoadedSwitch, load_dense, load_switch
-from data.traffic import Traffic
-from data.weights import BUNDLED, ModelWeights
-from predictor.baselines import Ema
+from data.models.layout import MoELayout
+from data.models.switch import LoadedSwitch, load_dense, load_switch
+from data.models.weights import BUNDLED, ModelWeights
+from data.text.batching import Traffic
+from predictor.baselines.history import Ema
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster, forecast_from_load
-from runtime.batch import ModelBatch, forward, needed_positions
-from runtime.cache import LOADERS, ExpertCache
-from runtime.cached import install
-from runtime.disk import ExpertFiles
-from runtime.experts import SlotExperts
-from runtime.foresight import Forecast, Guarded
-from runtime.memory import PAGE
-from runtime.peers import Peers
-from runtime.policies import Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest, Policy
-from runtime.tally import Tally
+from runtime.distributed.ranks import Peers
+from runtime.engine.batch import ModelBatch, forward, needed_positions
+from runtime.experts.layer import SlotExperts
+from runtime.offload.cache import LOADERS, ExpertCache
+from runtime.offload.expert_files import ExpertFiles
+from runtime.offload.forecast_policy import Forecast, Guarded
+from runtime.offload.memory import PAGE
+from runtime.offload.policy import Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest, Policy
+from runtime.offload.slots import install
+from runtime.offload.stats import Tally
 
 ARMS = ("all_resident", "lru", "lfu", "last", "cosine", "ours_history", "ours", "oracle")
 
@@ -183,7 +183,7 @@ def tiers(
     """Runs the benchmark.
 
     Args:
-        model: A folder made by benchmarks.make_switch with the bundled model's layers and experts (4 blocks, 64).
+        model: A folder made by make_switch with the bundled model's layers and experts (4 blocks, 64).
         predictor: What train.py left for the bundled model; without it 'ours' has history alone.
         budget: Share of the bytes of all experts.
         sequences: Sequences of a batch.

@@ -5,6 +5,7 @@ Under `torchrun --nproc-per-node N -m data.collect ...` the ranks share the stre
 """
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -12,23 +13,60 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
 from data.cli import from_command_line, user_errors
 from data.files import read_json, sha256, write_json
-from data.phases import corpus_splits, open_traffic
-from data.ranks import Ranks
-from data.store import Shard, StoredTrace, open_trace, write_about, write_shard
-from data.switch import Dtype, LoadedSwitch, load_switch
-from data.tap import RouterTap
-from data.tracer import Tracer
-from data.traffic import Decode, Traffic, TrafficBatch, time_splits
-from data.weights import BUNDLED
+from data.models.switch import Dtype, LoadedSwitch, load_switch
+from data.models.weights import BUNDLED
+from data.text.batching import Decode, Traffic, TrafficBatch, time_splits
+from data.text.corpus_stream import corpus_splits, open_traffic
+from data.traces.router_tap import RouterTap
+from data.traces.store import Shard, StoredTrace, open_trace, write_about, write_shard
+from data.traces.tracer import Tracer
 
 SHARD_BATCHES = 32
+
+
+OFFLINE = "offline corpus"
+
+
+class Ranks:
+    """This process among those that share a job; a process group is opened only where there are several.
+
+    Attributes:
+        rank: 0..world - 1.
+        world: Number of processes.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    @staticmethod
+    def is_first() -> bool:
+        """Whether this process is the one that reports."""
+        return int(os.environ.get("RANK", 0)) == 0
+
+    def __enter__(self) -> "Ranks":
+        if self.world > 1:
+            dist.init_process_group("gloo")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Waits until every process is here."""
+        if self.world > 1:
+            dist.barrier()
 
 
 def _request(switch: LoadedSwitch, **settings: Any) -> dict[str, Any]:
@@ -83,9 +121,6 @@ def _finish(partial: Path, out: Path, switch: LoadedSwitch, request: dict[str, A
     for leftover in [partial / "request.json", *entries]:
         leftover.unlink()
     partial.rename(out)
-
-
-OFFLINE = "offline corpus"
 
 
 def collect(

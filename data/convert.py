@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from data.cli import from_command_line, user_errors
 from data.files import read_json, whole_folder
-from data.layout import MoELayout
-from data.store import StoredTrace, open_trace, write_about, write_counts_shard
-from data.trace import IntArray
-from data.traffic import time_splits
+from data.models.layout import MoELayout
+from data.text.batching import time_splits
+from data.traces.store import StoredTrace, open_trace, write_about, write_counts_shard
+from data.traces.trace import IntArray
 
 SHARD_STEPS = 1024
 

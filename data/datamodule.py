@@ -9,12 +9,12 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from data.collect import collect
-from data.layout import MoELayout
-from data.samples import TraceSample, TraceSamples, sequence_loads
-from data.store import open_trace
-from data.trace import TokenBatch
-from data.traffic import Traffic
-from data.weights import BUNDLED
+from data.models.layout import MoELayout
+from data.models.weights import BUNDLED
+from data.text.batching import Traffic
+from data.traces.dataset import TraceSample, TraceSamples, sequence_loads
+from data.traces.store import open_trace
+from data.traces.trace import TokenBatch
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from data.cli import from_command_line, user_errors
 from data.files import whole_file
-from data.skew import Skew, measure, shares, step_variation
-from data.store import StoredTrace, open_trace
+from data.traces.statistics import Skew, measure, shares, step_variation
+from data.traces.store import StoredTrace, open_trace
 
 MOST_MAPS = 12  # layers in one picture
 

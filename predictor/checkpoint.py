@@ -13,10 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data.files import read_json, sha256, whole_file, write_json
-from data.layout import MoELayout
+from data.models.layout import MoELayout
 from predictor.familiarity import Familiarity
-from predictor.learned import LearnedForecaster
-from predictor.model import Architecture, LoadNetwork
+from predictor.forecaster import LearnedForecaster
+from predictor.network import Architecture, LoadNetwork
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -110,7 +110,9 @@ def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tenso
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path / CONFIG} and {WEIGHTS} do not fit together: {error}") from None
     if embedding is None:
-        from data.switch import read_embedding  # only here: it knows the hub, which a runtime with a model needs not
+        from data.models.switch import (
+            read_embedding,  # only here: it knows the hub, which a runtime with a model needs not
+        )
 
         place = layout or trained
         embedding = read_embedding(place.model_id, place.revision)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.trace import TokenBatch
+from data.traces.trace import TokenBatch
 
 OFTEN = 5
 """Occurrences in training from which a token counts as known."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data.trace import TokenBatch
+from data.traces.trace import TokenBatch
 
 FloatArray = npt.NDArray[np.float64]
 LoadHistory = npt.NDArray[np.int64]

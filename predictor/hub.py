@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 
 from predictor.checkpoint import load_predictor, save_predictor
-from predictor.learned import LearnedForecaster
+from predictor.forecaster import LearnedForecaster
 
 
 class HubForecaster(LearnedForecaster, ModelHubMixin, library_name="switchcast"):

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import user_errors
-from data.layout import MoELayout
+from data.models.layout import MoELayout
 from predictor.checkpoint import read_config
-from predictor.model import Architecture, LoadNetwork
-from predictor.tables import CAPTIONS, Details, figure, ladder_table, layers_table, markdown
+from predictor.evaluation.tables import CAPTIONS, Details, figure, ladder_table, layers_table, markdown
+from predictor.network import Architecture, LoadNetwork
 
 LEARNED, WITNESS = "learned", "last"
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from data.layout import MoELayout
-from data.pretrain import Recipe, train_tokenizer
-from data.switch import LoadedSwitch
-from data.text import Document
+from data.models.layout import MoELayout
+from data.models.switch import LoadedSwitch
+from data.pretrain.__main__ import Recipe, train_tokenizer
+from data.text.corpus import Document
 
 WORDS = ["expert", "router", "token", "batch", "layer", "device", "replica", "slot", "load", "share"]
 TEXTS = [" ".join(WORDS[(start * step) % len(WORDS)] for step in range(3, 40)) for start in range(1, 12)]

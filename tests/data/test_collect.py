@@ -11,11 +11,11 @@ import torch
 
 import data.collect
 from data.collect import collect
-from data.store import open_trace
-from data.switch import load_switch
-from data.text import read_text
-from data.tracer import Tracer
-from data.traffic import Traffic, text_traffic
+from data.models.switch import load_switch
+from data.text.batching import Traffic, text_traffic
+from data.text.corpus import read_text
+from data.traces.store import open_trace
+from data.traces.tracer import Tracer
 from tests.conftest import TEXTS
 
 TRAFFIC = Traffic(batches=5, smallest=2, largest=4, length=32)

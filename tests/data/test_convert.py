@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 import data.convert
 from data.convert import convert, read_loads
-from data.store import open_trace
+from data.traces.store import open_trace
 
 COUNTS = np.random.default_rng(0).integers(0, 50, (5, 3, 8))
 

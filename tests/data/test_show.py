@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import data.show
-from data.layout import MoELayout
-from data.skew import measure, shuffled, step_variation
-from data.store import open_trace, write_about, write_counts_shard
+from data.models.layout import MoELayout
+from data.traces.statistics import measure, shuffled, step_variation
+from data.traces.store import open_trace, write_about, write_counts_shard
 
 LAYOUT = MoELayout("m", "", (("decoder", 0), ("decoder", 1)), 16, 0, 0, 0, 0)
 

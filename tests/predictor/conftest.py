@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_up import VOCABULARY, WIDTH, make_batch, make_layout, time_splits, write_trace
 from safetensors.torch import save_file
 
 import train
-from data.layout import MoELayout
-from data.trace import TokenBatch
+from data.models.layout import MoELayout
+from data.traces.trace import TokenBatch
+from tests.helpers.made_up_trace import VOCABULARY, WIDTH, make_batch, make_layout, time_splits, write_trace
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_up import EXPERTS, VOCABULARY, WIDTH, make_layout
 
-from data.switch import read_embedding
-from data.trace import TokenBatch, pad_tokens
+from data.models.switch import read_embedding
+from data.traces.trace import TokenBatch, pad_tokens
 from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor, save_predictor
-from predictor.learned import LearnedForecaster
-from predictor.model import Architecture, LoadNetwork
+from predictor.forecaster import LearnedForecaster
+from predictor.network import Architecture, LoadNetwork
+from tests.helpers.made_up_trace import EXPERTS, VOCABULARY, WIDTH, make_layout
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -126,9 +126,9 @@ def loaded_modules(code: str) -> set[str]:
 
 
 def test_deploying_needs_neither_lightning_nor_the_rest():
-    code = "import predictor.forecast, predictor.model, predictor.checkpoint, predictor.baselines"
+    code = "import predictor.forecast, predictor.network, predictor.checkpoint, predictor.baselines.history"
     assert loaded_modules(code) == set()
 
 
 def test_the_test_above_can_fail():
-    assert loaded_modules("import predictor.module") >= {"lightning"}
+    assert loaded_modules("import predictor.training.module") >= {"lightning"}

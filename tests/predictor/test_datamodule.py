@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from made_up import make_layout, time_splits, write_trace
 
 from data.datamodule import RouterTraceModule
-from data.samples import TraceSamples
-from data.store import open_trace
+from data.traces.dataset import TraceSamples
+from data.traces.store import open_trace
+from tests.helpers.made_up_trace import make_layout, time_splits, write_trace
 
 
 @pytest.fixture(scope="module")

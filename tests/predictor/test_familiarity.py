@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.trace import pad_tokens
+from data.traces.trace import pad_tokens
 from predictor.checkpoint import load_predictor, save_predictor
 from predictor.familiarity import OFTEN, STEEPNESS, Familiarity
-from predictor.learned import LearnedForecaster
-from predictor.model import Architecture, LoadNetwork
+from predictor.forecaster import LearnedForecaster
+from predictor.network import Architecture, LoadNetwork
 
 
 def batch(*ids):

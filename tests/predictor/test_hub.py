@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi
-from made_up import EXPERTS
 
-from data.weights import ModelWeights
+from data.models.weights import ModelWeights
 from predictor.checkpoint import CONFIG, WEIGHTS
+from predictor.forecaster import LearnedForecaster
 from predictor.hub import HubForecaster
-from predictor.learned import LearnedForecaster
-from predictor.model import Architecture, LoadNetwork
+from predictor.network import Architecture, LoadNetwork
+from tests.helpers.made_up_trace import EXPERTS
 
 
 @pytest.fixture

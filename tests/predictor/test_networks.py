@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.attention import SparseAttention, sparsemax
-from predictor.model import Architecture, LoadNetwork, capped
-from predictor.sru import Recurrence, SRULayer
+from predictor.layers import Recurrence, SparseAttention, SRULayer, sparsemax
+from predictor.network import Architecture, LoadNetwork, capped
 
 ARCHITECTURES = [
     Architecture(width=8, history=True),

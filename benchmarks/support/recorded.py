@@ -1,0 +1,137 @@
+"""Recorded routing: what the bundled model's routers did with real text, played back in a model of another geometry.
+
+So which experts are needed is real, while weights and widths are whatever the benchmark measures.
+Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.models.layout import MoELayout
+from data.models.switch import LoadedSwitch
+from data.text.batching import Traffic
+from data.text.corpus_stream import corpus_splits, open_traffic
+from data.traces.router_tap import RouterTap
+from data.traces.trace import IntArray, TokenBatch
+from data.traces.tracer import model_inputs
+from runtime.engine.batch import needed_positions
+from runtime.offload.layer_order import BoolArray
+
+Mode = Literal["full", "encoder", "generate"]
+
+
+@dataclass(frozen=True)
+class RecordedBatch:
+    """A batch of text and where the bundled model's routers sent it.
+
+    Attributes:
+        tokens: Encoder tokens `[B, T]`.
+        decoder: Decoder input tokens `[B, U]`.
+        experts: Expert of every position, padding too, for each layer `[B, T]` or `[B, U]`.
+        kept: Whether the position fitted into the capacity, alike.
+        probability: Router probability, alike.
+    """
+
+    tokens: TokenBatch
+    decoder: TokenBatch
+    experts: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    probability: tuple[Tensor, ...]
+
+    def mask(self, layer: int, layout: MoELayout) -> Tensor:
+        """Real positions of a layer's stack."""
+        return self.tokens.mask if layer < layout.num_encoder_layers else self.decoder.mask
+
+    def part(self, rows: slice) -> "RecordedBatch":
+        """Some of the sequences."""
+        tokens, decoder = (TokenBatch(all.input_ids[rows], all.mask[rows]) for all in (self.tokens, self.decoder))
+        return RecordedBatch(
+            tokens,
+            decoder,
+            *(tuple(one[rows] for one in field) for field in (self.experts, self.kept, self.probability)),
+        )
+
+    def load(self, layout: MoELayout) -> IntArray:
+        """Dispatched tokens of each expert `[L, E]`, padding left out."""
+        kept = [kept & self.mask(layer, layout) for layer, kept in enumerate(self.kept)]
+        counts = [
+            torch.bincount(experts[keep].long(), minlength=layout.num_experts)
+            for experts, keep in zip(self.experts, kept, strict=True)
+        ]
+        return torch.stack(counts).numpy()
+
+    def passes(self, layout: MoELayout, mode: Mode) -> Iterator[BoolArray]:
+        """What each pass over the layers needs, `[L, E]`: one for the batch, or one for each step of generation."""
+        steps = self.decoder.input_ids.shape[1] if mode == "generate" else 1
+        for step in range(steps):
+            needed = np.zeros((layout.num_layers, layout.num_experts), dtype=bool)
+            for layer, (experts, kept) in enumerate(zip(self.experts, self.kept, strict=True)):
+                if layer < layout.num_encoder_layers:
+                    rows = kept & needed_positions(self.tokens.mask).view_as(kept) & (step == 0)
+                elif mode == "generate":
+                    experts, rows = experts[:, step], torch.ones_like(kept[:, step])
+                else:
+                    rows = kept & needed_positions(self.decoder.mask).view_as(kept) & (mode == "full")
+                needed[layer, experts[rows].long().numpy()] = True
+            yield needed
+
+
+@torch.inference_mode()
+def record(switch: LoadedSwitch, traffic: Traffic, phases: Sequence[str], per_phase: int) -> list[RecordedBatch]:
+    """The last held-out batches of some phases of the offline corpus, through the bundled model."""
+    splits, kept = corpus_splits(traffic), dict[str, list[RecordedBatch]]()
+    with RouterTap(switch.model, switch.layout) as tap:
+        for batch in open_traffic(None, switch.tokenizer, "teacher", traffic):
+            if splits[batch.number] != "test" or batch.phase not in phases:
+                continue
+            tokens, decoder = model_inputs(batch, switch.model.config)
+            switch.model(
+                input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), decoder_input_ids=decoder.input_ids
+            )
+            calls = [layer[0] for layer in tap.take()]
+            recorded = RecordedBatch(
+                tokens, decoder, tuple(call.experts for call in calls), tuple(call.kept for call in calls),
+                tuple(call.probability for call in calls),
+            )  # fmt: skip
+            kept.setdefault(batch.phase, []).append(recorded)
+    return [batch for phase in phases for batch in kept.get(phase, [])[-per_phase:]]
+
+
+class RecordedRouter(nn.Module):
+    """Stands in for a router and sends tokens where the recording says.
+
+    Attributes:
+        batch: The batch under way.
+        step: Position of the decoder in generation, where it runs one position at a time; None runs all at once.
+    """
+
+    def __init__(self, layer: int, num_experts: int) -> None:
+        super().__init__()
+        self.layer, self.num_experts = layer, num_experts
+        self.batch: RecordedBatch | None = None
+        self.step: int | None = None
+
+    def forward(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Same contract as `SwitchTransformersTop1Router`."""
+        assert self.batch is not None, "no batch was set"
+        experts, kept = self.batch.experts[self.layer], self.batch.kept[self.layer]
+        probability = self.batch.probability[self.layer]
+        if self.step is not None:
+            column = slice(self.step, self.step + 1)
+            experts, kept, probability = experts[:, column], torch.ones_like(kept[:, column]), probability[:, column]
+            self.step += 1
+        one_hot = nn.functional.one_hot(experts.long(), self.num_experts) * kept[..., None]
+        return one_hot, probability[..., None].to(hidden_BTD.dtype), hidden_BTD.new_empty(0)
+
+
+def play_back(model: Any, layout: MoELayout) -> list[RecordedRouter]:
+    """Puts a `RecordedRouter` in the place of each router of a model; layers in order."""
+    routers = [RecordedRouter(layer, layout.num_experts) for layer in range(layout.num_layers)]
+    for router, name in zip(routers, layout.module_names, strict=True):
+        model.set_submodule(f"{name}.router", router)
+    return routers

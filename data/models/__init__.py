@@ -1,0 +1,1 @@
+"""Switch Transformers: their layout, their weights, and how they are loaded."""

@@ -1,0 +1,1 @@
+"""Trains the bundled small Switch Transformer."""

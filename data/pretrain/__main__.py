@@ -1,0 +1,278 @@
+"""Builds the bundled small Switch Transformer from the offline corpus, tokenizer included.
+
+Run it with `python -m data.pretrain --out outputs/switch-mini-64`;
+its 1,600 steps take about twenty minutes on one core.
+"""
+
+import itertools
+import json
+import math
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+from data.cli import from_command_line, user_errors
+from data.files import whole_file, whole_folder, write_json
+from data.pretrain.grouped_experts import group_experts, ungroup_experts
+from data.text.corpus import SEGMENTS, Document, offline_corpus
+from data.text.span_corruption import Ids, corrupt
+
+SENTINELS = [f"<extra_id_{index}>" for index in range(32)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the bundled model is trained.
+
+    Attributes:
+        steps: Optimiser steps.
+        sequences: Sequences in a batch.
+        length: Tokens of a sequence before corruption.
+        vocabulary: Size of the tokenizer.
+        peak_lr: Highest learning rate of AdamW; 5 % linear warm-up, then cosine.
+        seed: Seeds weights, batches and spans.
+    """
+
+    steps: int = 1600
+    sequences: int = 32
+    length: int = 120
+    vocabulary: int = 8192
+    peak_lr: float = 3e-3
+    seed: int = 0
+
+
+def train_tokenizer(documents: list[Document], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocabulary` tokens: pad 0, end 1, unknown 2, the sentinels last."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SENTINELS),
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text[:4000] for document in documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=SENTINELS,
+        model_max_length=512,
+    )
+
+
+def small_config(recipe: Recipe) -> SwitchTransformersConfig:
+    """4 + 4 blocks of which 2 + 2 are MoE layers with 64 experts, 16 tokens of capacity in a sequence."""
+    return SwitchTransformersConfig(
+        vocab_size=recipe.vocabulary, d_model=128, d_kv=32, d_ff=80, num_heads=4, num_experts=64, expert_capacity=16,
+        num_layers=4, num_sparse_encoder_layers=2, num_decoder_layers=4, num_sparse_decoder_layers=2,
+        dropout_rate=0.0, router_aux_loss_coef=0.001, router_z_loss_coef=0.001, router_jitter_noise=0.01,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+def token_streams(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> dict[str, Ids]:
+    """All token ids of each segment in one array; documents end with end-of-sequence."""
+    streams = {}
+    for segment in SEGMENTS:
+        texts = [document.text for document in documents if document.segment == segment]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        streams[segment] = np.fromiter(
+            itertools.chain.from_iterable([*row, tokenizer.eos_token_id] for row in ids), dtype=np.int64
+        )
+    return streams
+
+
+def corrupted_batches(
+    streams: dict[str, Ids], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches `{input_ids, attention_mask, labels}`; a segment is drawn by the square root of its size."""
+    rng = np.random.default_rng(seed)
+    sentinels = np.array(tokenizer.convert_tokens_to_ids(SENTINELS))
+    weights = np.sqrt([len(stream) for stream in streams.values()])
+    while True:
+        rows = []
+        for segment in rng.choice(list(streams), recipe.sequences, p=weights / weights.sum()):
+            start = rng.integers(len(streams[segment]) - recipe.length)
+            ids = streams[segment][start : start + recipe.length]
+            rows.append(corrupt(ids, sentinels, tokenizer.eos_token_id, rng))
+        yield collate(rows, pad=tokenizer.pad_token_id)
+
+
+def collate(rows: list[tuple[Ids, Ids]], pad: int) -> dict[str, Tensor]:
+    """Pads (encoder input, decoder target) pairs to one batch; padded labels are -100."""
+    source = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[0]) for row in rows], True, pad)
+    labels = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[1]) for row in rows], True, -100)
+    return {"input_ids": source, "attention_mask": (source != pad).long(), "labels": labels}
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up over the first 5 % of the steps, then a cosine to zero."""
+    warm_up = max(recipe.steps // 20, 1)
+    if step < warm_up:
+        return recipe.peak_lr * (step + 1) / warm_up
+    return recipe.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (recipe.steps - warm_up)))
+
+
+def fit(
+    model: SwitchTransformersForConditionalGeneration, batches: Iterator[dict[str, Tensor]], recipe: Recipe
+) -> list[float]:
+    """Trains in place; returns the loss of every step (cross-entropy in nats, router losses left out)."""
+    originals = group_experts(model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    losses = []
+    model.train()
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("pretraining", total=recipe.steps)
+        for step, batch in zip(range(recipe.steps), batches, strict=False):
+            output = model(**batch, output_router_logits=True)
+            optimizer.zero_grad()
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            optimizer.step()
+            router = 0.001 * (output.encoder_z_loss + output.decoder_z_loss)
+            router = router + 0.001 * (output.encoder_aux_loss + output.decoder_aux_loss)
+            losses.append(float((output.loss - router).detach()))
+            progress.update(task, advance=1, description=f"pretraining, loss {np.mean(losses[-50:]):.3f}")
+    ungroup_experts(model, originals)
+    return losses
+
+
+@torch.no_grad()
+def held_out_loss(model: SwitchTransformersForConditionalGeneration, batches: list[dict[str, Tensor]]) -> float:
+    """Mean cross-entropy in nats of a decoder token."""
+    model.eval()
+    total = sum(float(model(**batch).loss) * int((batch["labels"] != -100).sum()) for batch in batches)
+    return total / sum(int((batch["labels"] != -100).sum()) for batch in batches)
+
+
+def unigram_loss(seen: list[dict[str, Tensor]], batches: list[dict[str, Tensor]], vocabulary: int) -> float:
+    """Cross-entropy of the same held-out tokens under token frequencies (add-one) of as many training targets."""
+    counts = torch.ones(vocabulary)
+    for batch in seen:
+        counts += torch.bincount(batch["labels"][batch["labels"] != -100], minlength=vocabulary)
+    log_p = (counts / counts.sum()).log()
+    labels = torch.cat([batch["labels"][batch["labels"] != -100] for batch in batches])
+    return -float(log_p[labels].mean())
+
+
+def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe()) -> None:
+    """Trains the bundled model and writes it to a folder as bf16 safetensors, with tokenizer, card and loss curve.
+
+    Args:
+        out: Folder to write; it appears whole or not at all.
+        recipe: Training settings.
+    """
+    torch.manual_seed(recipe.seed)
+    documents = list(offline_corpus("pretrain"))
+    tokenizer = train_tokenizer(documents, recipe.vocabulary)
+    streams = token_streams(documents, tokenizer)
+    held_out = token_streams(list(offline_corpus("traffic")), tokenizer)
+    model = SwitchTransformersForConditionalGeneration(small_config(recipe))
+    losses = fit(model, corrupted_batches(streams, tokenizer, recipe, recipe.seed), recipe)
+    model = model.bfloat16()  # what is saved is what is measured
+    test = list(itertools.islice(corrupted_batches(held_out, tokenizer, recipe, recipe.seed + 1), 40))
+    seen = list(itertools.islice(corrupted_batches(streams, tokenizer, recipe, recipe.seed + 2), 400))
+    facts = {
+        "recipe": asdict(recipe),
+        "tokens": {segment: len(stream) for segment, stream in streams.items()},
+        "held_out_loss": held_out_loss(model.float(), test),
+        "unigram_loss": unigram_loss(seen, test, recipe.vocabulary),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "loss_curve": [
+            [step, float(np.mean(losses[max(step - 100, 0) : step]))] for step in range(100, len(losses) + 1, 100)
+        ],
+    }
+    with whole_folder(out) as folder:
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "training.json", facts)
+        write_card(folder, model.config, facts)
+    print(
+        json.dumps({"model": str(out), "held_out_loss": facts["held_out_loss"], "unigram_loss": facts["unigram_loss"]})
+    )
+
+
+def main() -> None:
+    """Command line of `pretrain`."""
+    with user_errors():
+        from_command_line(pretrain)
+
+
+if __name__ == "__main__":
+    main()
+
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+tags: [switch_transformers, mixture-of-experts]
+---
+# {name}
+
+A small Switch Transformer for developing and demonstrating Switchcast: {experts} experts in each of {layers} MoE
+layers, trained from scratch on real text. Its routing is real and skewed; its language is not worth reading.
+
+| | |
+|---|---|
+| task | span corruption (15 % of the tokens, mean span 3) |
+| text | every other document of the offline corpus (`data/text/corpus.py`): {tokens:,} tokens in {segments} |
+| training | {steps:,} steps of {sequences} x {length} tokens, AdamW, peak learning rate {peak_lr}, seed {seed} |
+| router losses | auxiliary 0.001, z 0.001, jitter 0.01; capacity {capacity} tokens a sequence |
+| held-out loss | **{held_out_loss:.3f}** nats a target token, on the corpus' other documents, in bf16 as saved |
+| unigram model | {unigram_loss:.3f} nats on the same tokens |
+| made with | `python -m data.pretrain`, torch {torch}, Python {python} |
+
+![loss curve](loss.png)
+
+Not for use as a language model: it saw six million tokens. The offline corpus' remaining documents are the traffic
+that Switchcast's traces are made of; this model never saw them.
+"""
+
+
+def write_card(folder: Path, config: Any, facts: dict[str, Any]) -> None:
+    """Writes README.md and loss.png beside the weights.
+
+    Args:
+        folder: The model's folder.
+        config: The model's configuration.
+        facts: training.json: recipe, tokens of each segment, losses, versions, loss curve.
+    """
+    card = CARD.format(
+        name=folder.name, experts=config.num_experts, capacity=config.expert_capacity,
+        layers=config.num_sparse_encoder_layers + config.num_sparse_decoder_layers,
+        tokens=sum(facts["tokens"].values()), segments=", ".join(facts["tokens"]),
+        held_out_loss=facts["held_out_loss"], unigram_loss=facts["unigram_loss"],
+        **facts["recipe"], **facts["versions"],
+    )  # fmt: skip
+    with whole_file(folder / "README.md") as aside:
+        aside.write_text(card)
+    _plot(folder / "loss.png", facts)
+
+
+def _plot(path: Path, facts: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*facts["loss_curve"], strict=True), marker=".", label="training")
+    axes.axhline(facts["held_out_loss"], color="C1", label="held out, at the end")
+    axes.axhline(facts["unigram_loss"], color="C2", linestyle="--", label="unigram model, held out")
+    axes.set(xlabel="step", ylabel="nats a target token", title=path.parent.name)
+    axes.legend()
+    with whole_file(path) as aside:
+        figure.savefig(aside, dpi=100, format="png")

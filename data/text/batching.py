@@ -1,0 +1,162 @@
+"""Traffic: text as a server gets it, cut into sequences and formed into batches in the order of arrival."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from data.text.corpus import Document
+from data.text.span_corruption import Ids, corrupt
+
+SHORTEST = 8  # tokens; what is left of a document after cutting is not worth a sequence below that
+TOKENIZED_AT_ONCE = 64  # documents
+Decode = Literal["teacher", "generate", "none"]
+Row = tuple[str, Ids]
+"""Segment and token ids of one sequence."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How the stream is cut into batches.
+
+    Attributes:
+        batches: Batches in each phase of the offline corpus (a third as many of unseen text); of other text, at most.
+        smallest: Fewest sequences in a batch; sizes are spread evenly on a logarithmic scale.
+        largest: Most sequences in a batch; the same as smallest for batches of a fixed size.
+        length: Most tokens of a sequence.
+        token_budget: Most positions in a batch, padding counted, as a server with a token budget has; 0 for none.
+        seed: Seeds batch sizes, topics and masked spans.
+    """
+
+    batches: int = 64
+    smallest: int = 16
+    largest: int = 64
+    length: int = 128
+    token_budget: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise ValueError(f"batches is {self.batches}; at least 1 is needed")
+        if not 1 <= self.smallest <= self.largest:
+            raise ValueError(
+                f"batch sizes {self.smallest} to {self.largest} are no range; give 1 <= smallest <= largest"
+            )
+        if self.length < SHORTEST:
+            raise ValueError(f"length is {self.length} tokens; at least {SHORTEST} are needed")
+        if self.token_budget and self.token_budget <= self.length:
+            raise ValueError(f"token_budget {self.token_budget} holds no sequence of {self.length} tokens; give more")
+
+
+@dataclass(frozen=True)
+class TrafficBatch:
+    """One batch before the model has seen it.
+
+    Attributes:
+        number: Its place in the stream.
+        phase: Which kind of traffic.
+        segments: Segment of each sequence, `[B]`.
+        sources: Encoder token ids of each sequence.
+        targets: Decoder target ids of each sequence; empty where there is no truth to feed the decoder.
+    """
+
+    number: int
+    phase: str
+    segments: tuple[str, ...]
+    sources: list[Ids]
+    targets: list[Ids]
+
+
+def time_splits(count: int) -> list[str]:
+    """Splits a stream in time: 58 % train, a gap, 12 % validation, a gap, the rest test."""
+    gap = max(count // 30, 1) if count >= 12 else 0
+    train, val = round(count * 0.58), round(count * 0.12)
+    parts = ["train"] * train + ["gap"] * gap + ["val"] * val + ["gap"] * gap
+    return (parts + ["test"] * count)[:count]
+
+
+def sequences(documents: Iterable[Document], tokenizer: Any, length: int) -> Iterator[Row]:
+    """Cuts documents, in their order, into sequences of at most `length` tokens."""
+    waiting: list[Document] = []
+    for document in documents:
+        waiting.append(document)
+        if len(waiting) == TOKENIZED_AT_ONCE:
+            yield from _cut(waiting, tokenizer, length)
+            waiting = []
+    yield from _cut(waiting, tokenizer, length)
+
+
+def _cut(documents: list[Document], tokenizer: Any, length: int) -> Iterator[Row]:
+    if not documents:
+        return
+    encoded = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)
+    for document, ids in zip(documents, encoded["input_ids"], strict=True):
+        for start in range(0, len(ids), length):
+            if len(ids) - start >= SHORTEST:
+                yield document.segment, np.asarray(ids[start : start + length], dtype=np.int64)
+
+
+class BatchFormer:
+    """Forms batches of a drawn size, cut short where the token budget is used up; nothing is reordered or lost."""
+
+    def __init__(self, tokenizer: Any, decode: Decode, traffic: Traffic) -> None:
+        self.traffic = traffic
+        self._held: list[Row] = []
+        self._eos, self._mask_spans = tokenizer.eos_token_id, decode == "teacher"
+        known = [tokenizer.convert_tokens_to_ids(f"<extra_id_{index}>") for index in range(100)]
+        self._sentinels = np.array([idx for idx in known if idx is not None and idx != tokenizer.unk_token_id])
+        if self._mask_spans and not len(self._sentinels):
+            raise ValueError("the tokenizer has no <extra_id_0> to mask spans with; use --decode none or generate")
+
+    def rng(self, number: int) -> np.random.Generator:
+        """The batch's own random numbers, so that any batch can be formed again."""
+        return np.random.default_rng((self.traffic.seed, number))
+
+    def form(self, number: int, phase: str, rows: Iterator[Row], rng: np.random.Generator) -> TrafficBatch | None:
+        """Takes the next batch from `rows`; None when there is nothing left."""
+        low, high = np.log([self.traffic.smallest, self.traffic.largest])
+        taken = self._take(rows, round(float(np.exp(rng.uniform(low, high)))))
+        if not taken:
+            return None
+        shaped = [self._shape(ids, rng) for _, ids in taken]
+        segments = tuple(segment for segment, _ in taken)
+        return TrafficBatch(number, phase, segments, [source for source, _ in shaped], [target for _, target in shaped])
+
+    def _take(self, rows: Iterator[Row], size: int) -> list[Row]:
+        taken: list[Row] = []
+        longest = 0
+        while len(taken) < size:
+            row = self._held.pop() if self._held else next(rows, None)
+            if row is None:
+                break
+            longest = max(longest, len(row[1]) + 1)
+            if self.traffic.token_budget and taken and longest * (len(taken) + 1) > self.traffic.token_budget:
+                self._held.append(row)
+                break
+            taken.append(row)
+        return taken
+
+    def _shape(self, ids: Ids, rng: np.random.Generator) -> tuple[Ids, Ids]:
+        """Encoder input and decoder target: masked spans and their truth, or plain text and nothing."""
+        if self._mask_spans:
+            return corrupt(ids, self._sentinels, self._eos, rng)
+        return np.append(ids[: self.traffic.length - 1], self._eos), np.array([], dtype=np.int64)
+
+
+def text_traffic(
+    documents: Iterable[Document], tokenizer: Any, decode: Decode, traffic: Traffic
+) -> Iterator[TrafficBatch]:
+    """A stream over the user's own text in its own order, at most `traffic.batches` batches.
+
+    Raises:
+        ValueError: If there is not one usable line of text.
+    """
+    former, rows = BatchFormer(tokenizer, decode, traffic), sequences(documents, tokenizer, traffic.length)
+    for number in range(traffic.batches):
+        batch = former.form(number, "text", rows, former.rng(number))
+        if batch is None and number == 0:
+            raise ValueError(f"the text has no usable line; expected at least one of {SHORTEST} tokens")
+        if batch is None:
+            return
+        yield batch

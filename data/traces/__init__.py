@@ -1,0 +1,1 @@
+"""Router traces: how they are recorded, stored, read and summarised."""

@@ -1,0 +1,89 @@
+"""What a trace says about its traffic: how skewed the experts' loads are and how much they change from batch to batch.
+
+Shape suffixes: N batches, L MoE layers, E logical experts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data.traces.store import StoredTrace
+from data.traces.trace import IntArray
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Skew:
+    """Figures of a trace; arrays have one entry a MoE layer.
+
+    Attributes:
+        loads: Dispatched tokens, `[N, L, E]`.
+        tokens: Dispatched tokens in all.
+        hottest: Load of the hottest expert over the mean, median over batches.
+        dropped: Share of demand that was dropped for capacity; None where only counts were logged.
+        padding: Share of encoder positions that were padding; None where only counts were logged.
+        step_tv: Total variation between the shares of a batch and of the one before it, mean over batches.
+        floor_tv: The same if every batch were drawn from one and the same distribution: what sampling alone makes.
+    """
+
+    loads: IntArray
+    tokens: IntArray
+    hottest: Floats
+    dropped: Floats | None
+    padding: float | None
+    step_tv: Floats
+    floor_tv: Floats
+
+
+def shares(loads: IntArray) -> Floats:
+    """Loads divided by their sums; a layer without load is uniform."""
+    total = loads.sum(-1, keepdims=True)
+    even = np.full(loads.shape, 1 / loads.shape[-1])
+    return np.asarray(np.divide(loads, total, out=even, where=total > 0))
+
+
+def step_variation(loads: IntArray) -> Floats:
+    """Total variation between each batch's shares and the last one's, `[N - 1, L]`."""
+    return np.asarray(np.abs(np.diff(shares(loads), axis=0)).sum(-1) / 2)
+
+
+def shuffled(loads: IntArray, rng: np.random.Generator) -> IntArray:
+    """The same tokens dealt to batches at random: each batch keeps its size, each expert its sum."""
+    dealt = np.empty_like(loads)
+    for layer in range(loads.shape[1]):
+        left = loads[:, layer].sum(0)
+        for step, size in enumerate(loads[:, layer].sum(-1)):
+            dealt[step, layer] = rng.multivariate_hypergeometric(left, size)
+            left = left - dealt[step, layer]
+    return dealt
+
+
+def measure(trace: StoredTrace) -> Skew:
+    """Reads a trace once and measures it."""
+    demand, positions, real = None, 0, 0
+    if trace.about["granularity"] == "tokens":
+        rows = []
+        for batch in trace.traces():
+            rows.append(batch.load(trace.layout))
+            demand = batch.demand(trace.layout) + (0 if demand is None else demand)
+            positions += batch.tokens.mask.numel()
+            real += batch.tokens.num_tokens
+        loads = np.stack(rows)
+    else:
+        loads = trace.loads()
+    tokens = loads.sum((0, 2))
+    wanted = None if demand is None else np.maximum(demand.sum(-1), 1)
+    hottest = np.median(shares(loads).max(-1) * loads.shape[-1], axis=0)
+    silent = np.zeros(loads.shape[1])
+    floor = step_variation(shuffled(loads, np.random.default_rng(0)))
+    return Skew(
+        loads=loads,
+        tokens=tokens,
+        hottest=hottest,
+        dropped=None if wanted is None else 1 - np.where(tokens > 0, tokens / wanted, 1),
+        padding=None if demand is None else 1 - real / positions,
+        step_tv=step_variation(loads).mean(0) if len(loads) > 1 else silent,
+        floor_tv=floor.mean(0) if len(loads) > 1 else silent,
+    )

@@ -1,0 +1,215 @@
+"""A trace on disk: Parquet shards and trace.json. The only file that knows the format (see docs/trace-format.md).
+
+One row of a shard is one sequence; one column holds the expert of each of its tokens in one MoE layer. Where only
+counts are known, one row is one MoE layer of one batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from data.files import read_json, sha256, whole_file, write_json
+from data.models.layout import MoELayout
+from data.traces.columns import (
+    counts_schema,
+    counts_table,
+    entries_column,
+    sequence_schema,
+    sequence_table,
+    tokens_column,
+)
+from data.traces.trace import PADDING, IntArray, RouterTrace, TokenBatch
+
+FORMAT_VERSION = 1
+TRACE_JSON = "trace.json"
+Granularity = Literal["tokens", "counts"]
+Shard = dict[str, Any]
+
+
+def write_shard(path: Path, traces: list[RouterTrace], layout: MoELayout) -> Shard:
+    """Writes some batches as one Parquet file, whole or not at all; returns its entry for trace.json."""
+    _write(path, sequence_table(traces, layout))
+    tokens = sum(trace.tokens.num_tokens for trace in traces)
+    sequences = sum(len(trace.segments) for trace in traces)
+    return {
+        "file": path.name, "batches": len(traces), "sequences": sequences, "tokens": tokens, "sha256": sha256(path),
+    }  # fmt: skip
+
+
+def write_counts_shard(path: Path, first: int, loads: IntArray) -> Shard:
+    """Writes loads `[steps, L, E]` of the batches from number `first` on; returns the entry for trace.json."""
+    _write(path, counts_table(first, loads))
+    return {"file": path.name, "batches": len(loads), "sha256": sha256(path)}
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    with whole_file(path) as aside:
+        pq.write_table(table, aside, compression="zstd")
+
+
+def write_about(
+    folder: Path, layout: MoELayout, shards: list[Shard], splits: list[str], granularity: Granularity, **facts: Any
+) -> None:
+    """Writes trace.json, which makes a folder of shards a trace.
+
+    Args:
+        folder: The trace.
+        layout: The model that was traced.
+        shards: What `write_shard` or `write_counts_shard` returned, in order.
+        splits: Split of each batch: "train", "gap", "val" or "test".
+        granularity: Whether tokens were logged or only counts.
+        facts: Whatever else is to be kept: where the text came from, settings, versions.
+    """
+    runs, start = [], 0
+    for split, run in groupby(splits):
+        stop = start + len(list(run))
+        runs.append([split, start, stop])
+        start = stop
+    about = {"format_version": FORMAT_VERSION, "granularity": granularity, "layout": layout.to_json()}
+    write_json(folder / TRACE_JSON, about | facts | {"splits": runs, "shards": shards})
+
+
+@dataclass(frozen=True)
+class StoredTrace:
+    """A trace folder that was opened: its description checked, its shards not read yet.
+
+    Attributes:
+        path: The folder.
+        layout: The model that was traced.
+        about: trace.json as it stands.
+    """
+
+    path: Path
+    layout: MoELayout
+    about: dict[str, Any]
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in all shards."""
+        return sum(shard["batches"] for shard in self.about["shards"])
+
+    @property
+    def splits(self) -> list[str]:
+        """Split of each batch."""
+        return [split for split, start, stop in self.about["splits"] for _ in range(start, stop)]
+
+    def traces(self) -> Iterator[RouterTrace]:
+        """Yields the batches in order, one shard in memory at a time.
+
+        Raises:
+            ValueError: On a shard that is missing, damaged, or not this trace's; the message names it. Also where only
+                counts were logged.
+        """
+        if self.about["granularity"] != "tokens":
+            raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
+        schema = sequence_schema(self.layout, bool(self.about.get("probabilities")), self.about.get("top", 0))
+        for path, table in self._tables(schema):
+            for number, rows in _by_batch(table):
+                try:
+                    yield self._batch(number, rows)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from None
+
+    def batches(self) -> Iterator[TokenBatch]:
+        """Yields the encoder tokens of each batch."""
+        return (trace.tokens for trace in self.traces())
+
+    def loads(self) -> IntArray:
+        """Loads of all batches, `[steps, L, E]`."""
+        if self.about["granularity"] == "tokens":
+            return np.stack([trace.load(self.layout) for trace in self.traces()])
+        loads = []
+        for path, table in self._tables(counts_schema()):
+            counts = np.stack(table["counts"].to_numpy())
+            if counts.shape[1] != self.layout.num_experts or len(counts) % self.layout.num_layers:
+                expected = (self.layout.num_layers, self.layout.num_experts)
+                raise ValueError(f"{path} holds counts {counts.shape}, expected layers x experts {expected}")
+            loads.append(counts.reshape(-1, self.layout.num_layers, self.layout.num_experts))
+        return np.concatenate(loads)
+
+    def _tables(self, schema: pa.Schema) -> Iterator[tuple[Path, pa.Table]]:
+        for shard in self.about["shards"]:
+            path = self.path / shard["file"]
+            if not path.exists():
+                raise ValueError(f"{path} is missing; collect the trace again")
+            if (digest := sha256(path)) != shard["sha256"]:
+                raise ValueError(
+                    f"{path} has sha256 {digest[:12]}, trace.json says {shard['sha256'][:12]}; "
+                    "it was cut short, edited, or belongs to another trace"
+                )
+            try:
+                table = pq.read_table(path)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{path} is no Parquet file: {error}") from None
+            if table.schema != schema:
+                raise ValueError(f"{path} has columns {table.schema.names}, expected {schema.names}")
+            yield path, table
+
+    def _batch(self, number: int, rows: pa.Table) -> RouterTrace:
+        tokens, decoder = tokens_column(rows, "tokens"), tokens_column(rows, "decoder_tokens")
+        split = self.layout.num_encoder_layers
+        names = self.layout.layer_names
+        experts = [tokens_column(rows, name, PADDING).input_ids.to(torch.int16) for name in names]
+        for name, ids in zip(names, experts, strict=True):
+            if ids.numel() and int(ids.max()) >= self.layout.num_experts:
+                raise ValueError(f"{name} holds expert {int(ids.max())}; the model has {self.layout.num_experts}")
+        top_experts, top_probabilities = self._top(rows, tokens, names[:split])
+        return RouterTrace(
+            batch=number,
+            phase=rows["phase"][0].as_py(),
+            split=next(name for name, start, stop in self.about["splits"] if start <= number < stop),
+            segments=tuple(rows["segment"].to_pylist()),
+            tokens=tokens,
+            decoder_tokens=decoder,
+            encoder_experts=_stack(experts[:split], tokens),
+            decoder_experts=_stack(experts[split:], decoder),
+            stepwise=self.about.get("decode") == "generate",
+            encoder_top_experts=top_experts,
+            encoder_top_probabilities=top_probabilities,
+        )
+
+    def _top(self, rows: pa.Table, tokens: TokenBatch, names: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        """Likeliest experts of each encoder token and their probabilities, `[L_enc, B, T, K]`, if they were logged."""
+        if not (top := self.about.get("top", 0)):
+            return None, None
+        experts = [entries_column(rows, f"{name}_top", tokens, top).to(torch.int16) for name in names]
+        probabilities = [entries_column(rows, f"{name}_top_probability", tokens, top) for name in names]
+        return torch.stack(experts), torch.stack(probabilities)
+
+
+def _stack(layers: list[Tensor], tokens: TokenBatch) -> Tensor:
+    return torch.stack(layers) if layers else torch.zeros((0, *tokens.mask.shape), dtype=torch.int16)
+
+
+def _by_batch(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """Cuts a shard into its batches."""
+    numbers = table["batch"].to_numpy()
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    for start, stop in pairwise(edges):
+        yield int(numbers[start]), table.slice(start, stop - start)
+
+
+def open_trace(path: Path) -> StoredTrace:
+    """Opens a trace folder.
+
+    Raises:
+        ValueError: If there is no whole trace of a format this version reads.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; expected a trace written by `python -m data.collect`")
+    about = read_json(path / TRACE_JSON)
+    if about.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path / TRACE_JSON} has format version {about.get('format_version')}; this version reads {FORMAT_VERSION}"
+        )
+    if missing := {"layout", "granularity", "splits", "shards"} - about.keys():
+        raise ValueError(f"{path / TRACE_JSON} lacks {sorted(missing)}; it was edited or cut short")
+    return StoredTrace(path, MoELayout.from_json(about["layout"]), about)

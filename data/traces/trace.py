@@ -1,0 +1,146 @@
+"""What one batch looks like to a forecaster, what the routers did with it, and the loads that follow from that.
+
+Shape suffixes: B sequences, T encoder positions, U decoder positions, L MoE layers (encoder first), E logical experts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data.models.layout import MoELayout
+
+IntArray = npt.NDArray[np.int64]
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of one batch, known before it runs.
+
+    Attributes:
+        input_ids: Token ids, int64 `[B, T]`.
+        mask: True where a token is real, False where it is padding, bool `[B, T]`.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.input_ids.shape != self.mask.shape or self.input_ids.dim() != 2:
+            raise ValueError(
+                f"input_ids {tuple(self.input_ids.shape)} and mask {tuple(self.mask.shape)} must both be [B, T]"
+            )
+        if self.mask.dtype != torch.bool:
+            raise ValueError(f"mask has dtype {self.mask.dtype}, expected torch.bool")
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens in the batch, padding left out."""
+        return int(self.mask.sum())
+
+
+def pad_tokens(rows: list[IntArray], pad: int) -> TokenBatch:
+    """Right-pads ragged token ids to one batch `[B, T]`."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max()) if len(rows) else 0
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    for target, row in zip(ids, rows, strict=True):
+        target[: len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
+    return TokenBatch(ids, torch.arange(width) < lengths[:, None])
+
+
+def dispatched_mask(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """Which routed tokens fit into their expert's capacity, which counts per sequence and in order of position.
+
+    Args:
+        experts: Expert of each token, `[..., T]`; `PADDING` on padding, which must come last (right padding).
+        num_experts: E.
+        capacity: Tokens of one sequence an expert accepts.
+    """
+    one_hot = torch.nn.functional.one_hot(experts.long() + 1, num_experts + 1)[..., 1:]
+    rank = (one_hot.cumsum(-2) * one_hot).sum(-1)
+    return (rank > 0) & (rank <= capacity)
+
+
+@dataclass(frozen=True)
+class RouterTrace:
+    """One batch and where its tokens were routed.
+
+    Attributes:
+        batch: Number of the batch in the stream.
+        phase: Which traffic it belongs to.
+        split: "train", "gap", "val" or "test".
+        segments: Segment (topic, language, source) of each sequence, `[B]`.
+        tokens: Encoder tokens `[B, T]`.
+        decoder_tokens: Decoder input tokens `[B, U]`; U is 0 where the decoder did not run.
+        encoder_experts: Expert of each encoder token, int16 `[L_enc, B, T]`, `PADDING` on padding.
+        decoder_experts: Expert of each decoder token, int16 `[L_dec, B, U]`, `PADDING` on padding.
+        stepwise: Whether the decoder ran token by token, so that its capacity counted for each token alone.
+        encoder_probabilities: Router probability of that expert, float16 `[L_enc, B, T]`, where it was logged.
+        decoder_probabilities: The same for the decoder, float16 `[L_dec, B, U]`.
+        encoder_top_experts: The K likeliest experts of each encoder token, likeliest first, int16 `[L_enc, B, T, K]`,
+            where they were logged.
+        encoder_top_probabilities: Their router probabilities, float16 `[L_enc, B, T, K]`.
+    """
+
+    batch: int
+    phase: str
+    split: str
+    segments: tuple[str, ...]
+    tokens: TokenBatch
+    decoder_tokens: TokenBatch
+    encoder_experts: Tensor
+    decoder_experts: Tensor
+    stepwise: bool = False
+    encoder_probabilities: Tensor | None = None
+    decoder_probabilities: Tensor | None = None
+    encoder_top_experts: Tensor | None = None
+    encoder_top_probabilities: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, experts, tokens in (
+            ("encoder_experts", self.encoder_experts, self.tokens),
+            ("decoder_experts", self.decoder_experts, self.decoder_tokens),
+        ):
+            if experts.shape[1:] != tokens.input_ids.shape:
+                raise ValueError(
+                    f"batch {self.batch}: {name} has shape {tuple(experts.shape)}, "
+                    f"its tokens {tuple(tokens.input_ids.shape)}"
+                )
+
+    def demand(self, layout: MoELayout) -> IntArray:
+        """Tokens whose router chose each expert, padding left out, `[L, E]`."""
+        layers = [_count(ids, ids >= 0, layout) for ids in (*self.encoder_experts, *self.decoder_experts)]
+        return torch.stack(layers).numpy()
+
+    def load(self, layout: MoELayout) -> IntArray:
+        """Dispatched tokens of each expert: demand less the tokens dropped for capacity, `[L, E]`."""
+        layers = [_count(ids, _kept(ids, layout), layout) for ids in self.encoder_experts]
+        for ids in self.decoder_experts:
+            layers.append(_count(ids, ids >= 0 if self.stepwise else _kept(ids, layout), layout))
+        return torch.stack(layers).numpy()
+
+    def step_loads(self, layout: MoELayout) -> IntArray:
+        """Load of each decoder step on the decoder's layers, `[U, L_dec, E]`; only where it ran token by token.
+
+        Raises:
+            ValueError: If the decoder ran all tokens at once.
+        """
+        if not self.stepwise:
+            raise ValueError(f"batch {self.batch}: the decoder ran all its tokens at once; there are no steps")
+        steps = self.decoder_experts.unbind(2)
+        counts = [torch.stack([_count(ids, ids >= 0, layout) for ids in step]) for step in steps]
+        shape = (0, len(self.decoder_experts), layout.num_experts)
+        return torch.stack(counts).numpy() if counts else np.zeros(shape, dtype=np.int64)
+
+
+def _kept(experts: Tensor, layout: MoELayout) -> Tensor:
+    return dispatched_mask(experts, layout.num_experts, layout.expert_capacity)
+
+
+def _count(experts: Tensor, keep: Tensor, layout: MoELayout) -> Tensor:
+    """Tokens of each expert among those to keep, `[E]`."""
+    return torch.bincount(experts[keep].long(), minlength=layout.num_experts)

@@ -1,0 +1,1 @@
+"""Forecasters that a learned predictor has to beat."""

@@ -1,0 +1,1 @@
+"""How good forecasts are: metrics, comparison with rivals, tables, pictures, report."""

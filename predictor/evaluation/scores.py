@@ -1,0 +1,116 @@
+"""How one forecaster did on one stream, batch by batch, and what that says with how much certainty.
+
+Shape suffixes: N batches, L MoE layers, E logical experts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.traces.trace import IntArray
+from predictor.baselines.history import share_of
+from predictor.evaluation.metrics import hot_recall, load_tv, sampling_floor, surprise
+from predictor.forecast import FloatArray, LoadForecast
+
+CONTRACT = ("load_tv", "hot_recall", "token_top1", "balancedness", "balancedness_8", "regret", "regret_8")
+"""What is summarised, with an interval for each."""
+RESAMPLES = 1000
+BLOCK = 5
+"""Batches drawn together in the bootstrap, since neighbours are alike; fewer where there are fewer than three times
+as many."""
+
+
+@dataclass
+class Scores:
+    """One forecaster on one stream.
+
+    Attributes:
+        load_tv: Total variation of predicted and true share, `[N][L]`.
+        floor: Total variation that chance alone leaves to a forecaster that does not see the tokens, `[N][L]`.
+        hot_recall: Share of the hot experts found, `[N][L]`.
+        surprise: Negative log-likelihood of a token's expert, nats, `[N][L]`.
+        token_top1: Share of tokens whose expert was named, `[N][L_enc]`; empty where tokens are not forecast.
+        balancedness: With 16 redundant experts, mean over layers, `[N]`; empty where there was no balancer.
+        balancedness_8: The same with 8.
+        regret: How much more the oracle's forecast balanced the same batch with 16 redundant experts, `[N]`.
+        regret_8: The same with 8.
+        milliseconds: Time of one forecast, `[N]`.
+        share: Forecast shares, `[N][L, E]`.
+        spread: One standard deviation of each, `[N][L, E]`.
+        true_share: What came, `[N][L, E]`.
+    """
+
+    load_tv: list[FloatArray] = field(default_factory=list)
+    floor: list[FloatArray] = field(default_factory=list)
+    hot_recall: list[FloatArray] = field(default_factory=list)
+    surprise: list[FloatArray] = field(default_factory=list)
+    token_top1: list[FloatArray] = field(default_factory=list)
+    balancedness: list[float] = field(default_factory=list)
+    balancedness_8: list[float] = field(default_factory=list)
+    regret: list[float] = field(default_factory=list)
+    regret_8: list[float] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)
+    share: list[FloatArray] = field(default_factory=list)
+    spread: list[FloatArray] = field(default_factory=list)
+    true_share: list[FloatArray] = field(default_factory=list)
+
+    def add(self, forecast: LoadForecast, load: IntArray) -> None:
+        """Scores one forecast against the load that came, `[L, E]`."""
+        predicted, truth = torch.from_numpy(forecast.load).float(), torch.from_numpy(load).float()
+        self.load_tv.append(load_tv(predicted, truth).numpy())
+        self.floor.append(sampling_floor(truth).numpy())
+        self.hot_recall.append(hot_recall(predicted, truth).numpy())
+        self.surprise.append(surprise(predicted, truth).numpy())
+        self.share.append(forecast.share.astype(np.float32))
+        self.spread.append(forecast.spread.astype(np.float32))
+        self.true_share.append(share_of(load).astype(np.float32))
+
+    def coverage(self, nominal: FloatArray) -> FloatArray:
+        """Share of experts whose true share lies in the interval of each nominal coverage; same shape as `nominal`."""
+        error = np.abs(np.stack(self.share) - np.stack(self.true_share))
+        width = torch.special.ndtri(torch.from_numpy((1 + nominal) / 2)).numpy()
+        spread = np.stack(self.spread)
+        return np.array([(error <= z * spread).mean() for z in width])
+
+    def interval(self, metric: str) -> tuple[float, float]:
+        """95 % interval of a metric's mean: a circular block bootstrap over batches."""
+        values = np.array([np.nanmean(value) for value in getattr(self, metric)])
+        low, high = np.quantile(values[resampled(len(values))].mean(1), [0.025, 0.975])
+        return float(low), float(high)
+
+    def gap_closed(self, last: "Scores", regret: str) -> tuple[float, tuple[float, float]]:
+        """Share of the last batch's regret that this forecaster is spared, and its 95 % interval."""
+        own, its = np.array(getattr(self, regret)), np.array(getattr(last, regret))
+        rows = resampled(len(own))
+        its_mean = np.maximum(its[rows].mean(1), 1e-9)  # a draw in which persistence is perfect leaves nothing to close
+        low, high = np.quantile(1 - own[rows].mean(1) / its_mean, [0.025, 0.975])
+        return float(1 - own.mean() / max(its.mean(), 1e-9)), (float(low), float(high))
+
+    def summary(self) -> dict[str, float | None]:
+        """The figures of the contract: means over layers and batches."""
+        values = {name: getattr(self, name) for name in CONTRACT}
+        return {name: round(float(np.nanmean(value)), 4) if len(value) else None for name, value in values.items()}
+
+    def details(self) -> dict[str, Any]:
+        """The contract's figures with their intervals, and all the others."""
+        result: dict[str, Any] = dict(self.summary())
+        for name in CONTRACT:
+            if len(getattr(self, name)):
+                result[f"{name}_interval"] = [round(value, 4) for value in self.interval(name)]
+        result["load_tv_layers"] = [round(float(value), 4) for value in np.nanmean(self.load_tv, axis=0)]
+        result["sampling_floor_layers"] = [round(float(value), 4) for value in np.nanmean(self.floor, axis=0)]
+        result["surprise"] = round(float(np.nanmean(self.surprise)), 4)
+        result["milliseconds"] = round(float(np.median(self.milliseconds)), 2)
+        if np.any(self.spread):
+            result["coverage_80"] = round(float(self.coverage(np.array([0.8]))[0]), 4)
+        return result
+
+
+def resampled(count: int) -> IntArray:
+    """Rows of a circular block bootstrap over `count` batches, `[RESAMPLES, count]`."""
+    block = min(BLOCK, max(count // 3, 1))
+    starts = np.random.default_rng(0).integers(count, size=(RESAMPLES, -(-count // block)))
+    rows: IntArray = (starts[..., None] + np.arange(block)).reshape(RESAMPLES, -1)[:, :count] % count
+    return rows

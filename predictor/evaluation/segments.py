@@ -1,0 +1,58 @@
+"""How well single segments of the text (topics, languages) are forecast, those met in training and those that were not.
+
+Of each test batch the sequences of one segment are taken for a batch of their own and forecast from their tokens alone,
+in the encoder's layers; history, which is of whole batches, has no say.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.datamodule import RouterTraceModule
+from data.traces.dataset import part, sequence_loads
+from predictor.baselines.token_table import TokenTable
+from predictor.evaluation.comparison import test_steps
+from predictor.evaluation.metrics import load_tv, token_top1
+from predictor.evaluation.scores import Scores
+from predictor.forecaster import LearnedForecaster
+
+FEWEST = 4
+"""Sequences of a segment from which it counts as a batch."""
+
+
+def segment_errors(forecasters: list[LearnedForecaster | TokenTable], data: RouterTraceModule) -> dict[str, Any]:
+    """Of each segment: whether it was met in training, and each forecaster's figures with intervals."""
+    layout, split = data.layout, data.layout.num_encoder_layers
+    scores: dict[str, dict[str, Scores]] = defaultdict(lambda: defaultdict(Scores))
+    for step, sample in test_steps(data):
+        names = np.array(sample.trace.segments)
+        for segment in np.unique(names):
+            rows = torch.from_numpy(np.flatnonzero(names == segment))
+            if len(rows) < FEWEST:
+                continue
+            piece = part(sample.trace, rows)
+            truth = sequence_loads(piece, layout)[:, :split].sum(0).float()
+            for forecaster in forecasters:
+                past = data.loads[:0] if isinstance(forecaster, LearnedForecaster) else data.loads[:step]
+                load = torch.from_numpy(forecaster.forecast(piece.tokens, past).load[:split]).float()
+                its = scores[str(segment)][forecaster.name]
+                its.load_tv.append(load_tv(load, truth).numpy())
+                its.token_top1.append(
+                    token_top1(forecaster.route(piece.tokens), piece.encoder_experts).double().numpy()
+                )
+    seen = {segment for sample in data.samples("train") for segment in sample.trace.segments}
+    return {
+        segment: {"seen": segment in seen} | {name: _figures(its) for name, its in forecast.items()}
+        for segment, forecast in sorted(scores.items(), key=lambda pair: (pair[0] not in seen, pair[0]))
+    }
+
+
+def _figures(scores: Scores) -> dict[str, Any]:
+    result: dict[str, Any] = {"batches": len(scores.load_tv)}
+    for metric in ("load_tv", "token_top1"):
+        low, high = scores.interval(metric)
+        result[metric] = round(float(np.mean(getattr(scores, metric))), 4)
+        result[f"{metric}_interval"] = [round(low, 4), round(high, 4)]
+    return result

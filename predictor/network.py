@@ -1,0 +1,142 @@
+"""The network: token embeddings of the coming batch and past loads in, load of every expert out. Pure torch.
+
+Encoder layers: a head per MoE layer gives every token a distribution over experts, and their sum under the expert
+capacity is the load. Decoder layers: what will be written is not known yet, so every encoder token tells how many
+tokens it brings about there and where they go: at a masked span, the words that are missing.
+Both are blended with the history of loads, which is all there is when the queue is empty.
+
+Shape suffixes: B sequences, T positions, D host width, H hidden width, K past batches, L MoE layers, E experts.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data.models.layout import MoELayout
+from predictor.layers import HistoryMix, Recurrent, SparseAttention
+
+Cell = Literal["sru", "lstm", "gru"]
+DecoderHead = Literal["tokens", "pooled"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of the network; the defaults are what measured best (docs/log.md).
+
+    Attributes:
+        cell: Recurrent cell: "sru" (the paper's), "lstm" (SiDA's) or "gru".
+        width: H.
+        depth: Recurrent layers.
+        bidirectional: Whether half of each layer's channels reads from right to left.
+        sparse_attention: Whether a sparsemax attention with a residual follows the recurrence.
+        history: Whether past loads are blended into the forecast from tokens too; without tokens they always decide.
+        decoder: What the decoder's load is read from: each token's state, or one mean state for each sequence.
+    """
+
+    cell: Cell = "sru"
+    width: int = 128
+    depth: int = 2
+    bidirectional: bool = True
+    sparse_attention: bool = False
+    history: bool = False
+    decoder: DecoderHead = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.cell not in ("sru", "lstm", "gru"):
+            raise ValueError(f"cell is {self.cell!r}, expected 'sru', 'lstm' or 'gru'")
+        if self.decoder not in ("tokens", "pooled"):
+            raise ValueError(f"decoder is {self.decoder!r}, expected 'tokens' or 'pooled'")
+        if self.width < 2 or self.width % 2 or self.depth < 1:
+            raise ValueError(f"width {self.width} and depth {self.depth}: expected an even width and depth 1 or more")
+
+
+class Prediction(NamedTuple):
+    """What the network says about one batch.
+
+    Attributes:
+        token_logits: Score of each expert for each token and encoder layer, `[B, T, L_enc, E]`.
+        load: Expected dispatched tokens, `[L, E]`.
+        variance: Variance of the load if tokens chose independently, `[L, E]`; carries no gradient.
+        sequence_load: Expected tokens of each sequence in the decoder, before history is blended in, `[B, L_dec, E]`.
+    """
+
+    token_logits: Tensor
+    load: Tensor
+    variance: Tensor
+    sequence_load: Tensor
+
+
+def capped(mean: Tensor, variance: Tensor, capacity: int) -> Tensor:
+    """Expected value of min(N, capacity) for a count N with this mean and variance, taken as normal; same shape."""
+    deviation = (variance + 1e-6).sqrt()
+    z = (mean - capacity) / deviation
+    density = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    over = (mean - capacity) * torch.special.ndtr(z) + deviation * density
+    expected: Tensor = (mean - over).clamp(min=0)
+    return expected
+
+
+class LoadNetwork(nn.Module):
+    """Forecasts all MoE layers of one host model at once."""
+
+    def __init__(self, layout: MoELayout, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.capacity, self.num_experts = layout.expert_capacity, layout.num_experts
+        self.num_encoder_layers = layout.num_encoder_layers
+        self.num_decoder_layers = layout.num_layers - layout.num_encoder_layers
+        width = architecture.width
+        self.enter = nn.Linear(layout.d_model, width)
+        self.context = Recurrent(architecture.cell, width, architecture.depth, architecture.bidirectional)
+        self.attention = SparseAttention(width) if architecture.sparse_attention else None
+        self.encoder_heads = nn.Linear(width, self.num_encoder_layers * self.num_experts)
+        if self.num_decoder_layers:
+            self.decoder_heads = nn.Linear(width, self.num_decoder_layers * self.num_experts)
+            self.decoder_length = nn.Linear(width, 1)
+        self.history = HistoryMix(layout.num_layers, architecture.history)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
+        """Forecasts the load of a batch from its token embeddings and the loads of the batches before it."""
+        hidden = self.enter(x_BTD)
+        hidden = self.context(hidden, mask_BT)
+        if self.attention is not None:
+            hidden = hidden + self.attention(hidden, mask_BT)
+        with torch.autocast(hidden.device.type, enabled=False):  # sums over thousands of tokens stay exact
+            return self._forecast(hidden.to(self.enter.weight.dtype), mask_BT, history_KLE)
+
+    def _forecast(self, hidden: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
+        """What follows from the state of every token, `[B, T, H]`."""
+        logits = self.encoder_heads(hidden).unflatten(-1, (self.num_encoder_layers, self.num_experts))
+        load_BLE, variance_BLE = self._counted(logits, mask_BT[..., None].to(logits.dtype))
+        sequence_load = load_BLE[:, :0]
+        if self.num_decoder_layers:
+            sequence_load, decoder_variance = self._decoder_load(hidden, mask_BT)
+            load_BLE = torch.cat([load_BLE, sequence_load], 1)
+            variance_BLE = torch.cat([variance_BLE, decoder_variance], 1)
+        load = self.history.blend(load_BLE.sum(0), history_KLE)
+        return Prediction(logits, load, variance_BLE.sum(0), sequence_load)
+
+    def _decoder_load(self, hidden_BTH: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected load of each sequence in the decoder and its variance, `[B, L_dec, E]` each."""
+        weight_BT1 = mask_BT[..., None].to(hidden_BTH.dtype)
+        if self.architecture.decoder == "pooled":  # a sequence counts as one position that brings about all its tokens
+            weight_BT1 = weight_BT1.sum(1, keepdim=True)
+            hidden_BTH = (hidden_BTH * mask_BT[..., None]).sum(1, keepdim=True) / weight_BT1.clamp(min=1)
+        logits = self.decoder_heads(hidden_BTH).unflatten(-1, (self.num_decoder_layers, self.num_experts))
+        return self._counted(logits, nn.functional.softplus(self.decoder_length(hidden_BTH)) * weight_BT1)
+
+    def _counted(self, logits_BTLE: Tensor, tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected load under the capacity and its variance, `[B, L, E]` each.
+
+        Args:
+            logits_BTLE: Score of each expert for each position and layer.
+            tokens_BT1: Tokens that each position stands for; 0 on padding.
+        """
+        share_BTM, tokens_B1T = logits_BTLE.softmax(-1).flatten(2), tokens_BT1.transpose(1, 2)
+        mean_BLE = (tokens_B1T @ share_BTM).view(logits_BTLE.shape[0], *logits_BTLE.shape[2:])
+        with torch.no_grad():  # it only smooths the capacity; its gradient costs a tenth of a step
+            variance_BLE = mean_BLE - (tokens_B1T @ share_BTM.square()).view_as(mean_BLE)
+        return capped(mean_BLE, variance_BLE, self.capacity), variance_BLE

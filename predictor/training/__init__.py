@@ -1,0 +1,1 @@
+"""Training a predictor with Lightning, and exporting it."""

@@ -1,0 +1,96 @@
+"""The folder a training run leaves, whole or not at all: predictor, card, resolved configuration, report."""
+
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from predictor.checkpoint import CONFIG, WEIGHTS
+from predictor.evaluation.tables import Details, ladder_table
+from predictor.forecaster import LearnedForecaster
+
+
+def check_target(folder: Path) -> None:
+    """Refuses to replace a folder that is not a predictor.
+
+    Raises:
+        ValueError: Naming the folder.
+    """
+    if folder.exists() and not ((folder / CONFIG).exists() and (folder / WEIGHTS).exists()):
+        raise ValueError(f"{folder} exists and is not a predictor folder; name another one with --predictor")
+
+
+@contextmanager
+def predictor_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write into; it replaces `folder`, and a predictor there, when the block ends well."""
+    check_target(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        new = aside / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(aside / "old")
+        new.rename(folder)
+    finally:
+        shutil.rmtree(aside)
+
+
+def git_revision() -> str | None:
+    """Commit of this code, with "-dirty" where files differ from it; None outside a git folder."""
+    command = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return git.stdout.strip() or None
+
+
+def provenance(seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """Where a predictor comes from: command, time, git revision, seconds of the fit alone, library versions."""
+    libraries = ("torch", "lightning", "transformers", "numpy")
+    return {
+        "command": ["train.py", *sys.argv[1:]],
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_revision": git_revision(),
+        "training_seconds": round(seconds, 1),
+        "training_cpu_seconds": round(cpu_seconds, 1),
+        "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
+    }
+
+
+def model_card(forecaster: LearnedForecaster, details: Details, about: dict[str, Any]) -> str:
+    """README.md of a predictor folder."""
+    layout, architecture = forecaster.layout, forecaster.network.architecture
+    parameters = sum(value.numel() for value in forecaster.network.parameters())
+    direction = "bidirectional" if architecture.bidirectional else "left-to-right"
+    return f"""---
+library_name: switchcast
+tags: [mixture-of-experts, switch-transformers, expert-load-forecasting]
+---
+# Expert load predictor for {layout.model_id}
+
+Forecasts how many tokens of the coming batch each of {layout.num_experts} experts gets, in all {layout.num_layers} MoE
+layers of `{layout.model_id}` (layout fingerprint `{layout.fingerprint()}`), from the batch's own encoder tokens and the
+loads of the batches before it. It never changes what the model answers.
+
+- Network: {architecture.depth} {direction} {architecture.cell.upper()} layers of width {architecture.width}, \
+{parameters:,} parameters. The host model's embedding table is read from the host model.
+- Training: {about["training_seconds"]} s, command `python {" ".join(about["command"])}`; settings in run.yaml.
+- Load it with `predictor.checkpoint.load_predictor(folder)`: torch and safetensors only.
+
+## Load error on held-out batches
+Total variation of forecast and true share, mean over MoE layers and batches, with 95 % intervals; lower is better.
+
+{ladder_table(details, "load_tv")}
+
+## Limits
+A predictor fits one model's routers: another checkpoint is refused. Text unlike the training trace is forecast worse
+(stream `unseen`, where the trace has one). Decoder tokens are not known ahead: decoder layers are forecast from the
+encoder's tokens and from history.
+"""

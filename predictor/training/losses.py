@@ -1,0 +1,61 @@
+"""What training minimises: errors of the load as a whole, and of each token's and each sequence's experts.
+
+Shape suffixes: B sequences, T encoder positions, U decoder positions, K top entries, L MoE layers, E logical experts.
+"""
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from data.traces.trace import RouterTrace
+from predictor.evaluation.metrics import shares
+from predictor.network import Prediction
+
+LEAST_SHARE = 1e-6
+"""Taken as the least forecast share of an expert in a sequence, so that no token is infinitely surprising."""
+
+
+def load_loss(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
+    """Total variation plus cross-entropy excess of the shares, plus the relative error of the tokens in all.
+
+    Averaged over the layers that carried load; the cross-entropy keeps a gradient where total variation has none.
+    """
+    carried = (load_LE.sum(-1) > 0).float()
+    guess, truth = shares(predicted_LE), shares(load_LE)
+    excess = (truth * (truth.clamp(min=1e-9).log() - guess.clamp(min=1e-9).log())).sum(-1)
+    distance = 0.5 * (guess - truth).abs().sum(-1)
+    tokens = (predicted_LE.sum(-1).clamp(min=1e-9) / load_LE.sum(-1).clamp(min=1.0)).log().abs()
+    return ((distance + excess + 0.1 * tokens) * carried).sum() / carried.sum().clamp(min=1)
+
+
+def token_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
+    """Cross-entropy of the encoder tokens' experts, in nats."""
+    experts_BTL = trace.encoder_experts.permute(1, 2, 0).long()  # negative on padding
+    return cross_entropy(prediction.token_logits.flatten(0, 2), experts_BTL.flatten(), ignore_index=-1)
+
+
+def distillation_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
+    """Cross-entropy of the forecast with the router's own probabilities, cut to its likeliest experts, in nats.
+
+    Truncated knowledge distillation as in SiDA-MoE: beyond its first few entries a router's softmax is noise.
+
+    Raises:
+        ValueError: If the trace does not hold the likeliest experts.
+    """
+    if trace.encoder_top_experts is None or trace.encoder_top_probabilities is None:
+        raise ValueError(
+            "the trace holds no likeliest experts to distil from; collect one with --top 4, or give "
+            "--model.distillation_weight 0"
+        )
+    teacher_LBTK = shares(trace.encoder_top_probabilities.float())
+    log_share_LBTE = prediction.token_logits.log_softmax(-1).permute(2, 0, 1, 3)
+    surprise_LBT = -(teacher_LBTK * log_share_LBTE.gather(-1, trace.encoder_top_experts.long())).sum(-1)
+    return (surprise_LBT * trace.tokens.mask).sum() / (trace.tokens.mask.sum() * len(surprise_LBT)).clamp(min=1)
+
+
+def sequence_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
+    """Cross-entropy of the decoder tokens' experts, all of a sequence forecast by its one share, in nats."""
+    log_share_LBE = shares(prediction.sequence_load).clamp(min=LEAST_SHARE).log().transpose(0, 1)
+    experts_LBU = trace.decoder_experts.long()
+    real = experts_LBU >= 0
+    surprise_LBU = -log_share_LBE.gather(2, experts_LBU.clamp(min=0)) * real
+    return surprise_LBU.sum() / real.sum().clamp(min=1)

@@ -1,0 +1,199 @@
+"""LoadForecaster: the network in training, with a loss on tokens and one on the batch's load.
+
+Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
+"""
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from data.datamodule import RouterTraceModule
+from data.models.layout import MoELayout
+from data.models.switch import read_embedding
+from data.traces.dataset import TraceSample
+from predictor.evaluation.metrics import LayerMean, load_tv, token_top1
+from predictor.forecaster import LearnedForecaster
+from predictor.network import Architecture, LoadNetwork, Prediction
+from predictor.training.losses import distillation_loss, load_loss, sequence_loss, token_loss
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Factor of the learning rate: linear warm-up over the first tenth, then a cosine to zero."""
+    warm_up = max(steps // 10, 1)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * min((step - warm_up) / max(steps - warm_up, 1), 1.0)))
+
+
+class LoadForecaster(LightningModule):
+    """Trains a `LoadNetwork` on a trace; layout and embedding come from the data module's trace.
+
+    Args:
+        architecture: Shape of the network.
+        learning_rate: Peak of AdamW's one-cycle schedule.
+        token_weight: Weight of the loss on encoder tokens; the losses on decoder and history count once.
+        encoder_load_weight: Weight of the load loss of the encoder's layers.
+        distillation_weight: Weight of the loss on the routers' likeliest experts, which the trace must hold.
+        weight_decay: AdamW's decoupled weight decay.
+    """
+
+    network: LoadNetwork
+    embedding: Tensor
+
+    def __init__(
+        self,
+        architecture: Architecture = Architecture(),
+        learning_rate: float = 4e-3,
+        token_weight: float = 1.0,
+        encoder_load_weight: float = 1.0,
+        distillation_weight: float = 0.0,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            {"architecture": asdict(architecture), "learning_rate": learning_rate,
+             "token_weight": token_weight, "encoder_load_weight": encoder_load_weight,
+             "distillation_weight": distillation_weight, "weight_decay": weight_decay}
+        )  # fmt: skip
+        self.architecture = architecture
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.weights = {"token": token_weight, "load": encoder_load_weight, "distillation": distillation_weight}
+
+    def setup(self, stage: str) -> None:
+        """Builds the network for the trace's model and reads that model's embedding table."""
+        if hasattr(self, "network"):
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, RouterTraceModule)
+        self.layout: MoELayout = data.layout
+        self.network = LoadNetwork(self.layout, self.architecture)
+        self.register_buffer("embedding", read_embedding(self.layout.model_id, self.layout.revision), persistent=False)
+        if len(self.embedding) < self.layout.vocab_size:
+            raise ValueError(
+                f"{self.layout.model_id} has {len(self.embedding)} embeddings, the trace was made with a vocabulary of "
+                f"{self.layout.vocab_size}; they are not the same model"
+            )
+        if not self.embedding.isfinite().all():
+            raise ValueError(f"the embedding table of {self.layout.model_id} holds NaN or infinite numbers")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps which model the run was for."""
+        checkpoint["fingerprint"] = self.layout.fingerprint()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a run that was for another model."""
+        if (found := checkpoint.get("fingerprint")) != self.layout.fingerprint():
+            raise ValueError(
+                f"the checkpoint is of a run for a model with fingerprint {found}, the trace's model has "
+                f"{self.layout.fingerprint()}; leave --ckpt_path out"
+            )
+
+    def forward(self, sample: TraceSample) -> Prediction:
+        """Forecasts one batch."""
+        tokens = sample.trace.tokens
+        x_BTD = nn.functional.embedding(tokens.input_ids, self.embedding)
+        prediction: Prediction = self.network(x_BTD, tokens.mask, sample.history)
+        return prediction
+
+    def losses(self, prediction: Prediction, sample: TraceSample) -> dict[str, Tensor]:
+        """Cross-entropies of encoder tokens and of decoder sequences, and load losses with tokens known and unknown."""
+        split = self.layout.num_encoder_layers
+        past_share = self.network.history.share(sample.history)
+        losses = {
+            "token": token_loss(prediction, sample.trace),
+            "sequence": sequence_loss(prediction, sample.trace),
+            "load": load_loss(prediction.load[:split], sample.load[:split]),
+            "decoder": load_loss(prediction.load[split:], sample.load[split:]),
+            "history": load_loss(past_share * sample.load.sum(-1, keepdim=True), sample.load),
+        }
+        if self.weights["distillation"]:
+            losses["distillation"] = distillation_loss(prediction, sample.trace)
+        return losses
+
+    def on_fit_start(self) -> None:
+        """One thread: steps are too small to share, and threads that wait for each other stall on a busy machine."""
+        torch.set_num_threads(1)
+        self.began = time.perf_counter(), time.process_time()
+
+    def on_fit_end(self) -> None:
+        """Keeps what the fit took: seconds on the clock, and of the processor, which other work does not lengthen."""
+        self.seconds = time.perf_counter() - self.began[0]
+        self.cpu_seconds = time.process_time() - self.began[1]
+
+    def training_step(self, sample: TraceSample, step: int) -> Tensor:
+        """One batch of the trace is one training batch."""
+        loss = self.losses(self(sample), sample)
+        self.log_dict({f"train/{name}_loss": value for name, value in loss.items()}, batch_size=1)
+        return torch.stack([self.weights.get(name, 1.0) * value for name, value in loss.items()]).sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the length of the gradient before it is clipped.
+
+        Raises:
+            ValueError: If it is NaN or infinite.
+        """
+        norms = [value.grad.norm() for value in self.network.parameters() if value.grad is not None]
+        norm = torch.stack(norms).norm()
+        if not norm.isfinite():
+            raise ValueError(
+                f"the gradient of step {self.global_step} is {float(norm)}; lower --model.learning_rate, or raise "
+                "--trainer.precision"
+            )
+        self.log("train/gradient_norm", norm)
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the means anew."""
+        self.means: dict[str, LayerMean] = {}
+
+    def validation_step(self, sample: TraceSample, step: int) -> None:
+        """Adds a batch to the means over the validation batches."""
+        self._score(sample, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs load error (its mean picks the best checkpoint) and token top-1, overall and of each layer."""
+        for name, mean in self.means.items():
+            layers = mean.compute()
+            self.log(name, layers.nanmean().float(), prog_bar=True)
+            for layer, value in zip(self.layout.layer_names, layers.float(), strict=False):
+                self.log(f"layers/{name}/{layer}", value)
+
+    def on_test_epoch_start(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, sample: TraceSample, step: int) -> None:
+        """Adds a batch to the means of its phase."""
+        self._score(sample, f"test/{sample.trace.phase}")
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_end()
+
+    def _score(self, sample: TraceSample, prefix: str) -> None:
+        prediction = self(sample)
+        chosen = prediction.token_logits.argmax(-1).permute(2, 0, 1)
+        values = {
+            "load_tv": load_tv(prediction.load, sample.load),
+            "token_top1": token_top1(chosen, sample.trace.encoder_experts),
+        }
+        for name, value in values.items():
+            mean = self.means.setdefault(f"{prefix}/{name}", LayerMean(len(value)).to(value.device))
+            mean.update(value)
+
+    def forecaster(self) -> LearnedForecaster:
+        """The network as it is now, on the CPU, with a spread that is not calibrated yet."""
+        network = LoadNetwork(self.layout, self.architecture)
+        network.load_state_dict({name: value.cpu() for name, value in self.network.state_dict().items()})
+        return LearnedForecaster(self.layout, network, self.embedding.cpu(), torch.ones(2, self.layout.num_layers, 3))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW under a one-cycle schedule that ends with the last epoch."""
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,1 @@
+"""Ranks, their heartbeat, and the device each one computes on."""

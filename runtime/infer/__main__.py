@@ -1,0 +1,162 @@
+"""Runs a Switch model over text, experts replicated ahead of every batch, and checks every answer.
+
+Run it with `python -m runtime.infer --predictor outputs/predictor`, or one process for each device with
+`torchrun --nproc-per-node 2 -m runtime.infer --predictor outputs/predictor`; the last line of stdout is one JSON
+document.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from data.cli import from_command_line, user_errors
+from data.files import check_folder, write_json
+from data.models.switch import load_switch
+from data.models.weights import BUNDLED
+from data.text.batching import Traffic
+from data.text.corpus_stream import corpus_splits, open_traffic
+from data.traces.tracer import model_inputs
+from runtime.distributed.ranks import PeerLostError, Peers, leave
+from runtime.engine.batch import BatchCost, ModelBatch
+from runtime.engine.engine import Engine
+from runtime.infer.report import plot, show, summarise
+from runtime.infer.verify import BatchCheck, Checker
+from runtime.telemetry.recorder import Telemetry
+
+
+def text_batches(engine: Engine, text: str | None, traffic: Traffic, count: int) -> Iterator[ModelBatch]:
+    """Batches of the user's text; by default the offline corpus' held-out ones from where the topic always changes."""
+    stream = open_traffic(text, engine.switch.tokenizer, "teacher", traffic)
+    if text is None:
+        splits = corpus_splits(traffic)
+        stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
+    for batch in islice(stream, count):
+        yield ModelBatch(*model_inputs(batch, engine.switch.model.config))
+
+
+def infer(
+    model: str = BUNDLED,
+    predictor: Path | None = None,
+    text: str | None = None,
+    devices: int | None = None,
+    redundant: int = 16,
+    batches: int = 24,
+    traffic: Traffic = Traffic(),
+    check: bool = True,
+    device_memory: str | None = None,
+    host_memory: str | None = None,
+    timeout: float = 60.0,
+    metrics_port: int | None = None,
+    metrics_file: Path | None = None,
+    wandb: bool | str = False,
+    out: Path = Path("outputs/infer"),
+) -> dict[str, Any]:
+    """Runs a model over text with its experts replicated over devices, and compares with the plain model.
+
+    Args:
+        model: 'switch-mini-64' (bundled), a local folder, or a hub id.
+        predictor: Folder that `train.py` wrote; without one nothing is forecast and nothing replicated.
+        text: File, folder or hub data set; by default the offline corpus' held-out batches.
+        devices: Devices that the experts are spread over; under torchrun the number of processes, else 8, run and timed
+            one after the other.
+        redundant: Replica slots of each MoE layer over all devices.
+        batches: Most batches to run.
+        traffic: How text is cut into batches.
+        check: Whether answers are compared with the plain model's, which every process then holds as well.
+        device_memory: Bytes that experts may take where they are computed, such as 2GiB; the others are fetched ahead.
+        host_memory: Bytes of host memory below that, where computing is done on an accelerator.
+        timeout: Seconds after which a process that does not answer counts as lost.
+        metrics_port: Port to serve Prometheus metrics on while it runs, at /metrics; 0 takes any free one.
+        metrics_file: File to append one JSON line to after every batch.
+        wandb: Whether to log every batch to Weights & Biases, or the project to log it to.
+        out: Folder for report.json and balancedness.png.
+
+    Raises:
+        ValueError: On anything that cannot be used; the message says what to do.
+    """
+    if batches < 1:
+        raise ValueError(f"batches is {batches}; at least 1 is needed")
+    settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
+    first = Peers(timeout).rank == 0  # it alone serves and writes
+    check_folder(out)
+    sinks = (metrics_port, metrics_file, wandb) if first else (None, None, False)
+    with Telemetry(*sinks, out, settings) as telemetry:
+        engine = Engine.from_pretrained(
+            model,
+            predictor,
+            devices,
+            redundant,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            timeout_s=timeout,
+        )
+        engine.facts |= {"text": str(text), "batches": str(batches), "traffic": str(traffic), "check": str(check)}
+        plain = load_switch(model).model.to(engine.peers.device) if check else None
+        with engine:
+            checks, costs = run(engine, plain, text_batches(engine, text, traffic, batches), batches, telemetry)
+            report = summarise(checks, costs, engine)
+    if first:
+        write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
+        plot(checks, out / "balancedness.png")
+    return report | {"out": str(out)}
+
+
+def run(
+    engine: Engine, plain: Any, stream: Iterator[ModelBatch], most: int, telemetry: Telemetry
+) -> tuple[list[BatchCheck], list[BatchCost]]:
+    """Runs and checks every batch.
+
+    Raises:
+        ValueError: If there is none.
+        PeerLostError: If another process is gone.
+    """
+    checks: list[BatchCheck] = []
+    costs: list[BatchCost] = []
+    queue: list[ModelBatch] = []
+    checker, layers, controller = Checker(engine, plain), engine.switch.layout.layer_names, engine.controller
+    console = Console(stderr=True, quiet=engine.peers.rank > 0)
+    if telemetry.port is not None:
+        console.print(f"metrics: http://localhost:{telemetry.port}/metrics")
+
+    def noted() -> Iterator[ModelBatch]:
+        for batch in stream:
+            queue.append(batch)
+            yield batch
+
+    for output in track(engine.run(noted()), "inference", total=most, console=console):
+        with engine.peers.watched():
+            checks.append(checker.check(queue.pop(0), output))
+        costs.append(output.cost)
+        telemetry.record(layers, output.cost, controller.late, controller.fallbacks)
+    if not checks:
+        raise ValueError("the text gave no batch; expected at least one usable line")
+    return checks, costs
+
+
+def main() -> None:
+    """Command line of `infer`: tables, then one JSON document."""
+    try:
+        with user_errors():
+            report = from_command_line(infer)
+    except PeerLostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(1)
+    except SystemExit as stop:
+        if Peers().world > 1:
+            leave(stop.code if isinstance(stop.code, int) else 1)
+        raise
+    if Peers().rank == 0:
+        show(report, Console())
+        print(f"More: report.json and balancedness.png in {report['out']}")
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Checker: holds each batch the engine ran beside the plain model and beside the oracle."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from predictor.forecast import forecast_from_load
+from runtime.balancing.plan import IntArray
+from runtime.balancing.split import balancedness, split_load
+from runtime.engine.batch import BatchOutput, ModelBatch, forward
+from runtime.engine.engine import Engine
+from runtime.telemetry.recorder import forecast_error
+
+
+@dataclass(frozen=True)
+class BatchCheck:
+    """One batch beside the plain model and the oracle.
+
+    Attributes:
+        tokens: Real tokens, decoder included.
+        logit_difference: Largest absolute difference from the plain model's logits on real tokens, over all ranks;
+            None where it was not compared.
+        same_argmax: Share of real tokens whose likeliest output token is the plain model's; None likewise.
+        contiguous: Balancedness without replicas, experts in their own order.
+        replicated: Balancedness as it ran.
+        oracle: Balancedness of the same planner, given the true load.
+        load_tv: Total variation distance of the forecast; None where there was no forecast.
+    """
+
+    tokens: int
+    logit_difference: float | None
+    same_argmax: float | None
+    contiguous: float
+    replicated: float
+    oracle: float
+    load_tv: float | None
+
+
+class Checker:
+    """Compares outputs with the plain model's and keeps the oracle's plan from batch to batch.
+
+    Args:
+        engine: What ran; all ranks check in step.
+        plain: The plain model, whole on each rank; None leaves answers unchecked.
+    """
+
+    def __init__(self, engine: Engine, plain: Any) -> None:
+        self.engine, self._plain, self._plan = engine, plain, engine.home
+
+    def check(self, batch: ModelBatch, output: BatchOutput) -> BatchCheck:
+        """Runs the plain model on the whole batch: in halves it differs from itself in last bits; see `BatchCheck`."""
+        difference, same = (None, None) if self._plain is None else self._compare(batch, output)
+        truth = forecast_from_load(output.cost.load.astype(np.float64), made_at=0, source="oracle")
+        self._plan = self.engine.planner.plan(truth, self._plan, self.engine.controller.history)
+        return BatchCheck(
+            tokens=batch.tokens.num_tokens + (batch.decoder.num_tokens if batch.decoder else 0),
+            logit_difference=difference,
+            same_argmax=same,
+            contiguous=_mean_balance(split_load(output.cost.load, self.engine.home)),
+            replicated=_mean_balance(output.cost.device_load),
+            oracle=_mean_balance(split_load(output.cost.load, self._plan)),
+            load_tv=None if (errors := forecast_error(output.cost)) is None else float(errors.mean()),
+        )
+
+    def _compare(self, batch: ModelBatch, output: BatchOutput) -> tuple[float, float]:
+        real = (batch.decoder or batch.tokens).mask[output.rows].to(output.logits.device)
+        found = torch.zeros(3, dtype=torch.float64)  # largest difference, tokens alike, tokens
+        if real.any():  # else this rank had no sequence
+            ours, theirs = output.logits[real], forward(self._plain, batch)[output.rows][real]
+            found[0] = (ours - theirs).abs().max()
+            found[1], found[2] = (ours.argmax(-1) == theirs.argmax(-1)).sum(), len(ours)
+        everyone = self.engine.peers.gather(found)
+        if not everyone.isfinite().all():
+            raise ValueError(f"logits of {self.engine.switch.layout.model_id} are not finite; its weights are damaged")
+        return float(everyone[:, 0].max()), float(everyone[:, 1].sum() / everyone[:, 2].sum())
+
+
+def _mean_balance(device_load_LG: IntArray) -> float:
+    return float(balancedness(device_load_LG).mean())

@@ -1,0 +1,1 @@
+"""Experts that do not fit: tiers of memory, a cache over them, and prefetch by forecasts."""

@@ -1,0 +1,1 @@
+"""Replays recorded loads through policies and says whether replication is worth it."""

@@ -1,0 +1,150 @@
+"""Whether replication is worth it on recorded traffic: balance turned into time, moves and their overlap included.
+
+A device's time for a layer is what it takes to read the weights of its active experts and to compute its tokens; a
+layer takes as long as its slowest device. Experts move while the batch before runs, so only what takes longer than that
+batch holds anything up; planning runs beside it in the same way; the split does not, and is counted in full.
+Attention, routing and communication are left out, so the gain is in expert time.
+
+Shape suffixes: N steps, L MoE layers, G devices.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from predictor.forecast import FloatArray
+from runtime.simulate.replay import Replay
+
+WORTH = 0.1
+"""Least share of expert time that pays for the memory of the replicas."""
+FEWEST = 16
+"""Steps below which nothing is concluded."""
+RESAMPLES = 2000
+TRUTHS = ("oracle", "exact")
+"""Forecasts nobody can have, or not in time."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What turns tokens and moves into seconds.
+
+    Attributes:
+        expert_bytes: Weights of one expert of one layer, bytes.
+        tokens_per_second: Tokens a device computes with one expert's weights, per second.
+        bytes_per_second: What a device can receive over its link, bytes a second.
+        wake_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
+    """
+
+    expert_bytes: float
+    tokens_per_second: float
+    bytes_per_second: float
+    wake_tokens: float
+
+    def __post_init__(self) -> None:
+        for name in ("expert_bytes", "tokens_per_second", "bytes_per_second"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a figure above 0")
+        if not 0 <= self.wake_tokens < float("inf"):
+            raise ValueError(f"wake_tokens is {self.wake_tokens}, expected 0 or more")
+
+    @property
+    def move_tokens(self) -> float:
+        """Tokens a device computes in the time one expert moves."""
+        return self.expert_bytes / self.bytes_per_second * self.tokens_per_second
+
+    def batch_seconds(self, replay: Replay) -> FloatArray:
+        """Expert time of each step, the slowest device deciding in each layer, `[N]`."""
+        tokens = replay.device_load + self.wake_tokens * replay.active
+        return np.asarray(tokens.max(-1).sum(-1) / self.tokens_per_second)
+
+    def net_seconds(self, replay: Replay) -> FloatArray:
+        """Expert time of each step with what its moves, plan and split add to it, `[N]`."""
+        batch = self.batch_seconds(replay)
+        if replay.planner == "contiguous":
+            return batch
+        before = np.zeros_like(batch) if replay.forecast == "exact" else np.concatenate([batch[:1], batch[:-1]])
+        moves = replay.arrivals.max(-1) * self.expert_bytes / self.bytes_per_second
+        exposed = np.maximum(moves + 1e-3 * np.median(replay.plan_ms) - before, 0)
+        return np.asarray(batch + exposed + 1e-6 * np.median(replay.split_us) * replay.device_load.shape[1])
+
+
+def measure(expert_bytes: float) -> Hardware:
+    """This machine as one device, its memory as the link; a tenth of a second.
+
+    An expert is taken as one bf16 weight matrix read for each token, two operations a weight.
+    """
+    side = max(int((expert_bytes / 2) ** 0.5), 1)
+    weights = [torch.randn(side, side) for _ in range(4)]
+    one, many = torch.randn(1, side), torch.randn(256, side)
+
+    def seconds(rows: torch.Tensor) -> float:
+        best = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            for weight in weights:
+                rows @ weight
+            best = min(best, (time.perf_counter() - began) / len(weights))
+        return best
+
+    target = torch.empty_like(weights[0])
+    began = time.perf_counter()
+    for weight in weights:
+        target.copy_(weight)
+    copied = (time.perf_counter() - began) / len(weights)
+    token = max(seconds(many) - seconds(one), 1e-9) / (len(many) - 1)
+    return Hardware(expert_bytes, 1 / token, 4 * side**2 / copied, max(seconds(one) / token - 1, 0.0))
+
+
+def verdict(contiguous: Replay, replays: list[Replay], hardware: Hardware) -> dict[str, Any]:
+    """Says enable, not worth it, or not enough data, for the best policy that needs no knowledge of the future.
+
+    The spread is a moving-block bootstrap over steps (Kuensch 1989): neighbouring steps are alike.
+
+    Returns:
+        JSON document: answer, why, policy, net_gain (share of the expert time without replicas), interval (90 %),
+        milliseconds a step without and with, hardware.
+    """
+    honest = [replay for replay in replays if replay.planner != "contiguous" and replay.forecast not in TRUTHS]
+    if not honest:
+        return {"answer": "not enough data", "why": "no policy with replicas and a forecast was replayed"}
+    without = hardware.batch_seconds(contiguous)
+    best = min(honest, key=lambda replay: float(hardware.net_seconds(replay).sum()))
+    net = hardware.net_seconds(best)
+    gain, low, high = _gain(without, net)
+    answer, why = _answer(len(net), gain, low, high)
+    return {
+        "answer": answer,
+        "why": why,
+        "policy": {"forecast": best.forecast, "planner": best.planner, "split": best.split},
+        "net_gain": round(gain, 4),
+        "interval": [round(low, 4), round(high, 4)],
+        "step_ms": {"without": round(1e3 * float(without.mean()), 4), "with": round(1e3 * float(net.mean()), 4)},
+        "hardware": {name: float(f"{value:.4g}") for name, value in asdict(hardware).items()},
+    }
+
+
+def _answer(steps: int, gain: float, low: float, high: float) -> tuple[str, str]:
+    """The answer and its reason."""
+    found = f"{gain:.1%} of expert time saved, 90 % interval {low:.1%} to {high:.1%}"
+    if steps < FEWEST:
+        return "not enough data", f"{steps} steps replayed, at least {FEWEST} are needed"
+    if low >= WORTH:
+        return "enable", found
+    if high < WORTH:
+        return "not worth it", f"{found}; {WORTH:.0%} is the least that pays for the memory"
+    return "not enough data", f"{found}, with {WORTH:.0%} in between; replay more steps"
+
+
+def _gain(without: FloatArray, net: FloatArray) -> tuple[float, float, float]:
+    """Share of time saved, and the ends of its 90 % interval."""
+    total = float(without.sum())
+    if total <= 0:
+        return 0.0, 0.0, 0.0
+    block = max(1, round(len(net) ** 0.5))
+    starts = np.random.default_rng(0).integers(0, len(net) - block + 1, (RESAMPLES, -(-len(net) // block)))
+    steps = (starts[..., None] + np.arange(block)).reshape(RESAMPLES, -1)
+    low, high = np.quantile(1 - net[steps].sum(-1) / np.maximum(without[steps].sum(-1), 1e-12), [0.05, 0.95])
+    return 1 - float(net.sum()) / total, float(low), float(high)

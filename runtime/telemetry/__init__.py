@@ -1,0 +1,1 @@
+"""What each batch took, for Prometheus, JSON lines and Weights & Biases."""

@@ -1,0 +1,141 @@
+"""Models load from folders of the hub's format, sharded and in bf16 too, and what is incomplete is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from data.models.switch import check_is_switch, load_dense, load_switch, read_embedding
+from data.models.weights import BUNDLED, ModelWeights
+from data.pretrain.grouped_experts import group_experts, ungroup_experts
+from tests.conftest import small_switch
+
+
+@pytest.fixture
+def folder(switch_folder, tmp_path):
+    return shutil.copytree(switch_folder, tmp_path / "model")
+
+
+def test_sharded_bf16_checkpoint(switch_folder, folder):
+    (folder / "model.safetensors").unlink()
+    small_switch().to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    whole, sharded = load_switch(str(switch_folder)), load_switch(str(folder))
+    assert sharded.layout.fingerprint() == whole.layout.fingerprint()
+    assert sharded.model.dtype == torch.float32
+    assert load_switch(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert torch.equal(read_embedding(str(folder)), sharded.model.shared.weight)
+
+
+def test_bundled_model_is_what_its_card_says():
+    switch = load_switch(BUNDLED)
+    assert switch.layout.num_experts == 64
+    assert switch.layout.layer_names == ["encoder_1", "encoder_3", "decoder_1", "decoder_3"]
+    assert torch.equal(read_embedding(BUNDLED), switch.model.shared.weight)
+    ids = switch.tokenizer("Der Präsident sagt: def main():", return_tensors="pt")["input_ids"]
+    assert switch.tokenizer.decode(ids[0]) == "Der Präsident sagt: def main():"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_loads_without_its_experts(dtype):
+    whole, dense = load_switch(BUNDLED, dtype=dtype), load_dense(BUNDLED, dtype=dtype)
+    ours, theirs = dense.model.state_dict(), whole.model.state_dict()
+    assert list(ours) == [name for name in theirs if ".experts." not in name]
+    assert all(torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype for name, value in ours.items())
+    assert dense.model.lm_head.weight is dense.model.shared.weight
+    assert dense.layout == whole.layout
+    assert dense.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
+
+
+def test_dense_weights_that_are_missing_are_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.block.1.layer.1.mlp.router.classifier.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, first encoder.block.1.*router"):
+        load_dense(str(folder))
+    with pytest.raises(ValueError, match="has no weights named nonsense"):
+        ModelWeights(str(folder)).read("nonsense")
+
+
+def test_missing_weights_are_not_filled_with_random_ones(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .* first encoder.block.1.*expert_3.wi"):
+        load_switch(str(folder))
+
+
+def test_truncated_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_switch(str(folder))
+    with pytest.raises(ValueError, match=r"the weights of .* cannot be read"):
+        read_embedding(str(folder))
+
+
+def test_old_transformers_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(ValueError, match=r"transformers 5.17.0 records wrong router logits .*>=5.18"):
+        check_is_switch(str(folder))
+
+
+def test_folders_that_hold_no_switch_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    with pytest.raises(ValueError, match="is a mixtral model; expected switch_transformers"):
+        load_switch(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        load_switch(str(tmp_path))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config.json holds a list, expected a JSON object"):
+        load_switch(str(tmp_path))
+    with pytest.raises(ValueError, match=r"nonsense is not a folder; expected .switch-mini-64., a local model folder"):
+        load_switch("nonsense")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    (folder / "tokenizer.json").unlink()
+    for load in (load_switch, load_dense):
+        with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer.json or spiece.model\); copy the model's"):
+            load(str(folder))
+
+
+@pytest.mark.parametrize("index", ["[1]", '{"weight_map": null}', '{"weight_map": {"shared.weight": 3}}'])
+def test_a_damaged_index_of_shards(folder, index):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"the weights of .* cannot be read"):
+        ModelWeights(str(folder))
+
+
+def test_configurations_that_make_no_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"d_model": "wide"}, {"dense_act_fn": "nope"}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        for load in (load_switch, load_dense):
+            with pytest.raises(ValueError, match="could not be loaded"):
+                load(str(folder))
+
+
+def test_grouped_experts_train_like_the_models_own():
+    """Loss and gradients of the model's own loop, and weights that find their way back."""
+    plain, grouped = small_switch(), small_switch()
+    batch = {"input_ids": torch.randint(3, 400, (4, 30)), "labels": torch.randint(3, 400, (4, 12))}
+    originals = group_experts(grouped)
+    losses = [model(**batch, output_router_logits=True).loss for model in (plain, grouped)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    name = "encoder.block.1.layer.1.mlp.experts"
+    own = torch.stack([expert.wi.weight.grad for expert in plain.get_submodule(name).children()])
+    torch.testing.assert_close(grouped.get_submodule(name).wi_EDF.grad.transpose(1, 2), own)
+    with torch.no_grad():
+        grouped.get_submodule(name).wi_EDF.mul_(2)
+    ungroup_experts(grouped, originals)
+    for ours, theirs in zip(grouped.get_submodule(name).children(), plain.get_submodule(name).children(), strict=True):
+        assert torch.equal(ours.wi.weight, 2 * theirs.wi.weight)
+        assert torch.equal(ours.wo.weight, theirs.wo.weight)

@@ -1,0 +1,56 @@
+"""Runs a function on several ranks: real processes over gloo, forked from a server that has everything imported."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+PRELOAD = ["torch", "transformers", "numba", "tests.conftest", "runtime.engine.engine"]
+
+
+def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """What the function returns on each rank, or its error's text; None for a rank that was killed.
+
+    The function is called with its rank and `args`; both must be importable or plain data.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world, port, theirs, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results = []
+    for process, pipe in zip(processes, pipes, strict=True):
+        try:
+            results.append(pipe.recv() if pipe.poll(timeout_s) else "hangs")
+        except EOFError:
+            results.append(None)
+        process.join(10)
+        process.kill()
+    return results
+
+
+def _rank(rank: int, world: int, port: int, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        result = function(rank, *args)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        result = f"{type(error).__name__}: {error}"
+    pipe.send(result)
+    pipe.close()
+    sys.stderr.flush()
+    os._exit(0)  # a hanging forecaster's thread must not hold a test up

@@ -1,0 +1,241 @@
+"""Several processes answer what one plain model answers, whatever the placement, and fail with a name."""
+
+import copy
+import itertools
+import os
+import resource
+import signal
+import threading
+
+import pytest
+import torch
+
+import runtime.engine.controller
+from data.models.layout import MoELayout
+from data.models.switch import LoadedSwitch
+from predictor.baselines.history import LastBatch
+from runtime.engine.batch import ModelBatch
+from runtime.engine.engine import Engine
+from tests.conftest import small_switch
+from tests.helpers.batches import batches, largest_difference, unusual
+from tests.helpers.forecasters import Noise
+from tests.helpers.planners import RandomPlanner
+from tests.helpers.processes import on_ranks
+
+SETTINGS = {"max_new_tokens": 14, "do_sample": False}
+
+
+def model(seed: int = 0) -> LoadedSwitch:
+    switch = small_switch(seed=seed)
+    return LoadedSwitch(switch, None, MoELayout.from_model(switch, "random"))
+
+
+def answers(rank: int) -> dict[str, object]:
+    """Every way to place experts, over every kind of batch; greedy text; the plain model afterwards."""
+    switch = model()
+    plain = copy.deepcopy(switch.model)
+    found: dict[str, object] = {}
+    for name, redundant in (("none", 0), ("noise", 8), ("random", 8), ("last", 8)):
+        forecaster = {"noise": Noise(switch.layout), "last": LastBatch()}.get(name, Noise(switch.layout))
+        with Engine(switch, forecaster if redundant else None, None, redundant) as engine:
+            if name == "random":
+                engine.controller.planner = RandomPlanner(engine.home)
+            found[name] = largest_difference(engine, plain, unusual())
+            found[f"{name} late"] = engine.controller.late
+    for router in (plain.encoder.block[1].layer[1].mlp.router, switch.model.encoder.block[1].layer[1].mlp.router):
+        router.classifier.weight.data.zero_()  # all tokens to expert 0
+    with Engine(switch, LastBatch(), None, 8) as engine:
+        found["one expert"] = largest_difference(engine, plain, unusual()[:8])
+    found["text"] = same_text(switch, plain)
+    found["restored"] = all(
+        torch.equal(value, switch.model.state_dict()[name]) for name, value in plain.state_dict().items()
+    )
+    return found
+
+
+def same_text(switch: LoadedSwitch, plain) -> bool:
+    """Greedy text of ragged rows that end at different steps, with and without placements that change on the way."""
+    tokens = unusual()[0].tokens
+    written = plain.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **SETTINGS)
+    settings = SETTINGS | {"eos_token_id": int(written[0, 5])}
+    expected = plain.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **settings)
+    alike = []
+    with Engine(switch, Noise(switch.layout), None, 8) as engine:
+        for replan_every in (None, 1, 3):
+            rows = ModelBatch(tokens).rows(engine.peers.rank, engine.peers.world)
+            ids = engine.generate(tokens, replan_every, **settings)
+            width = ids.shape[1]
+            alike.append(torch.equal(ids, expected[rows][:, :width]) and not expected[rows][:, width:].any())
+    return all(alike)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_answers_are_the_plain_models_on_any_number_of_ranks(world):
+    for rank, found in enumerate(on_ranks(world, answers)):
+        assert isinstance(found, dict), found
+        for name in ("none", "noise", "random", "last", "one expert"):
+            assert found[name] <= 1e-5, (rank, name, found)
+        assert found["text"], rank
+        assert found["restored"], rank
+
+
+def two_hundred(rank: int) -> tuple[float, int]:
+    """200 small batches under random plans: the largest difference, and what memory grew by after the first fifty."""
+    switch = model()
+    plain, stream = copy.deepcopy(switch.model), batches(5) * 40
+    with Engine(switch, Noise(switch.layout), None, 8) as engine:
+        engine.controller.planner = RandomPlanner(engine.home, seed=1)
+        worst = largest_difference(engine, plain, stream[:50])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        worst = max(worst, largest_difference(engine, plain, stream[50:]))
+    return worst, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def test_two_hundred_batches_under_random_plans_neither_drift_nor_leak():
+    for worst, grown_kib in on_ranks(2, two_hundred):
+        assert worst <= 1e-5
+        assert grown_kib < 8 << 10
+
+
+def shards(rank: int, folder: str) -> tuple[list[int], int]:
+    """Places of each layer, and expert weights elsewhere in the model."""
+    with Engine.from_pretrained(folder, redundant=4) as engine:
+        list(engine.run(iter(batches(2))))
+        held = [len(experts.slots.wi_NFD) for experts in engine.slotted.layers]
+        return held, sum("expert_" in name for name, _ in engine.switch.model.named_parameters())
+
+
+def test_each_rank_reads_its_own_experts_only(switch_folder):
+    assert on_ranks(2, shards, str(switch_folder)) == [([4 + 2 * 2] * 2, 0)] * 2
+
+
+def killed(rank: int) -> str:
+    switch = model()
+    seen = 0
+    try:
+        with Engine(switch, Noise(switch.layout), None, 8, timeout_s=20) as engine:
+            for _ in engine.run(iter(batches(40))):
+                seen += 1
+                if rank == 1 and seen == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    except RuntimeError as error:
+        return f"{seen} outputs, then {error}"
+    return "no failure"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_that_dies_is_named_by_all_others(world):
+    results = on_ranks(world, killed, timeout_s=40)
+    assert results.pop(1) is None
+    for text in results:
+        assert "rank 1 is lost" in text, results
+        assert int(text.split()[0]) >= 3, "outputs that were there stay good"
+
+
+def interrupted(rank: int) -> str:
+    switch = model()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin without it
+    try:
+        with Engine(switch, Noise(switch.layout), None, 8) as engine:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()  # as a terminal does, to all ranks
+            for _ in engine.run(itertools.cycle(batches(20))):
+                pass
+    except (KeyboardInterrupt, RuntimeError) as error:
+        return type(error).__name__
+    return "went on"
+
+
+def test_an_interrupt_ends_all_ranks_within_seconds():
+    results = on_ranks(2, interrupted, timeout_s=15)
+    assert "KeyboardInterrupt" in results
+    assert set(results) <= {"KeyboardInterrupt", "PeerLostError"}
+
+
+def unlike(rank: int) -> str:
+    switch = model(seed=rank)
+    with Engine(switch, None, None, 0):
+        return "started"
+
+
+def test_ranks_with_other_models_are_refused():
+    for text in on_ranks(2, unlike):
+        assert text.startswith("ValueError: model is ")
+        assert "on rank 0 and" in text
+        assert text.endswith("on rank 1")
+
+
+def lonely(rank: int) -> str:
+    if rank == 1:
+        return "never came"
+    with Engine(model(), None, None, 0, timeout_s=2):
+        return "started"
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_longer_than_the_timeout():
+    alone, _ = on_ranks(2, lonely, timeout_s=30)
+    assert alone.startswith("PeerLostError: 2 processes did not meet in 2 s"), alone
+
+
+def one_predicts(rank: int) -> str:
+    switch = model()
+    with Engine(switch, None, None, 0) as engine:
+        facts = {"model": "same"} if rank == 0 else {"model": "same", "predictor": "mine"}
+        engine.peers._store = torch.distributed.PrefixStore("again", engine.peers._store)
+        engine.peers.check_alike(facts)
+    return "started"
+
+
+def test_what_only_one_rank_has_is_refused_too():
+    for text in on_ranks(2, one_predicts):
+        assert text == "ValueError: predictor is None on rank 0 and mine on rank 1"
+
+
+class Hangs:
+    name = "hangs"
+
+    def forecast(self, upcoming, history):
+        threading.Event().wait()
+
+
+class Raises:
+    name = "raises"
+
+    def forecast(self, upcoming, history):
+        raise RuntimeError("no forecast today")
+
+
+def without_forecast(rank: int, forecaster) -> tuple[float, int, int]:
+    runtime.engine.controller.PATIENCE_S = 0.1
+    switch = model()
+    plain = copy.deepcopy(switch.model)
+    with Engine(switch, forecaster, None, 8) as engine:
+        worst = largest_difference(engine, plain, batches(6))
+        return worst, engine.controller.late, sum(engine.controller.fallbacks.values())
+
+
+def test_a_forecaster_that_never_answers_is_waited_for_once(monkeypatch):
+    waits = []
+    monkeypatch.setattr(runtime.engine.controller, "wait_for", lambda futures, seconds: waits.append(seconds))
+    with Engine(model(), Hangs(), 4, 8) as engine:
+        for _ in range(3):
+            list(engine.run(iter(batches(2))))
+    assert len(waits) == 1
+
+
+def test_a_forecaster_that_never_answers_holds_nobody_up():
+    for worst, late, _ in on_ranks(2, without_forecast, Hangs()):
+        assert worst <= 1e-5
+        assert late == 6
+
+
+def test_a_forecaster_that_raises_is_replaced_on_the_rank_that_forecasts():
+    (worst, _, fallbacks), (other, _, none) = on_ranks(2, without_forecast, Raises())
+    assert max(worst, other) <= 1e-5
+    assert fallbacks > 0
+    assert none == 0
+
+
+def test_devices_must_be_as_many_as_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="devices is 8, but 2 processes run; leave it out, or start as many"):
+        Engine(model(), None, 8, 0)

@@ -1,0 +1,150 @@
+"""The slots compute what the model's own loop computes, whatever the plan, and give the plain model back."""
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
+
+from data.models.layout import MoELayout
+from runtime.balancing.plan import ReplicationPlan, contiguous_homes
+from runtime.distributed.device import Stopwatch
+from runtime.distributed.ranks import Peers
+from runtime.experts.dispatch import choices
+from runtime.experts.layer import SlotExperts
+from runtime.experts.slots import SlotWeights
+from runtime.experts.transfer import SlotTransfer
+from runtime.experts.weights import LiveExperts
+from tests.conftest import small_switch
+
+DEVICES, REDUNDANT, EXPERTS, WIDTH = 4, 8, 8, 32
+
+
+def routed(tokens: int, seed: int, dtype: torch.dtype = torch.float32):
+    """Hidden states, a one-hot with one token in five dropped, and router weights."""
+    torch.manual_seed(seed)
+    expert = torch.randint(EXPERTS, (tokens,)) ** 2 // EXPERTS
+    one_hot = torch.nn.functional.one_hot(expert, EXPERTS) * (torch.rand(tokens, 1) > 0.2)
+    return torch.randn(tokens, WIDTH, dtype=dtype), one_hot[:, None], torch.rand(tokens, 1, dtype=dtype)
+
+
+def random_plan(home: ReplicationPlan, seed: int) -> ReplicationPlan:
+    """Replica slots filled at random, never with an expert the device already holds; some stay empty."""
+    rng = np.random.default_rng(seed)
+    phy2log = home.phy2log.copy()
+    for slot in np.flatnonzero(~home.is_home_slot):
+        block = slice(home.device_of(slot) * home.slots_per_device, (home.device_of(slot) + 1) * home.slots_per_device)
+        free = np.setdiff1d(np.arange(-1, EXPERTS), phy2log[0, block][phy2log[0, block] >= 0])
+        phy2log[0, slot] = rng.choice(free)
+    return ReplicationPlan(phy2log, DEVICES)
+
+
+class InSlots:
+    """One layer of a random model, plain and in slots."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        model = small_switch().to(dtype)
+        self.plain: SwitchTransformersExperts = model.encoder.block[1].layer[1].mlp.experts
+        home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
+        self.source = LiveExperts(model, MoELayout.from_model(model, "random"))
+        self.weights = SlotWeights(
+            home, 0, range(DEVICES), (48, WIDTH), model.shared.weight, self.plain["expert_0"].act
+        )
+        self.weights.fill(self.source)
+        self.slots = SlotExperts(self.weights, home.phy2log[0], Peers(), DEVICES)
+        self.transfer = SlotTransfer([self.weights], home, Peers())
+
+    def put_in_force(self, plan: ReplicationPlan) -> None:
+        self.transfer.start(plan)
+        self.slots.phy2log = self.transfer.commit().phy2log[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_equals_the_models_own_loop_under_changing_plans(tokens, dtype):
+    layer = InSlots(dtype)
+    for seed in range(8):
+        inputs = routed(tokens, seed, dtype)
+        expected = layer.plain(*inputs)  # its weights are views of the home slots
+        for _ in range(2):
+            torch.testing.assert_close(
+                layer.slots(*inputs), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2
+            )
+            layer.put_in_force(random_plan(layer.transfer.plan, seed))
+
+
+def test_replicas_share_the_tokens_of_a_hot_expert():
+    layer = InSlots()
+    hidden, _, weight = routed(400, 0)
+    one_hot = torch.nn.functional.one_hot(torch.zeros(400, dtype=torch.int64), EXPERTS)[:, None]
+    layer.slots(hidden, one_hot, weight)
+    assert layer.slots.device_load.tolist() == [400, 0, 0, 0]
+    replicated = layer.transfer.plan.phy2log.copy()
+    replicated[0, [6, 10, 14]] = 0  # a copy of expert 0 on each other device
+    layer.put_in_force(ReplicationPlan(replicated, DEVICES))
+    layer.slots.reset()
+    layer.slots(hidden, one_hot, weight)
+    assert layer.slots.device_load.tolist() == [100, 100, 100, 100]
+    assert layer.slots.load.tolist() == [400] + [0] * 7
+
+
+def test_rows_that_are_not_needed_are_neither_computed_nor_counted():
+    layer = InSlots()
+    layer.put_in_force(random_plan(layer.transfer.plan, 5))
+    hidden, one_hot, weight = routed(50, 1)
+    layer.slots.needed = needed = torch.arange(50) % 3 > 0
+    expected = layer.plain(hidden, one_hot, weight) * needed[:, None]
+    torch.testing.assert_close(layer.slots(hidden, one_hot, weight), expected, rtol=0, atol=1e-5)
+    assert layer.slots.load.sum() == int(one_hot[needed].sum()) == layer.slots.device_load.sum()
+
+
+def test_groups_large_and_small_split_or_not_agree_to_the_bit():
+    """With one thread a row's bits depend on the size of its group only below four rows; see `ALIKE`."""
+    layer = InSlots()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for seed in range(10):
+            inputs = routed(int(np.random.default_rng(seed).integers(1, 90)), seed)
+            assert torch.equal(layer.slots(*inputs), layer.plain(*inputs))
+            layer.put_in_force(random_plan(layer.transfer.plan, seed))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_release_gives_the_experts_their_own_storage_bit_for_bit():
+    untouched, layer = InSlots().plain, InSlots()
+    layer.put_in_force(random_plan(layer.transfer.plan, 3))
+    layer.source.release()
+    layer.weights.wi_NFD.zero_()
+    for name, parameter in layer.plain.named_parameters():
+        assert torch.equal(parameter, untouched.get_parameter(name)), name
+
+
+def test_a_move_never_touches_a_place_in_force():
+    layer = InSlots()
+    layer.put_in_force(random_plan(layer.transfer.plan, 0))
+    weights = layer.weights
+    before = weights.wi_NFD[torch.from_numpy(weights.places)].clone()
+    layer.transfer.start(random_plan(layer.transfer.plan, 1))
+    assert torch.equal(weights.wi_NFD[torch.from_numpy(weights.places)], before)
+
+
+def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
+    """A tensor on the wrong device, or a value read on the way, raises here; pinning and events take a real device."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Stopwatch, "__init__", lambda self, device: setattr(self, "_cuda", False))
+    monkeypatch.setattr(Stopwatch, "_seconds", 0.0, raising=False)
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
+        home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
+        like = torch.empty(1, dtype=torch.bfloat16, device="cuda")
+        weights = SlotWeights(home, 0, range(DEVICES), (48, WIDTH), like, torch.nn.ReLU())
+        slots = SlotExperts(weights, home.phy2log[0], Peers(), DEVICES)
+        hidden, weight = like.new_empty((60, WIDTH)), like.new_empty((60, 1))
+        counts = np.array([20, 5, 0, 3, 1, 1, 0, 0])
+        one_hot, needed = like.new_empty((60, EXPERTS)).long(), like.new_empty(60).bool()
+        token, chosen = choices(one_hot, needed)
+        output = slots.spread(hidden, token, weight, slots.split(counts[None]), counts[home.phy2log[0]])
+    assert output.shape == hidden.shape
+    assert {tensor.device.type for tensor in (output, token, chosen)} == {"cuda"}
+    assert (token.shape, chosen.shape) == ((60,), (2, EXPERTS))

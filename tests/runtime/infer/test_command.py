@@ -1,0 +1,251 @@
+"""The command that deploys: its contract on a real model folder and real text, and a user's mistakes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import runtime.infer.__main__
+from data.models.switch import load_switch
+from predictor.checkpoint import save_predictor
+from predictor.forecaster import LearnedForecaster
+from predictor.network import Architecture, LoadNetwork
+from tests.conftest import TEXTS, small_switch
+from tests.helpers.prometheus import scrape
+
+ROOT = Path(__file__).parents[3]
+MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "held_up"}
+
+
+@pytest.fixture
+def predictor(switch_folder, tmp_path) -> Path:
+    """An untrained predictor of the random model."""
+    torch.manual_seed(0)
+    switch = load_switch(str(switch_folder))
+    network = LoadNetwork(switch.layout, Architecture(width=8, depth=1))
+    spread = torch.zeros(2, switch.layout.num_layers, 2)
+    save_predictor(
+        tmp_path / "predictor", LearnedForecaster(switch.layout, network, switch.model.shared.weight, spread)
+    )
+    return tmp_path / "predictor"
+
+
+@pytest.fixture
+def command(switch_folder, predictor, tmp_path, monkeypatch, capsys):
+    """Runs the command; returns what it wrote to stdout and stderr."""
+    text = tmp_path / "words.txt"
+    text.write_text("\n".join(TEXTS * 2))
+
+    def call(**changes):
+        options = {"model": switch_folder, "predictor": predictor, "text": text, "devices": 4, "redundant": 4,
+                   "batches": 5, "traffic.smallest": 3, "traffic.largest": 3, "out": tmp_path / "out"}  # fmt: skip
+        words = [word for name, value in (options | changes).items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr("sys.argv", ["infer", *words])
+        runtime.infer.__main__.main()
+        return capsys.readouterr()
+
+    return call
+
+
+def test_contract(command, tmp_path):
+    report = json.loads(command().out.splitlines()[-1])
+    assert report["batches"] == 5
+    assert report["tokens"] > 0
+    assert report["max_logit_difference"] <= 1e-5
+    assert report["same_argmax"] == 1.0
+    assert set(report["balancedness"]) == {"contiguous", "replicated", "oracle"}
+    assert report["balancedness"]["contiguous"] < report["balancedness"]["oracle"]
+    assert 0 < report["load_tv"] < 1
+    assert report["bytes"] == report["moves"] * 2 * 32 * 48 * 4
+    assert set(report["ms"]) == MS
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["each_batch"]) == 5
+    assert (tmp_path / "out" / "balancedness.png").stat().st_size > 5000
+
+
+def test_metrics_agree_with_the_report(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    changes = {"metrics-port": 0, "metrics-file": tmp_path / "metrics.jsonl", "wandb": "true"}
+    said = command(**changes)
+    report = json.loads(said.out.splitlines()[-1])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == report["batches"]
+    assert sum(layer["moves"] for line in lines for layer in line["layers"]) == report["moves"]
+    assert sum(layer["bytes"] for line in lines for layer in line["layers"]) == report["bytes"]
+    balance = [layer["balancedness"] for line in lines for layer in line["layers"]]
+    assert sum(balance) / len(balance) == pytest.approx(report["balancedness"]["replicated"])
+    errors = [line["load_tv"] for line in lines if line["load_tv"] is not None]
+    assert sum(errors) / len(errors) == pytest.approx(report["load_tv"])
+    assert {line["source"] for line in lines} <= {"learned", "none"}
+    assert [row["layer"] for row in report["layers"]] == ["encoder_1", "decoder_1"]
+    assert sum(row["moves"] for row in report["layers"]) == report["moves"]
+    assert re.search(r"metrics: http://localhost:\d+/metrics", said.err)
+    assert len(list((tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+def cut(folder: Path, tmp_path: Path) -> Path:
+    copy = shutil.copytree(folder, tmp_path / "cut")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    return copy
+
+
+def other_model(folder: Path, tmp_path: Path) -> Path:
+    small_switch(seed=1).save_pretrained(tmp_path / "other")
+    for file in folder.glob("*token*"):
+        shutil.copy(file, tmp_path / "other")
+    return tmp_path / "other"
+
+
+def not_finite(folder: Path, place: Path) -> Path:
+    """The model with a weight that is no number."""
+    shutil.copytree(folder, place)
+    weights = load_file(place / "model.safetensors")
+    weights["shared.weight"][7] = torch.nan
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    return place
+
+
+def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, predictor, tmp_path, capsys):
+    (tmp_path / "blank.txt").write_text("\n\n")
+    (tmp_path / "folder").mkdir()
+    taken = socket.create_server(("", 0))
+    port = taken.getsockname()[1]
+    mistakes = [
+        ({"model": tmp_path / "nowhere"}, "nowhere is not a folder"),
+        ({"model": cut(switch_folder, tmp_path / "m")}, "could not be loaded"),
+        ({"model": other_model(switch_folder, tmp_path)}, "was trained for"),
+        ({"predictor": tmp_path / "nowhere"}, "is not a folder; expected a predictor"),
+        ({"predictor": cut(predictor, tmp_path / "p")}, "cut short"),
+        ({"text": tmp_path / "blank.txt"}, "no usable line"),
+        ({"batches": 0}, "batches is 0"),
+        ({"devices": 3}, "8 experts do not divide over 3 devices"),
+        ({"redundant": 6}, "6 redundant experts do not divide over 4 devices"),
+        ({"redundancy": 6}, "redundancy"),
+        ({"redundant": 4000}, "4000 redundant experts are more than a copy of each of 8 experts on every one of 4"),
+        ({"timeout": 0}, "the timeout is 0.0 seconds"),
+        ({"host-memory": "1GiB"}, "host_memory is 1GiB without device_memory"),
+        ({"device-memory": "1GiB", "devices": 4}, "within a budget a process is one device"),
+        ({"device-memory": "lots", "devices": 1}, "'lots' is no number of bytes"),
+        ({"out": tmp_path / "blank.txt"}, "blank.txt is a file, expected a folder"),
+        ({"model": not_finite(switch_folder, tmp_path / "n")}, "are not finite"),
+        ({"metrics-port": port}, f"metrics port {port} cannot be served"),
+        ({"metrics-port": 70000}, "metrics port is 70000"),
+        ({"metrics-file": tmp_path / "folder"}, "cannot be written"),
+        ({"metrics-file": tmp_path / "new.jsonl", "model": tmp_path / "nowhere"}, "nowhere is not a folder"),
+    ]
+    for changes, message in mistakes:
+        with pytest.raises(SystemExit) as stop:
+            command(**changes)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2, changes
+        assert message in error, error
+        assert "Traceback" not in error
+        assert not (tmp_path / "out").exists(), changes
+    taken.close()
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.fixture
+def start(switch_folder, predictor, tmp_path):
+    """Starts the command under torchrun with two processes; stdout and stderr are files in `tmp_path`."""
+    (tmp_path / "words.txt").write_text("\n".join(TEXTS * 400))
+    begun = []
+
+    def call(**changes) -> subprocess.Popen:
+        options = {"model": switch_folder, "predictor": predictor, "text": tmp_path / "words.txt", "redundant": 4,
+                   "traffic.smallest": 3, "traffic.largest": 3, "traffic.batches": 100_000,
+                   "metrics-file": tmp_path / "metrics.jsonl", "out": tmp_path / "out"}  # fmt: skip
+        words = [word for name, value in (options | changes).items() for word in (f"--{name}", str(value))]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "runtime.infer",
+        ]
+        with (tmp_path / "stdout").open("w") as stdout, (tmp_path / "stderr").open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, *torchrun, *words], stdout=stdout, stderr=stderr, cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+            )  # fmt: skip
+        begun.append(process)
+        return process
+
+    yield call
+    for process in begun:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its processes
+            process.wait(40)
+
+
+def lines_of(tmp_path: Path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_first_line(process: subprocess.Popen, tmp_path: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not ((tmp_path / "metrics.jsonl").exists() and lines_of(tmp_path)):
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "stderr").read_text()
+        time.sleep(0.05)
+
+
+def pid_of_rank(torchrun: int, rank: int) -> int:
+    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+            return int(pid)
+    raise AssertionError(f"torchrun has no rank {rank}")
+
+
+def test_two_processes_answer_as_the_plain_model_and_rank_0_tells(start, tmp_path):
+    process = start(batches=5)
+    assert process.wait(120) == 0, (tmp_path / "stderr").read_text()
+    report = json.loads((tmp_path / "stdout").read_text().splitlines()[-1])
+    assert (report["processes"], report["devices"], report["batches"]) == (2, 2, 5)
+    assert report["max_logit_difference"] <= 1e-5
+    layers = [layer for line in lines_of(tmp_path) for layer in line["layers"]]
+    assert len(layers) == 5 * 2
+    assert all(len(layer["waited_ms"]) == len(layer["busy_ms"]) == 2 for layer in layers)
+    sent, local = (sum(layer[f"tokens_{where}"] for layer in layers) for where in ("sent", "local"))
+    assert sent / (sent + local) == pytest.approx(report["sent_share"])
+    assert report["sent_share"] > 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["batches"] == 5
+
+
+def test_an_interrupt_ends_all_processes_and_leaves_no_half_report(start, tmp_path):
+    process = start(**{"batches": 100_000, "check": "false", "metrics-port": 0})
+    wait_for_first_line(process, tmp_path)
+    (port,) = re.findall(r"metrics: http://localhost:(\d+)/metrics", (tmp_path / "stderr").read_text())
+    found = scrape(int(port))
+    assert found["tokens_total", "encoder_1", "sent"] > 0
+    assert {key[2] for key in found if key[0] == "waited_seconds_total"} == {"0", "1"}
+    ranks = [pid_of_rank(process.pid, rank) for rank in (0, 1)]
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(15) != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert (tmp_path / "stderr").read_text().count("interrupted; run the same command again") == 2
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "stdout").read_text()
+    assert [line["batch"] for line in lines_of(tmp_path)] == list(range(len(lines_of(tmp_path))))
+
+
+def test_a_process_that_is_killed_is_named_by_the_other(start, tmp_path):
+    process = start(batches=100_000, check="false")
+    wait_for_first_line(process, tmp_path)
+    os.kill(pid_of_rank(process.pid, 1), signal.SIGKILL)
+    assert process.wait(30) != 0
+    assert "error: rank 1 is lost; rank 0 stops" in (tmp_path / "stderr").read_text()
+    assert not (tmp_path / "out").exists()
+    assert lines_of(tmp_path)

@@ -1,0 +1,70 @@
+"""The engine within a byte budget: the plain model's answers alone and on several ranks, whatever is resident."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.models.switch import load_switch
+from predictor.baselines.history import LastBatch
+from predictor.forecast import forecast_from_load
+from runtime.engine.batch import ModelBatch
+from runtime.engine.engine import Engine
+from tests.helpers.batches import batches, largest_difference, unusual
+from tests.helpers.budgets import budget
+from tests.helpers.forecasters import Noise
+from tests.helpers.planners import RandomPlanner
+from tests.helpers.processes import on_ranks
+
+SETTINGS = {"max_new_tokens": 12, "do_sample": False}
+
+
+class Absurd(Noise):
+    """Forecasts more tokens than a number of tokens can be."""
+
+    def forecast(self, upcoming, history):
+        return forecast_from_load(np.full(self.shape, 1e300), made_at=0, source=self.name)
+
+
+def answers(rank: int, folder: str, experts: int) -> dict[str, object]:
+    """Logits and greedy text within a budget of so many of the model's sixteen experts."""
+    plain = load_switch(folder).model
+    found: dict[str, object] = {}
+    with Engine.from_pretrained(folder, redundant=4, device_memory=budget(experts)) as engine:
+        layout = engine.switch.layout
+        forecasters = {"none": None, "noise": Noise(layout), "last": LastBatch(), "absurd": Absurd(layout)}
+        for name, forecaster in forecasters.items():
+            engine.controller.forecaster = forecaster
+            found[name] = largest_difference(engine, plain, unusual())
+        if engine.home.num_redundant:
+            engine.controller.planner = RandomPlanner(engine.home)
+            found["random"] = largest_difference(engine, plain, unusual())
+        tokens = batches(1)[0].tokens
+        expected = plain.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **SETTINGS)
+        rows = ModelBatch(tokens).rows(engine.peers.rank, engine.peers.world)
+        ids = engine.generate(tokens, 2, **SETTINGS)
+        found["text"] = torch.equal(ids, expected[rows][:, : ids.shape[1]])
+        tier = engine.slotted.cache.tiers[0]
+        found["places"] = len(tier.pool.places)
+        found["misses"] = tier.tally.misses
+    return found
+
+
+@pytest.mark.parametrize(("world", "experts"), [(1, 1), (1, 4), (1, 16), (2, 2)])
+def test_answers_are_the_plain_models_within_a_budget(switch_folder, world, experts):
+    for found in on_ranks(world, answers, str(switch_folder), experts):
+        assert isinstance(found, dict), found
+        assert found.pop("text")
+        assert found.pop("places") == experts
+        assert found.pop("misses") > (0 if experts == 16 else 20)
+        assert len(found) == (4 if world == 1 else 5)
+        assert max(found.values()) <= 1e-5, found
+
+
+def test_a_budget_that_holds_no_expert_is_refused_with_the_least_that_does(switch_folder, monkeypatch):
+    with pytest.raises(ValueError, match=rf"device_memory is .* too little .* give at least {budget(1)} bytes"):
+        Engine.from_pretrained(str(switch_folder), device_memory=budget(1) - 1).__enter__()
+    monkeypatch.setattr("runtime.offload.memory.free_bytes", lambda: 1000.0)
+    with pytest.raises(ValueError, match=r"for experts, but 1000 B are free; lower the budget"):
+        Engine.from_pretrained(str(switch_folder), device_memory=budget(2)).__enter__()
+    with pytest.raises(ValueError, match="'lots' is no number of bytes; write it like 2GiB"):
+        Engine.from_pretrained(str(switch_folder), device_memory="lots").__enter__()

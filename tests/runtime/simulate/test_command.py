@@ -1,0 +1,151 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.simulate.comparison import main
+from runtime.simulate.workloads import WORKLOADS
+
+RECORDED = Path(__file__).parents[1] / "recorded"
+
+
+def simulate(monkeypatch, capsys, *arguments):
+    """The JSON document of a run in this process."""
+    monkeypatch.setattr(sys, "argv", ["simulate", *map(str, arguments)])
+    main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refuse(monkeypatch, capsys, *arguments):
+    """What stderr says when a run is refused."""
+    monkeypatch.setattr(sys, "argv", ["simulate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    return error[0]
+
+
+def test_the_json_document_and_plans_that_bear_it_out(tmp_path, monkeypatch, capsys):
+    plans = tmp_path / "plans.npz"
+    report = simulate(
+        monkeypatch, capsys, RECORDED / "dsv2lite.npz", "--forecast", "last,oracle", "--start", 4, "--steps", 20,
+        "--save-plans", plans, "--out", tmp_path,
+    )  # fmt: skip
+    assert (report["devices"], report["redundant"], report["steps"]) == (8, 16, 20)
+    names = [(item["forecast"], item["planner"], item["split"]) for item in report["results"]]
+    assert names[0] == ("none", "contiguous", "even")
+    assert ("last", "home", "quota") in names
+    assert len(names) == 1 + 2 * 2 * 2
+    loads = np.load(RECORDED / "dsv2lite.npz")["counts"].astype(int)[4:24]
+    with np.load(plans) as saved:
+        for item in report["results"]:
+            name = f"{item['forecast']}.{item['planner']}.{item['split']}"
+            device_load, phy2log = saved[f"{name}.device_load"], saved[f"{name}.phy2log"]
+            assert (device_load.sum(-1) == loads.sum(-1)).all()
+            assert phy2log.shape == (20, 5, 64 if item["planner"] == "contiguous" else 80)
+            assert np.mean(device_load.mean(-1) / device_load.max(-1)) == pytest.approx(item["balancedness"], abs=1e-4)
+    ours = {
+        item["forecast"]: item for item in report["results"] if (item["planner"], item["split"]) == ("home", "quota")
+    }
+    assert ours["oracle"]["gap_closed"] == 1
+    assert ours["oracle"]["balancedness"] > ours["last"]["balancedness"] > 0.95
+    assert (tmp_path / "balancedness.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_as_a_command_the_last_line_is_json(tmp_path):
+    np.save(tmp_path / "loads.npy", np.random.default_rng(0).poisson(20, (20, 1, 8)))
+    command = [
+        sys.executable,
+        "-m",
+        "runtime.simulate",
+        tmp_path / "loads.npy",
+        "--out",
+        tmp_path,
+        "--planner",
+        "home",
+    ]
+    done = subprocess.run([*command, "--redundant", "0"], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert {item["moves_per_layer"] for item in report["results"]} == {0}
+    assert report["verdict"]["answer"] == "not worth it"
+
+
+def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
+    loads = RECORDED / "gptoss20b.npz"
+    both = simulate(monkeypatch, capsys, loads, "--steps", 10, "--forecast", "last", "--out", tmp_path)
+    one = simulate(
+        monkeypatch, capsys, loads, "--steps", 10, "--forecast", "last", "--planner", "home", "--split", "quota",
+        "--out", tmp_path,
+    )  # fmt: skip
+    figures = ("balancedness", "p05", "ratio_of_sums", "moves_per_layer")
+    twin = next(item for item in both["results"] if (item["planner"], item["split"]) == ("home", "quota"))
+    assert [one["results"][0][name] for name in figures] == [twin[name] for name in figures]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nowhere.npz"], "nowhere.npz does not exist"),
+        (["LOADS", "--devices", "7"], "64 experts do not divide over 7 devices"),
+        (["LOADS", "--redundant", "12"], "12 redundant experts do not divide over 8 devices"),
+        (["LOADS", "--forecast", "tea"], "unknown 'tea'; choose from last, mean"),
+        (["LOADS", "--forecast", "learned"], "--forecast learned needs --predictor"),
+        (["LOADS", "--forecast", "learned", "--predictor", "nowhere"], "nowhere"),
+        (["LOADS", "--start", "0"], "--start is 0, expected 1 to 63"),
+        (["LOADS", "--steps", "99"], "--steps is 99, expected 1 to 63"),
+        (["LOADS", "--bandwith", "9"], "unrecognized arguments: --bandwith 9; see --help"),
+        (["LOADS", "--tokens-per-second", "0"], "tokens_per_second is 0.0, expected a figure above 0"),
+        ([], "the following arguments are required: loads; see --help"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, text, tmp_path, monkeypatch, capsys):
+    arguments = [RECORDED / "dsv2lite.npz" if item == "LOADS" else item for item in arguments]
+    assert text in refuse(monkeypatch, capsys, *arguments, "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (np.ones((4, 8)), r"has shape (4, 8), expected [steps, layers, experts]"),
+        (np.zeros((0, 1, 8)), "at least one of each"),
+        (np.full((4, 1, 8), np.nan), "not whole numbers"),
+        (np.full((4, 1, 8), -1), "holds -1; tokens cannot be negative"),
+        (np.full((4, 1, 8), "x"), "expected counts of tokens"),
+    ],
+)
+def test_arrays_that_are_no_loads_are_refused(array, text, tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "loads.npy", array)
+    assert text in refuse(monkeypatch, capsys, tmp_path / "loads.npy")
+
+
+def test_damaged_files_are_refused(tmp_path, monkeypatch, capsys):
+    whole = (RECORDED / "dsv2lite.npz").read_bytes()
+    for name, content in (("cut.npz", whole[:5000]), ("empty.npy", b""), ("text.npy", b"not numpy")):
+        (tmp_path / name).write_bytes(content)
+        assert f"{name} cannot be read as loads" in refuse(monkeypatch, capsys, tmp_path / name)
+    np.savez(tmp_path / "key.npz", loads=np.ones((2, 1, 8)))
+    assert "it holds ['loads'], expected the key 'counts'" in refuse(monkeypatch, capsys, tmp_path / "key.npz")
+
+
+def test_workloads_are_the_same_for_the_same_seed_and_keep_their_tokens():
+    for name, make in WORKLOADS.items():
+        if name != "adversary":
+            loads = make(np.random.default_rng(7))
+            assert (loads == make(np.random.default_rng(7))).all()
+            assert (loads.sum(-1) == 4096).all()
+
+
+def test_the_adversary_defeats_history_and_not_the_oracle(tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "adversary.npz", counts=WORKLOADS["adversary"](np.random.default_rng(0))[:40])
+    report = simulate(
+        monkeypatch, capsys, tmp_path / "adversary.npz", "--planner", "home", "--split", "quota", "--out", tmp_path
+    )
+    balance = {item["forecast"]: item["balancedness"] for item in report["results"]}
+    assert balance["last"] < 0.6
+    assert balance["oracle"] > 0.99
