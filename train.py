@@ -25,7 +25,7 @@ from data.models.layout import MoELayout
 from data.traces.trace import IntArray
 from predictor.baselines.token_table import TokenTable
 from predictor.checkpoint import load_predictor, save_predictor
-from predictor.evaluation.comparison import climb, rivals
+from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import details, summarise, write_report
 from predictor.evaluation.segments import segment_errors
 from predictor.evaluation.tables import CAPTIONS, ladder_table
@@ -33,7 +33,7 @@ from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast
 from predictor.training.calibration import calibrate_spread
 from predictor.training.export import check_target, git_revision, model_card, predictor_folder, provenance
-from predictor.training.module import LoadForecaster
+from predictor.training.module import ForecasterModule
 from predictor.training.resume import checkpoint_to_resume
 from predictor.training.wandb_logging import track_results, track_settings, track_trace
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
@@ -97,7 +97,7 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     divides = data.layout.num_experts % DEVICES == 0
     replicators = {name: partial(Replicator, data.layout, count) for name, count in REDUNDANT.items() if divides}
     others = rivals(data)
-    ladder = climb([*others, learned], data, replicators)
+    ladder = compare_forecasters([*others, learned], data, replicators)
     about["metrics"] = details(ladder)
     table = next(rival for rival in others if isinstance(rival, TokenTable))
     about["segments"] = segment_errors([table, learned], data)
@@ -123,7 +123,7 @@ def main() -> None:
     about = (__doc__ or "").splitlines()[0]
     with user_errors():
         cli = TrainCLI(  # --help goes to stdout
-            LoadForecaster, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
+            ForecasterModule, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
             auto_configure_optimizers=False, parser_class=OneLineParser,
             parser_kwargs={"default_config_files": [str(DEFAULTS)], "description": about},
         )  # fmt: skip

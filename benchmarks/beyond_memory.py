@@ -49,13 +49,13 @@ def generate(
             input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), max_new_tokens=new, do_sample=False
         )
         seconds = time.perf_counter() - began
-        tally, falls = cache.tiers[0].tally, cache.report()["falls"]
+        stats, fallbacks = cache.tiers[0].stats, cache.report()["fallbacks"]
     return {
         "ids": ids.tolist(), "seconds": round(seconds, 2), "tokens_per_s": round(ids[:, 1:].numel() / seconds, 2),
-        "budget": budget, "grown_bytes": peak.grown, "peak_bytes": tally.peak_bytes, "before_bytes": before,
-        "read_bytes": tally.demand_bytes + tally.prefetch_bytes, "hit_rate": round(tally.hit_rate, 3),
-        "prefetch_precision": round(tally.precision, 3), "stall_s": round(tally.stall_ms / 1e3, 2),
-        "falls": falls,
+        "budget": budget, "grown_bytes": peak.grown, "peak_bytes": stats.peak_bytes, "before_bytes": before,
+        "read_bytes": stats.demand_bytes + stats.prefetch_bytes, "hit_rate": round(stats.hit_rate, 3),
+        "prefetch_precision": round(stats.precision, 3), "stall_s": round(stats.stall_ms / 1e3, 2),
+        "fallbacks": fallbacks,
     }  # fmt: skip
 
 

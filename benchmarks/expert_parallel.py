@@ -35,11 +35,11 @@ from runtime.balancing.eplb import EplbPlanner
 from runtime.balancing.plan import IntArray, ReplicationPlan, contiguous_homes, flat_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.balancing.split import balancedness, split_evenly
-from runtime.distributed.ranks import Peers
+from runtime.distributed.ranks import Ranks
 from runtime.engine.controller import Controller
-from runtime.experts.layer import SlotExperts
-from runtime.experts.slots import SlotWeights
-from runtime.experts.transfer import SlotTransfer
+from runtime.experts.layer import ReplicatedExperts
+from runtime.experts.slots import ResidentSlots
+from runtime.experts.transfer import WeightTransfer
 
 D_MODEL, D_FF = 768, 3072
 WARM = 4
@@ -53,33 +53,33 @@ class Arm:
         name: What tables call it.
         experts: Slots that run it.
         home: The plan without replicas.
-        peers: The ranks.
+        ranks: The ranks.
         forecaster: What ours plan from; None leaves the placement as `place` puts it.
     """
 
     def __init__(
-        self, name: str, experts: SlotExperts, home: ReplicationPlan, peers: Peers, forecaster: Any = None
+        self, name: str, experts: ReplicatedExperts, home: ReplicationPlan, ranks: Ranks, forecaster: Any = None
     ) -> None:
-        self.name, self.experts, self.peers, self.forecaster = name, experts, peers, forecaster
+        self.name, self.experts, self.ranks, self.forecaster = name, experts, ranks, forecaster
         self.plan: IntArray = home.phy2log[0]
         self.even = False
         self.steps: list[dict[str, Any]] = []
         if forecaster is not None:
-            assert isinstance(experts.slots, SlotWeights)
-            transfer = SlotTransfer([experts.slots], home, peers)
+            assert isinstance(experts.slots, ResidentSlots)
+            transfer = WeightTransfer([experts.slots], home, ranks)
             planner = HomePlanner(home.num_devices, home.num_redundant)
-            self.controller = Controller(forecaster, planner, transfer, peers)
+            self.controller = Controller(forecaster, planner, transfer, ranks)
 
     def run(self, step: int, hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> None:
         """Runs a step and keeps what it took."""
-        experts, held_up = self.experts, 0.0
-        if self.peers.world > 1:
+        experts, exposed = self.experts, 0.0
+        if self.ranks.world > 1:
             dist.barrier()
         began = time.perf_counter()
         prepared = None
         if self.forecaster is not None:
             prepared = self.controller.commit(wait=step == 0)
-            held_up = time.perf_counter() - began
+            exposed = time.perf_counter() - began
             self.plan = self.controller.transfer.plan.phy2log[0]
         experts.phy2log = self.plan
         experts.reset()
@@ -93,7 +93,7 @@ class Arm:
         if self.forecaster is not None:
             self.controller.observe(experts.load[None])
         self.steps.append({
-            "step_ms": elapsed, "busy_ms": busy, "load": experts.device_load.copy(), "held_up_ms": 1e3 * held_up,
+            "step_ms": elapsed, "busy_ms": busy, "load": experts.device_load.copy(), "exposed_ms": 1e3 * exposed,
             "split_ms": sum(spent), "waited_ms": experts.waited.take_ms(),
             "prepare_ms": prepared.forecast_ms + prepared.plan_ms if prepared else 0.0,
             "move_ms": prepared.move_ms if prepared else 0.0, "moves": prepared.moves if prepared else 0,
@@ -105,49 +105,49 @@ class Arm:
             if self.even:
                 quota = split_evenly(counts, self.experts.phy2log, self.experts.num_devices)
             else:
-                quota = SlotExperts.split(self.experts, counts)
+                quota = ReplicatedExperts.split(self.experts, counts)
             spent.append(1e3 * (time.perf_counter() - began))
             return quota
 
         return split
 
 
-def slots(home: ReplicationPlan, peers: Peers, wake_tokens: int) -> SlotExperts:
+def slots(home: ReplicationPlan, ranks: Ranks, expert_overhead_tokens: int) -> ReplicatedExperts:
     """Slots with random weights on this rank's devices."""
-    own = home.num_devices // peers.world
-    devices = range(peers.rank * own, (peers.rank + 1) * own)
-    weights = SlotWeights(home, 0, devices, (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
-    generator = torch.Generator().manual_seed(peers.rank)
+    own = home.num_devices // ranks.world
+    devices = range(ranks.rank * own, (ranks.rank + 1) * own)
+    weights = ResidentSlots(home, 0, devices, (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
+    generator = torch.Generator().manual_seed(ranks.rank)
     weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
     weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
-    return SlotExperts(weights, home.phy2log[0], peers, home.num_devices, wake_tokens)
+    return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices, expert_overhead_tokens)
 
 
-def arms_of(stream: Stream, home: ReplicationPlan, peers: Peers, wake_tokens: int) -> list[Arm]:
+def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks, expert_overhead_tokens: int) -> list[Arm]:
     """The rivals, and ours, whose homes are flat over the steps not counted; what never moves shares slots."""
     flat = flat_homes(stream.loads[:WARM].mean(0, keepdims=True), home.num_devices)
     ours = ReplicationPlan.at_home(flat, home.num_devices, home.num_redundant)
-    shared = slots(home, peers, wake_tokens)
-    eplb = Arm("eplb", shared, home, peers)
+    shared = slots(home, ranks, expert_overhead_tokens)
+    eplb = Arm("eplb", shared, home, ranks)
     eplb.even = True
     return [
-        Arm("contiguous", shared, home, peers),
+        Arm("contiguous", shared, home, ranks),
         eplb,
-        Arm("history", slots(ours, peers, wake_tokens), ours, peers, Ema()),
-        Arm("oracle", slots(ours, peers, wake_tokens), ours, peers, Upcoming()),
-        Arm("perfect", shared, home, peers),
+        Arm("history", slots(ours, ranks, expert_overhead_tokens), ours, ranks, Ema()),
+        Arm("oracle", slots(ours, ranks, expert_overhead_tokens), ours, ranks, Upcoming()),
+        Arm("perfect", shared, home, ranks),
     ]
 
 
 @torch.inference_mode()
-def measure(stream: Stream, home: ReplicationPlan, peers: Peers, wake_tokens: int) -> dict[str, Any]:
+def measure(stream: Stream, home: ReplicationPlan, ranks: Ranks, expert_overhead_tokens: int) -> dict[str, Any]:
     """Runs all arms over all steps, in turn within each."""
-    arms = arms_of(stream, home, peers, wake_tokens)
-    console = Console(stderr=True, quiet=peers.rank > 0)
-    torch.manual_seed(peers.rank)
+    arms = arms_of(stream, home, ranks, expert_overhead_tokens)
+    console = Console(stderr=True, quiet=ranks.rank > 0)
+    torch.manual_seed(ranks.rank)
     for step in track(range(len(stream.loads)), "steps", console=console):
         for arm in arms:
-            one_hot = stream.routed(step, peers.rank, arm.name == "perfect", home.num_devices)
+            one_hot = stream.routed(step, ranks.rank, arm.name == "perfect", home.num_devices)
             hidden, weight = torch.randn(len(one_hot), D_MODEL), torch.rand(len(one_hot), 1)
             if arm.name == "eplb" and step:
                 last = forecast_from_load(stream.loads[step - 1][None].astype(np.float64), made_at=step, source="last")
@@ -155,16 +155,16 @@ def measure(stream: Stream, home: ReplicationPlan, peers: Peers, wake_tokens: in
             if isinstance(arm.forecaster, Upcoming):
                 arm.forecaster.load = stream.loads[min(step + 1, len(stream.loads) - 1)]
             arm.run(step, hidden, one_hot, weight)
-    return {arm.name: summary(arm, peers) for arm in arms}
+    return {arm.name: summary(arm, ranks) for arm in arms}
 
 
-def summary(arm: Arm, peers: Peers) -> dict[str, Any]:
+def summary(arm: Arm, ranks: Ranks) -> dict[str, Any]:
     """Medians over the counted steps; a step takes as long as its slowest rank, emulated ones included."""
     kept = arm.steps[WARM:]
     own = torch.tensor([[row["step_ms"], row["waited_ms"], *row["busy_ms"]] for row in kept], dtype=torch.float64)
-    ranks = peers.gather(own).numpy()  # [S, steps, 2 + devices of a rank]
+    ranks = ranks.gather(own).numpy()  # [S, steps, 2 + devices of a rank]
     busy = np.concatenate(ranks[:, :, 2:], axis=-1)
-    emulated = peers.world == 1 and busy.shape[-1] > 1
+    emulated = ranks.world == 1 and busy.shape[-1] > 1
     step = busy.max(-1) if emulated else ranks[:, :, 0].max(0)
     low, middle, high = np.quantile(step, [0.25, 0.5, 0.75])
     return {
@@ -174,7 +174,7 @@ def summary(arm: Arm, peers: Peers) -> dict[str, Any]:
         "balancedness": round(float(np.mean([balancedness(row["load"][None])[0] for row in kept])), 4),
         "moves": round(float(np.mean([row["moves"] for row in kept])), 2),
         **{name: round(median(row[name] for row in kept), 3)
-           for name in ("split_ms", "prepare_ms", "move_ms", "held_up_ms", "waited_ms")},
+           for name in ("split_ms", "prepare_ms", "move_ms", "exposed_ms", "waited_ms")},
     }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def show(found: dict[str, Any], title: str) -> None:
             name, f"{arm['step_ms']:.0f}", " - ".join(f"{ms:.0f}" for ms in arm["spread_ms"]),
             f"{arm['step_ms'] / found['perfect']['step_ms']:.2f}", " ".join(f"{ms:.0f}" for ms in arm["busy_ms"]),
             f"{arm['balancedness']:.3f}", f"{arm['moves']:.1f}", f"{arm['split_ms']:.2f}", f"{arm['prepare_ms']:.1f}",
-            f"{arm['held_up_ms']:.2f}",
+            f"{arm['exposed_ms']:.2f}",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
@@ -218,17 +218,17 @@ def main() -> None:
         torchrun(["--standalone", "--nproc-per-node", str(options.ranks), "-m", __spec__.name, *sys.argv[1:]])
         return
     torch.set_num_threads(1)
-    with user_errors(), Peers() as peers:
+    with user_errors(), Ranks() as ranks:
         if options.loads is None:
             loads = zipf(options.experts, options.tokens, options.steps, options.exponent)
         else:
             loads = recorded(options.loads, options.layer, options.tokens, options.steps)
         if len(loads) <= WARM:
             raise ValueError(f"{len(loads)} steps; expected more than {WARM}, the first of which are not counted")
-        devices = options.emulate or peers.world
+        devices = options.emulate or ranks.world
         home = ReplicationPlan.at_home(contiguous_homes(1, loads.shape[1]), devices, options.redundant)
-        found = measure(Stream(loads, peers.world), home, peers, options.wake_tokens)
-        if peers.rank == 0:
+        found = measure(Stream(loads, ranks.world), home, ranks, options.expert_overhead_tokens)
+        if ranks.rank == 0:
             where = f"{devices} emulated devices" if options.emulate else f"{devices} gloo ranks, a thread each"
             show(found, f"{where}; {loads.shape[1]} experts, {options.redundant} redundant, {options.tokens} tokens")
             perfect = found["perfect"]["step_ms"]
@@ -237,7 +237,7 @@ def main() -> None:
             document = {"share_of_perfect": shares["share_of_perfect_history"], **shares}
             document["speedup_over_contiguous"] = round(found["contiguous"]["step_ms"] / found["history"]["step_ms"], 3)
             document["settings"] = {name: str(value) for name, value in vars(options).items()} | {
-                "torch": torch.__version__, "ranks": peers.world, "seed": 0}  # fmt: skip
+                "torch": torch.__version__, "ranks": ranks.world, "seed": 0}  # fmt: skip
             print(json.dumps(found | document))
 
 

@@ -27,7 +27,7 @@ from data.models.switch import load_switch
 from data.models.weights import BUNDLED
 from data.traces.trace import TokenBatch
 from predictor.familiarity import Familiarity
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 
 SEQUENCES, LENGTH, PAST = 16, 128, 64
@@ -47,13 +47,13 @@ def base_8() -> tuple[Any, MoELayout]:
     return SwitchTransformersEncoderModel(BASE_8).eval(), layout
 
 
-def forecaster(layout: MoELayout, config: str) -> LearnedForecaster:
+def forecaster(layout: MoELayout, config: str) -> NeuralForecaster:
     """A predictor with random weights, of the architecture that a configuration names."""
     settings = yaml.safe_load((CONFIGS / config).read_text())["model"]["architecture"]
     known = Familiarity(torch.ones(layout.vocab_size, dtype=torch.bool), 1.0)
     table = torch.randn(layout.vocab_size, layout.d_model)
     network = LoadNetwork(layout, Architecture(**settings))
-    return LearnedForecaster(layout, network, table, torch.ones(2, layout.num_layers, 3), known)
+    return NeuralForecaster(layout, network, table, torch.ones(2, layout.num_layers, 3), known)
 
 
 def milliseconds(calls: list[Callable[[], Any]]) -> list[list[float]]:

@@ -3,8 +3,8 @@
     python -m benchmarks.one_device
 
 Switch-base geometry, routing by Zipf shares. Three arms in turn, same tokens: the model's own experts module (`loop`),
-two `grouped_mm` with sorting and nothing else (`grouped`), and `SlotExperts` (`slots`). `padded` batches hold a quarter
-of padding, which only the slots leave out. Prints a table and, as the last line, one JSON document.
+two `grouped_mm` with sorting and nothing else (`grouped`), and `ReplicatedExperts` (`slots`). `padded` batches hold a
+quarter of padding, which only the slots leave out. Prints a table and, as the last line, one JSON document.
 """
 
 import argparse
@@ -25,29 +25,29 @@ from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
-from runtime.distributed.ranks import Peers
-from runtime.experts.layer import SlotExperts
-from runtime.experts.slots import SlotWeights
+from runtime.distributed.ranks import Ranks
+from runtime.experts.layer import ReplicatedExperts
+from runtime.experts.slots import ResidentSlots
 
 D_MODEL, D_FF = 768, 3072
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def in_slots(loop: SwitchTransformersExperts, experts: int) -> SlotExperts:
+def in_slots(loop: SwitchTransformersExperts, experts: int) -> ReplicatedExperts:
     """The loop's experts in slots of one device."""
     home = ReplicationPlan.at_home(contiguous_homes(1, experts), 1, 0)
-    weights = SlotWeights(home, 0, range(1), (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
+    weights = ResidentSlots(home, 0, range(1), (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
     for place, expert in enumerate(loop.children()):
         weights.wi_NFD[place].copy_(expert.wi.weight)
         weights.wo_NDF[place].copy_(expert.wo.weight)
         expert.wi.weight.data, expert.wo.weight.data = weights.wi_NFD[place], weights.wo_NDF[place]
-    return SlotExperts(weights, home.phy2log[0], Peers(), 1)
+    return ReplicatedExperts(weights, home.phy2log[0], Ranks(), 1)
 
 
-def grouped(slots: SlotExperts) -> Layer:
+def grouped(slots: ReplicatedExperts) -> Layer:
     """Two grouped products over the same weights, sorting and scattering included."""
-    assert isinstance(slots.slots, SlotWeights)
+    assert isinstance(slots.slots, ResidentSlots)
     block = slots.slots.blocks[0]
 
     def layer(hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

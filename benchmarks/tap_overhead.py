@@ -18,8 +18,8 @@ from rich.table import Table
 from data.cli import from_command_line, user_errors
 from data.models.switch import LoadedSwitch, load_switch
 from data.models.weights import BUNDLED
-from data.text.batching import Traffic
-from data.text.corpus_stream import open_traffic
+from data.text.batching import BatchingConfig
+from data.text.corpus_stream import open_stream
 from data.traces.router_tap import RouterTap
 from data.traces.trace import TokenBatch
 from data.traces.tracer import model_inputs
@@ -45,8 +45,8 @@ def tap_overhead(model: str = BUNDLED, repeats: int = 10, batches: int = 4) -> d
         batches: Batches of 16 sequences in one measurement.
     """
     switch = load_switch(model)
-    traffic = Traffic(smallest=16, largest=16)
-    stream = islice(open_traffic(None, switch.tokenizer, "teacher", traffic), batches)
+    traffic = BatchingConfig(smallest=16, largest=16)
+    stream = islice(open_stream(None, switch.tokenizer, "teacher", traffic), batches)
     inputs = [model_inputs(batch, switch.model.config) for batch in stream]
     milliseconds(switch, inputs, None)  # warm-up
     ratios, plain_ms = [], []

@@ -30,20 +30,20 @@ from data.cli import from_command_line, user_errors
 from data.models.layout import MoELayout
 from data.models.switch import LoadedSwitch, load_dense, load_switch
 from data.models.weights import BUNDLED, ModelWeights
-from data.text.batching import Traffic
+from data.text.batching import BatchingConfig
 from predictor.baselines.history import Ema
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster, forecast_from_load
-from runtime.distributed.ranks import Peers
+from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import ModelBatch, forward, needed_positions
-from runtime.experts.layer import SlotExperts
+from runtime.experts.layer import ReplicatedExperts
 from runtime.offload.cache import LOADERS, ExpertCache
 from runtime.offload.expert_files import ExpertFiles
-from runtime.offload.forecast_policy import Forecast, Guarded
+from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
 from runtime.offload.memory import PAGE
-from runtime.offload.policy import Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest, Policy
+from runtime.offload.policy import CosinePolicy, LastBatchPolicy, LfuPolicy, LruPolicy, OraclePolicy, Policy
 from runtime.offload.slots import install
-from runtime.offload.stats import Tally
+from runtime.offload.stats import CacheStats
 
 ARMS = ("all_resident", "lru", "lfu", "last", "cosine", "ours_history", "ours", "oracle")
 
@@ -53,9 +53,9 @@ class Bench:
 
     def __init__(
         self, model: str, batches: list[RecordedBatch], small: LoadedSwitch, predictor: Path | None, mode: Mode,
-        peers: Peers,
+        ranks: Ranks,
     ) -> None:  # fmt: skip
-        self.model, self.batches, self.mode, self.peers = load_dense(model), batches, mode, peers
+        self.model, self.batches, self.mode, self.ranks = load_dense(model), batches, mode, ranks
         self.files = ModelWeights(model).files
         touch(self.model.model)
         self.layout: MoELayout = self.model.layout
@@ -66,7 +66,7 @@ class Bench:
             )
         self.routers: list[RecordedRouter] = play_back(self.model.model, self.layout)
         experts = self.layout.num_experts
-        self.own = np.arange(experts) * peers.world // experts == peers.rank
+        self.own = np.arange(experts) * ranks.world // experts == ranks.rank
         self.forecaster: Forecaster | None = None
         if predictor is not None:
             self.forecaster = load_predictor(predictor, small.layout, small.model.shared.weight.detach().float())
@@ -78,28 +78,28 @@ class Bench:
         shape = (self.layout.num_layers, self.layout.num_experts)
         if arm == "oracle":
             passes = [one for batch in self.batches for one in batch.passes(self.layout, self.mode)]
-            return Foreseen(np.stack(passes) & self.own)
+            return OraclePolicy(np.stack(passes) & self.own)
         if arm.startswith("ours"):
-            return Guarded(Forecast(*shape), *shape, places)
-        kinds = {"all_resident": LeastRecent, "lru": LeastRecent, "lfu": LeastFrequent, "last": LikeLast}
-        return kinds.get(arm, LikeNearest)(*shape)
+            return LruFallback(ForecastPolicy(*shape), *shape, places)
+        kinds = {"all_resident": LruPolicy, "lru": LruPolicy, "lfu": LfuPolicy, "last": LastBatchPolicy}
+        return kinds.get(arm, CosinePolicy)(*shape)
 
     def turn(self, arm: str, budget: float, warm: int, mbps: float | None = None) -> Turn:
         """Runs all batches through one arm."""
         files = ThrottledFiles(self.files, self.layout, torch.float32, mbps=mbps)
-        places = int((1.0 if arm == "all_resident" else budget) * len(files) / self.peers.world)
+        places = int((1.0 if arm == "all_resident" else budget) * len(files) / self.ranks.world)
         held = places * 2 * files.shape.room + LOADERS * files.reader_bytes + PAGE
         turn, policy = Turn(), self.policy(arm, places)
         with ResidentPeak() as peak, ExpertCache(files, policy, held) as cache, ThreadPoolExecutor(1) as aside:
-            layers = install(self.model.model, self.layout, cache, self.peers)
+            layers = install(self.model.model, self.layout, cache, self.ranks)
             if arm == "all_resident":
                 for layer in range(self.layout.num_layers):
                     list(cache.use(layer, np.flatnonzero(self.own).tolist()))
-            before = Tally()
+            before = CacheStats()
             ready = aside.submit(self._foresee, arm, cache, 0)
             for number, batch in enumerate(self.batches):
                 if number == warm:
-                    before = cache.tiers[0].tally.copy()
+                    before = cache.tiers[0].stats.copy()
                 began = time.perf_counter()
                 ready.result()
                 cache.begin()
@@ -109,9 +109,9 @@ class Bench:
                 if number >= warm:
                     turn.seconds.append(time.perf_counter() - began)
                     turn.tokens.append(self.tokens(batch))
-            turn.tally = over_ranks(cache.tiers[0].tally.since(before), self.peers)
-        turn.resident_peak = int(self.peers.gather(torch.tensor(peak.grown)).sum())
-        turn.falls = getattr(policy, "falls", 0)
+            turn.stats = over_ranks(cache.tiers[0].stats.since(before), self.ranks)
+        turn.resident_peak = int(self.ranks.gather(torch.tensor(peak.grown)).sum())
+        turn.fallbacks = getattr(policy, "fallbacks", 0)
         return turn
 
     def _foresee(self, arm: str, cache: ExpertCache, number: int) -> None:
@@ -129,9 +129,9 @@ class Bench:
         return batch.tokens.num_tokens + (0 if self.mode == "encoder" else batch.decoder.num_tokens)
 
     @torch.inference_mode()
-    def run(self, batch: RecordedBatch, layers: list[SlotExperts] | None) -> None:
+    def run(self, batch: RecordedBatch, layers: list[ReplicatedExperts] | None) -> None:
         """This rank's sequences of a batch through the model, with the experts that are installed."""
-        batch = batch.part(ModelBatch(batch.tokens).rows(self.peers.rank, self.peers.world))
+        batch = batch.part(ModelBatch(batch.tokens).rows(self.ranks.rank, self.ranks.world))
         for layer, router in enumerate(self.routers):
             decoding = layer >= self.layout.num_encoder_layers
             router.batch, router.step = batch, 0 if decoding and self.mode == "generate" else None
@@ -207,15 +207,18 @@ def tiers(
         torchrun(["--standalone", "--nproc-per-node", str(ranks), "-m", "benchmarks.tiers", *sys.argv[1:]])
         return
     torch.set_num_threads(1)
-    small, traffic = load_switch(BUNDLED), Traffic(batches=40, smallest=sequences, largest=sequences, length=length)
-    with Peers() as peers:
-        bench = Bench(model, record(small, traffic, phases, per_phase), small, predictor, mode, peers)
+    small, traffic = (
+        load_switch(BUNDLED),
+        BatchingConfig(batches=40, smallest=sequences, largest=sequences, length=length),
+    )
+    with Ranks() as ranks:
+        bench = Bench(model, record(small, traffic, phases, per_phase), small, predictor, mode, ranks)
         kept: dict[str, list[Turn]] = {arm: [] for arm in (["plain"] if plain else []) + list(arms)}
         speed = read_speed(ExpertFiles(bench.files, bench.layout, torch.float32))
-        for number in track(range(turns), "turns", console=Console(stderr=True, quiet=peers.rank > 0)):
+        for number in track(range(turns), "turns", console=Console(stderr=True, quiet=ranks.rank > 0)):
             for arm in np.roll(list(kept), -number):
                 kept[arm].append(bench.plain(model, warm) if arm == "plain" else bench.turn(arm, budget, warm, mbps))
-    if peers.rank > 0:
+    if ranks.rank > 0:
         return
     results = {arm: summarise(done) for arm, done in kept.items()}
     needed = [one.sum() for batch in bench.batches[warm:] for one in batch.passes(bench.layout, mode)]

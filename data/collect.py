@@ -24,8 +24,8 @@ from data.cli import from_command_line, user_errors
 from data.files import read_json, sha256, write_json
 from data.models.switch import Dtype, LoadedSwitch, load_switch
 from data.models.weights import BUNDLED
-from data.text.batching import Decode, Traffic, TrafficBatch, time_splits
-from data.text.corpus_stream import corpus_splits, open_traffic
+from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
+from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.router_tap import RouterTap
 from data.traces.store import Shard, StoredTrace, open_trace, write_about, write_shard
 from data.traces.tracer import Tracer
@@ -94,7 +94,7 @@ def _whole_shard(partial: Path, index: int) -> Shard | None:
     return shard if file.exists() and sha256(file) == shard["sha256"] else None
 
 
-def _write_shards(partial: Path, stream: Iterator[TrafficBatch], tracer: Tracer, ranks: Ranks, total: int) -> None:
+def _write_shards(partial: Path, stream: Iterator[TextBatch], tracer: Tracer, ranks: Ranks, total: int) -> None:
     """Traces this rank's share of the stream shard by shard; whole shards are kept."""
     with Progress(console=Console(stderr=True), disable=ranks.rank > 0) as progress:
         task, index = progress.add_task("tracing", total=total), 0
@@ -110,7 +110,7 @@ def _write_shards(partial: Path, stream: Iterator[TrafficBatch], tracer: Tracer,
             index += 1
 
 
-def _finish(partial: Path, out: Path, switch: LoadedSwitch, request: dict[str, Any], traffic: Traffic) -> None:
+def _finish(partial: Path, out: Path, switch: LoadedSwitch, request: dict[str, Any], traffic: BatchingConfig) -> None:
     """Writes trace.json, removes the bookkeeping, gives the folder its name."""
     entries = sorted(partial.glob("shard-*.json"))
     shards = [read_json(entry) for entry in entries]
@@ -128,7 +128,7 @@ def collect(
     out: Path = Path("outputs/traces/switch-mini-64"),
     text: str | None = None,
     decode: Decode = "teacher",
-    traffic: Traffic = Traffic(),
+    traffic: BatchingConfig = BatchingConfig(),
     max_new_tokens: int = 32,
     probabilities: bool = False,
     dtype: Dtype = "float32",
@@ -168,7 +168,7 @@ def collect(
             _prepare(partial, request)
         ranks.barrier()
         total = len(corpus_splits(traffic)) if text is None else traffic.batches
-        stream = open_traffic(text, switch.tokenizer, decode, traffic)
+        stream = open_stream(text, switch.tokenizer, decode, traffic)
         with RouterTap(switch.model, switch.layout, top) as tap:
             _write_shards(partial, stream, Tracer(switch, tap, decode, max_new_tokens, probabilities), ranks, total)
         ranks.barrier()

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from data.collect import collect
 from data.models.layout import MoELayout
 from data.models.weights import BUNDLED
-from data.text.batching import Traffic
+from data.text.batching import BatchingConfig
 from data.traces.dataset import TraceSample, TraceSamples, sequence_loads
 from data.traces.store import open_trace
 from data.traces.trace import TokenBatch
@@ -43,7 +43,7 @@ class RouterTraceModule(LightningDataModule):
         sequences: int = 8,
         seed: int = 0,
         top: int = 0,
-        traffic: Traffic = Traffic(),
+        traffic: BatchingConfig = BatchingConfig(),
     ) -> None:
         super().__init__()
         self.path, self.model, self.window = trace, model, window

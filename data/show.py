@@ -13,13 +13,13 @@ from rich.table import Table
 
 from data.cli import from_command_line, user_errors
 from data.files import whole_file
-from data.traces.statistics import Skew, measure, shares, step_variation
+from data.traces.statistics import TraceStatistics, measure, shares, step_variation
 from data.traces.store import StoredTrace, open_trace
 
 MOST_MAPS = 12  # layers in one picture
 
 
-def table(trace: StoredTrace, skew: Skew) -> Table:
+def table(trace: StoredTrace, skew: TraceStatistics) -> Table:
     """One row a MoE layer."""
     layout = trace.layout
     padding = "" if skew.padding is None else f", {skew.padding:.0%} of encoder positions padding"
@@ -34,7 +34,7 @@ def table(trace: StoredTrace, skew: Skew) -> Table:
     return shown
 
 
-def heat_maps(trace: StoredTrace, skew: Skew, path: Path) -> None:
+def heat_maps(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
     """Expert by time for each MoE layer, experts sorted by load; colour is the share times the number of experts."""
     from matplotlib.figure import Figure
 
@@ -52,7 +52,7 @@ def heat_maps(trace: StoredTrace, skew: Skew, path: Path) -> None:
     _save(figure, path)
 
 
-def drift_plot(trace: StoredTrace, skew: Skew, path: Path) -> None:
+def drift_plot(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
     """Total variation from batch to batch of each MoE layer."""
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.files import read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
 from predictor.familiarity import Familiarity
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 
 FORMAT_VERSION = 1
@@ -25,7 +25,7 @@ BEFORE = {"decoder": "pooled"}
 SPREAD, KNOWN, USUAL = "spread", "known_tokens", "usual_share_known"
 
 
-def save_predictor(folder: Path, forecaster: LearnedForecaster, about: dict[str, Any] | None = None) -> None:
+def save_predictor(folder: Path, forecaster: NeuralForecaster, about: dict[str, Any] | None = None) -> None:
     """Writes weights and config.json; the host model's embedding table stays where it is.
 
     Args:
@@ -81,7 +81,7 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
-def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tensor | None = None) -> LearnedForecaster:
+def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tensor | None = None) -> NeuralForecaster:
     """Loads a predictor folder.
 
     Args:
@@ -120,4 +120,4 @@ def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tenso
         raise ValueError(
             f"the embedding table is {tuple(embedding.shape)}, {path} needs {(trained.vocab_size, trained.d_model)}"
         )
-    return LearnedForecaster(trained, network, embedding.float(), spread, familiarity)
+    return NeuralForecaster(trained, network, embedding.float(), spread, familiarity)

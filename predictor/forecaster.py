@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
     terms: Tensor
 
 
-class LearnedForecaster:
+class NeuralForecaster:
     """Forecasts from the coming batch's tokens and past loads, or from past loads alone.
 
     Args:

@@ -6,17 +6,17 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 
 from predictor.checkpoint import load_predictor, save_predictor
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 
 
-class HubForecaster(LearnedForecaster, ModelHubMixin, library_name="switchcast"):
-    """A `LearnedForecaster` that knows the hub.
+class HubForecaster(NeuralForecaster, ModelHubMixin, library_name="switchcast"):
+    """A `NeuralForecaster` that knows the hub.
 
     `HubForecaster.from_pretrained("owner/name")` or a local folder; `.push_to_hub("owner/name")`.
     """
 
     @classmethod
-    def of(cls, forecaster: LearnedForecaster) -> "HubForecaster":
+    def of(cls, forecaster: NeuralForecaster) -> "HubForecaster":
         """The same predictor, with the hub's methods."""
         return cls(
             forecaster.layout, forecaster.network, forecaster.embedding, forecaster.spread, forecaster.familiarity

@@ -14,7 +14,7 @@ from torch import nn
 
 from runtime.offload.cache import LOADERS
 from runtime.offload.expert_files import ExpertFiles, never
-from runtime.offload.memory import Key, Place, Pool
+from runtime.offload.memory import BufferPool, ExpertBuffer, Key
 
 
 class ResidentPeak:
@@ -61,7 +61,7 @@ class ThrottledFiles(ExpertFiles):
         super().__init__(*args)
         self._mbps, self._free, self._lock = mbps, 0.0, threading.Lock()
 
-    def read(self, key: Key, place: Place, stop: Callable[[], bool] = never) -> None:
+    def read(self, key: Key, place: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
         """See `ExpertFiles.read`; waits until a disk of that speed would be done."""
         if self._mbps is not None:
             with self._lock:
@@ -76,7 +76,7 @@ def read_speed(files: ExpertFiles, count: int = 48) -> dict[str, Any]:
     """How fast experts arrive in memory, from as many threads as a tier has; closes the files."""
     shape, keys = files.shape, sorted(files.keys())
     keys = keys[:: max(len(keys) // count, 1)][:count]
-    pool = Pool(shape, LOADERS, torch.device("cpu"))
+    pool = BufferPool(shape, LOADERS, torch.device("cpu"))
 
     def read(share: int) -> None:
         for key in keys[share::LOADERS]:

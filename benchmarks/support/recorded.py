@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from data.models.layout import MoELayout
 from data.models.switch import LoadedSwitch
-from data.text.batching import Traffic
-from data.text.corpus_stream import corpus_splits, open_traffic
+from data.text.batching import BatchingConfig
+from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.router_tap import RouterTap
 from data.traces.trace import IntArray, TokenBatch
 from data.traces.tracer import model_inputs
@@ -82,11 +82,11 @@ class RecordedBatch:
 
 
 @torch.inference_mode()
-def record(switch: LoadedSwitch, traffic: Traffic, phases: Sequence[str], per_phase: int) -> list[RecordedBatch]:
+def record(switch: LoadedSwitch, traffic: BatchingConfig, phases: Sequence[str], per_phase: int) -> list[RecordedBatch]:
     """The last held-out batches of some phases of the offline corpus, through the bundled model."""
     splits, kept = corpus_splits(traffic), dict[str, list[RecordedBatch]]()
     with RouterTap(switch.model, switch.layout) as tap:
-        for batch in open_traffic(None, switch.tokenizer, "teacher", traffic):
+        for batch in open_stream(None, switch.tokenizer, "teacher", traffic):
             if splits[batch.number] != "test" or batch.phase not in phases:
                 continue
             tokens, decoder = model_inputs(batch, switch.model.config)

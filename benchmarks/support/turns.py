@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from runtime.distributed.ranks import Peers
-from runtime.offload.stats import Tally
+from runtime.distributed.ranks import Ranks
+from runtime.offload.stats import CacheStats
 
 
 @dataclass
@@ -19,50 +19,52 @@ class Turn:
     Attributes:
         seconds: Of each batch.
         tokens: Of each batch, decoder included.
-        tally: Counters at the end less those at the end of the warm-up; over ranks their sum, and the mean of times.
+        stats: Counters at the end less those at the end of the warm-up; over ranks their sum, and the mean of times.
         resident_peak: Most bytes the processes grew by over what they held without any expert.
-        falls: Times the policy gave way to least-recently-used.
+        fallbacks: Times the policy gave way to least-recently-used.
     """
 
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
+    stats: CacheStats = field(default_factory=CacheStats)
     resident_peak: int = 0
-    falls: int = 0
+    fallbacks: int = 0
 
 
-def over_ranks(tally: Tally, peers: Peers) -> Tally:
+def over_ranks(stats: CacheStats, ranks: Ranks) -> CacheStats:
     """Counters of all ranks together; milliseconds are a rank's on average."""
-    row = {name: float(value) for name, value in asdict(tally).items()}
-    total = peers.gather(torch.tensor(list(row.values()), dtype=torch.float64)).sum(0).tolist()
+    row = {name: float(value) for name, value in asdict(stats).items()}
+    total = ranks.gather(torch.tensor(list(row.values()), dtype=torch.float64)).sum(0).tolist()
     sums: dict[str, Any] = dict(zip(row, total, strict=True))
-    return Tally(**{name: value / peers.world if name.endswith("_ms") else int(value) for name, value in sums.items()})
+    return CacheStats(
+        **{name: value / ranks.world if name.endswith("_ms") else int(value) for name, value in sums.items()}
+    )
 
 
 def summarise(turns: list[Turn]) -> dict[str, Any]:
     """Medians over turns; the spread is that of tokens a second from turn to turn."""
     speeds = [sum(turn.tokens) / sum(turn.seconds) for turn in turns]
     tokens, batches = sum(turns[0].tokens), len(turns[0].seconds)
-    tallies = [turn.tally for turn in turns]
+    tallies = [turn.stats for turn in turns]
 
     def median(read: Any) -> float:
-        return float(np.median([read(tally) for tally in tallies]))
+        return float(np.median([read(stats) for stats in tallies]))
 
     return {
         "tokens_per_s": round(float(np.median(speeds)), 1),
         "spread": [round(min(speeds), 1), round(max(speeds), 1)],
-        "hit_rate": round(median(lambda tally: tally.hit_rate), 3),
-        "bytes_per_token": round(median(lambda tally: tally.demand_bytes + tally.prefetch_bytes) / tokens),
-        "demand_bytes": median(lambda tally: tally.demand_bytes),
-        "prefetch_bytes": median(lambda tally: tally.prefetch_bytes),
-        "prefetch_precision": round(median(lambda tally: tally.precision), 3),
-        "stall_ms": round(median(lambda tally: tally.stall_ms) / batches, 1),
-        "load_ms": round(median(lambda tally: tally.load_ms) / batches, 1),
-        "hidden": round(median(lambda tally: tally.hidden), 3),
+        "hit_rate": round(median(lambda stats: stats.hit_rate), 3),
+        "bytes_per_token": round(median(lambda stats: stats.demand_bytes + stats.prefetch_bytes) / tokens),
+        "demand_bytes": median(lambda stats: stats.demand_bytes),
+        "prefetch_bytes": median(lambda stats: stats.prefetch_bytes),
+        "prefetch_precision": round(median(lambda stats: stats.precision), 3),
+        "stall_ms": round(median(lambda stats: stats.stall_ms) / batches, 1),
+        "load_ms": round(median(lambda stats: stats.load_ms) / batches, 1),
+        "hidden": round(median(lambda stats: stats.hidden), 3),
         "batch_ms": round(1e3 * float(np.median([sum(turn.seconds) / batches for turn in turns])), 1),
-        "peak_bytes": int(median(lambda tally: tally.peak_bytes)),
+        "peak_bytes": int(median(lambda stats: stats.peak_bytes)),
         "resident_bytes": int(np.median([turn.resident_peak for turn in turns])),
-        "falls": sum(turn.falls for turn in turns),
+        "fallbacks": sum(turn.fallbacks for turn in turns),
     }
 
 

@@ -1,4 +1,4 @@
-"""Traffic: text as a server gets it, cut into sequences and formed into batches in the order of arrival."""
+"""BatchingConfig: text as a server gets it, cut into sequences and formed into batches in the order of arrival."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Row = tuple[str, Ids]
 
 
 @dataclass(frozen=True)
-class Traffic:
+class BatchingConfig:
     """How the stream is cut into batches.
 
     Attributes:
@@ -50,7 +50,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class TrafficBatch:
+class TextBatch:
     """One batch before the model has seen it.
 
     Attributes:
@@ -97,10 +97,10 @@ def _cut(documents: list[Document], tokenizer: Any, length: int) -> Iterator[Row
                 yield document.segment, np.asarray(ids[start : start + length], dtype=np.int64)
 
 
-class BatchFormer:
+class Batcher:
     """Forms batches of a drawn size, cut short where the token budget is used up; nothing is reordered or lost."""
 
-    def __init__(self, tokenizer: Any, decode: Decode, traffic: Traffic) -> None:
+    def __init__(self, tokenizer: Any, decode: Decode, traffic: BatchingConfig) -> None:
         self.traffic = traffic
         self._held: list[Row] = []
         self._eos, self._mask_spans = tokenizer.eos_token_id, decode == "teacher"
@@ -113,7 +113,7 @@ class BatchFormer:
         """The batch's own random numbers, so that any batch can be formed again."""
         return np.random.default_rng((self.traffic.seed, number))
 
-    def form(self, number: int, phase: str, rows: Iterator[Row], rng: np.random.Generator) -> TrafficBatch | None:
+    def form(self, number: int, phase: str, rows: Iterator[Row], rng: np.random.Generator) -> TextBatch | None:
         """Takes the next batch from `rows`; None when there is nothing left."""
         low, high = np.log([self.traffic.smallest, self.traffic.largest])
         taken = self._take(rows, round(float(np.exp(rng.uniform(low, high)))))
@@ -121,7 +121,7 @@ class BatchFormer:
             return None
         shaped = [self._shape(ids, rng) for _, ids in taken]
         segments = tuple(segment for segment, _ in taken)
-        return TrafficBatch(number, phase, segments, [source for source, _ in shaped], [target for _, target in shaped])
+        return TextBatch(number, phase, segments, [source for source, _ in shaped], [target for _, target in shaped])
 
     def _take(self, rows: Iterator[Row], size: int) -> list[Row]:
         taken: list[Row] = []
@@ -144,15 +144,15 @@ class BatchFormer:
         return np.append(ids[: self.traffic.length - 1], self._eos), np.array([], dtype=np.int64)
 
 
-def text_traffic(
-    documents: Iterable[Document], tokenizer: Any, decode: Decode, traffic: Traffic
-) -> Iterator[TrafficBatch]:
+def text_stream(
+    documents: Iterable[Document], tokenizer: Any, decode: Decode, traffic: BatchingConfig
+) -> Iterator[TextBatch]:
     """A stream over the user's own text in its own order, at most `traffic.batches` batches.
 
     Raises:
         ValueError: If there is not one usable line of text.
     """
-    former, rows = BatchFormer(tokenizer, decode, traffic), sequences(documents, tokenizer, traffic.length)
+    former, rows = Batcher(tokenizer, decode, traffic), sequences(documents, tokenizer, traffic.length)
     for number in range(traffic.batches):
         batch = former.form(number, "text", rows, former.rng(number))
         if batch is None and number == 0:

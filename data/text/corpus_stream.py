@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.text.batching import BatchFormer, Decode, Row, Traffic, TrafficBatch, sequences, text_traffic, time_splits
+from data.text.batching import Batcher, BatchingConfig, Decode, Row, TextBatch, sequences, text_stream, time_splits
 from data.text.corpus import Document, offline_corpus, read_text
 
 PHASES = ("steady", "drift", "every_10", "every_1")
@@ -18,12 +18,12 @@ MAIN_SHARE = 0.9  # of a batch that has one main topic
 Shares = npt.NDArray[np.float64]
 
 
-def phase_sizes(traffic: Traffic) -> dict[str, int]:
+def phase_sizes(traffic: BatchingConfig) -> dict[str, int]:
     """Batches in each phase, in order."""
     return dict.fromkeys(PHASES, traffic.batches) | {UNSEEN: max(traffic.batches // 3, 1)}
 
 
-def corpus_splits(traffic: Traffic) -> list[str]:
+def corpus_splits(traffic: BatchingConfig) -> list[str]:
     """Split of every batch: each phase is split in time, unseen segments are for testing alone."""
     sizes = phase_sizes(traffic)
     unseen = sizes.pop(UNSEEN)
@@ -48,9 +48,9 @@ def topic_mixes(pattern: str, base: Shares, count: int, rng: np.random.Generator
     return np.asarray(topics[np.repeat(chosen, period)[:count]])
 
 
-def corpus_traffic(
-    documents: Iterable[Document], tokenizer: Any, decode: Decode, traffic: Traffic
-) -> Iterator[TrafficBatch]:
+def corpus_stream(
+    documents: Iterable[Document], tokenizer: Any, decode: Decode, traffic: BatchingConfig
+) -> Iterator[TextBatch]:
     """The default stream; no sequence is used twice.
 
     Raises:
@@ -60,7 +60,7 @@ def corpus_traffic(
     for document in documents:
         by_segment[document.segment].append(document)
     pools = {name: sequences(texts, tokenizer, traffic.length) for name, texts in by_segment.items()}
-    former, rng, number = BatchFormer(tokenizer, decode, traffic), np.random.default_rng(traffic.seed), 0
+    former, rng, number = Batcher(tokenizer, decode, traffic), np.random.default_rng(traffic.seed), 0
     for phase, count in phase_sizes(traffic).items():
         mix, pattern = (UNSEEN_MIX, UNSEEN_PATTERN) if phase == UNSEEN else (TRAINED_MIX, phase)
         for shares in topic_mixes(pattern, np.array(list(mix.values())), count, rng):
@@ -85,8 +85,8 @@ def _draw(
         yield row
 
 
-def open_traffic(text: str | None, tokenizer: Any, decode: Decode, traffic: Traffic) -> Iterator[TrafficBatch]:
+def open_stream(text: str | None, tokenizer: Any, decode: Decode, traffic: BatchingConfig) -> Iterator[TextBatch]:
     """The stream of batches: the user's text, or the offline corpus where there is none."""
     if text is None:
-        return corpus_traffic(offline_corpus("traffic"), tokenizer, decode, traffic)
-    return text_traffic(read_text(text), tokenizer, decode, traffic)
+        return corpus_stream(offline_corpus("traffic"), tokenizer, decode, traffic)
+    return text_stream(read_text(text), tokenizer, decode, traffic)

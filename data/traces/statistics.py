@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Skew:
+class TraceStatistics:
     """Figures of a trace; arrays have one entry a MoE layer.
 
     Attributes:
@@ -60,7 +60,7 @@ def shuffled(loads: IntArray, rng: np.random.Generator) -> IntArray:
     return dealt
 
 
-def measure(trace: StoredTrace) -> Skew:
+def measure(trace: StoredTrace) -> TraceStatistics:
     """Reads a trace once and measures it."""
     demand, positions, real = None, 0, 0
     if trace.about["granularity"] == "tokens":
@@ -78,7 +78,7 @@ def measure(trace: StoredTrace) -> Skew:
     hottest = np.median(shares(loads).max(-1) * loads.shape[-1], axis=0)
     silent = np.zeros(loads.shape[1])
     floor = step_variation(shuffled(loads, np.random.default_rng(0)))
-    return Skew(
+    return TraceStatistics(
         loads=loads,
         tokens=tokens,
         hottest=hottest,

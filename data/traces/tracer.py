@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from data.models.switch import LoadedSwitch
-from data.text.batching import Decode, TrafficBatch
+from data.text.batching import Decode, TextBatch
 from data.traces.router_tap import RouterCall, RouterTap
 from data.traces.trace import PADDING, RouterTrace, TokenBatch, pad_tokens
 
 
-def model_inputs(batch: TrafficBatch, config: Any) -> tuple[TokenBatch, TokenBatch]:
+def model_inputs(batch: TextBatch, config: Any) -> tuple[TokenBatch, TokenBatch]:
     """Encoder tokens `[B, T]` and, where there are targets, the decoder's inputs for them `[B, U]`, else `[B, 0]`."""
     targets = pad_tokens(batch.targets, config.pad_token_id)
     start = torch.full_like(targets.input_ids[:, :1], config.decoder_start_token_id or config.pad_token_id)
@@ -41,7 +41,7 @@ class Tracer:
         self.max_new_tokens, self.probabilities = max_new_tokens, probabilities
 
     @torch.inference_mode()
-    def trace(self, batch: TrafficBatch) -> RouterTrace:
+    def trace(self, batch: TextBatch) -> RouterTrace:
         """Runs one batch.
 
         Raises:
@@ -77,7 +77,7 @@ class Tracer:
         inputs = written[:, :-1]
         return TokenBatch(inputs, (inputs == model.config.eos_token_id).cumsum(1) == 0)
 
-    def _assemble(self, batch: TrafficBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
+    def _assemble(self, batch: TextBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
         calls, split = self.tap.take(), self.switch.layout.num_encoder_layers
 
         top: dict[str, Tensor] = {}

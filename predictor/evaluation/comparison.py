@@ -42,7 +42,7 @@ def rivals(data: RouterTraceModule) -> list[Forecaster]:
     ]
 
 
-def climb(
+def compare_forecasters(
     forecasters: list[Forecaster],
     data: RouterTraceModule,
     new_balancers: Mapping[str, Callable[[], Balancer]] | None = None,

@@ -35,7 +35,7 @@ def hot_recall(predicted_LE: Tensor, load_LE: Tensor, hot: int = HOT) -> Tensor:
     return torch.where(load_LE.sum(-1) > 0, found / hot, torch.nan)
 
 
-def surprise(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
+def nll(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
     """Negative log-likelihood of a dispatched token's expert under the forecast share, in nats, `[L]`.
 
     One token in a thousand is taken to go anywhere, so that no forecast is infinitely wrong. NaN as in `load_tv`.

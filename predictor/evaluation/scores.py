@@ -11,10 +11,10 @@ import torch
 
 from data.traces.trace import IntArray
 from predictor.baselines.history import share_of
-from predictor.evaluation.metrics import hot_recall, load_tv, sampling_floor, surprise
+from predictor.evaluation.metrics import hot_recall, load_tv, nll, sampling_floor
 from predictor.forecast import FloatArray, LoadForecast
 
-CONTRACT = ("load_tv", "hot_recall", "token_top1", "balancedness", "balancedness_8", "regret", "regret_8")
+REPORTED = ("load_tv", "hot_recall", "token_top1", "balancedness", "balancedness_8", "regret", "regret_8")
 """What is summarised, with an interval for each."""
 RESAMPLES = 1000
 BLOCK = 5
@@ -30,7 +30,7 @@ class Scores:
         load_tv: Total variation of predicted and true share, `[N][L]`.
         floor: Total variation that chance alone leaves to a forecaster that does not see the tokens, `[N][L]`.
         hot_recall: Share of the hot experts found, `[N][L]`.
-        surprise: Negative log-likelihood of a token's expert, nats, `[N][L]`.
+        nll: Negative log-likelihood of a token's expert, nats, `[N][L]`.
         token_top1: Share of tokens whose expert was named, `[N][L_enc]`; empty where tokens are not forecast.
         balancedness: With 16 redundant experts, mean over layers, `[N]`; empty where there was no balancer.
         balancedness_8: The same with 8.
@@ -45,7 +45,7 @@ class Scores:
     load_tv: list[FloatArray] = field(default_factory=list)
     floor: list[FloatArray] = field(default_factory=list)
     hot_recall: list[FloatArray] = field(default_factory=list)
-    surprise: list[FloatArray] = field(default_factory=list)
+    nll: list[FloatArray] = field(default_factory=list)
     token_top1: list[FloatArray] = field(default_factory=list)
     balancedness: list[float] = field(default_factory=list)
     balancedness_8: list[float] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Scores:
         self.load_tv.append(load_tv(predicted, truth).numpy())
         self.floor.append(sampling_floor(truth).numpy())
         self.hot_recall.append(hot_recall(predicted, truth).numpy())
-        self.surprise.append(surprise(predicted, truth).numpy())
+        self.nll.append(nll(predicted, truth).numpy())
         self.share.append(forecast.share.astype(np.float32))
         self.spread.append(forecast.spread.astype(np.float32))
         self.true_share.append(share_of(load).astype(np.float32))
@@ -90,18 +90,18 @@ class Scores:
 
     def summary(self) -> dict[str, float | None]:
         """The figures of the contract: means over layers and batches."""
-        values = {name: getattr(self, name) for name in CONTRACT}
+        values = {name: getattr(self, name) for name in REPORTED}
         return {name: round(float(np.nanmean(value)), 4) if len(value) else None for name, value in values.items()}
 
     def details(self) -> dict[str, Any]:
         """The contract's figures with their intervals, and all the others."""
         result: dict[str, Any] = dict(self.summary())
-        for name in CONTRACT:
+        for name in REPORTED:
             if len(getattr(self, name)):
                 result[f"{name}_interval"] = [round(value, 4) for value in self.interval(name)]
         result["load_tv_layers"] = [round(float(value), 4) for value in np.nanmean(self.load_tv, axis=0)]
         result["sampling_floor_layers"] = [round(float(value), 4) for value in np.nanmean(self.floor, axis=0)]
-        result["surprise"] = round(float(np.nanmean(self.surprise)), 4)
+        result["nll"] = round(float(np.nanmean(self.nll)), 4)
         result["milliseconds"] = round(float(np.median(self.milliseconds)), 2)
         if np.any(self.spread):
             result["coverage_80"] = round(float(self.coverage(np.array([0.8]))[0]), 4)

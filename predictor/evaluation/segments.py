@@ -16,13 +16,13 @@ from predictor.baselines.token_table import TokenTable
 from predictor.evaluation.comparison import test_steps
 from predictor.evaluation.metrics import load_tv, token_top1
 from predictor.evaluation.scores import Scores
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 
 FEWEST = 4
 """Sequences of a segment from which it counts as a batch."""
 
 
-def segment_errors(forecasters: list[LearnedForecaster | TokenTable], data: RouterTraceModule) -> dict[str, Any]:
+def segment_errors(forecasters: list[NeuralForecaster | TokenTable], data: RouterTraceModule) -> dict[str, Any]:
     """Of each segment: whether it was met in training, and each forecaster's figures with intervals."""
     layout, split = data.layout, data.layout.num_encoder_layers
     scores: dict[str, dict[str, Scores]] = defaultdict(lambda: defaultdict(Scores))
@@ -35,7 +35,7 @@ def segment_errors(forecasters: list[LearnedForecaster | TokenTable], data: Rout
             piece = part(sample.trace, rows)
             truth = sequence_loads(piece, layout)[:, :split].sum(0).float()
             for forecaster in forecasters:
-                past = data.loads[:0] if isinstance(forecaster, LearnedForecaster) else data.loads[:step]
+                past = data.loads[:0] if isinstance(forecaster, NeuralForecaster) else data.loads[:step]
                 load = torch.from_numpy(forecaster.forecast(piece.tokens, past).load[:split]).float()
                 its = scores[str(segment)][forecaster.name]
                 its.load_tv.append(load_tv(load, truth).numpy())

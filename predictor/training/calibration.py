@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.traces.dataset import TraceSample
 from predictor.evaluation.metrics import shares
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 
 Z80 = 1.2816
 """Standard deviations to either side of the mean that hold 80 % of a normal distribution."""
@@ -42,7 +42,7 @@ def fit_spread(load_NLE: Tensor, terms_NSLE: Tensor, truth_NLE: Tensor) -> Tenso
     return result
 
 
-def calibrate_spread(forecaster: LearnedForecaster, samples: Iterable[TraceSample]) -> Tensor:
+def calibrate_spread(forecaster: NeuralForecaster, samples: Iterable[TraceSample]) -> Tensor:
     """Weights with tokens known and with history alone, `[2, L, S]`."""
     known, unknown, truth = [], [], []
     for sample in samples:

@@ -14,7 +14,7 @@ from typing import Any
 
 from predictor.checkpoint import CONFIG, WEIGHTS
 from predictor.evaluation.tables import Details, ladder_table
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 
 
 def check_target(folder: Path) -> None:
@@ -64,7 +64,7 @@ def provenance(seconds: float, cpu_seconds: float) -> dict[str, Any]:
     }
 
 
-def model_card(forecaster: LearnedForecaster, details: Details, about: dict[str, Any]) -> str:
+def model_card(forecaster: NeuralForecaster, details: Details, about: dict[str, Any]) -> str:
     """README.md of a predictor folder."""
     layout, architecture = forecaster.layout, forecaster.network.architecture
     parameters = sum(value.numel() for value in forecaster.network.parameters())

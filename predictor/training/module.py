@@ -1,4 +1,4 @@
-"""LoadForecaster: the network in training, with a loss on tokens and one on the batch's load.
+"""ForecasterModule: the network in training, with a loss on tokens and one on the batch's load.
 
 Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
 """
@@ -17,7 +17,7 @@ from data.models.layout import MoELayout
 from data.models.switch import read_embedding
 from data.traces.dataset import TraceSample
 from predictor.evaluation.metrics import LayerMean, load_tv, token_top1
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork, Prediction
 from predictor.training.losses import distillation_loss, load_loss, sequence_loss, token_loss
 
@@ -30,7 +30,7 @@ def one_cycle(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((step - warm_up) / max(steps - warm_up, 1), 1.0)))
 
 
-class LoadForecaster(LightningModule):
+class ForecasterModule(LightningModule):
     """Trains a `LoadNetwork` on a trace; layout and embedding come from the data module's trace.
 
     Args:
@@ -185,11 +185,11 @@ class LoadForecaster(LightningModule):
             mean = self.means.setdefault(f"{prefix}/{name}", LayerMean(len(value)).to(value.device))
             mean.update(value)
 
-    def forecaster(self) -> LearnedForecaster:
+    def forecaster(self) -> NeuralForecaster:
         """The network as it is now, on the CPU, with a spread that is not calibrated yet."""
         network = LoadNetwork(self.layout, self.architecture)
         network.load_state_dict({name: value.cpu() for name, value in self.network.state_dict().items()})
-        return LearnedForecaster(self.layout, network, self.embedding.cpu(), torch.ones(2, self.layout.num_layers, 3))
+        return NeuralForecaster(self.layout, network, self.embedding.cpu(), torch.ones(2, self.layout.num_layers, 3))
 
     def configure_optimizers(self) -> Any:
         """AdamW under a one-cycle schedule that ends with the last epoch."""

@@ -6,13 +6,13 @@ from pickle import UnpicklingError
 import torch
 from lightning import Trainer
 
-from predictor.training.module import LoadForecaster
+from predictor.training.module import ForecasterModule
 
 WRITTEN = {"state_dict", "hyper_parameters", "optimizer_states", "loops"}
 """What a checkpoint of train.py holds, among others."""
 
 
-def checkpoint_to_resume(trainer: Trainer, model: LoadForecaster, wanted: str | None) -> Path | None:
+def checkpoint_to_resume(trainer: Trainer, model: ForecasterModule, wanted: str | None) -> Path | None:
     """The checkpoint file that a user means by a path or by "last"; None for a fresh start.
 
     Raises:

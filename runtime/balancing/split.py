@@ -19,19 +19,20 @@ def split_by_quota(
     phy2log: IntArray,
     num_devices: int,
     *,
-    wake_tokens: int = 0,
+    expert_overhead_tokens: int = 0,
     devices_per_node: int | None = None,
 ) -> IntArray:
     """Splits a layer's tokens over the slots so that the most loaded device has as little as can be.
 
-    A device's time is `wake_tokens * active slots + tokens`, in units of one token. With `wake_tokens=0` the split is
-    exactly optimal in whole tokens; otherwise copies that cost more than they save are left asleep, one by one.
+    A device's time is `expert_overhead_tokens * active slots + tokens`, in units of one token. With
+    `expert_overhead_tokens=0` the split is exactly optimal in whole tokens; otherwise copies that cost more than
+    they save are left without tokens, one by one.
 
     Args:
         counts: Tokens on each source device whose router chose the expert, `[S, E]` or `[E]`; S is 1 or G.
         phy2log: Logical expert in each slot of this layer, -1 where empty, `[P]`.
         num_devices: G.
-        wake_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
         devices_per_node: Devices that share a fast network; None means one node.
 
     Returns:
@@ -41,12 +42,12 @@ def split_by_quota(
         ValueError: On counts that are negative, not whole, or not `[1 or G, E]`, or on an expert without a slot.
     """
     counts_SE = _checked(counts, phy2log, num_devices)
-    if wake_tokens < 0:
-        raise ValueError(f"wake_tokens is {wake_tokens}, expected 0 or more")
+    if expert_overhead_tokens < 0:
+        raise ValueError(f"expert_overhead_tokens is {expert_overhead_tokens}, expected 0 or more")
     node = num_devices if devices_per_node is None else devices_per_node
     if node < 1 or num_devices % node:
         raise ValueError(f"{node} devices a node do not divide {num_devices} devices")
-    return quotas(counts_SE, counts_SE.sum(0), phy2log, num_devices, wake_tokens, node)
+    return quotas(counts_SE, counts_SE.sum(0), phy2log, num_devices, expert_overhead_tokens, node)
 
 
 def split_evenly(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> IntArray:

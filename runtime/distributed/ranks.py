@@ -1,4 +1,4 @@
-"""Peers: the processes that share one model, one for each device; or this process alone.
+"""Ranks: the processes that share one model, one for each device; or this process alone.
 
 NCCL carries what lies on CUDA devices, gloo the rest. Start them with torchrun; alone, nothing is opened.
 """
@@ -30,18 +30,18 @@ BEAT_S = 0.2
 _opened = 0
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Ends this process without waiting for any other."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-class PeerLostError(RuntimeError):
+class RankLostError(RuntimeError):
     """Another rank is gone or hangs; the message names it."""
 
 
-class Peers:
+class Ranks:
     """The ranks of a job.
 
     Args:
@@ -90,7 +90,7 @@ class Peers:
         rows: list[list[float]] = self.gather(torch.tensor([peak])).tolist()
         return [row[0] for row in rows]
 
-    def __enter__(self) -> "Peers":
+    def __enter__(self) -> "Ranks":
         if self.world > 1:
             global _opened
             _opened += 1  # every rank counts alike; names of an earlier group must not come back
@@ -98,7 +98,7 @@ class Peers:
                 self._meet()
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
-                raise PeerLostError(f"{self.world} processes did not meet in {self.timeout_s} s ({reason})") from None
+                raise RankLostError(f"{self.world} processes did not meet in {self.timeout_s} s ({reason})") from None
             self._told = ""
             self._watches = self._clones(2)
             self._stop.clear()
@@ -118,7 +118,7 @@ class Peers:
             if kind is None:
                 dist.destroy_process_group()
             else:  # closing a group waits for what is under way in it, which now may never end
-                atexit.register(leave, 1)
+                atexit.register(exit_now, 1)
 
     def _meet(self) -> None:
         """Opens the store and the groups, once all ranks are there."""
@@ -155,11 +155,11 @@ class Peers:
         dist.all_gather(list(rows), row)
         return rows
 
-    def exchange(self, rows: Tensor, to: list[int], out: Tensor, sizes: list[int]) -> Any:
+    def all_to_all(self, rows: Tensor, to: list[int], out: Tensor, sizes: list[int]) -> Any:
         """Starts sending rows to every rank in order, and receiving theirs into `out`; the answer has `wait()`."""
         return dist.all_to_all_single(out, rows, sizes, to, async_op=True)
 
-    def agree(self, ready: bool) -> bool:
+    def all_ready(self, ready: bool) -> bool:
         """Whether all ranks are ready."""
         if self.world == 1:
             return ready
@@ -167,7 +167,7 @@ class Peers:
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag.item())
 
-    def tell(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def broadcast(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """What rank 0 holds, told to all beside the model; the others give an array of that shape."""
         if self.world == 1:
             return array
@@ -180,22 +180,22 @@ class Peers:
         """Gives a collective's failure the name of the rank that is gone.
 
         Raises:
-            PeerLostError: If some rank shows no sign of life; other errors pass unchanged.
+            RankLostError: If some rank shows no sign of life; other errors pass unchanged.
         """
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1 or isinstance(error, PeerLostError):
+            if self.world == 1 or isinstance(error, RankLostError):
                 raise
             if lost := self._lost():
-                raise PeerLostError(f"{lost}; rank {self.rank} stops ({str(error).splitlines()[0]})") from None
+                raise RankLostError(f"{lost}; rank {self.rank} stops ({str(error).splitlines()[0]})") from None
             raise
 
     def _end(self, number: int, frame: Any) -> None:
         """A launcher that sees one rank die ends all others at once: the name of that rank comes first."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if lost := self._lost():
-            raise PeerLostError(f"{lost}; rank {self.rank} stops")
+            raise RankLostError(f"{lost}; rank {self.rank} stops")
         raise SystemExit(128 + number)
 
     def _clones(self, count: int) -> list[Any]:

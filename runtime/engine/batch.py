@@ -68,7 +68,7 @@ def needed_positions(mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BatchCost:
+class BatchStats:
     """What a batch took, over all ranks.
 
     Attributes:
@@ -78,9 +78,9 @@ class BatchCost:
         busy_ms: Milliseconds each device computed experts, `[L, G]`.
         waited_ms: Milliseconds each rank waited for others, `[L, S]`; zeros with one rank.
         compute_ms: Milliseconds of the whole forward on this rank.
-        held_up_ms: Milliseconds this rank waited for the preparation before it.
+        exposed_ms: Milliseconds this rank waited for the preparation before it.
         preparation: What was done ahead of this batch; None where nothing was ready.
-        tiers: What each tier of this rank's cache did so far (see `runtime.offload.stats.Tally`); empty where all fits.
+        tiers: What each tier of this rank's cache did so far (see `CacheStats`); empty where all fits.
     """
 
     load: IntArray
@@ -89,7 +89,7 @@ class BatchCost:
     busy_ms: FloatArray
     waited_ms: FloatArray
     compute_ms: float
-    held_up_ms: float
+    exposed_ms: float
     preparation: Preparation | None
     tiers: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
@@ -102,12 +102,12 @@ class BatchOutput:
         logits: Of this rank's sequences, `[b, U, V]`, or the encoder's last hidden state `[b, T, D]` where the decoder
             did not run.
         rows: Which of the batch's sequences they are.
-        cost: What it took.
+        stats: What it took.
     """
 
     logits: Tensor
     rows: slice
-    cost: BatchCost
+    stats: BatchStats
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from data.traces.trace import TokenBatch
 from predictor.baselines.history import Ema
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory
 from runtime.balancing.plan import ReplicationPlan, SlotMove
-from runtime.distributed.ranks import Peers
+from runtime.distributed.ranks import Ranks
 
 HISTORY = 64  # batches
 
@@ -134,11 +134,11 @@ class Controller:
         forecaster: What forecasts; None never replicates.
         planner: What plans.
         transfer: What moves; it knows the plan in force.
-        peers: The ranks.
+        ranks: The ranks.
     """
 
-    def __init__(self, forecaster: Forecaster | None, planner: Planner, transfer: Transfer, peers: Peers) -> None:
-        self.forecaster, self.planner, self.transfer, self.peers = forecaster, planner, transfer, peers
+    def __init__(self, forecaster: Forecaster | None, planner: Planner, transfer: Transfer, ranks: Ranks) -> None:
+        self.forecaster, self.planner, self.transfer, self.ranks = forecaster, planner, transfer, ranks
         layers, experts = transfer.plan.phy2log.shape[0], transfer.plan.num_experts
         self.history: npt.NDArray[np.int64] = np.zeros((0, layers, experts), dtype=np.int64)
         self.fallbacks: Counter[str] = Counter()
@@ -165,7 +165,7 @@ class Controller:
         if wait and not self._awaited:  # once: what is late by then may never come
             wait_for([self._future], PATIENCE_S)
             self._awaited = True
-        if not self.peers.agree(self._future.done() and (wait or self.transfer.arrived)):
+        if not self.ranks.all_ready(self._future.done() and (wait or self.transfer.arrived)):
             self.late += 1
             return None
         preparation, self._future = self._future.result(), None
@@ -182,12 +182,12 @@ class Controller:
 
     def _prepare(self, upcoming: TokenBatch | None, history: LoadHistory) -> Preparation:
         times, forecast, target = [time.perf_counter()], None, self.transfer.plan
-        if self.peers.rank == 0:
+        if self.ranks.rank == 0:
             forecast = self._forecast(upcoming, history)
         times.append(time.perf_counter())
         if forecast is not None:
             target = self._plan(forecast, history)
-        target = ReplicationPlan(self.peers.tell(target.phy2log), target.num_devices)
+        target = ReplicationPlan(self.ranks.broadcast(target.phy2log), target.num_devices)
         times.append(time.perf_counter())
         moves = self.transfer.start(target, forecast)
         times.append(time.perf_counter())

@@ -28,12 +28,12 @@ from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
 from runtime.balancing.plan import IntArray, ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
-from runtime.distributed.ranks import Peers
+from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchOutput, ModelBatch, forward
 from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, ended, sequences_each
-from runtime.engine.model import SlottedModel
-from runtime.experts.weights import ExpertSource, LiveExperts, StoredExperts
+from runtime.engine.model import ReplicatedModel
+from runtime.experts.weights import ExpertSource, FileWeights, ModuleWeights
 from runtime.offload.slots import Budget
 
 
@@ -69,12 +69,12 @@ class Engine:
         timeout_s: float = 60.0,
     ) -> None:
         layout = switch.layout
-        self.switch, self.forecaster, self.peers = switch, forecaster, Peers(timeout_s)
+        self.switch, self.forecaster, self.ranks = switch, forecaster, Ranks(timeout_s)
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
-        devices = self.peers.devices(devices)
+        devices = self.ranks.devices(devices)
         self.home = ReplicationPlan.at_home(order, devices, redundant)
         self.planner = HomePlanner(devices, redundant)
-        self._experts = LiveExperts(switch.model, layout) if experts is None else experts
+        self._experts = ModuleWeights(switch.model, layout) if experts is None else experts
         self._open, self._running = False, threading.Lock()
         self.facts = {
             "torch": torch.__version__,
@@ -119,20 +119,20 @@ class Engine:
         Raises:
             ValueError: If something cannot be loaded, does not belong together, or a budget is too small.
         """
-        peers = Peers(timeout_s)
+        ranks = Ranks(timeout_s)
         if host_memory is not None and device_memory is None:
             raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
-        if device_memory is not None and peers.world == 1 and devices not in (None, 1):
+        if device_memory is not None and ranks.world == 1 and devices not in (None, 1):
             raise ValueError(f"devices is {devices}; within a budget a process is one device: use torchrun for more")
-        whole = peers.world == 1 and device_memory is None
+        whole = ranks.world == 1 and device_memory is None
         switch = (load_switch if whole else load_dense)(model, revision, dtype)
-        switch.model.to(peers.device)
+        switch.model.to(ranks.device)
         experts: ExpertSource | Budget | None = None
         if device_memory is not None:
             experts = Budget(device_memory, host_memory, ModelWeights(model, revision).files)
-            devices, redundant = (1, 0) if peers.world == 1 else (devices, redundant)
+            devices, redundant = (1, 0) if ranks.world == 1 else (devices, redundant)
         elif not whole:
-            experts = StoredExperts(ModelWeights(model, revision), switch.layout)
+            experts = FileWeights(ModelWeights(model, revision), switch.layout)
         engine = cls(switch, None, devices, redundant, experts=experts, timeout_s=timeout_s)
         if predictor is not None:
             table = switch.model.shared.weight.detach()
@@ -143,17 +143,17 @@ class Engine:
     def __enter__(self) -> "Engine":
         if self._open:
             raise RuntimeError("the engine is open already")
-        self.peers.__enter__()
+        self.ranks.__enter__()
         try:
-            self.peers.check_alike(self.facts)
-            self.slotted = SlottedModel(self.switch, self.home, self.peers, self._experts)
+            self.ranks.check_alike(self.facts)
+            self.replicated = ReplicatedModel(self.switch, self.home, self.ranks, self._experts)
         except BaseException:
             if not isinstance(self._experts, Budget):
                 self._experts.release()
-            self.peers.__exit__(None, None, None)
+            self.ranks.__exit__(None, None, None)
             raise
         self._open = True
-        self.controller = Controller(self.forecaster, self.planner, self.slotted.transfer, self.peers)
+        self.controller = Controller(self.forecaster, self.planner, self.replicated.transfer, self.ranks)
         return self
 
     def __exit__(
@@ -161,8 +161,8 @@ class Engine:
     ) -> None:
         self._open = False
         self.controller.close()
-        self.slotted.close()
-        self.peers.__exit__(kind, error, trace)
+        self.replicated.close()
+        self.ranks.__exit__(kind, error, trace)
 
     def run(self, batches: Iterable[ModelBatch]) -> Iterator[BatchOutput]:
         """Runs batches in order; while one runs, the next one's placement is prepared.
@@ -171,7 +171,7 @@ class Engine:
         there nothing to hide the preparation behind, so it is waited for.
 
         Raises:
-            PeerLostError: If another rank is gone.
+            RankLostError: If another rank is gone.
             RuntimeError: If the engine is not open.
         """
         self._check_open()
@@ -181,15 +181,15 @@ class Engine:
             self.controller.prepare(current.tokens)
         first = True
         while current is not None:
-            with self._running, self.peers.watched():
+            with self._running, self.ranks.watched():
                 began = time.perf_counter()
                 preparation = self.controller.commit(wait=first)
-                held_up_ms = 1e3 * (time.perf_counter() - began)
+                exposed_ms = 1e3 * (time.perf_counter() - began)
                 upcoming, first = next(queue, None), False
                 if upcoming is not None:
                     self.controller.prepare(upcoming.tokens)
-                output = self._forward(current, preparation, held_up_ms)
-            self.controller.observe(output.cost.load)
+                output = self._forward(current, preparation, exposed_ms)
+            self.controller.observe(output.stats.load)
             yield output
             current = upcoming
 
@@ -198,17 +198,17 @@ class Engine:
             raise RuntimeError("the engine is not open; use it inside `with engine:`")
 
     @torch.inference_mode()
-    def _forward(self, batch: ModelBatch, preparation: Preparation | None, held_up_ms: float) -> BatchOutput:
-        rows = batch.rows(self.peers.rank, self.peers.world)
+    def _forward(self, batch: ModelBatch, preparation: Preparation | None, exposed_ms: float) -> BatchOutput:
+        rows = batch.rows(self.ranks.rank, self.ranks.world)
         own = batch.part(rows)
         read = torch.zeros(len(own.tokens.mask)).bool() if own.decoder is None else own.decoder.mask.any(1)
-        self.slotted.begin(own.tokens, own.decoder, read, preparation is not None)
+        self.replicated.begin(own.tokens, own.decoder, read, preparation is not None)
         start = time.perf_counter()
         logits = forward(self.switch.model, own)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         elapsed_ms = 1e3 * (time.perf_counter() - start)
-        cost = self.slotted.cost(elapsed_ms, held_up_ms, preparation)
+        cost = self.replicated.cost(elapsed_ms, exposed_ms, preparation)
         return BatchOutput(logits[: rows.stop - rows.start], rows, cost)
 
     @torch.inference_mode()
@@ -223,26 +223,26 @@ class Engine:
             settings: What the model's own `generate` takes.
 
         Raises:
-            PeerLostError: If another rank is gone.
+            RankLostError: If another rank is gone.
             RuntimeError: If the engine is not open.
             ValueError: If `settings` ask for something else than token ids.
         """
         self._check_open()
         batch = ModelBatch(tokens)
-        rows = batch.rows(self.peers.rank, self.peers.world)
+        rows = batch.rows(self.ranks.rank, self.ranks.world)
         own, idle = batch.part(rows).tokens, rows.start == rows.stop
         model, device = self.switch.model, self.switch.model.device
         each = sequences_each(settings, model.generation_config)
         if idle:
             settings["stopping_criteria"] = [ended]
-        with self._running, self.peers.watched():
+        with self._running, self.ranks.watched():
             self.controller.prepare(tokens)
             preparation = self.controller.commit(wait=True)
-            self.slotted.begin(own, None, torch.full((len(own.mask),), not idle), preparation is not None)
+            self.replicated.begin(own, None, torch.full((len(own.mask),), not idle), preparation is not None)
             encoder = self.switch.layout.num_encoder_layers
-            with DecoderSteps(model, self.slotted.layers, encoder, self.controller, replan_every, idle, settings):
+            with DecoderSteps(model, self.replicated.layers, encoder, self.controller, replan_every, idle, settings):
                 ids: Tensor = model.generate(
                     input_ids=own.input_ids.to(device), attention_mask=own.mask.long().to(device),
-                    synced_gpus=self.peers.world > 1, **settings,
+                    synced_gpus=self.ranks.world > 1, **settings,
                 )  # fmt: skip
         return ids[: each * (rows.stop - rows.start)]

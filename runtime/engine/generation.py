@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.engine.controller import Controller
-from runtime.experts.layer import SlotExperts
+from runtime.experts.layer import ReplicatedExperts
 
 
 class DecoderSteps:
@@ -35,7 +35,7 @@ class DecoderSteps:
     def __init__(
         self,
         model: Any,
-        layers: Sequence[SlotExperts],
+        layers: Sequence[ReplicatedExperts],
         encoder_layers: int,
         controller: Controller,
         replan_every: int | None,

@@ -1,4 +1,4 @@
-"""SlottedModel: a Switch model whose experts modules are slots for a while, with all that belongs to them."""
+"""ReplicatedModel: a Switch model whose experts modules are slots for a while, with all that belongs to them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,24 +11,24 @@ from transformers.activations import ACT2FN
 from data.models.switch import LoadedSwitch
 from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan
-from runtime.distributed.ranks import Peers
-from runtime.engine.batch import BatchCost, needed_positions
+from runtime.distributed.ranks import Ranks
+from runtime.engine.batch import BatchStats, needed_positions
 from runtime.engine.controller import Preparation, Transfer
-from runtime.experts.layer import SlotExperts, Slots
-from runtime.experts.slots import SlotWeights
-from runtime.experts.transfer import SlotTransfer
+from runtime.experts.layer import ReplicatedExperts, Slots
+from runtime.experts.slots import ResidentSlots
+from runtime.experts.transfer import WeightTransfer
 from runtime.experts.weights import ExpertSource
 from runtime.offload.cache import ExpertCache
-from runtime.offload.slots import Budget, CachedSlots, CacheTransfer
+from runtime.offload.slots import Budget, OffloadedSlots, OffloadTransfer
 
 
-class SlottedModel:
+class ReplicatedModel:
     """Puts slots in, and takes them out again with `close`: the model is then what it was, bit for bit.
 
     Args:
         switch: The model.
         home: The plan without replicas.
-        peers: The ranks.
+        ranks: The ranks.
         experts: Where weights come from: all of them at once, or within a budget.
 
     Attributes:
@@ -41,42 +41,42 @@ class SlottedModel:
     """
 
     def __init__(
-        self, switch: LoadedSwitch, home: ReplicationPlan, peers: Peers, experts: ExpertSource | Budget
+        self, switch: LoadedSwitch, home: ReplicationPlan, ranks: Ranks, experts: ExpertSource | Budget
     ) -> None:
-        self.switch, self._home, self._peers, self._experts = switch, home, peers, experts
+        self.switch, self._home, self._ranks, self._experts = switch, home, ranks, experts
         self._names = [f"{name}.experts" for name in switch.layout.module_names]
         self._before: list[nn.Module] = [switch.model.get_submodule(name) for name in self._names]
-        if any(isinstance(module, SlotExperts) for module in self._before):
+        if any(isinstance(module, ReplicatedExperts) for module in self._before):
             raise ValueError("another engine runs this model; close that one first")
         self._activation = ACT2FN[switch.model.config.dense_act_fn]
         self.cache: ExpertCache | None = None
         slots: Sequence[Slots]
         slots, self.transfer = self._cached(experts) if isinstance(experts, Budget) else self._resident(experts)
         self.layers = [
-            SlotExperts(each, phy2log, peers, home.num_devices)
+            ReplicatedExperts(each, phy2log, ranks, home.num_devices)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
         ]
         for name, layer in zip(self._names, self.layers, strict=True):
             switch.model.set_submodule(name, layer)
 
     def _resident(self, source: ExpertSource) -> tuple[Sequence[Slots], Transfer]:
-        layout, own = self.switch.layout, self._home.num_devices // self._peers.world
-        devices = range(self._peers.rank * own, (self._peers.rank + 1) * own)
+        layout, own = self.switch.layout, self._home.num_devices // self._ranks.world
+        devices = range(self._ranks.rank * own, (self._ranks.rank + 1) * own)
         slots = []
         for layer in range(layout.num_layers):
             shape, like = (layout.d_ff, layout.d_model), self.switch.model.shared.weight
-            slots.append(SlotWeights(self._home, layer, devices, shape, like, self._activation))
+            slots.append(ResidentSlots(self._home, layer, devices, shape, like, self._activation))
             slots[-1].fill(source)
-        return slots, SlotTransfer(slots, self._home, self._peers)
+        return slots, WeightTransfer(slots, self._home, self._ranks)
 
     def _cached(self, budget: Budget) -> tuple[Sequence[Slots], Transfer]:
         like = self.switch.model.shared.weight
         self.cache = budget.open(self.switch.layout, like)
         slots = [
-            CachedSlots(self.cache, self._home, layer, self._peers.rank, self._activation, like)
+            OffloadedSlots(self.cache, self._home, layer, self._ranks.rank, self._activation, like)
             for layer in range(self.switch.layout.num_layers)
         ]
-        return slots, CacheTransfer(slots, self._home, self.cache, self._peers)
+        return slots, OffloadTransfer(slots, self._home, self.cache, self._ranks)
 
     def begin(self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor, prepared: bool) -> None:
         """A batch begins: tells every layer which plan is in force and which of its rows must be computed.
@@ -101,25 +101,25 @@ class SlottedModel:
                 needed = None if decoder is None else needed_positions(decoder.mask)
             experts.needed = None if needed is None else needed.reshape(-1).to(self.switch.model.device)
 
-    def cost(self, elapsed_ms: float, held_up_ms: float, preparation: Preparation | None) -> BatchCost:
+    def cost(self, elapsed_ms: float, exposed_ms: float, preparation: Preparation | None) -> BatchStats:
         """What the batch that began last took, over all ranks."""
 
-        def stack(read: Callable[[SlotExperts], Any]) -> Any:
+        def stack(read: Callable[[ReplicatedExperts], Any]) -> Any:
             return np.stack([read(experts) for experts in self.layers])
 
         busy = stack(lambda experts: experts.slots.take_busy_ms())
         waited = stack(lambda experts: [experts.waited.take_ms()])
-        times = self._peers.gather(torch.from_numpy(np.concatenate([busy, waited], -1))).numpy()  # [S, L, own + 1]
-        return BatchCost(
+        times = self._ranks.gather(torch.from_numpy(np.concatenate([busy, waited], -1))).numpy()  # [S, L, own + 1]
+        return BatchStats(
             load=stack(lambda experts: experts.load),
             device_load=stack(lambda experts: experts.device_load),
             sent=stack(lambda experts: experts.sent),
             busy_ms=np.concatenate(times[:, :, :-1], axis=-1),
-            waited_ms=times[:, :, -1].T if self._peers.world > 1 else np.zeros((len(self.layers), 1)),
+            waited_ms=times[:, :, -1].T if self._ranks.world > 1 else np.zeros((len(self.layers), 1)),
             compute_ms=elapsed_ms,
-            held_up_ms=held_up_ms,
+            exposed_ms=exposed_ms,
             preparation=preparation,
-            tiers={} if self.cache is None else {tier.name: tier.tally.to_json() for tier in self.cache.tiers},
+            tiers={} if self.cache is None else {tier.name: tier.stats.to_json() for tier in self.cache.tiers},
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Flight: some of a layer's tokens on their way to their slots and back.
+"""TokenDispatch: some of a layer's tokens on their way to their slots and back.
 
 Shape suffixes: T tokens of this rank, A rows that arrive, M rows computed, D model width.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.balancing.plan import IntArray
-from runtime.distributed.ranks import Peers
+from runtime.distributed.ranks import Ranks
 
 
 def choices(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def _on_host(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tenso
 
 
 @dataclass(frozen=True)
-class Route:
+class DispatchPlan:
     """One rank's way through a layer, or through some of its slots.
 
     Attributes:
@@ -75,7 +75,7 @@ class Route:
         return self.kept == len(self.row)
 
 
-def route(quota_SP: IntArray, start_P: IntArray, rank: int, slots: slice) -> Route:
+def route(quota_SP: IntArray, start_P: IntArray, rank: int, slots: slice) -> DispatchPlan:
     """The route of one rank under the quotas of some slots.
 
     Args:
@@ -93,7 +93,7 @@ def route(quota_SP: IntArray, start_P: IntArray, rank: int, slots: slice) -> Rou
     first_SQ = size_Q.cumsum() - size_Q + arriving_SQ.cumsum(0) - arriving_SQ
     arriving = arriving_SQ.sum(1)
     arriving[rank] = 0
-    return Route(
+    return DispatchPlan(
         pick=np.concatenate([kept, runs(start_P, away_P)]),
         kept=len(kept),
         to=away_P.reshape(len(quota_SP), -1).sum(1).tolist(),
@@ -116,7 +116,7 @@ def runs(first: IntArray, size: IntArray) -> IntArray:
     return np.arange(total) + np.repeat(first - (size.cumsum() - size), size)
 
 
-class Flight:
+class TokenDispatch:
     """Takes off when made; `rows` are to be computed, `land` sends the results back, `deliver` writes them out.
 
     Between these steps other work may be done: rows travel meanwhile.
@@ -125,12 +125,12 @@ class Flight:
         hidden_TD: This rank's hidden states.
         token_T: Its tokens sorted by expert.
         route: Which of them go where.
-        peers: The ranks.
+        ranks: The ranks.
         crowded: Whether any rank sends another one anything on this route; all ranks must say the same.
     """
 
-    def __init__(self, hidden_TD: Tensor, token_T: Tensor, route: Route, peers: Peers, crowded: bool) -> None:
-        self.route, self._peers, self._crowded = route, peers, crowded
+    def __init__(self, hidden_TD: Tensor, token_T: Tensor, route: DispatchPlan, ranks: Ranks, crowded: bool) -> None:
+        self.route, self._ranks, self._crowded = route, ranks, crowded
         token = token_T.index_select(0, upload(route.pick, token_T.device))
         self._staying = token.narrow(0, 0, route.kept)
         self._leaving = token.narrow(0, route.kept, len(route.pick) - route.kept)
@@ -138,10 +138,10 @@ class Flight:
         if crowded:
             self._sent = hidden_TD.index_select(0, self._leaving)
             from_others = self._arrived_AD.narrow(0, route.kept, len(route.row) - route.kept)
-            self._work = peers.exchange(self._sent, route.to, from_others, route.arriving)
+            self._work = ranks.all_to_all(self._sent, route.to, from_others, route.arriving)
         torch.index_select(hidden_TD, 0, self._staying, out=self._arrived_AD.narrow(0, 0, route.kept))
 
-    def rows(self) -> Tensor:
+    def received(self) -> Tensor:
         """The rows to compute, place by place, `[M, D]`; waits for those that come from other ranks."""
         if self._crowded:
             self._work.wait()
@@ -151,7 +151,7 @@ class Flight:
         order[self.route.row] = np.arange(len(order))
         return self._arrived_AD.index_select(0, upload(order, self._arrived_AD.device))
 
-    def land(self, result_MD: Tensor) -> None:
+    def send_back(self, result_MD: Tensor) -> None:
         """Sends results back to where their tokens came from."""
         route = self.route
         if not route.straight:
@@ -160,9 +160,9 @@ class Flight:
         if self._crowded:
             self._returning = result_MD.narrow(0, route.kept, len(route.row) - route.kept)
             self._returned = torch.empty_like(self._sent)
-            self._work = self._peers.exchange(self._returning, route.arriving, self._returned, route.to)
+            self._work = self._ranks.all_to_all(self._returning, route.arriving, self._returned, route.to)
 
-    def deliver(self, output_TD: Tensor, weight_T1: Tensor) -> None:
+    def combine(self, output_TD: Tensor, weight_T1: Tensor) -> None:
         """Writes results times their router weights to where the tokens are; waits for those from other ranks."""
         output_TD.index_copy_(0, self._staying, self._done * weight_T1.index_select(0, self._staying))
         if self._crowded:

@@ -12,7 +12,7 @@ from torch.nn.functional import grouped_mm
 from runtime.balancing.plan import IntArray
 from runtime.experts.dispatch import upload
 
-ALIKE = 16
+MIN_STABLE_ROWS = 16
 """Rows from which on a CPU's matrix kernels add up a row in the same order whatever their number (seen with MKL).
 
 Below it, a group that was split, or lost padding, is filled up to as many rows as the plain model multiplies at once,
@@ -20,7 +20,7 @@ as far as that is known: padding that was not computed may be routed elsewhere l
 more often, and a later router may make much of them.
 """
 
-GROUPED = range(16, 512)
+GROUPED_MM_ROWS = range(16, 512)
 """Rows for which one grouped product is faster on a CPU too; fewer do not pay for it, more outgrow the cache."""
 
 
@@ -50,7 +50,7 @@ class Block:
             plain_N: Rows that the plain model would multiply with the same expert.
         """
         rows = rows_MD.shape[0]
-        if not rows_MD.is_cpu or (rows in GROUPED and not _short(size_N, plain_N).any()):
+        if not rows_MD.is_cpu or (rows in GROUPED_MM_ROWS and not _short(size_N, plain_N).any()):
             offsets = upload(size_N.cumsum().astype(np.int32), rows_MD.device)
             inner_MF = self._activation(grouped_mm(rows_MD, self.wi_NDF, offs=offsets))
             return grouped_mm(inner_MF, self.wo_NFD, offs=offsets)
@@ -65,7 +65,7 @@ class Block:
 
 def _short(size_N: IntArray, plain_N: IntArray) -> npt.NDArray[np.bool_]:
     """Places whose rows are filled up, `[N]`."""
-    return (size_N > 0) & (size_N < np.minimum(plain_N, ALIKE))
+    return (size_N > 0) & (size_N < np.minimum(plain_N, MIN_STABLE_ROWS))
 
 
 def product(
@@ -73,7 +73,7 @@ def product(
 ) -> None:
     """One expert's answer to its rows, written to `target_MD`; `plain` rows the plain model would multiply with it."""
     size = rows_MD.shape[0]
-    if (fill := min(plain, ALIKE) - size) > 0 and rows_MD.is_cpu:
+    if (fill := min(plain, MIN_STABLE_ROWS) - size) > 0 and rows_MD.is_cpu:
         rows_MD = torch.cat([rows_MD, rows_MD.new_zeros(fill, rows_MD.shape[1])])
         target_MD.copy_(torch.mm(activation(torch.mm(rows_MD, wi_DF)), wo_FD).narrow(0, 0, size))
     else:

@@ -1,4 +1,4 @@
-"""SlotExperts: the drop-in for a Switch model's experts module. Same answers, work spread over slots and devices.
+"""ReplicatedExperts: the drop-in for a Switch model's experts module. Same answers, work spread over slots and devices.
 
 With one process for each device, tokens travel to their slots and back. In one process, devices are emulated: each
 one's share of the work runs and is timed in turn.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from runtime.balancing.plan import IntArray
 from runtime.balancing.split import device_load, split_by_quota
 from runtime.distributed.device import Stopwatch
-from runtime.distributed.ranks import Peers
-from runtime.experts.dispatch import Flight, choices, route, starts
+from runtime.distributed.ranks import Ranks
+from runtime.experts.dispatch import TokenDispatch, choices, route, starts
 
 
 class Slots(Protocol):
@@ -42,11 +42,11 @@ class Slots(Protocol):
         ...
 
 
-PIPELINED = 1024
+OVERLAP_MIN_TOKENS = 1024
 """Tokens of all ranks from which on a layer runs in two halves, so that one half travels while the other computes."""
 
 
-class SlotExperts(nn.Module):
+class ReplicatedExperts(nn.Module):
     """Computes `experts(hidden, one_hot, weights)` over the slots of a plan.
 
     Set `phy2log` (`[P]`, the layer's row of the plan in force) and `needed` (which rows of `hidden` must be computed;
@@ -55,9 +55,9 @@ class SlotExperts(nn.Module):
     Args:
         slots: The slots of this process.
         phy2log: The layer's row of the plan in force, `[P]`.
-        peers: The ranks; each has as many devices as this one.
+        ranks: The ranks; each has as many devices as this one.
         num_devices: G, over all ranks.
-        wake_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
 
     Attributes:
         load: Tokens of each expert that were computed on any rank, `[E]`, summed over the calls since `reset`.
@@ -70,13 +70,13 @@ class SlotExperts(nn.Module):
         self,
         slots: Slots,
         phy2log: IntArray,
-        peers: Peers,
+        ranks: Ranks,
         num_devices: int,
-        wake_tokens: int = 0,
+        expert_overhead_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.slots, self.phy2log, self.peers = slots, phy2log, peers
-        self.num_devices, self.wake_tokens = num_devices, wake_tokens
+        self.slots, self.phy2log, self.ranks = slots, phy2log, ranks
+        self.num_devices, self.expert_overhead_tokens = num_devices, expert_overhead_tokens
         self.waited = Stopwatch(torch.device("cpu"))
         self.needed: Tensor | None = None
         self._one_device = num_devices == 1 and np.array_equal(phy2log, np.arange(len(phy2log)))
@@ -92,7 +92,7 @@ class SlotExperts(nn.Module):
         """Same contract as `SwitchTransformersExperts`: dropped tokens (all-zero rows), and rows not needed, get 0."""
         token_T, counts_2E = choices(one_hot_T1E[:, 0], self.needed)
         with self.waited:  # the one wait for the device: sizes must be known here
-            counts_S2E = self.peers.gather(counts_2E).cpu().numpy()
+            counts_S2E = self.ranks.gather(counts_2E).cpu().numpy()
         counts_SE, plain_E = counts_S2E[:, 0], counts_S2E[:, 1].sum(0)
         np.add(self.load, counts_SE.sum(0), out=self.load)
         if self._one_device:
@@ -105,7 +105,9 @@ class SlotExperts(nn.Module):
 
     def split(self, counts_SE: IntArray) -> IntArray:
         """Tokens from each rank to each slot, `[S, P]`."""
-        return split_by_quota(counts_SE, self.phy2log, self.num_devices, wake_tokens=self.wake_tokens)
+        return split_by_quota(
+            counts_SE, self.phy2log, self.num_devices, expert_overhead_tokens=self.expert_overhead_tokens
+        )
 
     def spread(
         self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, quota_SP: IntArray, plain_Q: IntArray
@@ -115,22 +117,22 @@ class SlotExperts(nn.Module):
         `plain_Q` are the rows the plain model would multiply with the expert of each slot of this rank.
         """
         flights = []
-        start_P = starts(quota_SP[self.peers.rank], self.phy2log)
+        start_P = starts(quota_SP[self.ranks.rank], self.phy2log)
         for slots_P in self._halves(int(quota_SP.sum())):
             part_SP = np.where(slots_P, quota_SP, 0)
             away_SS = part_SP.reshape(len(part_SP), len(part_SP), -1).sum(-1) * ~np.eye(len(part_SP), dtype=bool)
             self.sent += int(away_SS.sum())
-            way = route(part_SP, start_P, self.peers.rank, self.slots.span)
-            flight = Flight(hidden_TD, token_T, way, self.peers, bool(away_SS.any()))
+            way = route(part_SP, start_P, self.ranks.rank, self.slots.span)
+            flight = TokenDispatch(hidden_TD, token_T, way, self.ranks, bool(away_SS.any()))
             flights.append((flight, part_SP[:, self.slots.span].sum(0)))
         for flight, size_Q in flights:
             with self.waited:
-                rows_MD = flight.rows()
-            flight.land(self.slots.compute(rows_MD, size_Q, plain_Q))
+                rows_MD = flight.received()
+            flight.send_back(self.slots.compute(rows_MD, size_Q, plain_Q))
         output_TD = torch.zeros_like(hidden_TD)
         for flight, _ in flights:
             with self.waited:
-                flight.deliver(output_TD, weight_T1)
+                flight.combine(output_TD, weight_T1)
         return output_TD
 
     def _at_home(
@@ -147,8 +149,8 @@ class SlotExperts(nn.Module):
     def _halves(self, tokens: int) -> list[npt.NDArray[np.bool_]]:
         """Slots that run together, `[P]` each: all of them, or the first and the second half of each rank's."""
         slots = np.arange(len(self.phy2log))
-        if self.peers.world == 1 or self.slots.whole or tokens < PIPELINED:
+        if self.ranks.world == 1 or self.slots.whole or tokens < OVERLAP_MIN_TOKENS:
             return [slots >= 0]
-        per_rank = len(slots) // self.peers.world
+        per_rank = len(slots) // self.ranks.world
         first = slots % per_rank < per_rank // 2
         return [first, ~first]

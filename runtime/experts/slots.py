@@ -1,4 +1,4 @@
-"""SlotWeights: the expert weights of one MoE layer that this process holds, slot by slot and device by device.
+"""ResidentSlots: the expert weights of one MoE layer that this process holds, slot by slot and device by device.
 
 Home slots have one place each. A replica slot has two, of which one is in force: a move writes the other one while the
 model computes, and a commit switches over. Places of a device are contiguous, so one grouped product serves them all.
@@ -18,7 +18,7 @@ from runtime.experts.grouped_mm import Block
 from runtime.experts.weights import ExpertSource
 
 
-class SlotWeights:
+class ResidentSlots:
     """Places of one layer on the devices of this process.
 
     Args:
@@ -51,7 +51,7 @@ class SlotWeights:
         self._expert_P = plan.phy2log[layer, self.span]
         sizes = np.where(self._home_P, 1, 2)
         self._first_P = np.cumsum(sizes) - sizes
-        self._in_force_P = np.zeros_like(self._first_P)
+        self._active_P = np.zeros_like(self._first_P)
         self.wi_NFD = like.new_zeros((int(sizes.sum()), *shape_FD))
         self.wo_NDF = like.new_zeros((int(sizes.sum()), *reversed(shape_FD)))
         stacks = (stacked.chunk(len(devices)) for stacked in (self.wi_NFD, self.wo_NDF))
@@ -73,7 +73,7 @@ class SlotWeights:
     @property
     def places(self) -> IntArray:
         """The place in force of each slot here, `[P]`."""
-        return np.asarray(self._first_P + self._in_force_P)
+        return np.asarray(self._first_P + self._active_P)
 
     def compute(self, rows_MD: Tensor, size_P: IntArray, plain_P: IntArray) -> Tensor:
         """Runs each device's rows, which lie next to each other, through its slots."""
@@ -102,20 +102,20 @@ class SlotWeights:
         """Whether a slot of the plan is one of this process'."""
         return self.span.start <= slot < self.span.stop
 
-    def in_force(self, slot: int) -> tuple[Tensor, Tensor]:
+    def active(self, slot: int) -> tuple[Tensor, Tensor]:
         """The weights that one of the plan's slots computes with now."""
         place = int(self.places[slot - self.span.start])
         return self.wi_NFD[place], self.wo_NDF[place]
 
-    def spare(self, slot: int) -> tuple[Tensor, Tensor]:
+    def standby(self, slot: int) -> tuple[Tensor, Tensor]:
         """The other place of a replica slot, to be written to; it takes effect at `commit`."""
         local = slot - self.span.start
         assert not self._home_P[local], f"slot {slot} is a home"
-        place = int(self._first_P[local] + 1 - self._in_force_P[local])
+        place = int(self._first_P[local] + 1 - self._active_P[local])
         return self.wi_NFD[place], self.wo_NDF[place]
 
     def commit(self, slots: Iterable[int]) -> None:
         """Switches written slots over to their other place; those of other processes are none of its business."""
         for slot in slots:
             if self.holds(slot):
-                self._in_force_P[slot - self.span.start] ^= 1
+                self._active_P[slot - self.span.start] ^= 1

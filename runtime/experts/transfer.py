@@ -1,4 +1,4 @@
-"""SlotTransfer: moves expert weights into spare places while the model computes, and switches over between batches.
+"""WeightTransfer: moves expert weights into spare places while the model computes, and switches over between batches.
 
 Weights come from the expert's home, over a process group of their own where that is another rank's. On CUDA, copies run
 on a stream of their own; elsewhere on the thread that calls `start`.
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from predictor.forecast import LoadForecast
 from runtime.balancing.plan import ReplicationPlan, SlotMove
-from runtime.distributed.ranks import Peers
-from runtime.experts.slots import SlotWeights
+from runtime.distributed.ranks import Ranks
+from runtime.experts.slots import ResidentSlots
 
 
-class SlotTransfer:
+class WeightTransfer:
     """Carries out the moves from one plan to the next; all ranks call its methods in the same order.
 
     Args:
         layers: The slots of each MoE layer on this rank, in order.
         plan: The plan in force.
-        peers: The ranks.
+        ranks: The ranks.
     """
 
-    def __init__(self, layers: Sequence[SlotWeights], plan: ReplicationPlan, peers: Peers) -> None:
-        self.layers, self.plan, self.peers = layers, plan, peers
+    def __init__(self, layers: Sequence[ResidentSlots], plan: ReplicationPlan, ranks: Ranks) -> None:
+        self.layers, self.plan, self.ranks = layers, plan, ranks
         self._written: list[SlotMove] = []
         self._target: ReplicationPlan | None = None
         self._device = layers[0].wi_NFD.device
@@ -52,22 +52,22 @@ class SlotTransfer:
     def _write(self, moves: list[SlotMove]) -> None:
         calls: list[Any] = []
         for move in moves:
-            weights, rank = self.layers[move.layer], self.peers.rank
+            weights, rank = self.layers[move.layer], self.ranks.rank
             here, there = weights.holds(move.slot), weights.holds(move.source)
             if here and there:
-                for target, source in zip(weights.spare(move.slot), weights.in_force(move.source), strict=True):
+                for target, source in zip(weights.standby(move.slot), weights.active(move.source), strict=True):
                     target.copy_(source, non_blocking=True)
             elif here or there:
                 other = self.plan.device_of(move.source if here else move.slot)
                 assert other != rank
-                tensors = weights.spare(move.slot) if here else weights.in_force(move.source)
+                tensors = weights.standby(move.slot) if here else weights.active(move.source)
                 calls += [self._call(here, tensor, other) for tensor in tensors]
         if calls:
             for work in dist.batch_isend_irecv(calls):
                 work.wait()
 
     def _call(self, here: bool, tensor: Tensor, other: int) -> Any:
-        return dist.P2POp(dist.irecv if here else dist.isend, tensor, other, group=self.peers.moves)
+        return dist.P2POp(dist.irecv if here else dist.isend, tensor, other, group=self.ranks.moves)
 
     @property
     def arrived(self) -> bool:

@@ -20,7 +20,7 @@ class ExpertSource(Protocol):
         ...
 
 
-class LiveExperts:
+class ModuleWeights:
     """The experts of a model in memory.
 
     Their weights become views of the places they are copied to, so nothing is held twice and the plain model still
@@ -51,7 +51,7 @@ class LiveExperts:
             parameter.data = parameter.data.clone()
 
 
-class StoredExperts:
+class FileWeights:
     """The experts in a model's files; each is read when a place wants it, and nothing else is.
 
     Args:

@@ -20,20 +20,20 @@ from data.cli import from_command_line, user_errors
 from data.files import check_folder, write_json
 from data.models.switch import load_switch
 from data.models.weights import BUNDLED
-from data.text.batching import Traffic
-from data.text.corpus_stream import corpus_splits, open_traffic
+from data.text.batching import BatchingConfig
+from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.tracer import model_inputs
-from runtime.distributed.ranks import PeerLostError, Peers, leave
-from runtime.engine.batch import BatchCost, ModelBatch
+from runtime.distributed.ranks import RankLostError, Ranks, exit_now
+from runtime.engine.batch import BatchStats, ModelBatch
 from runtime.engine.engine import Engine
 from runtime.infer.report import plot, show, summarise
-from runtime.infer.verify import BatchCheck, Checker
+from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
 
 
-def text_batches(engine: Engine, text: str | None, traffic: Traffic, count: int) -> Iterator[ModelBatch]:
+def text_batches(engine: Engine, text: str | None, traffic: BatchingConfig, count: int) -> Iterator[ModelBatch]:
     """Batches of the user's text; by default the offline corpus' held-out ones from where the topic always changes."""
-    stream = open_traffic(text, engine.switch.tokenizer, "teacher", traffic)
+    stream = open_stream(text, engine.switch.tokenizer, "teacher", traffic)
     if text is None:
         splits = corpus_splits(traffic)
         stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
@@ -48,7 +48,7 @@ def infer(
     devices: int | None = None,
     redundant: int = 16,
     batches: int = 24,
-    traffic: Traffic = Traffic(),
+    traffic: BatchingConfig = BatchingConfig(),
     check: bool = True,
     device_memory: str | None = None,
     host_memory: str | None = None,
@@ -84,7 +84,7 @@ def infer(
     if batches < 1:
         raise ValueError(f"batches is {batches}; at least 1 is needed")
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
-    first = Peers(timeout).rank == 0  # it alone serves and writes
+    first = Ranks(timeout).rank == 0  # it alone serves and writes
     check_folder(out)
     sinks = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*sinks, out, settings) as telemetry:
@@ -98,7 +98,7 @@ def infer(
             timeout_s=timeout,
         )
         engine.facts |= {"text": str(text), "batches": str(batches), "traffic": str(traffic), "check": str(check)}
-        plain = load_switch(model).model.to(engine.peers.device) if check else None
+        plain = load_switch(model).model.to(engine.ranks.device) if check else None
         with engine:
             checks, costs = run(engine, plain, text_batches(engine, text, traffic, batches), batches, telemetry)
             report = summarise(checks, costs, engine)
@@ -110,18 +110,18 @@ def infer(
 
 def run(
     engine: Engine, plain: Any, stream: Iterator[ModelBatch], most: int, telemetry: Telemetry
-) -> tuple[list[BatchCheck], list[BatchCost]]:
+) -> tuple[list[BatchCheck], list[BatchStats]]:
     """Runs and checks every batch.
 
     Raises:
         ValueError: If there is none.
-        PeerLostError: If another process is gone.
+        RankLostError: If another process is gone.
     """
     checks: list[BatchCheck] = []
-    costs: list[BatchCost] = []
+    costs: list[BatchStats] = []
     queue: list[ModelBatch] = []
-    checker, layers, controller = Checker(engine, plain), engine.switch.layout.layer_names, engine.controller
-    console = Console(stderr=True, quiet=engine.peers.rank > 0)
+    checker, layers, controller = Verifier(engine, plain), engine.switch.layout.layer_names, engine.controller
+    console = Console(stderr=True, quiet=engine.ranks.rank > 0)
     if telemetry.port is not None:
         console.print(f"metrics: http://localhost:{telemetry.port}/metrics")
 
@@ -131,10 +131,10 @@ def run(
             yield batch
 
     for output in track(engine.run(noted()), "inference", total=most, console=console):
-        with engine.peers.watched():
+        with engine.ranks.watched():
             checks.append(checker.check(queue.pop(0), output))
-        costs.append(output.cost)
-        telemetry.record(layers, output.cost, controller.late, controller.fallbacks)
+        costs.append(output.stats)
+        telemetry.record(layers, output.stats, controller.late, controller.fallbacks)
     if not checks:
         raise ValueError("the text gave no batch; expected at least one usable line")
     return checks, costs
@@ -145,14 +145,14 @@ def main() -> None:
     try:
         with user_errors():
             report = from_command_line(infer)
-    except PeerLostError as error:
+    except RankLostError as error:
         print(f"error: {error}", file=sys.stderr)
-        leave(1)
+        exit_now(1)
     except SystemExit as stop:
-        if Peers().world > 1:
-            leave(stop.code if isinstance(stop.code, int) else 1)
+        if Ranks().world > 1:
+            exit_now(stop.code if isinstance(stop.code, int) else 1)
         raise
-    if Peers().rank == 0:
+    if Ranks().rank == 0:
         show(report, Console())
         print(f"More: report.json and balancedness.png in {report['out']}")
         print(json.dumps(report))

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from data.files import whole_file
-from runtime.engine.batch import BatchCost
+from runtime.engine.batch import BatchStats
 from runtime.engine.engine import Engine
 from runtime.infer.verify import BatchCheck
 from runtime.telemetry.recorder import over_batches
 
 
-def summarise(checks: list[BatchCheck], costs: list[BatchCost], engine: Engine) -> dict[str, Any]:
+def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine) -> dict[str, Any]:
     """The JSON document: sums over batches, means of balancedness and error, medians of milliseconds."""
     ready = [cost.preparation for cost in costs if cost.preparation]
     errors = [check.load_tv for check in checks if check.load_tv is not None]
@@ -25,7 +25,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchCost], engine: Engine) 
     names = ("contiguous", "replicated", "oracle")
     return {
         "model": engine.switch.layout.model_id,
-        "processes": engine.peers.world,
+        "processes": engine.ranks.world,
         "devices": engine.home.num_devices,
         "redundant": engine.home.num_redundant,
         "batches": len(checks),
@@ -39,7 +39,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchCost], engine: Engine) 
         "late": engine.controller.late,
         "fallbacks": sum(engine.controller.fallbacks.values()),
         "sent_share": float(sum(cost.sent.sum() for cost in costs) / max(1, sum(cost.load.sum() for cost in costs))),
-        "peak_gib": [round(peak, 3) for peak in engine.peers.peak_gib()],
+        "peak_gib": [round(peak, 3) for peak in engine.ranks.peak_gib()],
         "ms": {
             "forecast": median(item.forecast_ms for item in ready) if ready else None,
             "plan": median(item.plan_ms for item in ready) if ready else None,
@@ -47,9 +47,9 @@ def summarise(checks: list[BatchCheck], costs: list[BatchCost], engine: Engine) 
             "compute": median(cost.compute_ms for cost in costs),
             "slowest_device": median(float(cost.busy_ms.max(-1).sum()) for cost in costs),
             "waited": median(float(cost.waited_ms.max(-1).sum()) for cost in costs),
-            "held_up": median(cost.held_up_ms for cost in costs),
+            "exposed": median(cost.exposed_ms for cost in costs),
         },
-        "cache": None if engine.slotted.cache is None else engine.slotted.cache.report(),
+        "cache": None if engine.replicated.cache is None else engine.replicated.cache.report(),
         "layers": over_batches(costs, engine.switch.layout.layer_names),
     }
 

@@ -1,4 +1,4 @@
-"""Checker: holds each batch the engine ran beside the plain model and beside the oracle."""
+"""Verifier: holds each batch the engine ran beside the plain model and beside the oracle."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ class BatchCheck:
     load_tv: float | None
 
 
-class Checker:
+class Verifier:
     """Compares outputs with the plain model's and keeps the oracle's plan from batch to batch.
 
     Args:
@@ -52,16 +52,16 @@ class Checker:
     def check(self, batch: ModelBatch, output: BatchOutput) -> BatchCheck:
         """Runs the plain model on the whole batch: in halves it differs from itself in last bits; see `BatchCheck`."""
         difference, same = (None, None) if self._plain is None else self._compare(batch, output)
-        truth = forecast_from_load(output.cost.load.astype(np.float64), made_at=0, source="oracle")
+        truth = forecast_from_load(output.stats.load.astype(np.float64), made_at=0, source="oracle")
         self._plan = self.engine.planner.plan(truth, self._plan, self.engine.controller.history)
         return BatchCheck(
             tokens=batch.tokens.num_tokens + (batch.decoder.num_tokens if batch.decoder else 0),
             logit_difference=difference,
             same_argmax=same,
-            contiguous=_mean_balance(split_load(output.cost.load, self.engine.home)),
-            replicated=_mean_balance(output.cost.device_load),
-            oracle=_mean_balance(split_load(output.cost.load, self._plan)),
-            load_tv=None if (errors := forecast_error(output.cost)) is None else float(errors.mean()),
+            contiguous=_mean_balance(split_load(output.stats.load, self.engine.home)),
+            replicated=_mean_balance(output.stats.device_load),
+            oracle=_mean_balance(split_load(output.stats.load, self._plan)),
+            load_tv=None if (errors := forecast_error(output.stats)) is None else float(errors.mean()),
         )
 
     def _compare(self, batch: ModelBatch, output: BatchOutput) -> tuple[float, float]:
@@ -71,7 +71,7 @@ class Checker:
             ours, theirs = output.logits[real], forward(self._plain, batch)[output.rows][real]
             found[0] = (ours - theirs).abs().max()
             found[1], found[2] = (ours.argmax(-1) == theirs.argmax(-1)).sum(), len(ours)
-        everyone = self.engine.peers.gather(found)
+        everyone = self.engine.ranks.gather(found)
         if not everyone.isfinite().all():
             raise ValueError(f"logits of {self.engine.switch.layout.model_id} are not finite; its weights are damaged")
         return float(everyone[:, 0].max()), float(everyone[:, 1].sum() / everyone[:, 2].sum())

@@ -17,10 +17,10 @@ from torch import Tensor
 from data.models.layout import MoELayout
 from predictor.forecast import LoadForecast
 from runtime.offload.expert_files import ExpertFiles, never
-from runtime.offload.forecast_policy import Forecast, Guarded
-from runtime.offload.memory import Key, Place, Pool, parse_bytes, places_within
+from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
+from runtime.offload.memory import BufferPool, ExpertBuffer, Key, parse_bytes, places_within
 from runtime.offload.policy import Policy
-from runtime.offload.tier import Source, Tier
+from runtime.offload.tier import LowerTier, Tier
 
 log = logging.getLogger(__name__)
 LOADERS = 2
@@ -41,11 +41,11 @@ class FromTier:
         """See `Source`."""
         return self.below.has(key)
 
-    def read(self, key: Key, place: Place, stop: Callable[[], bool] = never) -> None:
+    def read(self, key: Key, place: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
         """See `Source`; returns when the copy is done, on a stream of the calling thread's own where there are any."""
-        place.lay(0, 0)
-        self.below.want([key])
-        for source in self.below.take([key]):
+        place.align(0, 0)
+        self.below.request([key])
+        for source in self.below.acquire([key]):
             if not place.wi.is_cuda:
                 place.wi.copy_(source.wi)
                 place.wo.copy_(source.wo)
@@ -93,11 +93,11 @@ class ExpertCache:
         lower = None if host_memory is None else ("host", host_memory, torch.device("cpu"), place.type == "cuda")
         self.tiers: list[Tier] = []
         try:
-            source: Source = files
+            source: LowerTier = files
             for name, budget, where, pinned in filter(None, [lower, ("device", device_memory, place, False)]):
                 reserve = LOADERS * files.reader_bytes if source is files else 0
                 places = min(places_within(budget, files.shape, reserve, f"{name}_memory"), len(files))
-                self.tiers.insert(0, Tier(name, Pool(files.shape, places, where, pinned), source, LOADERS))
+                self.tiers.insert(0, Tier(name, BufferPool(files.shape, places, where, pinned), source, LOADERS))
                 source = FromTier(self.tiers[0])
         except BaseException:
             self.close()
@@ -129,13 +129,16 @@ class ExpertCache:
         budget, below = parse_bytes(device_memory), None if host_memory is None else parse_bytes(host_memory)
         stored = ExpertFiles(files, layout, dtype)
         shape = (layout.num_layers, layout.num_experts)
-        policy = Guarded(Forecast(*shape), *shape, places=max(budget // (2 * stored.shape.room), 1))
+        policy = LruFallback(ForecastPolicy(*shape), *shape, places=max(budget // (2 * stored.shape.room), 1))
         return cls(stored, policy, budget, below, device)
 
     def report(self) -> dict[str, Any]:
         """What each tier did, by its name, and how often forecasts gave way; for JSON."""
-        falls = self.policy.falls if isinstance(self.policy, Guarded) else 0
-        return {tier.name: tier.tally.to_json() for tier in self.tiers} | {"policy": self.policy.name, "falls": falls}
+        fallbacks = self.policy.fallbacks if isinstance(self.policy, LruFallback) else 0
+        return {tier.name: tier.stats.to_json() for tier in self.tiers} | {
+            "policy": self.policy.name,
+            "fallbacks": fallbacks,
+        }
 
     def __enter__(self) -> "ExpertCache":
         return self
@@ -163,9 +166,9 @@ class ExpertCache:
             self._plan()
 
     def _plan(self) -> None:
-        due_LE, wishes = self.policy.due(), self.policy.wishes()
+        next_use_LE, prefetch_candidates = self.policy.next_use(), self.policy.prefetch_candidates()
         for tier in self.tiers:
-            tier.plan(due_LE, wishes)
+            tier.plan(next_use_LE, prefetch_candidates)
 
     def use(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Gives the experts a layer needs now, `(expert, wi [F, D], wo [D, F])`, those at hand first.
@@ -177,11 +180,11 @@ class ExpertCache:
         """
         keys = [(layer, expert) for expert in experts]
         upper = self.tiers[0]
-        upper.want(keys)
+        upper.request(keys)
         with self._planning:
-            self.policy.observe(layer, experts, upper.tally.costs)
+            self.policy.observe(layer, experts, upper.stats.costs)
             self._plan()
-        for place in upper.take(keys):
+        for place in upper.acquire(keys):
             assert place.key is not None
             yield place.key[1], place.wi, place.wo
 

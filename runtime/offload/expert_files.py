@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.models.layout import MoELayout
-from runtime.offload.memory import PAGE, ExpertShape, Key, Place
+from runtime.offload.memory import PAGE, ExpertBuffer, ExpertShape, Key
 
 LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
@@ -29,13 +29,13 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 class Span:
     """Where a tensor lies: `size` bytes from `start` on in a file, in a stored dtype."""
 
-    file: "WeightFile"
+    file: "SafetensorsFile"
     start: int
     size: int
     dtype: torch.dtype
 
 
-class WeightFile:
+class SafetensorsFile:
     """One safetensors file, open for reading by offset.
 
     Args:
@@ -137,7 +137,7 @@ class ExpertFiles:
     def __init__(self, files: Mapping[str, Path], layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
         self.shape = ExpertShape(layout.d_ff, layout.d_model, dtype)
         self._buffers = threading.local()
-        self._files: dict[Path, WeightFile] = {}
+        self._files: dict[Path, SafetensorsFile] = {}
         try:
             self._spans = self._find(files, layout, direct)
         except BaseException:
@@ -163,7 +163,7 @@ class ExpertFiles:
             )
         path = files[name]
         if path not in self._files:
-            self._files[path] = WeightFile(path, direct)
+            self._files[path] = SafetensorsFile(path, direct)
         return self._files[path].span(name, shape)
 
     def __len__(self) -> int:
@@ -188,7 +188,7 @@ class ExpertFiles:
         """Every expert is on disk; see `runtime.offload.tier.Source`."""
         return key in self._spans
 
-    def read(self, key: Key, place: Place, stop: Callable[[], bool] = never) -> None:
+    def read(self, key: Key, place: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
         """Reads one expert into place, on the calling thread.
 
         Args:
@@ -202,7 +202,7 @@ class ExpertFiles:
         """
         spans = self._spans[key]
         straight = [span.dtype == self.shape.dtype for span in spans]
-        place.lay(*(span.start % PAGE if plain else 0 for span, plain in zip(spans, straight, strict=True)))
+        place.align(*(span.start % PAGE if plain else 0 for span, plain in zip(spans, straight, strict=True)))
         for span, plain, room, matrix in zip(spans, straight, place.rooms, (place.wi, place.wo), strict=True):
             if plain:
                 self._read_straight(span, memoryview(room.numpy()), stop)

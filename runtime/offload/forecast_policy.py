@@ -1,4 +1,4 @@
-"""Forecast: the policy that keeps and fetches experts by forecasts of their load, and knows how far to trust them.
+"""ForecastPolicy: keeps and fetches experts by forecasts of their load, and knows how far to trust them.
 
 How far forecasts are trusted is learned while running, so a forecaster that is wrong soon moves
 nothing.
@@ -13,12 +13,12 @@ import numpy as np
 from predictor.forecast import LoadForecast
 from runtime.offload.layer_order import FloatArray
 from runtime.offload.memory import Key
-from runtime.offload.policy import Expecting, LeastRecent, Policy
+from runtime.offload.policy import LruPolicy, NextUsePolicy, Policy
 
 log = logging.getLogger(__name__)
 
 
-class Calibration:
+class NeedProbability:
     """Probability that an expert is needed, by its forecast load, its layer, and how often it is needed.
 
     Begins with odds equal to the forecast load, which is near the Poisson distribution's as long as loads are small.
@@ -55,14 +55,14 @@ def _chance(log_odds: FloatArray) -> FloatArray:
     return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -6, 6))))
 
 
-class Forecast(Expecting):
+class ForecastPolicy(NextUsePolicy):
     """Keeps and fetches by forecasts; where there is none, by what is usual."""
 
     name = "forecast"
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
-        self._calibration = Calibration(num_layers)
+        self._calibration = NeedProbability(num_layers)
         self._now: FloatArray | None = None
         self._next: FloatArray | None = None
 
@@ -86,18 +86,18 @@ class Forecast(Expecting):
             self._calibration.observe(layer, self._now[layer], usual_E, needed_E)
 
     def current(self) -> FloatArray:
-        """See `Expecting`."""
+        """See `NextUsePolicy`."""
         return self._probability(self._now)
 
     def upcoming(self) -> FloatArray:
-        """See `Expecting`."""
+        """See `NextUsePolicy`."""
         return self._probability(self._next)
 
     def _probability(self, load_LE: FloatArray | None) -> FloatArray:
         return self.usual_LE if load_LE is None else self._calibration.probability(load_LE, self.usual_LE)
 
 
-class Guarded:
+class LruFallback:
     """A policy that gives way to least-recently-used where it does not pay.
 
     Beside the policy a least-recently-used cache is followed on paper. What counts against it are its misses; against
@@ -112,7 +112,7 @@ class Guarded:
         places: Experts the cache holds.
 
     Attributes:
-        falls: Times it was suspended.
+        fallbacks: Times it was suspended.
         suspended: Whether it is.
     """
 
@@ -122,8 +122,8 @@ class Guarded:
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int, places: int) -> None:
         self.policy, self.places = policy, places
-        self.falls, self.suspended = 0, False
-        self._recent = LeastRecent(num_layers, num_experts)
+        self.fallbacks, self.suspended = 0, False
+        self._recent = LruPolicy(num_layers, num_experts)
         self._held: OrderedDict[Key, None] = OrderedDict()
         self._ours = self._theirs = 0.0
         self._costs, self._wait = 0, float(self.PATIENCE * places)
@@ -170,17 +170,17 @@ class Guarded:
             self.suspended, self._wait = False, float(self.PATIENCE * self.places)
             self._ours = self._theirs  # a fresh start
         elif self._ours > self.TOLERANCE * self._theirs + 1:
-            self.suspended, self.falls = True, self.falls + 1
-            self._wait = float(self.PATIENCE * self.places * 2**self.falls)
+            self.suspended, self.fallbacks = True, self.fallbacks + 1
+            self._wait = float(self.PATIENCE * self.places * 2**self.fallbacks)
             log.warning(
                 "'%s' missed or wasted %.0f experts, least-recently-used misses %.0f; it takes over for %.0f experts",
                 self.policy.name, self._ours, self._theirs, self._wait,
             )  # fmt: skip
 
-    def due(self) -> FloatArray:
+    def next_use(self) -> FloatArray:
         """See `Policy`."""
-        return self._recent.due() if self.suspended else self.policy.due()
+        return self._recent.next_use() if self.suspended else self.policy.next_use()
 
-    def wishes(self) -> list[Key]:
+    def prefetch_candidates(self) -> list[Key]:
         """See `Policy`."""
-        return [] if self.suspended else self.policy.wishes()
+        return [] if self.suspended else self.policy.prefetch_candidates()

@@ -1,4 +1,4 @@
-"""Schedule: which MoE layer runs when. Passes over the layers repeat, as the last one of their kind went.
+"""LayerOrder: which MoE layer runs when. Passes over the layers repeat, as the last one of their kind went.
 
 A forward of encoder and decoder is a pass over all layers, an encoder alone one over its own; in generation each step
 of the decoder is a pass that begins at the decoder's first layer.
@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
-FAR = 16
+UNSEEN_DISTANCE = 16
 """Passes until a layer runs that is in no pass of the current kind, as long as it ran but once."""
-NEWS = 0.3
+INTERVAL_EMA = 0.3
 """Weight of a layer's last interval between two runs in the mean of them."""
 
 
-class Schedule:
+class LayerOrder:
     """Follows the layers as they run and says how far off each one is.
 
     Attributes:
@@ -43,7 +43,7 @@ class Schedule:
         self._clock += 1
         if np.isfinite(passed := self._clock - self._ran[layer]):
             before = self._interval[layer]
-            self._interval[layer] = passed if np.isnan(before) else before + NEWS * (passed - before)
+            self._interval[layer] = passed if np.isnan(before) else before + INTERVAL_EMA * (passed - before)
         self._ran[layer] = self._clock
 
     def _start(self, first: int) -> None:
@@ -70,7 +70,7 @@ class Schedule:
         """
         last = self._pass[-1] if self._pass else -1
         rest = [layer for layer in self._expected if layer > last]
-        far = FAR * self.length + np.arange(self.num_layers)
+        far = UNSEEN_DISTANCE * self.length + np.arange(self.num_layers)
         known = ~np.isnan(self._interval)
         period: FloatArray = np.where(known, self._interval, far)
         # layers of another kind of pass, the encoder's while the decoder writes, come after the next one, or later

@@ -67,7 +67,7 @@ class ExpertShape:
 
 
 @dataclass(eq=False)
-class Place:
+class ExpertBuffer:
     """Room for one expert.
 
     Attributes:
@@ -91,16 +91,16 @@ class Place:
     read: Any = None
 
     def __post_init__(self) -> None:
-        self.lay(0, 0)
+        self.align(0, 0)
 
-    def lay(self, wi_offset: int, wo_offset: int) -> None:
+    def align(self, wi_offset: int, wo_offset: int) -> None:
         """Says at which byte of its room each matrix begins."""
         size, (wi, wo) = self.shape.nbytes // 2, self.rooms
         self.wi = wi[wi_offset : wi_offset + size].view(self.shape.dtype).view(self.shape.d_ff, self.shape.d_model)
         self.wo = wo[wo_offset : wo_offset + size].view(self.shape.dtype).view(self.shape.d_model, self.shape.d_ff)
 
 
-class Pool:
+class BufferPool:
     """Places for experts, allocated at once: what they take never grows.
 
     Args:
@@ -127,7 +127,7 @@ class Pool:
             _check(torch.cuda.cudart().cudaHostRegister(self._raw.data_ptr(), self._raw.nbytes, 0))  # type: ignore[no-untyped-call]
         first = -self._raw.data_ptr() % PAGE
         rooms = self._raw[first : first + places * 2 * shape.room].view(places, 2, shape.room)
-        self.places = [Place(room, shape) for room in rooms]
+        self.places = [ExpertBuffer(room, shape) for room in rooms]
 
     @property
     def nbytes(self) -> int:

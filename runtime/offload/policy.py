@@ -10,10 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from predictor.forecast import LoadForecast
-from runtime.offload.layer_order import BoolArray, FloatArray, Schedule
+from runtime.offload.layer_order import BoolArray, FloatArray, LayerOrder
 from runtime.offload.memory import Key
 
-LIKELY = 0.5
+PREFETCH_THRESHOLD = 0.5
 """Probability from which on an expert is fetched before it is asked for."""
 
 
@@ -37,22 +37,22 @@ class Policy(Protocol):
         """A layer runs now and needs these experts; `costs` is the tally's so far."""
         ...
 
-    def due(self) -> FloatArray:
+    def next_use(self) -> FloatArray:
         """Layers run until each expert is needed next, `[L, E]`; of these the largest are evicted."""
         ...
 
-    def wishes(self) -> list[Key]:
+    def prefetch_candidates(self) -> list[Key]:
         """Experts worth fetching ahead, the most urgent first, resident ones among them."""
         ...
 
 
-class LeastRecent:
+class LruPolicy:
     """On demand; evicts what was used the longest ago."""
 
     name = "lru"
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._due = np.zeros((num_layers, num_experts))
+        self._next_use = np.zeros((num_layers, num_experts))
         self._clock = 0
 
     def begin(self) -> None:
@@ -64,28 +64,28 @@ class LeastRecent:
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
         self._clock += 1
-        self._due[layer, list(experts)] = -self._clock
+        self._next_use[layer, list(experts)] = -self._clock
 
-    def due(self) -> FloatArray:
+    def next_use(self) -> FloatArray:
         """See `Policy`."""
-        return self._due
+        return self._next_use
 
-    def wishes(self) -> list[Key]:
+    def prefetch_candidates(self) -> list[Key]:
         """See `Policy`; none."""
         return []
 
 
-class LeastFrequent(LeastRecent):
+class LfuPolicy(LruPolicy):
     """On demand; evicts what was used the least often."""
 
     name = "lfu"
 
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """See `Policy`."""
-        self._due[layer, list(experts)] -= 1
+        self._next_use[layer, list(experts)] -= 1
 
 
-class Expecting:
+class NextUsePolicy:
     """Base of the policies that expect: probabilities that each expert is needed, in two passes to come.
 
     Args:
@@ -97,7 +97,7 @@ class Expecting:
     RATE = 0.1  # of the running mean of what was needed
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self.schedule = Schedule(num_layers)
+        self.schedule = LayerOrder(num_layers)
         self.usual_LE = np.full((num_layers, num_experts), 0.25)
         self.last_LE = np.zeros((num_layers, num_experts), dtype=bool)
 
@@ -123,7 +123,7 @@ class Expecting:
         """Probability that each expert is needed in the pass after it, `[L, E]`."""
         return self.usual_LE
 
-    def due(self) -> FloatArray:
+    def next_use(self) -> FloatArray:
         """See `Policy`: each layer's distance, and a pass more for each one that does without the expert."""
         distance_L, now_L, period_L = self.schedule.ahead()
         upcoming_LE, usual_LE = self.upcoming(), np.clip(self.usual_LE, 0.01, 1.0)
@@ -132,30 +132,30 @@ class Expecting:
         passes_LE = (1 - first_LE) * (1 + (1 - second_LE) / usual_LE)
         return np.asarray(distance_L[:, None] + period_L[:, None] * passes_LE)
 
-    def wishes(self) -> list[Key]:
+    def prefetch_candidates(self) -> list[Key]:
         """See `Policy`: by layer, and in each the likeliest first."""
         distance_L, now_L, _ = self.schedule.ahead()
         first_LE = np.where(now_L[:, None], self.current(), self.upcoming())
-        layers, experts = np.nonzero(first_LE >= LIKELY)
+        layers, experts = np.nonzero(first_LE >= PREFETCH_THRESHOLD)
         order = np.lexsort((-first_LE[layers, experts], distance_L[layers]))
         return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))
 
 
-class LikeLast(Expecting):
+class LastBatchPolicy(NextUsePolicy):
     """Expects what the last batch needed."""
 
     name = "last"
 
     def current(self) -> FloatArray:
-        """See `Expecting`."""
+        """See `NextUsePolicy`."""
         return self.last_LE.astype(np.float64)
 
     def upcoming(self) -> FloatArray:
-        """See `Expecting`."""
+        """See `NextUsePolicy`."""
         return self.last_LE.astype(np.float64)
 
 
-class LikeNearest(Expecting):
+class CosinePolicy(NextUsePolicy):
     """Expects what followed the most similar pass so far, by cosine: MoE-Infinity's idea.
 
     Past passes are kept as 0/1 matrices; the pass under way is compared by the layers that have run.
@@ -196,19 +196,19 @@ class LikeNearest(Expecting):
         return int(np.argmax(stored_NX @ seen_X / np.maximum(norms_N, 1e-9)))
 
     def current(self) -> FloatArray:
-        """See `Expecting`."""
+        """See `NextUsePolicy`."""
         nearest = self._nearest()
         return self.usual_LE if nearest is None else self._passes[nearest].astype(np.float64)
 
     def upcoming(self) -> FloatArray:
-        """See `Expecting`."""
+        """See `NextUsePolicy`."""
         nearest = self._nearest()
         if nearest is None:
             return self.usual_LE
         return self._passes[min(nearest + 1, len(self._passes) - 1)].astype(np.float64)
 
 
-class Foreseen(Expecting):
+class OraclePolicy(NextUsePolicy):
     """The oracle: knows what every pass needs, and when, for good.
 
     Args:
@@ -225,7 +225,7 @@ class Foreseen(Expecting):
         for number in range(passes - 1, -1, -1):
             self._next_NLE[number] = np.where(truth[number], number, self._next_NLE[number + 1])
 
-    def due(self) -> FloatArray:
+    def next_use(self) -> FloatArray:
         """See `Policy`: exactly."""
         distance_L, now_L, _ = self.schedule.ahead()
         number = min(max(self.schedule.number, 0), len(self.truth))
@@ -233,9 +233,9 @@ class Foreseen(Expecting):
         later_LE = now_L.sum() + 1 + np.arange(len(now_L))[:, None] + self.schedule.length * (next_LE - number - 1)
         return np.asarray(np.where(next_LE == number, distance_L[:, None], later_LE))
 
-    def wishes(self) -> list[Key]:
+    def prefetch_candidates(self) -> list[Key]:
         """See `Policy`: all that is ever needed, in order."""
-        due_LE = self.due()
-        layers, experts = np.nonzero(np.isfinite(due_LE))
-        order = np.argsort(due_LE[layers, experts], kind="stable")
+        next_use_LE = self.next_use()
+        layers, experts = np.nonzero(np.isfinite(next_use_LE))
+        order = np.argsort(next_use_LE[layers, experts], kind="stable")
         return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))

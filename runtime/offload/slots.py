@@ -1,4 +1,4 @@
-"""CachedSlots: slots whose experts do not all fit. A plan says what a process may compute, its cache fetches it.
+"""OffloadedSlots: slots whose experts do not all fit. A plan says what a process may compute, its cache fetches it.
 
 A replica moves nothing between processes: each reads what it computes from the model's files. Homes, replicas and what
 was used lately share one budget, and what the forecast needs last gives way.
@@ -20,12 +20,12 @@ from data.models.layout import MoELayout
 from predictor.forecast import LoadForecast, forecast_from_load
 from runtime.balancing.plan import IntArray, ReplicationPlan, SlotMove, contiguous_homes
 from runtime.distributed.device import Stopwatch
-from runtime.distributed.ranks import Peers
+from runtime.distributed.ranks import Ranks
 from runtime.experts.grouped_mm import product
-from runtime.experts.layer import SlotExperts
+from runtime.experts.layer import ReplicatedExperts
 from runtime.offload.cache import ExpertCache
 
-PARTS = 1000
+LOAD_RESOLUTION = 1000
 """Parts of a token that forecasts are told in."""
 
 
@@ -52,7 +52,7 @@ class Budget:
         return ExpertCache.open(self.files, layout, like.dtype, self.device_memory, self.host_memory, like.device)
 
 
-class CachedSlots:
+class OffloadedSlots:
     """The slots of this process in one layer.
 
     Args:
@@ -95,28 +95,30 @@ class CachedSlots:
         return [self._busy.take_ms()]
 
 
-class CacheTransfer:
+class OffloadTransfer:
     """Carries out a plan where experts are cached: nothing moves, but each cache is told what will be needed of it.
 
     Args:
         layers: The slots of each MoE layer on this rank, in order.
         plan: The plan in force.
         cache: This rank's.
-        peers: The ranks.
+        ranks: The ranks.
     """
 
     arrived = True
 
-    def __init__(self, layers: Sequence[CachedSlots], plan: ReplicationPlan, cache: ExpertCache, peers: Peers) -> None:
-        self.layers, self.plan, self.cache, self.peers = layers, plan, cache, peers
+    def __init__(
+        self, layers: Sequence[OffloadedSlots], plan: ReplicationPlan, cache: ExpertCache, ranks: Ranks
+    ) -> None:
+        self.layers, self.plan, self.cache, self.ranks = layers, plan, cache, ranks
         self._target = plan
 
     def start(self, target: ReplicationPlan, forecast: LoadForecast | None = None) -> list[SlotMove]:
         """Has the cache expect what the forecast, which rank 0 holds, says of this rank's experts under `target`."""
         load = np.zeros((len(self.plan.phy2log), self.plan.num_experts), dtype=np.int64)
         if forecast is not None:
-            load = np.rint(PARTS * forecast.load).astype(np.int64)
-        load_LE = self.peers.tell(load) / PARTS
+            load = np.rint(LOAD_RESOLUTION * forecast.load).astype(np.int64)
+        load_LE = self.ranks.broadcast(load) / LOAD_RESOLUTION
         here_LP = target.phy2log[:, self.layers[0].span]
         here_LE = (here_LP[:, :, None] == np.arange(self.plan.num_experts)).any(1)
         expected = forecast_from_load(load_LE * here_LE, made_at=0, source="told")
@@ -136,13 +138,13 @@ class CacheTransfer:
         return 0
 
 
-def install(model: Any, layout: MoELayout, cache: ExpertCache, peers: Peers | None = None) -> list[SlotExperts]:
+def install(model: Any, layout: MoELayout, cache: ExpertCache, ranks: Ranks | None = None) -> list[ReplicatedExperts]:
     """Puts slots over this rank's cache in place of a model's experts modules, all experts at home; layers in order."""
-    peers = Peers() if peers is None else peers
-    home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), peers.world, 0)
+    ranks = Ranks() if ranks is None else ranks
+    home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), ranks.world, 0)
     activation, layers = ACT2FN[model.config.dense_act_fn], []
     for layer, name in enumerate(layout.module_names):
-        slots = CachedSlots(cache, home, layer, peers.rank, activation, model.shared.weight)
-        layers.append(SlotExperts(slots, home.phy2log[layer], peers, peers.world))
+        slots = OffloadedSlots(cache, home, layer, ranks.rank, activation, model.shared.weight)
+        layers.append(ReplicatedExperts(slots, home.phy2log[layer], ranks, ranks.world))
         model.set_submodule(f"{name}.experts", layers[-1])
     return layers

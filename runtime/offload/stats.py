@@ -1,10 +1,10 @@
-"""Tally: what a tier of experts did, counted."""
+"""CacheStats: what a tier of experts did, counted."""
 
 from dataclasses import asdict, dataclass, replace
 
 
 @dataclass
-class Tally:
+class CacheStats:
     """What a tier did since it was opened.
 
     Attributes:
@@ -64,11 +64,11 @@ class Tally:
         rates = {"hit_rate": self.hit_rate, "prefetch_precision": self.precision, "hidden": self.hidden}
         return asdict(self) | rates
 
-    def copy(self) -> "Tally":
+    def copy(self) -> "CacheStats":
         """As it stands."""
         return replace(self)
 
-    def since(self, earlier: "Tally") -> "Tally":
+    def since(self, earlier: "CacheStats") -> "CacheStats":
         """What was added to an earlier copy; the peak is that of all time."""
         before = asdict(earlier) | {"peak_bytes": 0}
-        return Tally(**{name: value - before[name] for name, value in asdict(self).items()})
+        return CacheStats(**{name: value - before[name] for name, value in asdict(self).items()})

@@ -19,33 +19,33 @@ import torch
 
 from runtime.offload.expert_files import ReadCancelledError, never
 from runtime.offload.layer_order import FloatArray
-from runtime.offload.memory import Key, Place, Pool
-from runtime.offload.stats import Tally
+from runtime.offload.memory import BufferPool, ExpertBuffer, Key
+from runtime.offload.stats import CacheStats
 
 log = logging.getLogger(__name__)
 
 
-LATER, LATEST = 1.5, 1.0
+EVICTION_FACTOR, EVICTION_LAYERS = 1.5, 1.0
 """A prefetch evicts only what is due later than this many times its own due, and this many layers.
 
 Without, what is hardly less urgent is moved to and fro by the forecasts' noise: a third more bytes for the same time.
 """
 
 
-class Source(Protocol):
+class LowerTier(Protocol):
     """What a tier is filled from."""
 
     def has(self, key: Key) -> bool:
         """Whether it has the expert at hand, so that a prefetch need not wait for a tier further below."""
         ...
 
-    def read(self, key: Key, place: Place, stop: Callable[[], bool] = never) -> None:
+    def read(self, key: Key, place: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
         """Brings an expert into a place, on the calling thread; see `ExpertFiles.read`."""
         ...
 
 
 @dataclass(frozen=True)
-class Fetch:
+class LoadJob:
     """One expert on its way into a place.
 
     Attributes:
@@ -55,7 +55,7 @@ class Fetch:
     """
 
     key: Key
-    place: Place
+    place: ExpertBuffer
     ahead: bool
 
 
@@ -66,16 +66,16 @@ class Shelf:
         due: Layers run until each expert is needed next, `[L, E]`; None as long as nobody said.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self.due: FloatArray | None = None
+    def __init__(self, pool: BufferPool) -> None:
+        self.next_use: FloatArray | None = None
         self._places = pool.places
-        self._where: dict[Key, Place] = {}
+        self._where: dict[Key, ExpertBuffer] = {}
 
     def __len__(self) -> int:
         """Experts that are there or on their way."""
         return len(self._where)
 
-    def get(self, key: Key) -> Place | None:
+    def get(self, key: Key) -> ExpertBuffer | None:
         """Where an expert is or will be."""
         return self._where.get(key)
 
@@ -84,28 +84,28 @@ class Shelf:
         place = self._where.get(key)
         return place is not None and place.ready
 
-    def due_of(self, key: Key | None) -> float:
+    def next_use_of(self, key: Key | None) -> float:
         """When an expert is needed next; never for none."""
         if key is None:
             return float(np.inf)
-        return 0.0 if self.due is None else float(self.due[key])
+        return 0.0 if self.next_use is None else float(self.next_use[key])
 
-    def victim(self, wanted: Container[Key]) -> Place | None:
+    def victim(self, wanted: Container[Key]) -> ExpertBuffer | None:
         """An empty place, or the one whose expert is due last of those that nobody wants; None if there is none."""
         best, latest = None, -np.inf
         for place in self._places:
             if place.key is None:
                 return place
-            if place.ready and place.key not in wanted and (due := self.due_of(place.key)) >= latest:
+            if place.ready and place.key not in wanted and (due := self.next_use_of(place.key)) >= latest:
                 best, latest = place, due
         return best
 
-    def assign(self, place: Place, key: Key) -> None:
+    def assign(self, place: ExpertBuffer, key: Key) -> None:
         """Gives an empty place to an expert on its way."""
         assert place.key is None, f"{place.key} is still there"
         place.key, self._where[key] = key, place
 
-    def clear(self, place: Place) -> None:
+    def clear(self, place: ExpertBuffer) -> None:
         """Empties a place."""
         if place.key is not None:
             del self._where[place.key]
@@ -122,13 +122,13 @@ class Tier:
         loaders: Threads that load; from most disks two get more than one.
     """
 
-    def __init__(self, name: str, pool: Pool, source: Source, loaders: int = 2) -> None:
-        self.name, self.pool, self.source, self.tally = name, pool, source, Tally()
+    def __init__(self, name: str, pool: BufferPool, source: LowerTier, loaders: int = 2) -> None:
+        self.name, self.pool, self.source, self.stats = name, pool, source, CacheStats()
         self._shelf = Shelf(pool)
-        self._wanted: Counter[Key] = Counter()
+        self._pinned: Counter[Key] = Counter()
         self._demands: deque[Key] = deque()
-        self._wishes: list[Key] = []
-        self._hoped: set[Key] = set()
+        self._candidates: list[Key] = []
+        self._candidate_keys: set[Key] = set()
         self._failed: dict[Key, Exception] = {}
         self._complained: set[Key] = set()
         self._loading, self._busy_since, self._closing = 0, 0.0, False
@@ -143,35 +143,35 @@ class Tier:
     @property
     def loads(self) -> int:
         """Loads so far."""
-        return self.tally.demands + self.tally.prefetches
+        return self.stats.demands + self.stats.prefetches
 
     def has(self, key: Key) -> bool:
         """Whether the expert is there."""
         return self._shelf.has(key)
 
-    def plan(self, due_LE: FloatArray, wishes: Sequence[Key]) -> None:
-        """From now on evicts what is due last, `[L, E]`, and fetches what is wished for; earlier wishes are off."""
+    def plan(self, next_use_LE: FloatArray, prefetch_candidates: Sequence[Key]) -> None:
+        """From now on evicts the largest next use, `[L, E]`, and fetches candidates; earlier ones are off."""
         with self._change:
-            self._shelf.due = due_LE.copy()
-            self._wishes, self._hoped = list(wishes), set(wishes)
+            self._shelf.next_use = next_use_LE.copy()
+            self._candidates, self._candidate_keys = list(prefetch_candidates), set(prefetch_candidates)
             self._change.notify_all()
 
-    def want(self, keys: Sequence[Key]) -> None:
+    def request(self, keys: Sequence[Key]) -> None:
         """Asks for experts, which stay from when they are there until `take` has handed them out."""
         with self._change:
             for key in keys:
-                self._wanted[key] += 1
+                self._pinned[key] += 1
                 place = self._shelf.get(key)
                 if place is None:
-                    self.tally.misses += 1
+                    self.stats.misses += 1
                     self._demands.append(key)
                 elif place.ready:
-                    self.tally.hits += 1
+                    self.stats.hits += 1
                 else:
-                    self.tally.late += 1
+                    self.stats.late += 1
             self._change.notify_all()
 
-    def take(self, keys: Sequence[Key]) -> Iterator[Place]:
+    def acquire(self, keys: Sequence[Key]) -> Iterator[ExpertBuffer]:
         """Hands out experts asked for with `want`: what is there first, the others as they arrive.
 
         A place is the caller's until it asks for the next one.
@@ -193,7 +193,7 @@ class Tier:
         finally:
             self._release(waiting)
 
-    def _next(self, waiting: list[Key]) -> Place:
+    def _next(self, waiting: list[Key]) -> ExpertBuffer:
         """The first of these experts that is there."""
         with self._change:
             began = time.perf_counter()
@@ -203,20 +203,20 @@ class Tier:
                 if failed := [key for key in waiting if key in self._failed]:
                     raise self._failed[failed[0]]
                 self._change.wait()
-            self.tally.stall_ms += 1e3 * (time.perf_counter() - began)
+            self.stats.stall_ms += 1e3 * (time.perf_counter() - began)
             place = self._shelf.get(there[0])
             assert place is not None
             if place.idle:
                 place.idle = False
-                self.tally.useful_prefetches += 1
+                self.stats.useful_prefetches += 1
             return place
 
     def _release(self, keys: Sequence[Key]) -> None:
         with self._change:
             for key in keys:
-                self._wanted[key] -= 1
-                if not self._wanted[key]:
-                    del self._wanted[key]
+                self._pinned[key] -= 1
+                if not self._pinned[key]:
+                    del self._pinned[key]
                     self._failed.pop(key, None)
             self._change.notify_all()
 
@@ -233,13 +233,13 @@ class Tier:
                 error = caught
             self._finish(load, error)
 
-    def _is_stale(self, load: Fetch) -> bool:
+    def _is_stale(self, load: LoadJob) -> bool:
         """Whether a load is to be given up: nobody hopes for it any more, and somebody waits for another."""
         return self._closing or bool(
-            load.ahead and self._demands and load.key not in self._wanted and load.key not in self._hoped
+            load.ahead and self._demands and load.key not in self._pinned and load.key not in self._candidate_keys
         )
 
-    def _take_up(self) -> Fetch | None:
+    def _take_up(self) -> LoadJob | None:
         """Waits for something to load and claims a place for it; None when the tier is closed."""
         with self._change:
             while not self._closing:
@@ -247,7 +247,7 @@ class Tier:
                 if load is not None:
                     self._clear(load.place)
                     self._shelf.assign(load.place, load.key)
-                    self.tally.peak_bytes = max(self.tally.peak_bytes, 2 * self.pool.shape.room * len(self._shelf))
+                    self.stats.peak_bytes = max(self.stats.peak_bytes, 2 * self.pool.shape.room * len(self._shelf))
                     if not self._loading:
                         self._busy_since = time.perf_counter()
                     self._loading += 1
@@ -255,32 +255,36 @@ class Tier:
                 self._change.wait()
         return None
 
-    def _choose(self) -> Fetch | None:
+    def _choose(self) -> LoadJob | None:
         """The next load, wanted experts first; None if there is none, or no place for it yet."""
-        while self._demands and (self._demands[0] not in self._wanted or self._shelf.get(self._demands[0])):
+        while self._demands and (self._demands[0] not in self._pinned or self._shelf.get(self._demands[0])):
             self._demands.popleft()
-        if not self._demands and not self._wishes:
+        if not self._demands and not self._candidates:
             return None
-        victim = self._shelf.victim(self._wanted)
+        victim = self._shelf.victim(self._pinned)
         if victim is None:
             return None
         if self._demands:
-            return Fetch(self._demands.popleft(), victim, ahead=False)
-        latest = self._shelf.due_of(victim.key)
-        while self._wishes:
-            key = self._wishes.pop(0)
-            if not self._shelf.get(key) and LATER * self._shelf.due_of(key) + LATEST < latest and self.source.has(key):
-                return Fetch(key, victim, ahead=True)
+            return LoadJob(self._demands.popleft(), victim, ahead=False)
+        latest = self._shelf.next_use_of(victim.key)
+        while self._candidates:
+            key = self._candidates.pop(0)
+            if (
+                not self._shelf.get(key)
+                and EVICTION_FACTOR * self._shelf.next_use_of(key) + EVICTION_LAYERS < latest
+                and self.source.has(key)
+            ):
+                return LoadJob(key, victim, ahead=True)
         return None
 
-    def _clear(self, place: Place) -> None:
-        self.tally.wasted_prefetches += place.idle
+    def _clear(self, place: ExpertBuffer) -> None:
+        self.stats.wasted_prefetches += place.idle
         self._shelf.clear(place)
 
-    def _finish(self, load: Fetch, error: Exception | None) -> None:
+    def _finish(self, load: LoadJob, error: Exception | None) -> None:
         with self._change:
             now = time.perf_counter()
-            self.tally.load_ms += 1e3 * (now - self._busy_since)
+            self.stats.load_ms += 1e3 * (now - self._busy_since)
             self._busy_since, self._loading = now, self._loading - 1
             if error is None:
                 load.place.ready, load.place.idle = True, load.ahead
@@ -290,23 +294,23 @@ class Tier:
                 self._explain(load, error)
             self._change.notify_all()
 
-    def _count(self, load: Fetch) -> None:
+    def _count(self, load: LoadJob) -> None:
         if load.ahead:
-            self.tally.prefetches += 1
-            self.tally.prefetch_bytes += self.pool.shape.nbytes
+            self.stats.prefetches += 1
+            self.stats.prefetch_bytes += self.pool.shape.nbytes
         else:
-            self.tally.demands += 1
-            self.tally.demand_bytes += self.pool.shape.nbytes
+            self.stats.demands += 1
+            self.stats.demand_bytes += self.pool.shape.nbytes
 
-    def _explain(self, load: Fetch, error: Exception) -> None:
+    def _explain(self, load: LoadJob, error: Exception) -> None:
         """What becomes of a load that did not succeed: whoever waits hears of it, for a prefetch the log does."""
         if isinstance(error, ReadCancelledError):
-            self.tally.cancelled += 1
-            if load.key in self._wanted:  # asked for just after it was given up
+            self.stats.cancelled += 1
+            if load.key in self._pinned:  # asked for just after it was given up
                 self._demands.append(load.key)
             return
-        self.tally.failed += 1
-        if load.key in self._wanted:
+        self.stats.failed += 1
+        if load.key in self._pinned:
             self._failed[load.key] = error
         elif load.key not in self._complained:
             self._complained.add(load.key)

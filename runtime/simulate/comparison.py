@@ -126,11 +126,11 @@ def describe_hardware(options: Namespace, recorded: RecordedLoads) -> Hardware:
     layout = recorded.layout
     of_trace = 2.0 * 2 * layout.d_model * layout.d_ff if layout else SWITCH_BASE_EXPERT
     expert_bytes = options.expert_bytes if options.expert_bytes is not None else of_trace
-    given = (options.tokens_per_second, options.link_bytes_per_second, options.wake_tokens)
+    given = (options.tokens_per_second, options.link_bytes_per_second, options.expert_overhead_tokens)
     if None not in given:
         return Hardware(expert_bytes, *given)
     here = measure(expert_bytes)
-    names = ("tokens_per_second", "bytes_per_second", "wake_tokens")
+    names = ("tokens_per_second", "bytes_per_second", "expert_overhead_tokens")
     return Hardware(
         expert_bytes,
         *(getattr(here, name) if value is None else value for name, value in zip(names, given, strict=True)),

@@ -35,20 +35,20 @@ class Hardware:
         expert_bytes: Weights of one expert of one layer, bytes.
         tokens_per_second: Tokens a device computes with one expert's weights, per second.
         bytes_per_second: What a device can receive over its link, bytes a second.
-        wake_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
     """
 
     expert_bytes: float
     tokens_per_second: float
     bytes_per_second: float
-    wake_tokens: float
+    expert_overhead_tokens: float
 
     def __post_init__(self) -> None:
         for name in ("expert_bytes", "tokens_per_second", "bytes_per_second"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a figure above 0")
-        if not 0 <= self.wake_tokens < float("inf"):
-            raise ValueError(f"wake_tokens is {self.wake_tokens}, expected 0 or more")
+        if not 0 <= self.expert_overhead_tokens < float("inf"):
+            raise ValueError(f"expert_overhead_tokens is {self.expert_overhead_tokens}, expected 0 or more")
 
     @property
     def move_tokens(self) -> float:
@@ -57,7 +57,7 @@ class Hardware:
 
     def batch_seconds(self, replay: Replay) -> FloatArray:
         """Expert time of each step, the slowest device deciding in each layer, `[N]`."""
-        tokens = replay.device_load + self.wake_tokens * replay.active
+        tokens = replay.device_load + self.expert_overhead_tokens * replay.active
         return np.asarray(tokens.max(-1).sum(-1) / self.tokens_per_second)
 
     def net_seconds(self, replay: Replay) -> FloatArray:

@@ -17,7 +17,7 @@ SECONDS = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 
 
-class Sink(AbstractContextManager["Sink", None]):
+class Exporter(AbstractContextManager["Exporter", None]):
     """Takes documents until it is closed."""
 
     @abstractmethod
@@ -34,7 +34,7 @@ class Sink(AbstractContextManager["Sink", None]):
         self.close(failed=kind is not None)
 
 
-class Endpoint(Sink):
+class PrometheusEndpoint(Exporter):
     """Serves metrics to a Prometheus scraper, on all interfaces, from a registry of its own.
 
     Args:
@@ -72,7 +72,7 @@ class Endpoint(Sink):
         self._late = counter("late", "Preparations that were not ready at the start of their batch")
         self._fallbacks = counter("fallbacks", "Times history or the old plan stood in, by error", "reason")
         self._compute = histogram("compute_seconds", "Forward of a batch on rank 0", SECONDS)
-        self._held_up = histogram("held_up_seconds", "Wait of rank 0 for forecast, plan and moves", SECONDS)
+        self._exposed = histogram("exposed_seconds", "Wait of rank 0 for forecast, plan and moves", SECONDS)
         self._balance = histogram("balancedness", "Mean device load / largest, by batch", SHARES, "layer")
         self._error = histogram("forecast_error", "Total variation distance, by batch", SHARES, "layer")
         self._slowest = histogram("slowest_device_seconds", "Busiest device of a batch", SECONDS, "layer")
@@ -91,7 +91,7 @@ class Endpoint(Sink):
         for reason, times in document["fallbacks"].items():  # a label per message would grow without bound
             self._fallbacks.labels(reason.partition(":")[0]).inc(times)
         self._compute.observe(document["compute_ms"] / 1e3)
-        self._held_up.observe(document["held_up_ms"] / 1e3)
+        self._exposed.observe(document["exposed_ms"] / 1e3)
         for tier, tally in document["tiers"].items():
             for name, value in tally.items():
                 self._tier.labels(tier, name).set(value)
@@ -118,7 +118,7 @@ class Endpoint(Sink):
         self._thread.join()
 
 
-class JsonLines(Sink):
+class JsonLines(Exporter):
     """Appends one line for each batch, whole or not at all, readable as soon as the batch is done.
 
     Args:
@@ -164,7 +164,7 @@ class JsonLines(Sink):
         os.close(self._file)
 
 
-class WandbRun(Sink):
+class WandbRun(Exporter):
     """A run in Weights & Biases; its steps are batches.
 
     Args:

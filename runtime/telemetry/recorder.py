@@ -17,13 +17,13 @@ import numpy as np
 from predictor.baselines.history import Ema
 from predictor.forecast import forecast_from_load
 from runtime.balancing.split import balancedness
-from runtime.engine.batch import BatchCost, FloatArray
-from runtime.telemetry.exporters import Document, Endpoint, JsonLines, Sink, WandbRun
+from runtime.engine.batch import BatchStats, FloatArray
+from runtime.telemetry.exporters import Document, Exporter, JsonLines, PrometheusEndpoint, WandbRun
 
 PROJECT = "switchcast"
 
 
-def forecast_error(cost: BatchCost) -> FloatArray | None:
+def forecast_error(cost: BatchStats) -> FloatArray | None:
     """Total variation distance between the forecast a batch was prepared with and its load, `[L]`; None without one."""
     forecast = cost.preparation.forecast if cost.preparation else None
     if forecast is None:
@@ -32,7 +32,7 @@ def forecast_error(cost: BatchCost) -> FloatArray | None:
     return np.asarray(np.abs(forecast.share - truth.share).sum(-1) / 2)
 
 
-def figures(layers: Sequence[str], cost: BatchCost) -> Document:
+def figures(layers: Sequence[str], cost: BatchStats) -> Document:
     """A batch as plain numbers.
 
     `source` is the forecaster's name, "history" where the average of past loads took its place, and "none" where
@@ -49,7 +49,7 @@ def figures(layers: Sequence[str], cost: BatchCost) -> Document:
         "source": "history" if source == Ema.name else source,
         "load_tv": None if errors is None else float(errors.mean()),
         "compute_ms": cost.compute_ms,
-        "held_up_ms": cost.held_up_ms,
+        "exposed_ms": cost.exposed_ms,
         "forecast_ms": done.forecast_ms if done else None,
         "plan_ms": done.plan_ms if done else None,
         "move_ms": done.move_ms if done else None,
@@ -72,7 +72,7 @@ def figures(layers: Sequence[str], cost: BatchCost) -> Document:
     }
 
 
-def over_batches(costs: Sequence[BatchCost], names: Sequence[str]) -> list[Document]:
+def over_batches(costs: Sequence[BatchStats], names: Sequence[str]) -> list[Document]:
     """Each MoE layer: mean balancedness, median ms of the busiest device and of the longest wait, sums of the rest."""
     balance_NL = np.stack([balancedness(cost.device_load) for cost in costs])
     busy_NL = np.stack([cost.busy_ms.max(-1) for cost in costs])
@@ -119,10 +119,10 @@ class Telemetry:
     ) -> None:
         self.port: int | None = None
         self._batch, self._late, self._fallbacks = 0, 0, Counter[str]()
-        self._sinks: list[Sink] = []
+        self._sinks: list[Exporter] = []
         with ExitStack() as opened:  # closes those that are open if the next one cannot be
             if port is not None:
-                endpoint = opened.push(Endpoint(port))
+                endpoint = opened.push(PrometheusEndpoint(port))
                 self.port = endpoint.port
                 self._sinks.append(endpoint)
             if file is not None:
@@ -141,7 +141,7 @@ class Telemetry:
         self._opened.__exit__(kind, error, trace)
 
     def record(
-        self, layers: Sequence[str], cost: BatchCost, late: int = 0, fallbacks: Mapping[str, int] | None = None
+        self, layers: Sequence[str], cost: BatchStats, late: int = 0, fallbacks: Mapping[str, int] | None = None
     ) -> None:
         """Tells the next batch.
 

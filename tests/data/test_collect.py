@@ -12,13 +12,13 @@ import torch
 import data.collect
 from data.collect import collect
 from data.models.switch import load_switch
-from data.text.batching import Traffic, text_traffic
+from data.text.batching import BatchingConfig, text_stream
 from data.text.corpus import read_text
 from data.traces.store import open_trace
 from data.traces.tracer import Tracer
 from tests.conftest import TEXTS
 
-TRAFFIC = Traffic(batches=5, smallest=2, largest=4, length=32)
+TRAFFIC = BatchingConfig(batches=5, smallest=2, largest=4, length=32)
 
 
 @pytest.fixture
@@ -118,17 +118,17 @@ def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text
     whole, cut = (
         [
             row
-            for batch in text_traffic(read_text(text), load_switch(str(switch_folder)).tokenizer, "none", traffic)
+            for batch in text_stream(read_text(text), load_switch(str(switch_folder)).tokenizer, "none", traffic)
             for row in batch.sources
         ]
-        for traffic in (Traffic(batches=50, length=32), Traffic(batches=50, length=32, token_budget=70))
+        for traffic in (BatchingConfig(batches=50, length=32), BatchingConfig(batches=50, length=32, token_budget=70))
     )
     assert [row.tolist() for row in cut] == [row.tolist() for row in whole]
-    for batch in text_traffic(
+    for batch in text_stream(
         read_text(text),
         load_switch(str(switch_folder)).tokenizer,
         "none",
-        Traffic(batches=50, length=32, token_budget=70),
+        BatchingConfig(batches=50, length=32, token_budget=70),
     ):
         assert len(batch.sources) * max(map(len, batch.sources)) <= 70
 

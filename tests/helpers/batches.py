@@ -45,7 +45,7 @@ def largest_difference(engine: Engine, plain, stream: list[ModelBatch]) -> float
         real = batch.decoder.mask[output.rows]
         theirs = forward(plain, batch)[output.rows]
         assert output.logits.shape == theirs.shape
-        assert output.cost.device_load.sum() == output.cost.load.sum()
+        assert output.stats.device_load.sum() == output.stats.load.sum()
         if real.any():
             worst = max(worst, float((output.logits[real] - theirs[real]).abs().max()))
     return worst

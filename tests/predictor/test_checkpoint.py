@@ -12,7 +12,7 @@ import torch
 from data.models.switch import read_embedding
 from data.traces.trace import TokenBatch, pad_tokens
 from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor, save_predictor
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from tests.helpers.made_up_trace import EXPERTS, VOCABULARY, WIDTH, make_layout
 
@@ -23,7 +23,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def saved(tmp_path, layout):
     torch.manual_seed(0)
     network = LoadNetwork(layout, Architecture(width=8))
-    learned = LearnedForecaster(layout, network, read_embedding(layout.model_id), torch.full((2, 3, 3), 0.5))
+    learned = NeuralForecaster(layout, network, read_embedding(layout.model_id), torch.full((2, 3, 3), 0.5))
     save_predictor(tmp_path / "p", learned, {"metrics": {}})
     return tmp_path / "p", learned
 

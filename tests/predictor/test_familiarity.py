@@ -7,7 +7,7 @@ import torch
 from data.traces.trace import pad_tokens
 from predictor.checkpoint import load_predictor, save_predictor
 from predictor.familiarity import OFTEN, STEEPNESS, Familiarity
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 
 
@@ -39,7 +39,7 @@ def test_unfamiliar_text_is_forecast_from_past_loads_with_more_spread(layout, ho
     table = torch.randn(layout.vocab_size, layout.d_model)
     network = LoadNetwork(layout, Architecture(width=8, depth=1))
     spread = torch.ones(2, layout.num_layers, 3)
-    alone, careful = (LearnedForecaster(layout, network, table, spread, known) for known in (None, familiarity))
+    alone, careful = (NeuralForecaster(layout, network, table, spread, known) for known in (None, familiarity))
     history = np.random.default_rng(0).integers(0, 90, (5, layout.num_layers, layout.num_experts))
     known, mixed, unknown = batch(1, 2, 3, 4), batch(1, 2, 58, 57, 56), batch(58, 57)
     assert np.array_equal(careful.forecast(known, history).share, alone.forecast(known, history).share)

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 
 from data.models.weights import ModelWeights
 from predictor.checkpoint import CONFIG, WEIGHTS
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 from predictor.hub import HubForecaster
 from predictor.network import Architecture, LoadNetwork
 from tests.helpers.made_up_trace import EXPERTS
@@ -20,7 +20,7 @@ def learned(layout, host) -> HubForecaster:
     torch.manual_seed(0)
     table = ModelWeights(str(host)).read("shared.weight").float()
     network = LoadNetwork(layout, Architecture(width=8))
-    return HubForecaster.of(LearnedForecaster(layout, network, table, torch.ones(2, 3, 3)))
+    return HubForecaster.of(NeuralForecaster(layout, network, table, torch.ones(2, 3, 3)))
 
 
 def test_a_folder_comes_back(learned, upcoming, tmp_path):

@@ -31,7 +31,7 @@ def archive(folder, rows: int = 6):
 
 
 def test_the_two_parts_of_the_corpus_share_no_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.text, "WHEEL_SHA256", sha256(archive(tmp_path)))
+    monkeypatch.setattr(data.text.corpus, "WHEEL_SHA256", sha256(archive(tmp_path)))
     pretrain, traffic = (
         {(d.segment, d.text) for d in offline_corpus(part, tmp_path)} for part in ("pretrain", "traffic")
     )

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from data.models.switch import load_switch
-from data.text.batching import Traffic, time_splits
+from data.text.batching import BatchingConfig, time_splits
 from data.text.corpus import SEGMENTS, Document
-from data.text.corpus_stream import PHASES, UNSEEN, UNSEEN_MIX, corpus_splits, corpus_traffic, phase_sizes, topic_mixes
+from data.text.corpus_stream import PHASES, UNSEEN, UNSEEN_MIX, corpus_splits, corpus_stream, phase_sizes, topic_mixes
 
 BASE = np.array([0.4, 0.3, 0.2, 0.1])
 
@@ -43,11 +43,11 @@ def test_splits_are_in_order_with_gaps_between(count):
 
 def test_stream(switch_folder):
     """Every phase in order, unseen segments only at the end and only for testing, no sequence twice."""
-    traffic = Traffic(batches=8, smallest=2, largest=4, length=128)
+    traffic = BatchingConfig(batches=8, smallest=2, largest=4, length=128)
     words = [f"word{n} is number {n} of many words that follow" for n in range(3000)]
     documents = [Document(segment, f"{segment} {word}") for segment in SEGMENTS for word in words[:300]]
     tokenizer = load_switch(str(switch_folder)).tokenizer
-    batches = list(corpus_traffic(documents, tokenizer, "none", traffic))
+    batches = list(corpus_stream(documents, tokenizer, "none", traffic))
     assert list(Counter(batch.phase for batch in batches).items()) == list(phase_sizes(traffic).items())
     assert len(corpus_splits(traffic)) == len(batches)
     assert [batch.number for batch in batches] == list(range(len(batches)))
@@ -63,4 +63,4 @@ def test_a_segment_that_runs_dry_says_so(switch_folder):
     documents = [Document(segment, f"only document of segment {segment} with some words") for segment in SEGMENTS]
     tokenizer = load_switch(str(switch_folder)).tokenizer
     with pytest.raises(ValueError, match=r"segment '.*' has no text left at batch \d+; lower --traffic.batches"):
-        list(corpus_traffic(documents, tokenizer, "none", Traffic(batches=8)))
+        list(corpus_stream(documents, tokenizer, "none", BatchingConfig(batches=8)))

@@ -6,10 +6,10 @@ import torch
 
 from data.datamodule import RouterTraceModule
 from predictor.baselines.history import Ema, Oracle, Uniform
-from predictor.evaluation.comparison import climb, rivals
+from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import summarise, write_report
-from predictor.evaluation.scores import CONTRACT
-from predictor.forecaster import LearnedForecaster
+from predictor.evaluation.scores import REPORTED
+from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from tests.helpers.made_up_trace import EXPERTS
 
@@ -22,11 +22,11 @@ def data(trace, layout):
 
 
 def test_oracle_is_perfect_and_others_are_not(data):
-    summaries = summarise(climb(rivals(data), data))
+    summaries = summarise(compare_forecasters(rivals(data), data))
     assert set(summaries) == {"steady", "every_1"}
     for rows in summaries.values():
         assert list(rows) == ["uniform", "stationary", "last", "ema", "ridge", "token_table", "oracle"]
-        assert rows["oracle"] == dict.fromkeys(CONTRACT) | {"load_tv": 0.0, "hot_recall": 1.0, "token_top1": 1.0}
+        assert rows["oracle"] == dict.fromkeys(REPORTED) | {"load_tv": 0.0, "hot_recall": 1.0, "token_top1": 1.0}
         assert all(row["load_tv"] > 0.01 for name, row in rows.items() if name != "oracle")
     assert summaries["every_1"]["token_table"]["load_tv"] < 0.7 * summaries["every_1"]["last"]["load_tv"]
     assert summaries["steady"]["token_table"]["token_top1"] > 0.7
@@ -41,7 +41,7 @@ def test_balancer_sees_each_stream_alone(data):
         made.append(calls)
         return lambda forecast, load, past: calls.append(len(past)) or (0.9 if forecast.source == "oracle" else 0.5)
 
-    ladder = climb([Uniform(3, EXPERTS), Oracle(data.loads)], data, {"balancedness_8": new_balancer})
+    ladder = compare_forecasters([Uniform(3, EXPERTS), Oracle(data.loads)], data, {"balancedness_8": new_balancer})
     assert [len(calls) for calls in made] == [8, 8, 8, 8]
     assert made[0] == [step for step, split in enumerate(data.splits) if split == "test"][:8]
     summary = ladder["steady"]["uniform"].summary()
@@ -66,8 +66,8 @@ def test_oracle_reads_the_step_off_the_history():
 def test_report_holds_its_pictures(data, layout, tmp_path):
     torch.manual_seed(0)
     network = LoadNetwork(layout, Architecture(width=8))
-    learned = LearnedForecaster(layout, network, torch.randn(60, layout.d_model), torch.ones(2, 3, 3))
-    write_report(tmp_path, "a & b", climb([*rivals(data), learned], data), layout.layer_names)
+    learned = NeuralForecaster(layout, network, torch.randn(60, layout.d_model), torch.ones(2, 3, 3))
+    write_report(tmp_path, "a & b", compare_forecasters([*rivals(data), learned], data), layout.layer_names)
     page = (tmp_path / "report.html").read_text()
     assert "<h1>a &amp; b</h1>" in page
     names = {"ladder", "calibration", "heat_steady", "heat_every_1"}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor
-from predictor.evaluation.scores import CONTRACT
-from predictor.training.module import LoadForecaster
+from predictor.evaluation.scores import REPORTED
+from predictor.training.module import ForecasterModule
 
 ROOT = Path(__file__).parents[3]
 FORECASTERS = {"uniform", "stationary", "last", "ema", "token_table", "learned", "oracle"}
@@ -23,7 +23,7 @@ def test_contract_and_folder(run, layout, trace, upcoming):
     assert set(line["test"]) == {"steady", "every_1"}
     for rows in line["test"].values():
         assert set(rows) >= FORECASTERS
-        assert all(set(row) == set(CONTRACT) for row in rows.values())
+        assert all(set(row) == set(REPORTED) for row in rows.values())
         assert rows["oracle"]["load_tv"] == rows["oracle"]["regret"] == 0.0
         assert rows["last"]["balancedness_8"] <= rows["last"]["balancedness"] <= 1.0
     changing = line["test"]["every_1"]
@@ -42,24 +42,24 @@ def test_contract_and_folder(run, layout, trace, upcoming):
 
 def test_resuming_ends_where_an_unbroken_run_does(run, monkeypatch):
     whole = Path(run("--predictor=whole")["predictor"])
-    start_of_epoch = LoadForecaster.on_train_epoch_start
+    start_of_epoch = ForecasterModule.on_train_epoch_start
 
     def killed(self):
         if self.current_epoch == 1:
             raise RuntimeError("killed")
 
-    monkeypatch.setattr(LoadForecaster, "on_train_epoch_start", killed)
+    monkeypatch.setattr(ForecasterModule, "on_train_epoch_start", killed)
     with pytest.raises(RuntimeError, match="killed"):
         run("--predictor=resumed")
     assert not Path("resumed").exists()
-    monkeypatch.setattr(LoadForecaster, "on_train_epoch_start", start_of_epoch)
+    monkeypatch.setattr(ForecasterModule, "on_train_epoch_start", start_of_epoch)
     resumed = Path(run("--predictor=resumed", "--ckpt_path=last")["predictor"])
     assert (whole / WEIGHTS).read_bytes() == (resumed / WEIGHTS).read_bytes()
 
 
 def test_a_run_stops_early_where_validation_gets_no_better(run, monkeypatch):
     epochs = []
-    monkeypatch.setattr(LoadForecaster, "on_train_epoch_start", lambda self: epochs.append(self.current_epoch))
+    monkeypatch.setattr(ForecasterModule, "on_train_epoch_start", lambda self: epochs.append(self.current_epoch))
     run("--trainer.max_epochs=12", "--model.learning_rate=1e-12")
     assert len(epochs) <= 5, "nothing is learned: three validations in vain after the first at most"
 

@@ -52,11 +52,11 @@ def test_quotas_sum_to_the_counts_and_are_the_same_on_every_rank(case, wake, by_
     rng, devices, homes, room = case
     counts, phy2log = random_layer(rng, devices, homes, room)
     given_counts = from_sources(rng, counts, devices) if by_source else counts[None]
-    quotas = split_by_quota(given_counts, phy2log, devices, wake_tokens=wake)
+    quotas = split_by_quota(given_counts, phy2log, devices, expert_overhead_tokens=wake)
     assert (quotas >= 0).all()
     back = np.stack([np.bincount(phy2log, weights=row, minlength=len(counts)) for row in quotas])
     assert (back == given_counts).all()
-    assert (quotas == split_by_quota(given_counts.copy(), phy2log.copy(), devices, wake_tokens=wake)).all()
+    assert (quotas == split_by_quota(given_counts.copy(), phy2log.copy(), devices, expert_overhead_tokens=wake)).all()
 
 
 @given(layers)
@@ -105,8 +105,8 @@ def test_an_expert_is_not_woken_for_a_handful_of_tokens():
     phy2log = np.array([0, 1, -1, 2, 3, 0])
     counts = [100, 0, 94, 0]
     assert split_by_quota(counts, phy2log, 2)[0, 5] == 3
-    assert split_by_quota(counts, phy2log, 2, wake_tokens=10)[0, 5] == 0
-    assert split_by_quota([100, 0, 20, 0], phy2log, 2, wake_tokens=10)[0, 5] > 30
+    assert split_by_quota(counts, phy2log, 2, expert_overhead_tokens=10)[0, 5] == 0
+    assert split_by_quota([100, 0, 20, 0], phy2log, 2, expert_overhead_tokens=10)[0, 5] > 30
 
 
 def test_no_tokens_at_all():
@@ -133,7 +133,7 @@ def test_nonsense_is_refused(counts, text):
 
 
 def test_costs_and_nodes_are_checked():
-    with pytest.raises(ValueError, match="wake_tokens is -1"):
-        split_by_quota([1, 1], np.array([0, 1]), 2, wake_tokens=-1)
+    with pytest.raises(ValueError, match="expert_overhead_tokens is -1"):
+        split_by_quota([1, 1], np.array([0, 1]), 2, expert_overhead_tokens=-1)
     with pytest.raises(ValueError, match="3 devices a node do not divide 2"):
         split_by_quota([1, 1], np.array([0, 1]), 2, devices_per_node=3)

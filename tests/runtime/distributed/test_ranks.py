@@ -62,7 +62,7 @@ def same_text(switch: LoadedSwitch, plain) -> bool:
     alike = []
     with Engine(switch, Noise(switch.layout), None, 8) as engine:
         for replan_every in (None, 1, 3):
-            rows = ModelBatch(tokens).rows(engine.peers.rank, engine.peers.world)
+            rows = ModelBatch(tokens).rows(engine.ranks.rank, engine.ranks.world)
             ids = engine.generate(tokens, replan_every, **settings)
             width = ids.shape[1]
             alike.append(torch.equal(ids, expected[rows][:, :width]) and not expected[rows][:, width:].any())
@@ -101,7 +101,7 @@ def shards(rank: int, folder: str) -> tuple[list[int], int]:
     """Places of each layer, and expert weights elsewhere in the model."""
     with Engine.from_pretrained(folder, redundant=4) as engine:
         list(engine.run(iter(batches(2))))
-        held = [len(experts.slots.wi_NFD) for experts in engine.slotted.layers]
+        held = [len(experts.slots.wi_NFD) for experts in engine.replicated.layers]
         return held, sum("expert_" in name for name, _ in engine.switch.model.named_parameters())
 
 
@@ -148,7 +148,7 @@ def interrupted(rank: int) -> str:
 def test_an_interrupt_ends_all_ranks_within_seconds():
     results = on_ranks(2, interrupted, timeout_s=15)
     assert "KeyboardInterrupt" in results
-    assert set(results) <= {"KeyboardInterrupt", "PeerLostError"}
+    assert set(results) <= {"KeyboardInterrupt", "RankLostError"}
 
 
 def unlike(rank: int) -> str:
@@ -173,15 +173,15 @@ def lonely(rank: int) -> str:
 
 def test_a_rank_that_never_comes_is_not_waited_for_longer_than_the_timeout():
     alone, _ = on_ranks(2, lonely, timeout_s=30)
-    assert alone.startswith("PeerLostError: 2 processes did not meet in 2 s"), alone
+    assert alone.startswith("RankLostError: 2 processes did not meet in 2 s"), alone
 
 
 def one_predicts(rank: int) -> str:
     switch = model()
     with Engine(switch, None, None, 0) as engine:
         facts = {"model": "same"} if rank == 0 else {"model": "same", "predictor": "mine"}
-        engine.peers._store = torch.distributed.PrefixStore("again", engine.peers._store)
-        engine.peers.check_alike(facts)
+        engine.ranks._store = torch.distributed.PrefixStore("again", engine.ranks._store)
+        engine.ranks.check_alike(facts)
     return "started"
 
 

@@ -28,14 +28,14 @@ def assert_answers_unchanged(engine: Engine) -> list:
 
 def test_answers_stay_while_replicas_move(switch):
     outputs = assert_answers_unchanged(Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT))
-    assert sum(output.cost.preparation.moves for output in outputs if output.cost.preparation) > 0
+    assert sum(output.stats.preparation.moves for output in outputs if output.stats.preparation) > 0
     for output in outputs:
-        assert (output.cost.device_load.sum(-1) == output.cost.load.sum(-1)).all()
+        assert (output.stats.device_load.sum(-1) == output.stats.load.sum(-1)).all()
 
 
 def test_without_forecaster_nothing_moves(switch):
     outputs = assert_answers_unchanged(Engine(switch, None, DEVICES, 0))
-    assert all(output.cost.preparation is None for output in outputs)
+    assert all(output.stats.preparation is None for output in outputs)
 
 
 @pytest.mark.parametrize("how", ["raises", "nan", "other layout"])
@@ -46,20 +46,20 @@ def test_a_broken_forecaster_falls_back_on_past_loads_and_says_so_once(switch, h
     assert [record.message for record in caplog.records if "past loads take its place" in record.message] == [
         caplog.records[0].message
     ]
-    sources = {output.cost.preparation.forecast.source for output in outputs[2:] if output.cost.preparation.forecast}
+    sources = {output.stats.preparation.forecast.source for output in outputs[2:] if output.stats.preparation.forecast}
     assert sources == {"ema"}
 
 
 def test_a_late_preparation_is_left_for_the_next_boundary(switch):
     engine = Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT)
     with engine:
-        kind = type(engine.slotted.transfer)
+        kind = type(engine.replicated.transfer)
         kind.arrived, arrived = property(lambda self: False), kind.arrived
         try:
             engine.controller.prepare(batches()[0].tokens)
             assert engine.controller.commit() is None
             assert engine.controller.late == 1
-            assert engine.slotted.transfer.plan is engine.home
+            assert engine.replicated.transfer.plan is engine.home
         finally:
             kind.arrived = arrived
         assert engine.controller.commit(wait=True) is not None

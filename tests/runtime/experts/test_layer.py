@@ -9,12 +9,12 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from data.models.layout import MoELayout
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.device import Stopwatch
-from runtime.distributed.ranks import Peers
+from runtime.distributed.ranks import Ranks
 from runtime.experts.dispatch import choices
-from runtime.experts.layer import SlotExperts
-from runtime.experts.slots import SlotWeights
-from runtime.experts.transfer import SlotTransfer
-from runtime.experts.weights import LiveExperts
+from runtime.experts.layer import ReplicatedExperts
+from runtime.experts.slots import ResidentSlots
+from runtime.experts.transfer import WeightTransfer
+from runtime.experts.weights import ModuleWeights
 from tests.conftest import small_switch
 
 DEVICES, REDUNDANT, EXPERTS, WIDTH = 4, 8, 8, 32
@@ -46,13 +46,13 @@ class InSlots:
         model = small_switch().to(dtype)
         self.plain: SwitchTransformersExperts = model.encoder.block[1].layer[1].mlp.experts
         home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
-        self.source = LiveExperts(model, MoELayout.from_model(model, "random"))
-        self.weights = SlotWeights(
+        self.source = ModuleWeights(model, MoELayout.from_model(model, "random"))
+        self.weights = ResidentSlots(
             home, 0, range(DEVICES), (48, WIDTH), model.shared.weight, self.plain["expert_0"].act
         )
         self.weights.fill(self.source)
-        self.slots = SlotExperts(self.weights, home.phy2log[0], Peers(), DEVICES)
-        self.transfer = SlotTransfer([self.weights], home, Peers())
+        self.slots = ReplicatedExperts(self.weights, home.phy2log[0], Ranks(), DEVICES)
+        self.transfer = WeightTransfer([self.weights], home, Ranks())
 
     def put_in_force(self, plan: ReplicationPlan) -> None:
         self.transfer.start(plan)
@@ -99,7 +99,7 @@ def test_rows_that_are_not_needed_are_neither_computed_nor_counted():
 
 
 def test_groups_large_and_small_split_or_not_agree_to_the_bit():
-    """With one thread a row's bits depend on the size of its group only below four rows; see `ALIKE`."""
+    """With one thread a row's bits depend on the size of its group only below four rows; see `MIN_STABLE_ROWS`."""
     layer = InSlots()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -138,8 +138,8 @@ def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
         home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
         like = torch.empty(1, dtype=torch.bfloat16, device="cuda")
-        weights = SlotWeights(home, 0, range(DEVICES), (48, WIDTH), like, torch.nn.ReLU())
-        slots = SlotExperts(weights, home.phy2log[0], Peers(), DEVICES)
+        weights = ResidentSlots(home, 0, range(DEVICES), (48, WIDTH), like, torch.nn.ReLU())
+        slots = ReplicatedExperts(weights, home.phy2log[0], Ranks(), DEVICES)
         hidden, weight = like.new_empty((60, WIDTH)), like.new_empty((60, 1))
         counts = np.array([20, 5, 0, 3, 1, 1, 0, 0])
         one_hot, needed = like.new_empty((60, EXPERTS)).long(), like.new_empty(60).bool()

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 import runtime.infer.__main__
 from data.models.switch import load_switch
 from predictor.checkpoint import save_predictor
-from predictor.forecaster import LearnedForecaster
+from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from tests.conftest import TEXTS, small_switch
 from tests.helpers.prometheus import scrape
 
 ROOT = Path(__file__).parents[3]
-MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "held_up"}
+MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "exposed"}
 
 
 @pytest.fixture
@@ -34,9 +34,7 @@ def predictor(switch_folder, tmp_path) -> Path:
     switch = load_switch(str(switch_folder))
     network = LoadNetwork(switch.layout, Architecture(width=8, depth=1))
     spread = torch.zeros(2, switch.layout.num_layers, 2)
-    save_predictor(
-        tmp_path / "predictor", LearnedForecaster(switch.layout, network, switch.model.shared.weight, spread)
-    )
+    save_predictor(tmp_path / "predictor", NeuralForecaster(switch.layout, network, switch.model.shared.weight, spread))
     return tmp_path / "predictor"
 
 

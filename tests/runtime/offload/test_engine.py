@@ -40,12 +40,12 @@ def answers(rank: int, folder: str, experts: int) -> dict[str, object]:
             found["random"] = largest_difference(engine, plain, unusual())
         tokens = batches(1)[0].tokens
         expected = plain.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **SETTINGS)
-        rows = ModelBatch(tokens).rows(engine.peers.rank, engine.peers.world)
+        rows = ModelBatch(tokens).rows(engine.ranks.rank, engine.ranks.world)
         ids = engine.generate(tokens, 2, **SETTINGS)
         found["text"] = torch.equal(ids, expected[rows][:, : ids.shape[1]])
-        tier = engine.slotted.cache.tiers[0]
+        tier = engine.replicated.cache.tiers[0]
         found["places"] = len(tier.pool.places)
-        found["misses"] = tier.tally.misses
+        found["misses"] = tier.stats.misses
     return found
 
 

@@ -15,36 +15,46 @@ from predictor.baselines.history import LastBatch
 from runtime.engine.batch import ModelBatch, forward, needed_positions
 from runtime.offload.cache import LOADERS, ExpertCache
 from runtime.offload.expert_files import ExpertFiles
-from runtime.offload.forecast_policy import Forecast, Guarded
+from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
 from runtime.offload.memory import PAGE
-from runtime.offload.policy import Expecting, Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest
+from runtime.offload.policy import CosinePolicy, LastBatchPolicy, LfuPolicy, LruPolicy, NextUsePolicy, OraclePolicy
 from runtime.offload.slots import install
 
 
-class Random(Expecting):
+class Random(NextUsePolicy):
     """Evicts and fetches whatever comes to its mind."""
 
     def __init__(self, layers, experts):
         super().__init__(layers, experts)
         self.rng = np.random.default_rng(0)
 
-    def due(self):
+    def next_use(self):
         return self.rng.uniform(0, 9, self.usual_LE.shape)
 
-    def wishes(self):
+    def prefetch_candidates(self):
         keys = [(layer, expert) for layer in range(len(self.usual_LE)) for expert in range(self.usual_LE.shape[1])]
         return [keys[index] for index in self.rng.permutation(len(keys))]
 
 
 def oracle_of_nothing(layers, experts):
-    return Foreseen(np.zeros((1, layers, experts), dtype=bool))
+    return OraclePolicy(np.zeros((1, layers, experts), dtype=bool))
 
 
 def guarded(layers, experts):
-    return Guarded(Random(layers, experts), layers, experts, places=3)
+    return LruFallback(Random(layers, experts), layers, experts, places=3)
 
 
-POLICIES = [LeastRecent, LeastFrequent, Expecting, LikeLast, LikeNearest, Forecast, Random, oracle_of_nothing, guarded]
+POLICIES = [
+    LruPolicy,
+    LfuPolicy,
+    NextUsePolicy,
+    LastBatchPolicy,
+    CosinePolicy,
+    ForecastPolicy,
+    Random,
+    oracle_of_nothing,
+    guarded,
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +85,7 @@ def open_files(folder, layout: MoELayout, direct=True):
     return ExpertFiles(ModelWeights(str(folder)).files, layout, torch.float32, direct)
 
 
-def tiered(folder, share, policy=LeastRecent, host_share=None):
+def tiered(folder, share, policy=LruPolicy, host_share=None):
     """A model with its experts under a share of their bytes: the loaded model, its layers and the cache."""
     switch: LoadedSwitch = load_dense(str(folder))
     layout, files = switch.layout, open_files(folder, switch.layout)
@@ -103,9 +113,9 @@ def test_answers_are_the_plain_models(switch_folder, plain, policy, share):
         tier = cache.tiers[0]
         assert len(tier.pool.places) == int(share * 16)
         assert_same_answers(plain, switch, cache)
-        assert tier.tally.peak_bytes <= share * 16 * 2 * tier.pool.shape.room
-        if share < 0.5 and policy is LeastRecent:
-            assert tier.tally.misses > 50
+        assert tier.stats.peak_bytes <= share * 16 * 2 * tier.pool.shape.room
+        if share < 0.5 and policy is LruPolicy:
+            assert tier.stats.misses > 50
 
 
 def test_the_same_with_host_memory_in_between(switch_folder, plain):
@@ -113,7 +123,7 @@ def test_the_same_with_host_memory_in_between(switch_folder, plain):
     with cache:
         assert [len(tier.pool.places) for tier in cache.tiers] == [2, 6]
         assert_same_answers(plain, switch, cache)
-        device, host = (tier.tally for tier in cache.tiers)
+        device, host = (tier.stats for tier in cache.tiers)
         assert host.hits + host.late + host.misses >= device.demands
         assert 0 < cache.loads == host.demands + host.prefetches
 
@@ -137,7 +147,7 @@ def test_padding_after_the_last_token_fetches_nothing(switch_folder, plain):
 
 
 def test_greedy_text_is_identical(switch_folder, plain):
-    switch, _, cache = tiered(switch_folder, 0.2, Forecast)
+    switch, _, cache = tiered(switch_folder, 0.2, ForecastPolicy)
     tokens = batches(1)[0].tokens
     settings = {"input_ids": tokens.input_ids, "attention_mask": tokens.mask.long(), "max_new_tokens": 12}
     with cache:
@@ -179,7 +189,7 @@ def test_a_batch_fails_with_the_files_name_and_others_go_on(tmp_path, plain):
         torch.testing.assert_close(forward(switch.model, few), forward(plain.model, few), rtol=0, atol=1e-5)
         report = cache.report()
         assert report["device"]["failed"] > 0
-        assert (report["policy"], report["falls"]) == ("forecast", 0)
+        assert (report["policy"], report["fallbacks"]) == ("forecast", 0)
 
 
 @pytest.mark.gpu

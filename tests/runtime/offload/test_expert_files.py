@@ -9,7 +9,7 @@ from safetensors import safe_open
 from data.models.layout import MoELayout
 from data.models.weights import ModelWeights
 from runtime.offload.expert_files import ExpertFiles, ReadCancelledError
-from runtime.offload.memory import Pool, parse_bytes, show_bytes
+from runtime.offload.memory import BufferPool, parse_bytes, show_bytes
 from tests.conftest import small_switch
 
 
@@ -40,7 +40,7 @@ def stored(folder, name):
 
 def read(files, key, *stop):
     """An expert's matrices, read into a place full of other bytes."""
-    place = Pool(files.shape, 1, torch.device("cpu")).places[0]
+    place = BufferPool(files.shape, 1, torch.device("cpu")).places[0]
     place.rooms.fill_(255)
     files.read(key, place, *stop)
     return place.wi, place.wo

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from predictor.forecast import forecast_from_load
-from runtime.offload.forecast_policy import Calibration, Forecast, Guarded
-from runtime.offload.layer_order import FAR, Schedule
-from runtime.offload.policy import Expecting, Foreseen, LeastFrequent, LeastRecent, LikeLast, LikeNearest
+from runtime.offload.forecast_policy import Forecast, LruFallback, NeedProbability
+from runtime.offload.layer_order import UNSEEN_DISTANCE, LayerOrder
+from runtime.offload.policy import CosinePolicy, LastBatchPolicy, LfuPolicy, LruPolicy, NextUsePolicy, OraclePolicy
 
 
 def forecast(load):
@@ -17,7 +17,7 @@ def forecast(load):
 
 def order(policy):
     """Experts from the one due first to the one due last."""
-    due = policy.due()
+    due = policy.next_use()
     return [(int(index) // due.shape[1], int(index) % due.shape[1]) for index in np.argsort(due, axis=None)]
 
 
@@ -29,7 +29,7 @@ def run_pass(policy, needed):
 
 
 def test_distances_in_a_batch_and_across_its_end():
-    schedule = Schedule(4)
+    schedule = LayerOrder(4)
     schedule.begin()
     assert schedule.ahead()[0].tolist() == [1, 2, 3, 4]
     schedule.observe(0)
@@ -42,17 +42,17 @@ def test_distances_in_a_batch_and_across_its_end():
 
 
 def test_an_encoder_alone_is_learned_from_one_pass():
-    schedule = Schedule(4)
+    schedule = LayerOrder(4)
     for _ in range(2):
         schedule.begin()
         schedule.observe(0)
         schedule.observe(1)
     assert schedule.length == 2
-    assert schedule.ahead()[0].tolist() == [1, 2, 2 + 2 * FAR, 3 + 2 * FAR]
+    assert schedule.ahead()[0].tolist() == [1, 2, 2 + 2 * UNSEEN_DISTANCE, 3 + 2 * UNSEEN_DISTANCE]
 
 
 def test_decoder_steps_are_passes_of_their_own():
-    schedule = Schedule(4)
+    schedule = LayerOrder(4)
     schedule.begin()
     for layer in (0, 1, 2, 3, 2):
         schedule.observe(layer)
@@ -68,7 +68,7 @@ def test_decoder_steps_are_passes_of_their_own():
 
 
 def test_while_the_decoder_writes_the_encoder_is_as_far_off_as_it_usually_is():
-    schedule = Schedule(4)
+    schedule = LayerOrder(4)
     for _ in range(3):  # batches of an encoder pass and ten decoder steps
         schedule.begin()
         for layer in [0, 1] + [2, 3] * 10:
@@ -86,11 +86,11 @@ def test_while_the_decoder_writes_the_encoder_is_as_far_off_as_it_usually_is():
 
 
 def test_least_recent_and_least_frequent():
-    recent, frequent = LeastRecent(1, 3), LeastFrequent(1, 3)
+    recent, frequent = LruPolicy(1, 3), LfuPolicy(1, 3)
     for policy in (recent, frequent):
         for experts in ([1], [1], [1], [0], [0], [2]):
             policy.observe(0, experts, 0)
-        assert policy.wishes() == []
+        assert policy.prefetch_candidates() == []
     assert order(recent) == [(0, 2), (0, 0), (0, 1)]
     assert order(frequent) == [(0, 1), (0, 0), (0, 2)]
 
@@ -98,39 +98,39 @@ def test_least_recent_and_least_frequent():
 def test_the_oracle_knows_each_next_use():
     truth = np.zeros((3, 2, 3), dtype=bool)
     truth[0, 0, 0] = truth[0, 1, 1] = truth[1, 0, 2] = truth[2, 1, 1] = True
-    oracle = Foreseen(truth)
+    oracle = OraclePolicy(truth)
     oracle.begin()
-    assert oracle.wishes() == [(0, 0), (1, 1), (0, 2)]
+    assert oracle.prefetch_candidates() == [(0, 0), (1, 1), (0, 2)]
     oracle.observe(0, [0], 0)
-    due = oracle.due()
+    due = oracle.next_use()
     assert due[1, 1] == 1  # the next layer
     assert due[0, 2] == 2  # the next batch's first layer
     assert np.isinf(due[0, 0])
     oracle.observe(1, [1], 0)
-    assert oracle.due()[1, 1] == 4
+    assert oracle.next_use()[1, 1] == 4
     oracle.begin()
     oracle.begin()
     oracle.begin()
-    assert oracle.wishes() == []
+    assert oracle.prefetch_candidates() == []
 
 
 def test_like_last_wishes_for_what_the_last_batch_needed_in_the_order_of_layers():
-    policy = LikeLast(3, 4)
+    policy = LastBatchPolicy(3, 4)
     run_pass(policy, [[0, 1], [2], [3]])
     policy.begin()
     policy.observe(0, [3], 0)
-    assert policy.wishes() == [(1, 2), (2, 3), (0, 3)]
+    assert policy.prefetch_candidates() == [(1, 2), (2, 3), (0, 3)]
 
 
 def test_like_nearest_follows_the_most_similar_batch():
-    policy = LikeNearest(2, 4)
+    policy = CosinePolicy(2, 4)
     run_pass(policy, [[0, 1], [0]])
     run_pass(policy, [[2, 3], [3]])
     policy.begin()
     policy.observe(0, [0, 1], 0)
-    assert policy.wishes()[0] == (1, 0)  # as in the first batch
-    assert (0, 2) in policy.wishes()  # and then the second one came
-    policy = LikeNearest(2, 4)
+    assert policy.prefetch_candidates()[0] == (1, 0)  # as in the first batch
+    assert (0, 2) in policy.prefetch_candidates()  # and then the second one came
+    policy = CosinePolicy(2, 4)
     run_pass(policy, [[0, 1], [0]])
     run_pass(policy, [[2, 3], [3]])
     policy.begin()
@@ -143,12 +143,12 @@ def test_a_forecast_decides_what_is_fetched_first_and_kept_longest():
     policy = Forecast(2, 4)
     policy.expect(forecast([[9, 0, 0, 0], [0, 5, 9, 0]]))
     policy.begin()
-    assert policy.wishes() == [(0, 0), (1, 2), (1, 1)]
+    assert policy.prefetch_candidates() == [(0, 0), (1, 2), (1, 1)]
     assert order(policy)[0] == (0, 0)
     policy.observe(0, [0], 0)
     policy.expect(forecast([[0, 9, 0, 0], [0, 0, 9, 0]]))
-    assert policy.wishes()[:2] == [(1, 2), (1, 1)]
-    due = policy.due()
+    assert policy.prefetch_candidates()[:2] == [(1, 2), (1, 1)]
+    due = policy.next_use()
     assert due[0, 1] < due[0, 0]  # the coming batch needs 1, and 0 no longer
 
 
@@ -158,7 +158,7 @@ def test_a_forecast_of_a_batch_says_nothing_of_a_decoder_step():
     policy.begin()
     for layer in (0, 1, 1):
         policy.observe(layer, [0], 0)
-    assert policy.wishes() == []
+    assert policy.prefetch_candidates() == []
     assert np.array_equal(policy.current(), policy.usual_LE)
 
 
@@ -167,13 +167,13 @@ USUAL = np.full((2, 3), 0.25)
 
 
 def test_calibration_begins_near_the_poisson_distribution():
-    chance = Calibration(2).probability(LOAD, USUAL)
+    chance = NeedProbability(2).probability(LOAD, USUAL)
     np.testing.assert_allclose(chance[0], [0.02, 1 - np.exp(-0.7), 1 - np.exp(-4)], atol=0.2)
     assert (np.diff(chance[0]) > 0).all()
 
 
 def test_calibration_follows_what_comes_true_layer_by_layer():
-    calibration = Calibration(2)
+    calibration = NeedProbability(2)
     first = calibration.probability(LOAD, USUAL)
     for _ in range(200):
         calibration.observe(0, LOAD[0], USUAL[0], np.array([1.0, 0.0, 0.0]))
@@ -184,7 +184,7 @@ def test_calibration_follows_what_comes_true_layer_by_layer():
 
 
 def test_where_forecasts_say_nothing_what_is_usual_counts():
-    rng, calibration = np.random.default_rng(0), Calibration(1)
+    rng, calibration = np.random.default_rng(0), NeedProbability(1)
     usual = np.repeat([[0.1, 0.9]], 32, axis=-1)
     for _ in range(100):
         calibration.observe(0, rng.exponential(size=64), usual[0], (rng.uniform(size=64) < usual[0]).astype(float))
@@ -193,7 +193,7 @@ def test_where_forecasts_say_nothing_what_is_usual_counts():
 
 
 def test_calibration_recovers_from_a_forecaster_that_turns_around():
-    rng, calibration = np.random.default_rng(0), Calibration(1)
+    rng, calibration = np.random.default_rng(0), NeedProbability(1)
     for step in range(120):
         needed = rng.uniform(size=64) < 0.3
         load = np.where(needed == (step < 60), 20.0, 0.0)
@@ -203,20 +203,20 @@ def test_calibration_recovers_from_a_forecaster_that_turns_around():
     assert (chance[~needed] < 0.2).all()
 
 
-class Wrong(Expecting):
-    """Keeps what was not used lately, wishes for anything."""
+class Wrong(NextUsePolicy):
+    """Keeps what was not used lately, prefetch_candidates for anything."""
 
     name = "wrong"
 
-    def due(self):
+    def next_use(self):
         return self.last_LE.astype(np.float64)
 
-    def wishes(self):
+    def prefetch_candidates(self):
         return [(0, 0)]
 
 
 def test_a_policy_that_costs_more_than_lru_gives_way_and_says_so(caplog):
-    policy = Guarded(Wrong(1, 8), 1, 8, places=4)
+    policy = LruFallback(Wrong(1, 8), 1, 8, places=4)
     costs = 0
     with caplog.at_level(logging.WARNING):
         for _ in range(20):  # four experts for four places: the rival has all it needs
@@ -224,9 +224,9 @@ def test_a_policy_that_costs_more_than_lru_gives_way_and_says_so(caplog):
             policy.observe(0, [0, 1, 2, 3], costs)
             if policy.suspended:
                 break
-    assert (policy.suspended, policy.falls) == (True, 1)
-    assert policy.wishes() == []
-    assert policy.due()[0, 0] < 0  # least recently used
+    assert (policy.suspended, policy.fallbacks) == (True, 1)
+    assert policy.prefetch_candidates() == []
+    assert policy.next_use()[0, 0] < 0  # least recently used
     assert "'wrong' missed or wasted" in caplog.text
     assert "least-recently-used misses 3" in caplog.text
     for _ in range(20):
@@ -234,13 +234,13 @@ def test_a_policy_that_costs_more_than_lru_gives_way_and_says_so(caplog):
         if not policy.suspended:
             break
     assert not policy.suspended  # given another chance
-    assert policy.wishes() == [(0, 0)]
+    assert policy.prefetch_candidates() == [(0, 0)]
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0])
 def test_a_policy_as_good_as_lru_is_left_alone(factor):
-    policy, costs = Guarded(Expecting(1, 8), 1, 8, places=2), 0.0
+    policy, costs = LruFallback(NextUsePolicy(1, 8), 1, 8, places=2), 0.0
     for step in range(200):
         costs += 2 * factor
         policy.observe(0, [step % 4, 4 + step % 4], int(costs))
-    assert policy.falls == 0
+    assert policy.fallbacks == 0

@@ -13,8 +13,8 @@ from data.models.switch import load_dense
 from data.models.weights import ModelWeights
 from runtime.offload.cache import LOADERS, ExpertCache
 from runtime.offload.expert_files import ExpertFiles, ReadCancelledError, never
-from runtime.offload.memory import PAGE, ExpertShape, Pool
-from runtime.offload.policy import LeastRecent, LikeLast
+from runtime.offload.memory import PAGE, BufferPool, ExpertShape
+from runtime.offload.policy import LastBatchPolicy, LruPolicy
 from runtime.offload.slots import install
 from runtime.offload.tier import Tier
 from tests.conftest import small_switch
@@ -72,7 +72,9 @@ def make(gate):
     made = []
 
     def make(places, loaders=1):
-        made.append(Tier("test", Pool(ExpertShape(2, 3, torch.float32), places, torch.device("cpu")), gate, loaders))
+        made.append(
+            Tier("test", BufferPool(ExpertShape(2, 3, torch.float32), places, torch.device("cpu")), gate, loaders)
+        )
         return made[-1]
 
     yield make
@@ -83,8 +85,8 @@ def make(gate):
 def use(tier, *experts):
     """Takes experts and says which came, checking that each had its own weights."""
     keys, came = [key(expert) for expert in experts], []
-    tier.want(keys)
-    for place in tier.take(keys):
+    tier.request(keys)
+    for place in tier.acquire(keys):
         assert (place.wi == place.key[1]).all()
         assert (place.wo == place.key[1]).all()
         came.append(place.key[1])
@@ -102,26 +104,26 @@ def test_what_is_there_comes_first(make, gate):
     gate.let(key(2))
     use(tier, 2)
     keys = [key(1), key(2)]
-    tier.want(keys)
-    places = tier.take(keys)
+    tier.request(keys)
+    places = tier.acquire(keys)
     assert next(places).key == key(2)  # 1 has not been let through
     gate.let(key(1))
     assert next(places).key == key(1)
-    assert (tier.tally.hits, tier.tally.late, tier.tally.misses) == (1, 0, 2)
-    assert tier.tally.demand_bytes == 2 * 48
+    assert (tier.stats.hits, tier.stats.late, tier.stats.misses) == (1, 0, 2)
+    assert tier.stats.demand_bytes == 2 * 48
 
 
 def test_wishes_are_fetched_in_order_and_demands_before_them(make, gate):
     tier = make(8)
     tier.plan(np.zeros((1, 8)), [key(5), key(3), key(4)])
     gate.wait_for(key(5))
-    tier.want([key(7)])
+    tier.request([key(7)])
     gate.let(*map(key, range(8)))
-    assert [place.key for place in tier.take([key(7)])] == [key(7)]
+    assert [place.key for place in tier.acquire([key(7)])] == [key(7)]
     gate.wait_for(key(5), key(7), key(3), key(4))
     settle(tier)
     assert use(tier, 3) == [3]
-    assert (tier.tally.useful_prefetches, tier.tally.hits) == (1, 1)
+    assert (tier.stats.useful_prefetches, tier.stats.hits) == (1, 1)
 
 
 def test_a_prefetch_never_evicts_what_is_due_sooner_or_hardly_later(make, gate):
@@ -135,15 +137,15 @@ def test_a_prefetch_never_evicts_what_is_due_sooner_or_hardly_later(make, gate):
     assert [tier.has(key(expert)) for expert in range(5)] == [True, False, True, False, False]
     use(tier, 3)  # on demand: 2 goes, as it is due last; it was fetched for nothing
     assert [tier.has(key(expert)) for expert in range(4)] == [True, False, False, True]
-    assert (tier.tally.prefetches, tier.tally.wasted_prefetches, tier.tally.precision) == (1, 1, 0.0)
+    assert (tier.stats.prefetches, tier.stats.wasted_prefetches, tier.stats.precision) == (1, 1, 0.0)
 
 
 def test_a_wanted_expert_is_not_evicted_by_others(make, gate):
     gate.let(*map(key, range(8)))
     tier = make(1)
     keys = [key(0), key(1)]
-    tier.want(keys)
-    places = tier.take(keys)
+    tier.request(keys)
+    places = tier.acquire(keys)
     first = next(places)
     tier.plan(np.array([[9.0, 0.0, 0.0]]), [key(2)])
     gate.wait_for(key(0))  # nothing else has begun: there is one place, and it is in use
@@ -158,7 +160,7 @@ def test_a_stale_prefetch_gives_way_to_a_demand(make, gate):
     gate.let(key(6))
     tier.plan(np.zeros((1, 8)), [])
     assert use(tier, 6) == [6]  # 5 is never let through
-    assert tier.tally.cancelled == 1
+    assert tier.stats.cancelled == 1
     assert not tier.has(key(5))
 
 
@@ -166,12 +168,12 @@ def test_a_prefetch_on_its_way_is_waited_for_not_loaded_twice(make, gate):
     tier = make(4)
     tier.plan(np.zeros((1, 8)), [key(5)])
     gate.wait_for(key(5))
-    tier.want([key(5)])
+    tier.request([key(5)])
     gate.let(key(5))
-    assert [place.key for place in tier.take([key(5)])] == [key(5)]
-    assert (tier.tally.late, tier.tally.misses, tier.tally.prefetches, tier.loads) == (1, 0, 1, 1)
-    assert tier.tally.stall_ms > 0
-    assert 0 <= tier.tally.hidden < 1
+    assert [place.key for place in tier.acquire([key(5)])] == [key(5)]
+    assert (tier.stats.late, tier.stats.misses, tier.stats.prefetches, tier.loads) == (1, 0, 1, 1)
+    assert tier.stats.stall_ms > 0
+    assert 0 <= tier.stats.hidden < 1
 
 
 def test_loading_time_counts_while_loads_go_on_without_a_break(make, gate):
@@ -180,7 +182,7 @@ def test_loading_time_counts_while_loads_go_on_without_a_break(make, gate):
     tier.plan(np.zeros((1, 8)), [key(1), key(2)])
     gate.wait_for(key(1), key(2))  # 2 has taken over at once and is not let through
     assert tier.has(key(1))
-    assert tier.tally.load_ms > 0
+    assert tier.stats.load_ms > 0
 
 
 def test_a_failed_load_reaches_who_waits_and_nobody_else(make, gate, caplog):
@@ -191,7 +193,7 @@ def test_a_failed_load_reaches_who_waits_and_nobody_else(make, gate, caplog):
         for _ in range(2):
             tier.plan(np.zeros((1, 8)), [key(3), key(2)])
             with tier._change:
-                assert tier._change.wait_for(lambda: not tier._wishes and not tier._loading, WAIT)
+                assert tier._change.wait_for(lambda: not tier._candidates and not tier._loading, WAIT)
     assert [record.message for record in caplog.records] == [
         "expert (0, 3) could not be fetched ahead: weights of (0, 3) cannot be read"
     ]
@@ -226,11 +228,11 @@ def test_giving_up_in_the_middle_leaves_nothing_wanted(make, gate):
     gate.let(*map(key, range(8)))
     tier = make(2)
     keys = [key(0), key(1)]
-    tier.want(keys)
-    places = tier.take(keys)
+    tier.request(keys)
+    places = tier.acquire(keys)
     next(places)
     places.close()
-    assert not tier._wanted
+    assert not tier._pinned
     assert use(tier, 4, 5, 6) == [4, 5, 6]
 
 
@@ -240,7 +242,7 @@ def cut(tmp_path):
     small_switch().save_pretrained(tmp_path)
     files = ModelWeights(str(tmp_path)).files
     layout = MoELayout.from_model(small_switch(), "random")
-    cache = ExpertCache(ExpertFiles(files, layout, torch.float32), LeastRecent(2, 8), 1 << 20)
+    cache = ExpertCache(ExpertFiles(files, layout, torch.float32), LruPolicy(2, 8), 1 << 20)
     yield cache, lambda: os.truncate(tmp_path / "model.safetensors", 30_000)
     cache.close()
 
@@ -263,7 +265,7 @@ def test_a_budget_below_one_expert_is_refused_with_the_least_that_works(switch_f
     def open_cache(**budgets):
         files = ExpertFiles(kept, layout, torch.float32)
         least = 2 * files.shape.room + LOADERS * files.reader_bytes + PAGE
-        cache = ExpertCache(files, LikeLast(2, 8), **{name: least + extra for name, extra in budgets.items()})
+        cache = ExpertCache(files, LastBatchPolicy(2, 8), **{name: least + extra for name, extra in budgets.items()})
         return cache, least
 
     with pytest.raises(

@@ -8,7 +8,7 @@ from runtime.balancing.planner import HomePlanner
 from runtime.simulate.cost_model import Hardware, measure, verdict
 from runtime.simulate.replay import forecasts, replay
 
-SLOW_DEVICE = Hardware(expert_bytes=1e6, tokens_per_second=1e4, bytes_per_second=1e12, wake_tokens=0)
+SLOW_DEVICE = Hardware(expert_bytes=1e6, tokens_per_second=1e4, bytes_per_second=1e12, expert_overhead_tokens=0)
 
 
 def judge(share, hardware=SLOW_DEVICE, tokens=2048, steps=60, forecaster=None):
@@ -60,7 +60,7 @@ def test_an_interval_around_the_threshold_is_not_enough():
 def test_moves_slower_than_a_batch_eat_the_gain():
     rng = np.random.default_rng(1)
     wandering = np.stack([np.roll(hot()[0], rng.integers(0, 32), axis=-1) for _ in range(60)])
-    slow = Hardware(expert_bytes=1e9, tokens_per_second=1e6, bytes_per_second=1e9, wake_tokens=0)
+    slow = Hardware(expert_bytes=1e9, tokens_per_second=1e6, bytes_per_second=1e9, expert_overhead_tokens=0)
     assert judge(wandering, slow)["net_gain"] < 0
     assert judge(wandering, slow)["answer"] == "not worth it"
 
@@ -68,7 +68,7 @@ def test_moves_slower_than_a_batch_eat_the_gain():
 def test_exact_re_planning_pays_moves_on_the_critical_path():
     loads = np.random.default_rng(0).multinomial(2048, np.broadcast_to(hot(), (30, 1, 32)))
     first = ReplicationPlan.at_home(contiguous_homes(1, 32), 8, 8)
-    link = Hardware(expert_bytes=1e6, tokens_per_second=1e6, bytes_per_second=1e9, wake_tokens=0)
+    link = Hardware(expert_bytes=1e6, tokens_per_second=1e6, bytes_per_second=1e9, expert_overhead_tokens=0)
     seconds = []
     for name in ("oracle", "exact"):
         made = forecasts(Oracle(loads, name), loads, None, 1, 30)
@@ -82,8 +82,8 @@ def test_without_a_policy_to_judge_it_says_so():
 
 
 def test_waking_an_expert_counts():
-    calm = judge(hot(), Hardware(1e6, 1e4, 1e12, wake_tokens=0))["net_gain"]
-    assert judge(hot(), Hardware(1e6, 1e4, 1e12, wake_tokens=1000))["net_gain"] < calm
+    calm = judge(hot(), Hardware(1e6, 1e4, 1e12, expert_overhead_tokens=0))["net_gain"]
+    assert judge(hot(), Hardware(1e6, 1e4, 1e12, expert_overhead_tokens=1000))["net_gain"] < calm
 
 
 def test_the_machine_can_be_measured():

@@ -29,8 +29,8 @@ def run(switch, forecaster, telemetry: Telemetry, after=lambda costs: None) -> l
     costs = []
     with telemetry, Engine(switch, forecaster, 4, 8) as engine:
         for output in engine.run(iter(batches())):
-            telemetry.record(LAYERS, output.cost, engine.controller.late, engine.controller.fallbacks)
-            costs.append(output.cost)
+            telemetry.record(LAYERS, output.stats, engine.controller.late, engine.controller.fallbacks)
+            costs.append(output.stats)
             wait([engine.controller._future] if engine.controller._future else [], 10)  # none is late
             after(costs)
     return costs
@@ -43,7 +43,7 @@ def test_a_scrape_at_any_time_gives_what_the_batches_so_far_took(switch):
         found = scrape(telemetry.port)
         assert sum(value for (name, *_), value in found.items() if name == "batches_total") == len(costs)
         assert found["compute_seconds_sum",] == pytest.approx(sum(cost.compute_ms for cost in costs) / 1e3)
-        assert found["held_up_seconds_sum",] == pytest.approx(sum(cost.held_up_ms for cost in costs) / 1e3)
+        assert found["held_up_seconds_sum",] == pytest.approx(sum(cost.exposed_ms for cost in costs) / 1e3)
         ready = [cost for cost in costs if cost.preparation and cost.preparation.forecast]
         for layer, name in enumerate(LAYERS):
             balance = [balancedness(cost.device_load)[layer] for cost in costs]
@@ -178,8 +178,8 @@ def test_tiers_are_told_where_experts_do_not_fit(switch_folder, tmp_path):
     with Telemetry(port=0, file=file) as telemetry:
         with Engine.from_pretrained(str(switch_folder), device_memory=budget(4)) as engine:
             for output in engine.run(iter(batches())):
-                telemetry.record(LAYERS, output.cost)
-            tally = engine.slotted.cache.tiers[0].tally
+                telemetry.record(LAYERS, output.stats)
+            tally = engine.replicated.cache.tiers[0].stats
         found = scrape(telemetry.port)
     last = json.loads(file.read_text().splitlines()[-1])["tiers"]["device"]
     assert last["misses"] == tally.misses > 0
