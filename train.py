@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from data.arrays import IntArray
 from data.cli import user_errors
 from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
-from data.traces.trace import IntArray
 from predictor.baselines.token_table import TokenTable
 from predictor.checkpoint import load_predictor, save_predictor
 from predictor.evaluation.comparison import compare_forecasters, rivals

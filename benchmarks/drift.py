@@ -28,7 +28,7 @@ POLICIES = (
     ("ema", "home", "quota"),
     ("oracle", "home", "quota"),
 )
-HARDWARE = ["--tokens-per-second", "1e5", "--link-bytes-per-second", "25e9", "--wake-tokens", "0"]
+HARDWARE = ["--tokens-per-second", "1e5", "--link-bytes-per-second", "25e9", "--expert-overhead-tokens", "0"]
 
 
 def main() -> None:

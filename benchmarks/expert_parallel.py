@@ -28,11 +28,12 @@ from rich.table import Table
 from torch.distributed.run import main as torchrun
 
 from benchmarks.support.injected import Stream, Upcoming, recorded, zipf
+from data.arrays import IntArray
 from data.cli import user_errors
 from predictor.baselines.history import Ema
 from predictor.forecast import forecast_from_load
 from runtime.balancing.eplb import EplbPlanner
-from runtime.balancing.plan import IntArray, ReplicationPlan, contiguous_homes, flat_homes
+from runtime.balancing.plan import ReplicationPlan, contiguous_homes, flat_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.balancing.split import balancedness, split_evenly
 from runtime.distributed.ranks import Ranks
@@ -206,7 +207,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=34)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--emulate", type=int, default=0, metavar="DEVICES", help="run so many ranks' work in turn")
-    parser.add_argument("--wake-tokens", type=int, default=0, help="price of one more active expert, in tokens")
+    parser.add_argument(
+        "--expert-overhead-tokens", type=int, default=0, help="price of one more active expert, in tokens"
+    )
     return parser.parse_args()
 
 

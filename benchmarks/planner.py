@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data.traces.trace import IntArray
+from data.arrays import IntArray
 from predictor.baselines.history import LastBatch
 from runtime.balancing.eplb import EplbPlanner
 from runtime.balancing.plan import ReplicationPlan, flat_homes

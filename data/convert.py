@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
+from data.arrays import IntArray
 from data.cli import from_command_line, user_errors
 from data.files import read_json, whole_folder
 from data.models.layout import MoELayout
 from data.text.batching import time_splits
 from data.traces.store import StoredTrace, open_trace, write_about, write_counts_shard
-from data.traces.trace import IntArray
 
 SHARD_STEPS = 1024
 

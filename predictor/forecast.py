@@ -4,14 +4,16 @@ Shape suffixes: K past batches, L MoE layers, E logical experts.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from data.traces.trace import TokenBatch
+from data.arrays import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
+if TYPE_CHECKING:  # forecasts need no torch
+    from data.traces.trace import TokenBatch
+
 LoadHistory = npt.NDArray[np.int64]
 """Loads of the batches that have run, oldest first, int64 `[K, L, E]`; K may be 0."""
 
@@ -69,7 +71,7 @@ class Forecaster(Protocol):
         """What tables and forecasts call it."""
         ...
 
-    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+    def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         """Forecasts the load of the coming batch.
 
         Args:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.arrays import IntArray
 from data.traces.loads import read_loads
 from predictor.forecast import forecast_from_load
-from runtime.balancing.plan import IntArray
 
 
 class Stream:

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.arrays import BoolArray, IntArray
 from data.models.layout import MoELayout
 from data.models.switch import LoadedSwitch
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.router_tap import RouterTap
-from data.traces.trace import IntArray, TokenBatch
+from data.traces.trace import TokenBatch
 from data.traces.tracer import model_inputs
 from runtime.engine.batch import needed_positions
-from runtime.offload.layer_order import BoolArray
 
 Mode = Literal["full", "encoder", "generate"]
 

@@ -21,11 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
+from data.arrays import IntArray
 from data.cli import from_command_line, user_errors
 from data.files import whole_file, whole_folder, write_json
 from data.pretrain.grouped_experts import group_experts, ungroup_experts
 from data.text.corpus import SEGMENTS, Document, offline_corpus
-from data.text.span_corruption import Ids, corrupt
+from data.text.span_corruption import corrupt
 
 SENTINELS = [f"<extra_id_{index}>" for index in range(32)]
 
@@ -83,7 +84,7 @@ def small_config(recipe: Recipe) -> SwitchTransformersConfig:
     )  # fmt: skip
 
 
-def token_streams(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> dict[str, Ids]:
+def token_streams(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> dict[str, IntArray]:
     """All token ids of each segment in one array; documents end with end-of-sequence."""
     streams = {}
     for segment in SEGMENTS:
@@ -96,7 +97,7 @@ def token_streams(documents: list[Document], tokenizer: PreTrainedTokenizerFast)
 
 
 def corrupted_batches(
-    streams: dict[str, Ids], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
+    streams: dict[str, IntArray], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """Endless batches `{input_ids, attention_mask, labels}`; a segment is drawn by the square root of its size."""
     rng = np.random.default_rng(seed)
@@ -111,7 +112,7 @@ def corrupted_batches(
         yield collate(rows, pad=tokenizer.pad_token_id)
 
 
-def collate(rows: list[tuple[Ids, Ids]], pad: int) -> dict[str, Tensor]:
+def collate(rows: list[tuple[IntArray, IntArray]], pad: int) -> dict[str, Tensor]:
     """Pads (encoder input, decoder target) pairs to one batch; padded labels are -100."""
     source = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[0]) for row in rows], True, pad)
     labels = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[1]) for row in rows], True, -100)

@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.arrays import IntArray
 from data.text.corpus import Document
-from data.text.span_corruption import Ids, corrupt
+from data.text.span_corruption import corrupt
 
 SHORTEST = 8  # tokens; what is left of a document after cutting is not worth a sequence below that
 TOKENIZED_AT_ONCE = 64  # documents
 Decode = Literal["teacher", "generate", "none"]
-Row = tuple[str, Ids]
+Row = tuple[str, IntArray]
 """Segment and token ids of one sequence."""
 
 
@@ -64,8 +65,8 @@ class TextBatch:
     number: int
     phase: str
     segments: tuple[str, ...]
-    sources: list[Ids]
-    targets: list[Ids]
+    sources: list[IntArray]
+    targets: list[IntArray]
 
 
 def time_splits(count: int) -> list[str]:
@@ -137,7 +138,7 @@ class Batcher:
             taken.append(row)
         return taken
 
-    def _shape(self, ids: Ids, rng: np.random.Generator) -> tuple[Ids, Ids]:
+    def _shape(self, ids: IntArray, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
         """Encoder input and decoder target: masked spans and their truth, or plain text and nothing."""
         if self._mask_spans:
             return corrupt(ids, self._sentinels, self._eos, rng)

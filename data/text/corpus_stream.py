@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from data.arrays import FloatArray
 from data.text.batching import Batcher, BatchingConfig, Decode, Row, TextBatch, sequences, text_stream, time_splits
 from data.text.corpus import Document, offline_corpus, read_text
 
@@ -15,7 +15,6 @@ TRAINED_MIX = {"news": 0.35, "tweets": 0.2, "speech-de": 0.15, "speech-es": 0.1,
 UNSEEN, UNSEEN_PATTERN = "unseen", "every_5"
 UNSEEN_MIX = {"speech-nl": 0.5, "speech-en": 0.5}
 MAIN_SHARE = 0.9  # of a batch that has one main topic
-Shares = npt.NDArray[np.float64]
 
 
 def phase_sizes(traffic: BatchingConfig) -> dict[str, int]:
@@ -30,7 +29,7 @@ def corpus_splits(traffic: BatchingConfig) -> list[str]:
     return [split for size in sizes.values() for split in time_splits(size)] + ["test"] * unseen
 
 
-def topic_mixes(pattern: str, base: Shares, count: int, rng: np.random.Generator) -> Shares:
+def topic_mixes(pattern: str, base: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
     """Share of each segment in each batch of a phase, `[count, S]`."""
     topics = np.eye(len(base)) * MAIN_SHARE + (1 - MAIN_SHARE) * base
     if pattern == "steady":
@@ -72,7 +71,7 @@ def corpus_stream(
 
 
 def _draw(
-    pools: dict[str, Iterator[Row]], names: list[str], shares: Shares, rng: np.random.Generator, number: int
+    pools: dict[str, Iterator[Row]], names: list[str], shares: FloatArray, rng: np.random.Generator, number: int
 ) -> Iterator[Row]:
     """Endless sequences, each of a segment drawn by its share and the next one of that segment."""
     while True:

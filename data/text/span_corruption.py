@@ -5,25 +5,25 @@ Transformer", section 3.1.4 (15 % of the tokens, mean span of three).
 """
 
 import numpy as np
-import numpy.typing as npt
 
-Ids = npt.NDArray[np.int64]
+from data.arrays import IntArray
+
 NOISE_DENSITY = 0.15
 MEAN_SPAN = 3.0
 
 
-def _partition(total: int, parts: int, rng: np.random.Generator) -> Ids:
+def _partition(total: int, parts: int, rng: np.random.Generator) -> IntArray:
     """Cuts `total` into `parts` positive lengths at random, `[parts]`."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False) + 1)
     return np.diff(np.concatenate(([0], cuts, [total])))
 
 
-def corrupt(ids: Ids, sentinels: Ids, eos: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
+def corrupt(ids: IntArray, sentinels: IntArray, eos: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
     """Splits token ids into a corrupted encoder input and the decoder target.
 
     Args:
         ids: Token ids of one sequence, `[T]`, without end-of-sequence.
-        sentinels: Ids of the sentinel tokens in order of use; never more spans than there are of them.
+        sentinels: IntArray of the sentinel tokens in order of use; never more spans than there are of them.
         eos: Id that ends both results.
         rng: Source of the spans.
 

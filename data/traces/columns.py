@@ -8,8 +8,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from data.arrays import IntArray
 from data.models.layout import MoELayout
-from data.traces.trace import IntArray, RouterTrace, TokenBatch, pad_tokens
+from data.traces.trace import RouterTrace, TokenBatch, pad_tokens
 
 Ragged = list[np.ndarray[Any, Any]]
 

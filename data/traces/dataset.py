@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from data.arrays import IntArray
 from data.models.layout import MoELayout
 from data.traces.store import StoredTrace
-from data.traces.trace import IntArray, RouterTrace, TokenBatch
+from data.traces.trace import RouterTrace, TokenBatch
 
 POOL = 1024
 """Training batches in memory while shuffling."""

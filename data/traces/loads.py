@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.arrays import IntArray
 from data.models.layout import MoELayout
-from data.traces.trace import IntArray, TokenBatch
+from data.traces.trace import TokenBatch
 
 KEY = "counts"
 

@@ -6,12 +6,9 @@ Shape suffixes: N batches, L MoE layers, E logical experts.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from data.arrays import FloatArray, IntArray
 from data.traces.store import StoredTrace
-from data.traces.trace import IntArray
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -30,21 +27,21 @@ class TraceStatistics:
 
     loads: IntArray
     tokens: IntArray
-    hottest: Floats
-    dropped: Floats | None
+    hottest: FloatArray
+    dropped: FloatArray | None
     padding: float | None
-    step_tv: Floats
-    floor_tv: Floats
+    step_tv: FloatArray
+    floor_tv: FloatArray
 
 
-def shares(loads: IntArray) -> Floats:
+def shares(loads: IntArray) -> FloatArray:
     """Loads divided by their sums; a layer without load is uniform."""
     total = loads.sum(-1, keepdims=True)
     even = np.full(loads.shape, 1 / loads.shape[-1])
     return np.asarray(np.divide(loads, total, out=even, where=total > 0))
 
 
-def step_variation(loads: IntArray) -> Floats:
+def step_variation(loads: IntArray) -> FloatArray:
     """Total variation between each batch's shares and the last one's, `[N - 1, L]`."""
     return np.asarray(np.abs(np.diff(shares(loads), axis=0)).sum(-1) / 2)
 

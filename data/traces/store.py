@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from data.arrays import IntArray
 from data.files import read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
 from data.traces.columns import (
@@ -26,7 +27,7 @@ from data.traces.columns import (
     sequence_table,
     tokens_column,
 )
-from data.traces.trace import PADDING, IntArray, RouterTrace, TokenBatch
+from data.traces.trace import PADDING, RouterTrace, TokenBatch
 
 FORMAT_VERSION = 1
 TRACE_JSON = "trace.json"

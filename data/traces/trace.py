@@ -3,16 +3,17 @@
 Shape suffixes: B sequences, T encoder positions, U decoder positions, L MoE layers (encoder first), E logical experts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data.arrays import IntArray
 from data.models.layout import MoELayout
 
-IntArray = npt.NDArray[np.int64]
 PADDING = -1
 
 
@@ -36,10 +37,44 @@ class TokenBatch:
         if self.mask.dtype != torch.bool:
             raise ValueError(f"mask has dtype {self.mask.dtype}, expected torch.bool")
 
+    @classmethod
+    def of(cls, inputs: Any) -> "TokenBatch":
+        """Accepts a `TokenBatch` or what a Hugging Face tokenizer returns.
+
+        Args:
+            inputs: A mapping with `input_ids` `[B, T]` or `[T]` and, where sequences are padded, `attention_mask` of the
+                same shape: tensors, arrays or nested lists; or the ids alone as a tensor or array.
+
+        Raises:
+            TypeError: If `inputs` is none of these.
+            ValueError: If ids and mask have different shapes, or sequences have different lengths.
+        """
+        if isinstance(inputs, cls):
+            return inputs
+        if isinstance(inputs, Tensor | np.ndarray):
+            inputs = {"input_ids": inputs}
+        if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+            raise TypeError(
+                f"got a {type(inputs).__name__}, expected what a tokenizer returns: a mapping with input_ids [B, T] and "
+                "attention_mask [B, T], as of tokenizer(texts, padding=True, return_tensors='pt')"
+            )
+        ids = torch.atleast_2d(_as_tensor(inputs["input_ids"], "input_ids").long())
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            return cls(ids, torch.ones_like(ids, dtype=torch.bool))
+        return cls(ids, torch.atleast_2d(_as_tensor(mask, "attention_mask").bool()))
+
     @property
     def num_tokens(self) -> int:
         """Real tokens in the batch, padding left out."""
         return int(self.mask.sum())
+
+
+def _as_tensor(values: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} is not a rectangle of numbers ({error}); tokenize with padding=True") from None
 
 
 def pad_tokens(rows: list[IntArray], pad: int) -> TokenBatch:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.traces.trace import IntArray, TokenBatch
-from predictor.forecast import FloatArray, LoadForecast, LoadHistory, forecast_from_load
+from data.arrays import FloatArray, IntArray
+from data.traces.trace import TokenBatch
+from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
 
 SPREAD_STEPS = 8
 """Steps back that tell persistence how far one batch is from the next."""

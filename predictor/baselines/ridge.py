@@ -6,9 +6,10 @@ Shape suffixes: K past batches, F features, L MoE layers, E logical experts.
 import numpy as np
 from sklearn.linear_model import Ridge
 
-from data.traces.trace import IntArray, TokenBatch
+from data.arrays import FloatArray, IntArray
+from data.traces.trace import TokenBatch
 from predictor.baselines.history import share_of
-from predictor.forecast import FloatArray, LoadForecast, LoadHistory, forecast_from_load
+from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
 
 LAGS = 4
 """Last batches whose shares are features of their own."""

@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from data.arrays import FloatArray, IntArray
 from data.datamodule import RouterTraceModule
 from data.traces.dataset import TraceSample
-from data.traces.trace import IntArray
 from predictor.baselines.history import Ema, LastBatch, Oracle, Stationary, Uniform
 from predictor.baselines.ridge import RidgeForecaster
 from predictor.baselines.token_table import TokenTable
 from predictor.evaluation.metrics import token_top1
 from predictor.evaluation.scores import Scores
-from predictor.forecast import FloatArray, Forecaster, LoadForecast
+from predictor.forecast import Forecaster, LoadForecast
 
 Balancer = Callable[[LoadForecast, IntArray, IntArray], float]
 """Balancedness that a forecast, the load that came `[L, E]` and those before it `[K, L, E]` lead to; keeps its plan."""

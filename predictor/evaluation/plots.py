@@ -8,7 +8,7 @@ import io
 import numpy as np
 from matplotlib.figure import Figure
 
-from predictor.forecast import FloatArray
+from data.arrays import FloatArray
 
 
 def heat_maps(forecast_NLE: FloatArray, truth_NLE: FloatArray, layer_names: list[str], title: str) -> Figure:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.traces.trace import IntArray
+from data.arrays import FloatArray, IntArray
 from predictor.baselines.history import share_of
 from predictor.evaluation.metrics import hot_recall, load_tv, nll, sampling_floor
-from predictor.forecast import FloatArray, LoadForecast
+from predictor.forecast import LoadForecast
 
 REPORTED = ("load_tv", "hot_recall", "token_top1", "balancedness", "balancedness_8", "regret", "regret_8")
 """What is summarised, with an interval for each."""

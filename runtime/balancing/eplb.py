@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from predictor.forecast import FloatArray, LoadForecast, LoadHistory
-from runtime.balancing.plan import IntArray, ReplicationPlan
+from data.arrays import FloatArray, IntArray
+from predictor.forecast import LoadForecast, LoadHistory
+from runtime.balancing.plan import ReplicationPlan
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ device order, G devices, N candidates.
 import numpy as np
 from numba import njit
 
-from runtime.balancing.plan import IntArray
-from runtime.balancing.water_filling import Floats, Layer, copy, replace, score, start
+from data.arrays import Float32Array, IntArray
+from runtime.balancing.water_filling import Layer, copy, replace, score, start
 
 WORK = 40_000
 """What may be spent on one layer before one batch: trials, times slots and devices, times scenarios and six."""
@@ -31,12 +31,12 @@ EXPERTS, DEVICES = 12, 8
 def improve(
     held_LR: IntArray,
     home_LE: IntArray,
-    load_LEK: Floats,
-    weight_K: Floats,
-    price_L: Floats,
-    factor_GG: Floats,
+    load_LEK: Float32Array,
+    weight_K: Float32Array,
+    price_L: Float32Array,
+    factor_GG: Float32Array,
     max_moves: int,
-) -> tuple[IntArray, Floats]:
+) -> tuple[IntArray, Float32Array]:
     """Improves the replicas of all layers.
 
     Args:
@@ -64,7 +64,7 @@ def improve(
 
 @njit(cache=True, nogil=True)
 def _search(
-    layer: Layer, current: np.float32, weight_K: Floats, price: float, factor_GG: Floats, max_moves: int
+    layer: Layer, current: np.float32, weight_K: Float32Array, price: float, factor_GG: Float32Array, max_moves: int
 ) -> np.float32:
     """Improves the layer in place; returns its score."""
     room = layer.held.size // len(layer.load)
@@ -95,7 +95,7 @@ def _search(
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _candidates(layer: Layer, weight_K: Floats, count: int) -> tuple[IntArray, IntArray]:
+def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntArray, IntArray]:
     """At most `count` changes worth trying: slots `[N]` and the experts to put there `[N]`, most promising first.
 
     The gain of a copy is the squared device load it would take off if tokens moved between the two devices only; the
@@ -137,7 +137,7 @@ def _candidates(layer: Layer, weight_K: Floats, count: int) -> tuple[IntArray, I
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _give_and_take(layer: Layer, weight_K: Floats) -> tuple[Floats, Floats]:
+def _give_and_take(layer: Layer, weight_K: Float32Array) -> tuple[Float32Array, Float32Array]:
     """How much each expert could relieve its home `[E]`, and how far each device lies below the mean `[G]`."""
     give_E = np.zeros(layer.home.size, dtype=np.float32)
     for expert in range(layer.home.size):
@@ -152,7 +152,7 @@ def _give_and_take(layer: Layer, weight_K: Floats) -> tuple[Floats, Floats]:
 
 
 @njit(cache=True, nogil=True)
-def _largest(values: Floats, count: int) -> IntArray:
+def _largest(values: Float32Array, count: int) -> IntArray:
     """Indices of the largest positive values, at most `count`, largest first; the values are used up."""
     chosen = np.empty(min(count, values.size), dtype=np.int64)
     for i in range(chosen.size):
@@ -165,7 +165,7 @@ def _largest(values: Floats, count: int) -> IntArray:
 
 
 @njit(cache=True, nogil=True)
-def _insert(gain: float, slot: int, expert: int, gains: Floats, slots: IntArray, experts: IntArray) -> None:
+def _insert(gain: float, slot: int, expert: int, gains: Float32Array, slots: IntArray, experts: IntArray) -> None:
     """Keeps the best changes in order of gain, in place."""
     i = gains.size - 1
     if gain <= gains[i]:

@@ -15,7 +15,7 @@ Shape suffixes: S source devices, E experts, P slots, G devices.
 import numpy as np
 from numba import njit
 
-from runtime.balancing.plan import BoolArray, IntArray
+from data.arrays import BoolArray, IntArray
 
 
 @njit(cache=True, nogil=True)

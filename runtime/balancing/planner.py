@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from predictor.forecast import FloatArray, LoadForecast, LoadHistory
+from data.arrays import Float32Array, FloatArray, IntArray
+from predictor.forecast import LoadForecast, LoadHistory
 from runtime.balancing.local_search import improve
-from runtime.balancing.plan import IntArray, ReplicationPlan, check_division
-from runtime.balancing.scenarios import Floats, scenarios
+from runtime.balancing.plan import ReplicationPlan, check_division
+from runtime.balancing.scenarios import scenarios
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,17 @@ class HomePlanner:
         phy2log[:, ~current.is_home_slot] = self._within_budget(held, wanted, gain)
         return ReplicationPlan(phy2log, self.num_devices)
 
-    def _price(self, tokens_L: FloatArray) -> Floats:
+    def _price(self, tokens_L: FloatArray) -> Float32Array:
         """What a copy within a node must save, in units of the mean device load, `[L]`."""
         exposed = self.move_tokens / (self.horizon * np.maximum(tokens_L / self.num_devices, 1.0))
         return np.maximum(self.least_gain, exposed).astype(np.float32)
 
-    def _factor(self) -> Floats:
+    def _factor(self) -> Float32Array:
         """Factor to that price for a copy from one device to another, `[G, G]`."""
         node = np.arange(self.num_devices) // (self.devices_per_node or self.num_devices)
         return np.where(node[:, None] == node, 1.0, self.between_nodes).astype(np.float32)
 
-    def _within_budget(self, held: IntArray, wanted: IntArray, gain: Floats) -> IntArray:
+    def _within_budget(self, held: IntArray, wanted: IntArray, gain: Float32Array) -> IntArray:
         """The wanted replicas `[L, R]` of the layers that gain most for a move, the others as they are."""
         moves = (held != wanted).sum(-1)
         if self.max_moves is None or moves.sum() <= self.max_moves:

@@ -12,9 +12,9 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from data.arrays import Float32Array
 from predictor.forecast import LoadForecast, LoadHistory
 
-Floats = npt.NDArray[np.float32]
 RECENT = 8
 """Recent loads that lend their deviations."""
 DECAY = 0.8
@@ -26,7 +26,7 @@ SURPRISE_SHARE = 0.3
 """Most of a layer's tokens that a surprise puts elsewhere; less where the spread is small."""
 
 
-def scenarios(forecast: LoadForecast, recent: LoadHistory) -> tuple[Floats, Floats]:
+def scenarios(forecast: LoadForecast, recent: LoadHistory) -> tuple[Float32Array, Float32Array]:
     """Shares of the load that the plan should suit.
 
     Args:
@@ -47,7 +47,7 @@ def scenarios(forecast: LoadForecast, recent: LoadHistory) -> tuple[Floats, Floa
     return np.ascontiguousarray(np.moveaxis(np.concatenate([near, far]), 0, -1)), weights.astype(np.float32)
 
 
-def _errors(forecast: LoadForecast, recent: LoadHistory) -> tuple[Floats, Floats]:
+def _errors(forecast: LoadForecast, recent: LoadHistory) -> tuple[Float32Array, Float32Array]:
     """Errors of the forecast's size in the shape of the last loads' deviations, `[K, L, E]`, and weights `[K]`."""
     weight = (DECAY ** np.arange(len(recent))[::-1]).astype(np.float32)
     if len(recent) < 2:
@@ -61,15 +61,15 @@ def _errors(forecast: LoadForecast, recent: LoadHistory) -> tuple[Floats, Floats
     return deviation * size[:, None], weight
 
 
-def _surprises(share: Floats, spread: npt.NDArray[np.float64]) -> Floats:
+def _surprises(share: Float32Array, spread: npt.NDArray[np.float64]) -> Float32Array:
     """The forecast with some tokens put on random experts, the same ones at every step, `[S, L, E]`."""
     part = np.minimum(SURPRISE_SHARE, 1.5 * spread.sum(-1)).astype(np.float32)[:, None]
     return np.asarray((1 - part) * share + part * _elsewhere(share.shape))
 
 
 @lru_cache(maxsize=4)
-def _elsewhere(shape: tuple[int, ...]) -> Floats:
+def _elsewhere(shape: tuple[int, ...]) -> Float32Array:
     """Random shares, `[S, L, E]`."""
-    share: Floats = np.exp(np.random.default_rng(0).standard_normal((SURPRISES, *shape), dtype=np.float32))
+    share: Float32Array = np.exp(np.random.default_rng(0).standard_normal((SURPRISES, *shape), dtype=np.float32))
     share /= share.sum(-1, keepdims=True)
     return share

@@ -10,8 +10,9 @@ Shape suffixes: S source devices (1 where the source does not matter), E logical
 import numpy as np
 import numpy.typing as npt
 
+from data.arrays import IntArray
 from runtime.balancing.max_flow import even, quotas
-from runtime.balancing.plan import IntArray, ReplicationPlan
+from runtime.balancing.plan import ReplicationPlan
 
 
 def split_by_quota(

@@ -12,12 +12,10 @@ G devices.
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-from runtime.balancing.plan import IntArray
+from data.arrays import Float32Array, IntArray
 
-Floats = npt.NDArray[np.float32]
 SWEEPS, FIRST_SWEEPS = 4, 16
 STILL = np.float32(2e-3)
 """A flow that counts as none."""
@@ -39,14 +37,14 @@ class Layer(NamedTuple):
 
     held: IntArray
     home: IntArray
-    away: Floats
-    stay: Floats
-    load: Floats
+    away: Float32Array
+    stay: Float32Array
+    load: Float32Array
     stirred: IntArray
 
 
 @njit(cache=True, nogil=True)
-def start(held_R: IntArray, home_E: IntArray, load_EK: Floats, num_devices: int) -> Layer:
+def start(held_R: IntArray, home_E: IntArray, load_EK: Float32Array, num_devices: int) -> Layer:
     """The layer with every scenario's split relaxed."""
     away = np.zeros((held_R.size, load_EK.shape[1]), dtype=np.float32)
     load = np.zeros((num_devices, load_EK.shape[1]), dtype=np.float32)
@@ -120,7 +118,7 @@ def _relax(layer: Layer, sweeps: int) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def score(load: Floats, weight_K: Floats) -> np.float32:
+def score(load: Float32Array, weight_K: Float32Array) -> np.float32:
     """Overload of the most loaded device, and a little of how uneven the others are, averaged over scenarios."""
     top = np.zeros(weight_K.size, dtype=np.float32)
     squares = np.zeros(weight_K.size, dtype=np.float32)

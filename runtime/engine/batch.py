@@ -3,16 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data.arrays import FloatArray, IntArray
 from data.traces.trace import TokenBatch
-from runtime.balancing.plan import IntArray
 from runtime.engine.controller import Preparation
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

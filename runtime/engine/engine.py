@@ -20,13 +20,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from data.arrays import IntArray
 from data.files import sha256
 from data.models.switch import Dtype, LoadedSwitch, load_dense, load_switch
 from data.models.weights import ModelWeights
 from data.traces.trace import TokenBatch
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
-from runtime.balancing.plan import IntArray, ReplicationPlan, contiguous_homes
+from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchOutput, ModelBatch, forward

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.balancing.plan import IntArray
+from data.arrays import IntArray
 from runtime.distributed.ranks import Ranks
 
 

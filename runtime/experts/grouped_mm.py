@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
-from runtime.balancing.plan import IntArray
+from data.arrays import IntArray
 from runtime.experts.dispatch import upload
 
 MIN_STABLE_ROWS = 16

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from runtime.balancing.plan import IntArray
+from data.arrays import IntArray
 from runtime.balancing.split import device_load, split_by_quota
 from runtime.distributed.device import Stopwatch
 from runtime.distributed.ranks import Ranks

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.balancing.plan import IntArray, ReplicationPlan
+from data.arrays import IntArray
+from runtime.balancing.plan import ReplicationPlan
 from runtime.distributed.device import Stopwatch
 from runtime.experts.grouped_mm import Block
 from runtime.experts.weights import ExpertSource

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.arrays import IntArray
 from predictor.forecast import forecast_from_load
-from runtime.balancing.plan import IntArray
 from runtime.balancing.split import balancedness, split_load
 from runtime.engine.batch import BatchOutput, ModelBatch, forward
 from runtime.engine.engine import Engine

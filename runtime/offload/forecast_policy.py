@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.arrays import FloatArray
 from predictor.forecast import LoadForecast
-from runtime.offload.layer_order import FloatArray
 from runtime.offload.memory import Key
 from runtime.offload.policy import LruPolicy, NextUsePolicy, Policy
 

@@ -5,10 +5,9 @@ of the decoder is a pass that begins at the decoder's first layer.
 """
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from data.arrays import BoolArray, FloatArray
+
 UNSEEN_DISTANCE = 16
 """Passes until a layer runs that is in no pass of the current kind, as long as it ran but once."""
 INTERVAL_EMA = 0.3

@@ -9,8 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
+from data.arrays import BoolArray, FloatArray
 from predictor.forecast import LoadForecast
-from runtime.offload.layer_order import BoolArray, FloatArray, LayerOrder
+from runtime.offload.layer_order import LayerOrder
 from runtime.offload.memory import Key
 
 PREFETCH_THRESHOLD = 0.5

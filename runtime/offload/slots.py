@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from data.arrays import IntArray
 from data.models.layout import MoELayout
 from predictor.forecast import LoadForecast, forecast_from_load
-from runtime.balancing.plan import IntArray, ReplicationPlan, SlotMove, contiguous_homes
+from runtime.balancing.plan import ReplicationPlan, SlotMove, contiguous_homes
 from runtime.distributed.device import Stopwatch
 from runtime.distributed.ranks import Ranks
 from runtime.experts.grouped_mm import product

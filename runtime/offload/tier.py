@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from data.arrays import FloatArray
 from runtime.offload.expert_files import ReadCancelledError, never
-from runtime.offload.layer_order import FloatArray
 from runtime.offload.memory import BufferPool, ExpertBuffer, Key
 from runtime.offload.stats import CacheStats
 

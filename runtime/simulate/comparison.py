@@ -76,7 +76,11 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--expert-bytes", type=float, help="bytes of one expert; from the trace, or a Switch-base expert in bf16")
     add("--tokens-per-second", type=float, help="tokens an expert's device computes; measured here by default")
     add("--link-bytes-per-second", type=float, help="bytes a device can receive; measured here by default")
-    add("--wake-tokens", type=float, help="tokens computed in the time one more expert is read; measured by default")
+    add(
+        "--expert-overhead-tokens",
+        type=float,
+        help="tokens computed in the time one more expert is read; measured by default",
+    )
     options = parser.parse_args(arguments)
     options.forecast = names(FORECASTS)(options.forecast or default_forecasts(options.predictor))
     options.planner, options.split = names(PLANNERS)(options.planner), names(tuple(SPLITS))(options.split)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from predictor.forecast import FloatArray
+from data.arrays import FloatArray
 from runtime.simulate.replay import Replay
 
 WORTH = 0.1

@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from data.arrays import FloatArray, IntArray
 from data.traces.trace import TokenBatch
-from predictor.forecast import FloatArray, Forecaster, LoadForecast, LoadHistory
-from runtime.balancing.plan import IntArray, ReplicationPlan
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory
+from runtime.balancing.plan import ReplicationPlan
 from runtime.balancing.split import balancedness, split_by_quota, split_evenly
 
 Split = Callable[[npt.ArrayLike, IntArray, int], IntArray]

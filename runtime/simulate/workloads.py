@@ -3,7 +3,7 @@
     python -m runtime.simulate.workloads outputs/workloads     # writes NAME.npz, key `counts`, [steps, layers, experts]
     python -m runtime.simulate outputs/workloads/hotspot.npz
 
-Shares are drawn first, then tokens from the shares. Shape suffixes: N steps, L MoE layers, E logical experts.
+FloatArray are drawn first, then tokens from the shares. Shape suffixes: N steps, L MoE layers, E logical experts.
 """
 
 import argparse
@@ -11,17 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
+from data.arrays import FloatArray, IntArray
 from data.cli import user_errors
-from data.traces.trace import IntArray
 from predictor.baselines.history import LastBatch
 from runtime.balancing.plan import ReplicationPlan, flat_homes
 from runtime.balancing.planner import HomePlanner
 
-Shares = npt.NDArray[np.float64]
 STEPS, LAYERS, EXPERTS, TOKENS = 120, 4, 64, 4096
 HOT = 4
 """Experts that are hot at the same time."""
@@ -85,20 +83,20 @@ WORKLOADS: dict[str, Callable[[np.random.Generator], IntArray]] = {
 }
 
 
-def _zipf(rng: np.random.Generator) -> Shares:
+def _zipf(rng: np.random.Generator) -> FloatArray:
     """Zipf shares in an order of each layer's own, `[L, E]`."""
     share = 1 / np.arange(1, EXPERTS + 1)
     return rng.permuted(np.tile(share / share.sum(), (LAYERS, 1)), axis=1)
 
 
-def _hot(experts: IntArray) -> Shares:
+def _hot(experts: IntArray) -> FloatArray:
     """A few experts share most tokens, the others the rest, `[E]`."""
     share = np.full(EXPERTS, (1 - HOT_SHARE) / (EXPERTS - len(experts)))
     share[experts] = HOT_SHARE / len(experts)
     return share
 
 
-def _draw(rng: np.random.Generator, share: Shares) -> IntArray:
+def _draw(rng: np.random.Generator, share: FloatArray) -> IntArray:
     """Loads of batches with `TOKENS` tokens drawn from shares `[N, L, E]`."""
     return np.asarray(rng.multinomial(TOKENS, share), dtype=np.int64)
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from data.arrays import FloatArray
 from predictor.baselines.history import Ema
 from predictor.forecast import forecast_from_load
 from runtime.balancing.split import balancedness
-from runtime.engine.batch import BatchStats, FloatArray
+from runtime.engine.batch import BatchStats
 from runtime.telemetry.exporters import Document, Exporter, JsonLines, PrometheusEndpoint, WandbRun
 
 PROJECT = "switchcast"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from predictor.forecast import forecast_from_load
-from runtime.offload.forecast_policy import Forecast, LruFallback, NeedProbability
+from runtime.offload.forecast_policy import ForecastPolicy, LruFallback, NeedProbability
 from runtime.offload.layer_order import UNSEEN_DISTANCE, LayerOrder
 from runtime.offload.policy import CosinePolicy, LastBatchPolicy, LfuPolicy, LruPolicy, NextUsePolicy, OraclePolicy
 
@@ -140,7 +140,7 @@ def test_like_nearest_follows_the_most_similar_batch():
 
 
 def test_a_forecast_decides_what_is_fetched_first_and_kept_longest():
-    policy = Forecast(2, 4)
+    policy = ForecastPolicy(2, 4)
     policy.expect(forecast([[9, 0, 0, 0], [0, 5, 9, 0]]))
     policy.begin()
     assert policy.prefetch_candidates() == [(0, 0), (1, 2), (1, 1)]
@@ -153,7 +153,7 @@ def test_a_forecast_decides_what_is_fetched_first_and_kept_longest():
 
 
 def test_a_forecast_of_a_batch_says_nothing_of_a_decoder_step():
-    policy = Forecast(2, 4)
+    policy = ForecastPolicy(2, 4)
     policy.expect(forecast([[9, 9, 9, 9], [9, 9, 9, 9]]))
     policy.begin()
     for layer in (0, 1, 1):

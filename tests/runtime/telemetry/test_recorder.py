@@ -43,7 +43,7 @@ def test_a_scrape_at_any_time_gives_what_the_batches_so_far_took(switch):
         found = scrape(telemetry.port)
         assert sum(value for (name, *_), value in found.items() if name == "batches_total") == len(costs)
         assert found["compute_seconds_sum",] == pytest.approx(sum(cost.compute_ms for cost in costs) / 1e3)
-        assert found["held_up_seconds_sum",] == pytest.approx(sum(cost.exposed_ms for cost in costs) / 1e3)
+        assert found["exposed_seconds_sum",] == pytest.approx(sum(cost.exposed_ms for cost in costs) / 1e3)
         ready = [cost for cost in costs if cost.preparation and cost.preparation.forecast]
         for layer, name in enumerate(LAYERS):
             balance = [balancedness(cost.device_load)[layer] for cost in costs]
