@@ -207,9 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=34)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--emulate", type=int, default=0, metavar="DEVICES", help="run so many ranks' work in turn")
-    parser.add_argument(
-        "--expert-overhead-tokens", type=int, default=0, help="price of one more active expert, in tokens"
-    )
+    parser.add_argument("--expert-overhead-tokens", type=int, default=0, help="price of an active expert, in tokens")
     return parser.parse_args()
 
 

@@ -42,8 +42,8 @@ class TokenBatch:
         """Accepts a `TokenBatch` or what a Hugging Face tokenizer returns.
 
         Args:
-            inputs: A mapping with `input_ids` `[B, T]` or `[T]` and, where sequences are padded, `attention_mask` of the
-                same shape: tensors, arrays or nested lists; or the ids alone as a tensor or array.
+            inputs: A mapping with `input_ids` `[B, T]` or `[T]` and, where sequences are padded, `attention_mask` of
+                the same shape: tensors, arrays or nested lists; or the ids alone as a tensor or array.
 
         Raises:
             TypeError: If `inputs` is none of these.
@@ -55,14 +55,14 @@ class TokenBatch:
             inputs = {"input_ids": inputs}
         if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
             raise TypeError(
-                f"got a {type(inputs).__name__}, expected what a tokenizer returns: a mapping with input_ids [B, T] and "
-                "attention_mask [B, T], as of tokenizer(texts, padding=True, return_tensors='pt')"
+                f"got a {type(inputs).__name__}, expected what a tokenizer returns: a mapping with input_ids [B, T] "
+                "and attention_mask [B, T], as of tokenizer(texts, padding=True, return_tensors='pt')"
             )
-        ids = torch.atleast_2d(_as_tensor(inputs["input_ids"], "input_ids").long())
+        ids = _as_tensor(inputs["input_ids"], "input_ids").long()
         mask = inputs.get("attention_mask")
         if mask is None:
             return cls(ids, torch.ones_like(ids, dtype=torch.bool))
-        return cls(ids, torch.atleast_2d(_as_tensor(mask, "attention_mask").bool()))
+        return cls(ids, _as_tensor(mask, "attention_mask").bool())
 
     @property
     def num_tokens(self) -> int:
@@ -72,9 +72,10 @@ class TokenBatch:
 
 def _as_tensor(values: Any, name: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        rows = torch.as_tensor(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} is not a rectangle of numbers ({error}); tokenize with padding=True") from None
+    return rows[None] if rows.dim() == 1 else rows
 
 
 def pad_tokens(rows: list[IntArray], pad: int) -> TokenBatch:

@@ -79,7 +79,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add(
         "--expert-overhead-tokens",
         type=float,
-        help="tokens computed in the time one more expert is read; measured by default",
+        help="tokens computed while one more expert is read; measured by default",
     )
     options = parser.parse_args(arguments)
     options.forecast = names(FORECASTS)(options.forecast or default_forecasts(options.predictor))
