@@ -4,6 +4,7 @@ Shape suffixes: K recent loads, L MoE layers, E logical experts, R redundant exp
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +13,14 @@ from predictor.forecast import LoadForecast, LoadHistory
 from runtime.balancing.local_search import improve
 from runtime.balancing.plan import ReplicationPlan, check_division
 from runtime.balancing.scenarios import scenarios
+
+
+class Planner(Protocol):
+    """Turns a forecast into a plan, given the active plan and the loads of the last batches."""
+
+    def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
+        """The plan for the coming batch."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,20 @@
-"""What the engine is given and what it gives: batches, their answers, and what they took."""
+"""What the engine is given and what it returns: batches, their outputs, and what each one took."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.arrays import FloatArray, IntArray
 from data.traces.trace import TokenBatch
+from runtime.balancing.split import balancedness
 from runtime.engine.controller import Preparation
+
+IGNORED_LABEL = -100
+"""Label that a loss leaves out, as in transformers."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class ModelBatch:
         decoder: Decoder input tokens `[B, U]`; None runs the encoder alone.
 
     Raises:
-        TypeError: If these are no token batches.
+        TypeError: If these are no tokens; see `TokenBatch.of`.
         ValueError: If they differ in the number of sequences.
     """
 
@@ -28,22 +34,43 @@ class ModelBatch:
     decoder: TokenBatch | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("tokens", self.tokens), ("decoder", self.decoder)):
-            if not isinstance(value, TokenBatch) and not (name == "decoder" and value is None):
-                kind = type(value).__name__
-                raise TypeError(
-                    f"{name} is a {kind}, expected data.traces.trace.TokenBatch(input_ids [B, T], mask [B, T])"
-                )
-        if self.decoder is not None and len(self.decoder.mask) != len(self.tokens.mask):
+        object.__setattr__(self, "tokens", TokenBatch.of(self.tokens))
+        if self.decoder is None:
+            return
+        object.__setattr__(self, "decoder", TokenBatch.of(self.decoder))
+        if len(self.decoder.mask) != len(self.tokens.mask):
             raise ValueError(f"{len(self.tokens.mask)} sequences, but decoder tokens of {len(self.decoder.mask)}")
 
+    @classmethod
+    def of(cls, inputs: Any, config: Any) -> "ModelBatch":
+        """Accepts a `ModelBatch`, or what a tokenizer returns.
+
+        Args:
+            inputs: A mapping with `input_ids` and `attention_mask`, and with `decoder_input_ids` (and
+                `decoder_attention_mask`) or `labels`; with neither, the decoder is fed its start token.
+            config: The model's configuration: its start and padding tokens.
+        """
+        if isinstance(inputs, cls):
+            return inputs
+        tokens = TokenBatch.of(inputs)
+        start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+        if isinstance(inputs, Mapping) and inputs.get("decoder_input_ids") is not None:
+            mask = inputs.get("decoder_attention_mask")
+            return cls(tokens, TokenBatch.of({"input_ids": inputs["decoder_input_ids"], "attention_mask": mask}))
+        first = torch.full((len(tokens.mask), 1), start)
+        if isinstance(inputs, Mapping) and inputs.get("labels") is not None:
+            labels = TokenBatch.of({"input_ids": inputs["labels"]}).input_ids
+            shifted = torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED_LABEL, start)], 1)
+            return cls(tokens, TokenBatch(shifted, labels != IGNORED_LABEL))
+        return cls(tokens, TokenBatch(first, torch.ones_like(first, dtype=torch.bool)))
+
     def rows(self, rank: int, world: int) -> slice:
-        """The sequences that one of several ranks runs: as many as the others', or one less."""
+        """The sequences that one of several ranks runs: all ranks run the same number, or one sequence less."""
         size = len(self.tokens.mask)
         return slice(rank * size // world, (rank + 1) * size // world)
 
     def part(self, rows: slice) -> "ModelBatch":
-        """Some sequences; where there are none, one of padding, so that the rank still takes part."""
+        """Some of the sequences; if there are none, one of padding, so that the rank still joins the collectives."""
         decoder = None if self.decoder is None else _part(self.decoder, rows)
         return ModelBatch(_part(self.tokens, rows), decoder)
 
@@ -55,10 +82,10 @@ def _part(tokens: TokenBatch, rows: slice) -> TokenBatch:
 
 
 def needed_positions(mask: Tensor) -> Tensor:
-    """Positions a model must compute, `[B, T]`: all up to the last real token of a sequence.
+    """Positions that a model must compute, bool `[B, T]`: all up to the last real token of each sequence.
 
-    What comes behind it is never read. Padding in front is computed: it takes up experts' capacity, and so decides
-    which of the tokens behind it are dropped.
+    Padding behind the last token is never read. Padding in front is computed: it takes up experts' capacity, and so
+    decides which of the tokens behind it are dropped.
     """
     return mask.flip(1).cummax(1).values.flip(1)
 
@@ -69,14 +96,14 @@ class BatchStats:
 
     Attributes:
         load: Tokens of each expert, `[L, E]`.
-        device_load: Tokens each device computed, `[L, G]`.
-        sent: Tokens that left their rank, `[L]`.
-        busy_ms: Milliseconds each device computed experts, `[L, G]`.
-        waited_ms: Milliseconds each rank waited for others, `[L, S]`; zeros with one rank.
+        device_load: Tokens that each device computed, `[L, G]`.
+        sent: Tokens that were sent to another rank, `[L]`.
+        busy_ms: Milliseconds that each device computed experts, `[L, G]`.
+        waited_ms: Milliseconds that each rank waited for other ranks, `[L, S]`; zeros with one rank.
         compute_ms: Milliseconds of the whole forward on this rank.
-        exposed_ms: Milliseconds this rank waited for the preparation before it.
-        preparation: What was done ahead of this batch; None where nothing was ready.
-        tiers: What each tier of this rank's cache did so far (see `CacheStats`); empty where all fits.
+        exposed_ms: Milliseconds that this rank waited for the preparation before the forward.
+        preparation: What was done ahead of this batch; None if nothing was ready.
+        tiers: Counters of each tier of this rank's cache so far (see `CacheStats`); empty if all experts fit.
     """
 
     load: IntArray
@@ -89,16 +116,26 @@ class BatchStats:
     preparation: Preparation | None
     tiers: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
+    @property
+    def layer_balancedness(self) -> FloatArray:
+        """Mean device load over the largest one in each MoE layer, `[L]`; 1 is perfect."""
+        return balancedness(self.device_load)
+
+    @property
+    def balancedness(self) -> float:
+        """Mean of `layer_balancedness`."""
+        return float(np.mean(self.layer_balancedness))
+
 
 @dataclass(frozen=True)
 class BatchOutput:
-    """A batch's answer and what it took.
+    """The output of a batch and what it took.
 
     Attributes:
-        logits: Of this rank's sequences, `[b, U, V]`, or the encoder's last hidden state `[b, T, D]` where the decoder
-            did not run.
+        logits: Of this rank's sequences, `[b, U, V]`, or the encoder's last hidden states `[b, T, D]` if the decoder
+            did not run. Positions of padding hold no meaning.
         rows: Which of the batch's sequences they are.
-        stats: What it took.
+        stats: What the batch took.
     """
 
     logits: Tensor
@@ -108,7 +145,7 @@ class BatchOutput:
 
 @torch.inference_mode()
 def forward(model: Any, batch: ModelBatch) -> Tensor:
-    """The model's answer to a batch, plain or with slots: logits `[B, U, V]`, or encoder states `[B, T, D]`."""
+    """The output of a model, plain or with slots: logits `[B, U, V]`, or encoder states `[B, T, D]`."""
     ids, attention = batch.tokens.input_ids.to(model.device), batch.tokens.mask.long().to(model.device)
     if batch.decoder is None:
         states: Tensor = model.encoder(input_ids=ids, attention_mask=attention)[0]

@@ -1,7 +1,9 @@
-"""Controller: forecasts, plans and moves for the batch that comes next while the current one runs.
+"""Controller: forecasts, plans and copies weights for the next batch while the current one runs.
 
-A forecaster that raises, or whose forecast does not fit the model, is replaced by the average of past loads, and where
-there are none the placement stays as it is; the model's answers do not depend on any of it.
+If a forecaster raises, or its forecast does not fit the model, the average of past loads takes its place; without past
+loads the placement stays as it is. The model's outputs do not depend on any of this.
+
+Shape suffixes: L MoE layers, E logical experts.
 """
 
 import logging
@@ -14,88 +16,47 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from itertools import pairwise
 from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from data.arrays import IntArray
 from data.traces.trace import TokenBatch
 from predictor.baselines.history import Ema
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory
 from runtime.balancing.plan import ReplicationPlan, SlotMove
+from runtime.balancing.planner import Planner
 from runtime.distributed.ranks import Ranks
 
-HISTORY = 64  # batches
-
-
+HISTORY = 64
+"""Batches whose loads are kept."""
 PATIENCE_S = 30.0
-"""Seconds that a first batch, which nothing runs beside, waits for its forecast."""
-
-
+"""Seconds that the first batch waits for its forecast, because nothing runs beside it."""
 MOST_TOKENS = 1e12
-"""A forecast of more tokens for an expert is taken for a broken one."""
-
-
+"""Tokens for one expert above which a forecast counts as broken."""
 log = logging.getLogger(__name__)
 
 
-Result = TypeVar("Result")
-
-
-class Worker(Generic[Result]):
-    """Runs what is submitted on a thread of its own, which a hanging task cannot make the program wait for."""
-
-    def __init__(self, name: str) -> None:
-        self._tasks: SimpleQueue[tuple[Future[Result], Callable[[], Result]] | None] = SimpleQueue()
-        threading.Thread(target=self._run, daemon=True, name=name).start()
-
-    def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
-        """Queues a call; its result or error is the future's."""
-        future: Future[Result] = Future()
-        self._tasks.put((future, lambda: function(*args)))
-        return future
-
-    def close(self) -> None:
-        """Ends the thread once what it is doing is done; does not wait for that."""
-        self._tasks.put(None)
-
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            future, call = task
-            try:
-                future.set_result(call())
-            except BaseException as error:  # handed on to whoever asks for the result
-                future.set_exception(error)
-
-
 class Transfer(Protocol):
-    """Brings plans in force: by moving weights, or by having a cache fetch them."""
+    """Makes plans active: copies weights into replica slots, or has a cache fetch them."""
 
     plan: ReplicationPlan
 
     @property
     def arrived(self) -> bool:
-        """Whether what was started is done on this rank."""
+        """Whether everything that was started is complete on this rank."""
         ...
 
     def start(self, target: ReplicationPlan, forecast: LoadForecast | None = None) -> list[SlotMove]:
-        """Begins to bring a plan in force, made from a forecast that rank 0 holds; what changes."""
+        """Begins to make a plan active; returns the changes. Only rank 0 has the forecast behind it."""
         ...
 
     def commit(self) -> ReplicationPlan:
-        """Puts it in force, between batches."""
+        """Makes the started plan active; called between batches."""
         ...
 
     def nbytes(self, moves: Sequence[SlotMove]) -> int:
-        """Bytes that some moves carry."""
-        ...
-
-
-class Planner(Protocol):
-    """Turns a forecast into a plan, given the plan in force and the loads of the last batches."""
-
-    def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
-        """See `runtime.balancing.planner`."""
+        """Bytes of weights that some moves copy."""
         ...
 
 
@@ -104,12 +65,12 @@ class Preparation:
     """What was done ahead of a batch.
 
     Attributes:
-        forecast: The forecast it rests on; None where there was nothing to forecast from, and on ranks but the first.
-        layer_moves: Experts moved in each MoE layer, `[L]`.
-        nbytes: Bytes they weigh, over all layers.
-        forecast_ms: Milliseconds the forecast took.
-        plan_ms: Milliseconds the plan took.
-        move_ms: Milliseconds the moves took to issue (on CPU: to copy).
+        forecast: The forecast it rests on; None if there was nothing to forecast from, and on all ranks but the first.
+        layer_moves: Experts copied in each MoE layer, `[L]`.
+        nbytes: Bytes of these experts, over all layers.
+        forecast_ms: Milliseconds that the forecast took.
+        plan_ms: Milliseconds that the plan took.
+        move_ms: Milliseconds until the copies were issued (on a CPU: done).
     """
 
     forecast: LoadForecast | None
@@ -121,48 +82,54 @@ class Preparation:
 
     @property
     def moves(self) -> int:
-        """Experts moved."""
+        """Experts copied."""
         return sum(self.layer_moves)
 
 
 class Controller:
-    """Prepares the placement of the next batch on a thread of its own; on several ranks, all call it in step.
+    """Prepares the placement of the next batch on a thread of its own; on several ranks all call it in step.
 
-    Rank 0 forecasts and plans for all: processors that differ may round differently, and plans must not.
+    Rank 0 forecasts and plans for all ranks, because processors of different kinds round differently and plans must be
+    the same everywhere.
 
     Args:
-        forecaster: What forecasts; None never replicates.
-        planner: What plans.
-        transfer: What moves; it knows the plan in force.
+        forecaster: Forecasts loads; None never replicates.
+        planner: Turns forecasts into plans.
+        transfer: Makes plans active; it holds the active one.
         ranks: The ranks.
+
+    Attributes:
+        history: Loads of the last batches, oldest first, `[K, L, E]`.
+        fallbacks: How often something took a forecast's or a plan's place, by the error.
+        late: Preparations that were not ready when their batch began.
     """
 
     def __init__(self, forecaster: Forecaster | None, planner: Planner, transfer: Transfer, ranks: Ranks) -> None:
         self.forecaster, self.planner, self.transfer, self.ranks = forecaster, planner, transfer, ranks
         layers, experts = transfer.plan.phy2log.shape[0], transfer.plan.num_experts
-        self.history: npt.NDArray[np.int64] = np.zeros((0, layers, experts), dtype=np.int64)
+        self.history: IntArray = np.zeros((0, layers, experts), dtype=np.int64)
         self.fallbacks: Counter[str] = Counter()
         self.late = 0
-        self._worker: Worker[Preparation] = Worker("switchcast-controller")
+        self._thread = _TaskThread("switchcast-controller")
         self._future: Future[Preparation] | None = None
         self._awaited = False
 
     def prepare(self, upcoming: TokenBatch | None) -> None:
-        """Starts preparing for a batch, unless an earlier preparation is still under way."""
+        """Starts to prepare for a batch, unless an earlier preparation is still running."""
         if self.forecaster is not None and self._future is None:
-            if upcoming is not None:  # the model runs these tokens: a forecaster gets copies, whatever it does to them
+            if upcoming is not None:  # a copy, because the model runs these tokens and a forecaster might change them
                 upcoming = TokenBatch(upcoming.input_ids.clone(), upcoming.mask.clone())
-            self._future, self._awaited = self._worker.submit(self._prepare, upcoming, self.history.copy()), False
+            self._future, self._awaited = self._thread.submit(self._prepare, upcoming, self.history.copy()), False
 
     def commit(self, wait: bool = False) -> Preparation | None:
-        """Between batches: puts what was prepared in force if all ranks have it, else leaves it for the next boundary.
+        """Between batches: makes the prepared plan active if all ranks are ready, else leaves it for the next time.
 
         Raises:
-            RuntimeError: If weights could not be moved.
+            RuntimeError: If weights could not be copied.
         """
         if self._future is None:
             return None
-        if wait and not self._awaited:  # once: what is late by then may never come
+        if wait and not self._awaited:  # only once: what is late by then may never come
             wait_for([self._future], PATIENCE_S)
             self._awaited = True
         if not self.ranks.all_ready(self._future.done() and (wait or self.transfer.arrived)):
@@ -172,13 +139,13 @@ class Controller:
         self.transfer.commit()
         return preparation
 
-    def observe(self, load: npt.NDArray[np.int64]) -> None:
-        """Adds the load `[L, E]` of a batch that has run to the history."""
-        self.history = np.concatenate([self.history, load[None]])[-HISTORY:]
+    def observe(self, load_LE: IntArray) -> None:
+        """Adds the load of a batch that has run to the history."""
+        self.history = np.concatenate([self.history, load_LE[None]])[-HISTORY:]
 
     def close(self) -> None:
-        """Ends the thread once what it is doing is done."""
-        self._worker.close()
+        """Ends the thread after its current task."""
+        self._thread.close()
 
     def _prepare(self, upcoming: TokenBatch | None, history: LoadHistory) -> Preparation:
         times, forecast, target = [time.perf_counter()], None, self.transfer.plan
@@ -197,7 +164,7 @@ class Controller:
         return Preparation(forecast, layer_moves, self.transfer.nbytes(moves), *spans)
 
     def _forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast | None:
-        """The forecaster's own, else one from history, else none."""
+        """The forecaster's forecast, else one from the history, else none."""
         assert self.forecaster is not None
         try:
             forecast = self.forecaster.forecast(upcoming, history)
@@ -206,20 +173,46 @@ class Controller:
             if not (forecast.load <= MOST_TOKENS).all():
                 raise ValueError(f"its forecast is of {forecast.load.max()} tokens for one expert")
             return forecast
-        except Exception as error:  # whatever a forecaster does, the batch must run
+        except Exception as error:  # the batch must run whatever a forecaster does
             self._fall_back(f"forecaster '{self.forecaster.name}'", error, "past loads take its place")
         return Ema().forecast(upcoming, history) if len(history) else None
 
     def _plan(self, forecast: LoadForecast, history: LoadHistory) -> ReplicationPlan:
-        """The planner's, else the plan in force."""
+        """The planner's plan, else the active one."""
         try:
             return self.planner.plan(forecast, self.transfer.plan, history)
         except Exception as error:  # the other ranks wait for a plan
             self._fall_back("planner", error, "the placement stays as it is")
             return self.transfer.plan
 
-    def _fall_back(self, who: str, error: Exception, instead: str) -> None:
+    def _fall_back(self, failed: str, error: Exception, instead: str) -> None:
         reason = f"{type(error).__name__}: {error}"
         if not self.fallbacks:
-            log.warning("%s failed (%s); %s", who, reason, instead)
+            log.warning("%s failed (%s); %s", failed, reason, instead)
         self.fallbacks[reason] += 1
+
+
+class _TaskThread:
+    """One daemon thread that runs tasks in order; a task that hangs does not keep the program from ending."""
+
+    def __init__(self, name: str) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._run, daemon=True, name=name).start()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Queues a call; the future gets its result or error."""
+        future: Future[Any] = Future()
+        self._tasks.put((future, lambda: function(*args)))
+        return future
+
+    def close(self) -> None:
+        """Ends the thread after its current task, without waiting."""
+        self._tasks.put(None)
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, call = task
+            try:
+                future.set_result(call())
+            except BaseException as error:  # the caller that asks for the result gets it
+                future.set_exception(error)

@@ -1,19 +1,21 @@
-"""Engine: runs a Switch model with its experts in slots, replicated ahead of each batch where a forecast says so.
+"""Engine: runs a Switch Transformer with expert parallelism.
 
-with Engine.from_pretrained("switch-mini-64", predictor="outputs/predictor", redundant=16) as engine:
-    for output in engine.run(batches):
-        output.logits
+Before each batch, experts that are forecast to be hot are copied into replica slots. Outputs equal the unmodified
+model's.
 
-Under torchrun each process is a device: it runs its share of every batch's sequences and holds its share of the
-experts. Alone, a process emulates the devices.
+    with Engine("switch-mini-64", predictor="outputs/predictor", num_redundant_experts=16) as engine:
+        for output in engine.run(batches):
+            print(output.logits.shape, output.stats.balancedness)
+
+Under torchrun each process is one device: it runs its share of every batch's sequences and holds its share of the
+experts. A single process emulates several devices.
 """
 
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ from data.arrays import IntArray
 from data.files import sha256
 from data.models.switch import Dtype, LoadedSwitch, load_dense, load_switch
 from data.models.weights import ModelWeights
-from data.traces.trace import TokenBatch
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
@@ -32,151 +33,154 @@ from runtime.balancing.planner import HomePlanner
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchOutput, ModelBatch, forward
 from runtime.engine.controller import Controller, Preparation
-from runtime.engine.generation import DecoderSteps, ended, sequences_each
+from runtime.engine.generation import DecoderSteps, GenerationSettings, ended, generation_tokens
 from runtime.engine.model import ReplicatedModel
 from runtime.experts.weights import ExpertSource, FileWeights, ModuleWeights
-from runtime.offload.slots import Budget
+from runtime.offload.slots import MemoryBudget
 
 
 class Engine:
-    """A Switch model whose experts live in slots over devices.
+    """A Switch Transformer whose experts live in slots over devices, with replicas of the hot ones.
 
-    Outside its `with` block the model is what it was before, bit for bit.
+    Inside the `with` block, `run` balances batch after batch, `generate` writes text, and the model itself can be
+    called as usual. After the block the model is what it was before, bit for bit.
 
     Args:
-        switch: The model.
-        forecaster: What forecasts the coming batch's load; None never replicates.
-        devices: G; under torchrun it is the number of processes, alone 8 by default.
-        redundant: R, replica slots a layer over all devices.
-        homes: Experts in the order of the home slots, `[L, E]`; their own order by default.
-        experts: Where expert weights come from, all of them or within a budget; by default the model's own modules.
-        timeout_s: Seconds after which another rank that does not answer counts as lost.
-
-    Attributes:
-        facts: What all ranks must have alike when they start, by name.
+        model: A transformers Switch model in evaluation mode, 'switch-mini-64' (bundled), a local model folder, or a
+            hub id. Under torchrun, or with `device_memory`, give a folder or an id: each process then reads only the
+            experts that it needs.
+        predictor: A folder that `train.py` wrote, a hub id of one, or any `Forecaster`; None never replicates.
+        num_devices: G, devices that the experts are spread over; under torchrun the number of processes, else 8.
+        num_redundant_experts: R, replica slots of each MoE layer over all devices.
+        max_moves: Most experts copied before one batch, over all layers; None sets no limit.
+        homes: Experts in the order of the home slots, `[L, E]`; in their own order by default.
+        revision: Revision of a hub model.
+        dtype: Data type that a model given by name is loaded in.
+        device_memory: Bytes for experts on the device that computes, such as '2GiB'; the other experts are read from
+            the model's files ahead of need. None keeps all experts in memory.
+        host_memory: Bytes of host memory below an accelerator's.
+        timeout_s: Seconds after which a rank that does not respond counts as lost.
+        must_agree: Further settings that must be the same on all ranks, by name.
 
     Raises:
-        ValueError: If experts or redundant experts do not divide over the devices, or another engine runs the model.
+        TypeError: If `model` is no Switch model.
+        ValueError: If something cannot be loaded or does not fit together; the message says what to do.
     """
 
     def __init__(
         self,
-        switch: LoadedSwitch,
-        forecaster: Forecaster | None,
-        devices: int | None = None,
-        redundant: int = 16,
+        model: Any,
+        predictor: Forecaster | Path | str | None = None,
+        num_devices: int | None = None,
+        num_redundant_experts: int = 16,
+        *,
+        max_moves: int | None = None,
         homes: IntArray | None = None,
-        experts: ExpertSource | Budget | None = None,
-        timeout_s: float = 60.0,
-    ) -> None:
-        layout = switch.layout
-        self.switch, self.forecaster, self.ranks = switch, forecaster, Ranks(timeout_s)
-        order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
-        devices = self.ranks.devices(devices)
-        self.home = ReplicationPlan.at_home(order, devices, redundant)
-        self.planner = HomePlanner(devices, redundant)
-        self._experts = ModuleWeights(switch.model, layout) if experts is None else experts
-        self._open, self._running = False, threading.Lock()
-        self.facts = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "model": layout.fingerprint(),
-            "dtype": str(switch.model.dtype),
-            "forecaster": "none" if forecaster is None else forecaster.name,
-            "predictor": "none",
-            "experts": type(self._experts).__name__,
-            "homes and redundant experts": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
-        }
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str,
-        predictor: Path | str | None = None,
-        devices: int | None = None,
-        redundant: int = 16,
         revision: str = "",
         dtype: Dtype = "float32",
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         timeout_s: float = 60.0,
-    ) -> "Engine":
-        """Loads a model and, where given, a predictor trained for it.
-
-        Under torchrun, or within a budget, no process ever holds all experts: each reads those it wants from the files.
-
-        Args:
-            model: 'switch-mini-64' (bundled), a local folder, or a hub id.
-            predictor: Folder that `train.py` wrote.
-            devices: See the class.
-            redundant: See the class.
-            revision: Revision of a hub model.
-            dtype: What the weights are cast to.
-            device_memory: Bytes that experts may take where they are computed, such as '2GiB'; the others are fetched
-                ahead of need. All of them by default.
-            host_memory: Bytes of host memory below that, where computing is done on an accelerator.
-            timeout_s: See the class.
-
-        Raises:
-            ValueError: If something cannot be loaded, does not belong together, or a budget is too small.
-        """
-        ranks = Ranks(timeout_s)
+        must_agree: Mapping[str, str] | None = None,
+    ) -> None:
+        self.ranks = Ranks(timeout_s)
         if host_memory is not None and device_memory is None:
             raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
-        if device_memory is not None and ranks.world == 1 and devices not in (None, 1):
-            raise ValueError(f"devices is {devices}; within a budget a process is one device: use torchrun for more")
-        whole = ranks.world == 1 and device_memory is None
-        switch = (load_switch if whole else load_dense)(model, revision, dtype)
-        switch.model.to(ranks.device)
-        experts: ExpertSource | Budget | None = None
+        if device_memory is not None and self.ranks.world == 1:
+            if num_devices not in (None, 1):
+                raise ValueError(
+                    f"num_devices is {num_devices}; within a budget a process is one device: use torchrun for more"
+                )
+            num_devices, num_redundant_experts = 1, 0
+        self.switch, self._weights = self._load(model, revision, dtype, device_memory, host_memory)
+        layout = self.switch.layout
+        self.forecaster, digest = self._open_predictor(predictor)
+        order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
+        devices = self.ranks.devices(num_devices)
+        self.home = ReplicationPlan.at_home(order, devices, num_redundant_experts)
+        self.planner = HomePlanner(devices, num_redundant_experts, max_moves=max_moves)
+        self._open, self._running = False, threading.Lock()
+        self._facts = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model": layout.fingerprint(),
+            "dtype": str(self.switch.model.dtype),
+            "forecaster": "none" if self.forecaster is None else self.forecaster.name,
+            "predictor": digest,
+            "experts": type(self._weights).__name__,
+            "homes and redundant experts": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
+            "max_moves": str(max_moves),
+        } | dict(must_agree or {})
+
+    def _load(
+        self, model: Any, revision: str, dtype: Dtype, device_memory: int | str | None, host_memory: int | str | None
+    ) -> tuple[LoadedSwitch, ExpertSource | MemoryBudget]:
+        """The model, and where its experts' weights come from."""
+        if not isinstance(model, str | Path):
+            if device_memory is not None:
+                raise ValueError(
+                    f"device_memory is {device_memory}, but the model is in memory already; give its folder or hub id "
+                    "instead, so that experts can be read one by one"
+                )
+            switch = model if isinstance(model, LoadedSwitch) else LoadedSwitch.of(model)
+            return switch, ModuleWeights(switch.model, switch.layout)
+        name, whole = str(model), self.ranks.world == 1 and device_memory is None
+        switch = (load_switch if whole else load_dense)(name, revision, dtype)
+        switch.model.to(self.ranks.device)
         if device_memory is not None:
-            experts = Budget(device_memory, host_memory, ModelWeights(model, revision).files)
-            devices, redundant = (1, 0) if ranks.world == 1 else (devices, redundant)
-        elif not whole:
-            experts = FileWeights(ModelWeights(model, revision), switch.layout)
-        engine = cls(switch, None, devices, redundant, experts=experts, timeout_s=timeout_s)
-        if predictor is not None:
-            table = switch.model.shared.weight.detach()
-            engine.forecaster = load_predictor(Path(predictor), switch.layout, table)
-            engine.facts["predictor"] = sha256(Path(predictor) / "model.safetensors")
-        return engine
+            return switch, MemoryBudget(device_memory, host_memory, ModelWeights(name, revision).files)
+        if whole:
+            return switch, ModuleWeights(switch.model, switch.layout)
+        return switch, FileWeights(ModelWeights(name, revision), switch.layout)
+
+    def _open_predictor(self, predictor: Forecaster | Path | str | None) -> tuple[Forecaster | None, str]:
+        """The forecaster, and a digest of the weights of a predictor folder."""
+        if not isinstance(predictor, str | Path):
+            return predictor, "none"
+        folder = Path(predictor)
+        table = self.switch.model.shared.weight.detach()
+        forecaster = load_predictor(predictor, self.switch.layout, table)
+        return forecaster, sha256(folder / "model.safetensors") if folder.is_dir() else str(predictor)
 
     def __enter__(self) -> "Engine":
         if self._open:
             raise RuntimeError("the engine is open already")
         self.ranks.__enter__()
         try:
-            self.ranks.check_alike(self.facts)
-            self.replicated = ReplicatedModel(self.switch, self.home, self.ranks, self._experts)
+            self.ranks.check_alike(self._facts)
+            self.replicated = ReplicatedModel(self.switch, self.home, self.ranks, self._weights)
         except BaseException:
-            if not isinstance(self._experts, Budget):
-                self._experts.release()
+            if not isinstance(self._weights, MemoryBudget):
+                self._weights.release()
             self.ranks.__exit__(None, None, None)
             raise
         self._open = True
         self.controller = Controller(self.forecaster, self.planner, self.replicated.transfer, self.ranks)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._open = False
         self.controller.close()
         self.replicated.close()
-        self.ranks.__exit__(kind, error, trace)
+        self.ranks.__exit__(*error)
 
-    def run(self, batches: Iterable[ModelBatch]) -> Iterator[BatchOutput]:
-        """Runs batches in order; while one runs, the next one's placement is prepared.
+    def run(self, batches: Iterable[ModelBatch | Mapping[str, Any]]) -> Iterator[BatchOutput]:
+        """Runs batches in order; while one runs, the placement for the next one is prepared.
 
-        All ranks are given the same batches; each runs its share of the sequences. Only before the very first batch is
-        there nothing to hide the preparation behind, so it is waited for.
+        `batches` is read one item ahead. On several ranks each is given the same batches and runs its share of the
+        sequences. Only the very first batch waits for its preparation, because nothing runs before it.
+
+        Args:
+            batches: What a tokenizer returns (`input_ids`, `attention_mask`), with `decoder_input_ids` or `labels` if
+                the decoder is to be fed more than its start token; or `ModelBatch`es.
 
         Raises:
             RankLostError: If another rank is gone.
             RuntimeError: If the engine is not open.
+            TypeError: If a batch is none of these.
         """
         self._check_open()
-        queue = iter(batches)
+        queue = (ModelBatch.of(batch, self.switch.model.config) for batch in batches)
         current = next(queue, None)
         if current is not None:
             self.controller.prepare(current.tokens)
@@ -203,25 +207,30 @@ class Engine:
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own = batch.part(rows)
         read = torch.zeros(len(own.tokens.mask)).bool() if own.decoder is None else own.decoder.mask.any(1)
-        self.replicated.begin(own.tokens, own.decoder, read, preparation is not None)
-        start = time.perf_counter()
-        logits = forward(self.switch.model, own)
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
-        elapsed_ms = 1e3 * (time.perf_counter() - start)
-        cost = self.replicated.cost(elapsed_ms, exposed_ms, preparation)
-        return BatchOutput(logits[: rows.stop - rows.start], rows, cost)
+        with self.replicated.batch(own.tokens, own.decoder, read, preparation is not None):
+            start = time.perf_counter()
+            logits = forward(self.switch.model, own)
+            if logits.is_cuda:
+                torch.cuda.synchronize(logits.device)
+            elapsed_ms = 1e3 * (time.perf_counter() - start)
+        stats = self.replicated.stats(elapsed_ms, exposed_ms, preparation)
+        return BatchOutput(logits[: rows.stop - rows.start], rows, stats)
 
     @torch.inference_mode()
-    def generate(self, tokens: TokenBatch, replan_every: int | None = None, **settings: Any) -> Tensor:
-        """Greedy text by default: token ids `[b, U]` of this rank's sequences, the same as the plain model's.
+    def generate(
+        self, inputs: Any = None, generation_config: Any = None, *, replan_every: int | None = None, **settings: Any
+    ) -> Tensor:
+        """Writes text as the model's own `generate` does: token ids `[b, U]` of this rank's sequences.
 
-        Ranks stay in step until all are done.
+        The ids are those that the plain model writes. Ranks stay in step until all sequences are done.
 
         Args:
-            tokens: The whole batch, on every rank.
-            replan_every: Decoder steps after which the placement follows the loads of the steps before; None leaves it.
-            settings: What the model's own `generate` takes.
+            inputs: What a tokenizer returns, or encoder token ids `[B, T]`; `input_ids=` and `attention_mask=` do as
+                well. On several ranks each is given the whole batch.
+            generation_config: As in transformers.
+            replan_every: Decoder steps after which the placement follows the loads of the steps before; None keeps the
+                placement.
+            settings: Whatever else the model's own `generate` takes.
 
         Raises:
             RankLostError: If another rank is gone.
@@ -229,21 +238,21 @@ class Engine:
             ValueError: If `settings` ask for something else than token ids.
         """
         self._check_open()
-        batch = ModelBatch(tokens)
+        model, device = self.switch.model, self.switch.model.device
+        wanted = GenerationSettings.of(model, generation_config, settings)
+        batch = ModelBatch(generation_tokens(inputs, settings, model.config))
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own, idle = batch.part(rows).tokens, rows.start == rows.stop
-        model, device = self.switch.model, self.switch.model.device
-        each = sequences_each(settings, model.generation_config)
         if idle:
             settings["stopping_criteria"] = [ended]
         with self._running, self.ranks.watched():
-            self.controller.prepare(tokens)
+            self.controller.prepare(batch.tokens)
             preparation = self.controller.commit(wait=True)
-            self.replicated.begin(own, None, torch.full((len(own.mask),), not idle), preparation is not None)
-            encoder = self.switch.layout.num_encoder_layers
-            with DecoderSteps(model, self.replicated.layers, encoder, self.controller, replan_every, idle, settings):
+            read = torch.full((len(own.mask),), not idle)
+            steps = DecoderSteps(self.replicated, self.controller, replan_every, idle, wanted)
+            with self.replicated.batch(own, None, read, preparation is not None), steps:
                 ids: Tensor = model.generate(
                     input_ids=own.input_ids.to(device), attention_mask=own.mask.long().to(device),
-                    synced_gpus=self.ranks.world > 1, **settings,
+                    generation_config=generation_config, synced_gpus=self.ranks.world > 1, **settings,
                 )  # fmt: skip
-        return ids[: each * (rows.stop - rows.start)]
+        return ids[: wanted.sequences_each * (rows.stop - rows.start)]

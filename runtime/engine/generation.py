@@ -1,32 +1,91 @@
-"""DecoderSteps: follows a decoder that writes token by token: which sequences are done, when placement may change."""
+"""Generation token by token: which settings hold, which sequences have ended, and when the placement may change."""
 
-from collections.abc import Sequence
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.traces.trace import TokenBatch
 from runtime.engine.controller import Controller
-from runtime.experts.layer import ReplicatedExperts
+from runtime.engine.model import ReplicatedModel
+
+TOKEN_INPUTS = ("input_ids", "inputs", "attention_mask")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The settings of a call of `generate` that decide how its rows are to be read.
+
+    Attributes:
+        ends: Token ids that end a sequence.
+        num_beams: Beams of each sequence; with several, rows of the decoder become other sequences between steps.
+        sequences_each: Texts written for each sequence.
+    """
+
+    ends: tuple[int, ...]
+    num_beams: int
+    sequences_each: int
+
+    @classmethod
+    def of(cls, model: Any, generation_config: Any, settings: dict[str, Any]) -> "GenerationSettings":
+        """Resolves settings in the order that transformers does: keyword, then object, then the model's own.
+
+        Raises:
+            ValueError: If something else than token ids is asked for.
+        """
+
+        def value(name: str) -> Any:
+            found = (settings.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name))
+            return next((each for each in found if each is not None), None)
+
+        if value("return_dict_in_generate"):
+            raise ValueError("return_dict_in_generate is True; the engine returns token ids alone, leave it out")
+        ends = torch.as_tensor([] if (eos := value("eos_token_id")) is None else eos).flatten().tolist()
+        return cls(tuple(map(int, ends)), value("num_beams") or 1, value("num_return_sequences") or 1)
+
+
+def generation_tokens(inputs: Any, settings: dict[str, Any], config: Any) -> TokenBatch:
+    """The encoder tokens that `generate` is given in any of its ways; takes them out of `settings`.
+
+    Without a mask, padding is found by its id, as transformers does.
+
+    Raises:
+        TypeError: If there are none.
+        ValueError: If they are given twice.
+    """
+    named = {name: settings.pop(name) for name in TOKEN_INPUTS if settings.get(name) is not None}
+    ids = [value for name, value in named.items() if name != "attention_mask"]
+    if len(ids) + (inputs is not None) != 1:
+        raise ValueError(f"{len(ids) + (inputs is not None)} inputs were given, expected input_ids once")
+    if ids:
+        inputs = {"input_ids": ids[0]}
+    if isinstance(inputs, Tensor | np.ndarray):
+        inputs = {"input_ids": inputs}
+    if isinstance(inputs, TokenBatch):
+        return inputs
+    if "attention_mask" in named:
+        inputs = dict(inputs) | {"attention_mask": named["attention_mask"]}
+    tokens = TokenBatch.of(inputs)
+    if inputs.get("attention_mask") is None and config.pad_token_id not in (None, config.eos_token_id):
+        return TokenBatch(tokens.input_ids, tokens.input_ids != config.pad_token_id)
+    return tokens
 
 
 class DecoderSteps:
     """A context around a model's `generate`.
 
-    Tokens of finished sequences neither travel nor compute; nobody reads what comes of them. Every `replan_every`
-    steps, which all ranks take together, the loads of these steps join the history, what was prepared comes in force,
-    and the next placement is prepared from the history.
+    Tokens of sequences that have ended are neither sent nor computed, because nothing reads their states. Every
+    `replan_every` steps, which all ranks count alike, three things happen: the loads of these steps join the history,
+    the placement that was prepared becomes active, and the next one is prepared from the history.
 
     Args:
-        model: The model.
-        layers: All its MoE layers.
-        encoder_layers: How many of them are the encoder's.
-        controller: What prepares placements.
-        replan_every: Decoder steps between two placements; None leaves the placement as it is.
+        replicated: The model.
+        controller: Prepares placements.
+        replan_every: Decoder steps between two placements; None keeps the placement.
         idle: Whether this rank has no sequence of its own.
-        settings: What the model's `generate` is given.
+        settings: Of the call.
 
     Raises:
         ValueError: If `replan_every` is less than a step.
@@ -34,71 +93,53 @@ class DecoderSteps:
 
     def __init__(
         self,
-        model: Any,
-        layers: Sequence[ReplicatedExperts],
-        encoder_layers: int,
+        replicated: ReplicatedModel,
         controller: Controller,
         replan_every: int | None,
         idle: bool,
-        settings: dict[str, Any],
+        settings: GenerationSettings,
     ) -> None:
         if replan_every is not None and replan_every < 1:
             raise ValueError(f"replan_every is {replan_every}, expected 1 or more decoder steps, or None")
-        self._decoder, self._layers, self._written = model.decoder, layers, layers[encoder_layers:]
-        self._controller, self._replan_every, self._idle = controller, replan_every, idle
-        ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
-        self._ends = torch.as_tensor([] if ends is None else ends, dtype=torch.int64).flatten()
-        # with beams, rows of the decoder become other sequences from step to step
-        self._each_row = (settings.get("num_beams", model.generation_config.num_beams) or 1) == 1
-        self._done: Tensor | None = None
+        self._replicated, self._controller, self._replan_every, self._idle = replicated, controller, replan_every, idle
+        self._ends = torch.tensor(settings.ends, dtype=torch.int64)
+        self._each_row = settings.num_beams == 1
+        self._ended: Tensor | None = None
         self._step = 0
 
     def __enter__(self) -> "DecoderSteps":
-        self._handle: Any = self._decoder.register_forward_pre_hook(self._before, with_kwargs=True)
+        decoder = self._replicated.switch.model.decoder
+        self._handle: Any = decoder.register_forward_pre_hook(self._before_step, with_kwargs=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._handle.remove()
         if kind is None:
             self._observe()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._replan_every is not None and self._step and self._step % self._replan_every == 0:
             self._observe()
             self._controller.commit()
-            for experts, phy2log in zip(self._layers, self._controller.transfer.plan.phy2log, strict=True):
-                experts.phy2log = phy2log
+            self._replicated.follow_plan()
             self._controller.prepare(None)
         ids = kwargs["input_ids"]
-        if self._done is None:
-            self._done = torch.full((len(ids),), self._idle, device=ids.device)
-        elif self._each_row:  # a sequence is done once the token it is fed is one that ends it
-            self._done = self._done | torch.isin(ids[:, -1], self._ends.to(ids.device))
-        needed = (~self._done)[:, None].expand(ids.shape).reshape(-1)
-        for experts in self._written:
-            experts.needed = needed
+        if self._ended is None:
+            self._ended = torch.full((len(ids),), self._idle, device=ids.device)
+        elif self._each_row:  # a sequence has ended once the token that is fed is one that ends it
+            self._ended = self._ended | torch.isin(ids[:, -1], self._ends.to(ids.device))
+        needed_T = (~self._ended)[:, None].expand(ids.shape).reshape(-1)
+        for experts in self._replicated.decoder_layers:
+            experts.needed = needed_T
         self._step += 1
 
     def _observe(self) -> None:
         """Adds the loads since the last call to the history: the decoder's of these steps beside the encoder's."""
-        self._controller.observe(np.stack([experts.load for experts in self._layers]))
-        for experts in self._written:
+        self._controller.observe(np.stack([experts.load for experts in self._replicated.layers]))
+        for experts in self._replicated.decoder_layers:
             experts.reset()
 
 
-def sequences_each(settings: dict[str, Any], config: Any) -> int:
-    """How many texts `generate` writes for each sequence.
-
-    Raises:
-        ValueError: If something else than token ids is asked for.
-    """
-    if settings.get("return_dict_in_generate", config.return_dict_in_generate):
-        raise ValueError("return_dict_in_generate is True; the engine gives token ids alone, leave it out")
-    return int(settings.get("num_return_sequences", config.num_return_sequences) or 1)
-
-
 def ended(ids: Tensor, scores: Tensor, **settings: Any) -> Tensor:
-    """A stopping criterion for a rank without a sequence of its own: it is done from the start."""
+    """A stopping criterion for a rank without a sequence of its own: it has ended from the start."""
     return torch.ones(len(ids), dtype=torch.bool, device=ids.device)

@@ -1,6 +1,7 @@
-"""ReplicatedModel: a Switch model whose experts modules are slots for a while, with all that belongs to them."""
+"""ReplicatedModel: a Switch model with its experts modules replaced by slots, until it is closed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,18 @@ from runtime.offload.slots import Budget, OffloadedSlots, OffloadTransfer
 
 
 class ReplicatedModel:
-    """Puts slots in, and takes them out again with `close`: the model is then what it was, bit for bit.
+    """Replaces the experts modules of a model; `close` puts them back, and the model is what it was, bit for bit.
 
     Args:
         switch: The model.
         home: The plan without replicas.
         ranks: The ranks.
-        experts: Where weights come from: all of them at once, or within a budget.
+        experts: Where expert weights come from: all of them at once, or within a budget.
 
     Attributes:
         layers: The slots of every MoE layer, in order.
-        transfer: What brings another plan in force.
-        cache: What holds experts that do not all fit; None where they do.
+        transfer: Makes another plan active.
+        cache: Holds experts that do not all fit; None if they do.
 
     Raises:
         ValueError: If another engine runs the model.
@@ -78,31 +79,48 @@ class ReplicatedModel:
         ]
         return slots, OffloadTransfer(slots, self._home, self.cache, self._ranks)
 
-    def begin(self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor, prepared: bool) -> None:
-        """A batch begins: tells every layer which plan is in force and which of its rows must be computed.
+    @property
+    def decoder_layers(self) -> list[ReplicatedExperts]:
+        """The slots of the decoder's MoE layers."""
+        return self.layers[self.switch.layout.num_encoder_layers :]
+
+    @contextmanager
+    def batch(self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor, prepared: bool) -> Iterator[None]:
+        """A context for one batch: every layer follows the active plan, computes what is needed, and counts.
+
+        Outside of it, as in a plain call of the model, layers compute all positions.
 
         Args:
             tokens: Encoder tokens `[B, T]`.
             decoder: Decoder tokens `[B, U]`; None computes all of them.
-            read_B: The sequences whose encoder states a decoder reads.
-            prepared: Whether what was expected of a batch is for this one.
+            read_B: Sequences whose encoder states a decoder reads.
+            prepared: Whether the cache's expectations are for this batch.
         """
         blank_B = read_B & ~tokens.mask.any(1)  # attention over nothing but padding reads all of it
-        encoder = needed_positions(tokens.mask) | blank_B[:, None]
+        encoder_BT = needed_positions(tokens.mask) | blank_B[:, None]
+        decoder_BU = None if decoder is None else needed_positions(decoder.mask)
         if self.cache is not None:
-            if not prepared:  # what was expected last has been
+            if not prepared:  # the last expectations were for a batch that has run
                 self.cache.expect(None)
             self.cache.begin()
+        self.follow_plan()
         for layer, experts in enumerate(self.layers):
-            experts.phy2log = self.transfer.plan.phy2log[layer]
+            needed = encoder_BT if layer < self.switch.layout.num_encoder_layers else decoder_BU
             experts.reset()
-            needed: Tensor | None = encoder
-            if layer >= self.switch.layout.num_encoder_layers:
-                needed = None if decoder is None else needed_positions(decoder.mask)
             experts.needed = None if needed is None else needed.reshape(-1).to(self.switch.model.device)
+        try:
+            yield
+        finally:
+            for experts in self.layers:
+                experts.needed = None
 
-    def cost(self, elapsed_ms: float, exposed_ms: float, preparation: Preparation | None) -> BatchStats:
-        """What the batch that began last took, over all ranks."""
+    def follow_plan(self) -> None:
+        """Has every layer split by the active plan."""
+        for experts, phy2log in zip(self.layers, self.transfer.plan.phy2log, strict=True):
+            experts.phy2log = phy2log
+
+    def stats(self, elapsed_ms: float, exposed_ms: float, preparation: Preparation | None) -> BatchStats:
+        """What the last batch took, over all ranks."""
 
         def stack(read: Callable[[ReplicatedExperts], Any]) -> Any:
             return np.stack([read(experts) for experts in self.layers])
@@ -123,7 +141,7 @@ class ReplicatedModel:
         )
 
     def close(self) -> None:
-        """Takes the slots out and gives the memory back."""
+        """Puts the model's own modules back and frees the slots' memory."""
         for name, before in zip(self._names, self._before, strict=True):
             self.switch.model.set_submodule(name, before)
         if self.cache is not None:

@@ -47,6 +47,7 @@ def infer(
     text: str | None = None,
     devices: int | None = None,
     redundant: int = 16,
+    max_moves: int | None = None,
     batches: int = 24,
     traffic: BatchingConfig = BatchingConfig(),
     check: bool = True,
@@ -67,6 +68,7 @@ def infer(
         devices: Devices that the experts are spread over; under torchrun the number of processes, else 8, run and timed
             one after the other.
         redundant: Replica slots of each MoE layer over all devices.
+        max_moves: Most experts copied before one batch, over all layers; no limit by default.
         batches: Most batches to run.
         traffic: How text is cut into batches.
         check: Whether answers are compared with the plain model's, which every process then holds as well.
@@ -88,16 +90,11 @@ def infer(
     check_folder(out)
     sinks = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*sinks, out, settings) as telemetry:
-        engine = Engine.from_pretrained(
-            model,
-            predictor,
-            devices,
-            redundant,
-            device_memory=device_memory,
-            host_memory=host_memory,
-            timeout_s=timeout,
-        )
-        engine.facts |= {"text": str(text), "batches": str(batches), "traffic": str(traffic), "check": str(check)}
+        engine = Engine(
+            model, predictor, devices, redundant, max_moves=max_moves, device_memory=device_memory,
+            host_memory=host_memory, timeout_s=timeout,
+            must_agree={"text": str(text), "batches": str(batches), "traffic": str(traffic), "check": str(check)},
+        )  # fmt: skip
         plain = load_switch(model).model.to(engine.ranks.device) if check else None
         with engine:
             checks, costs = run(engine, plain, text_batches(engine, text, traffic, batches), batches, telemetry)
