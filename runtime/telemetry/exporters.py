@@ -1,4 +1,4 @@
-"""Where telemetry goes: a Prometheus endpoint, a file of JSON lines, a Weights & Biases run."""
+"""Exporters of telemetry: a Prometheus endpoint, a file of JSON lines, a Weights & Biases run."""
 
 import json
 import os
@@ -6,31 +6,28 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 Document = dict[str, Any]
-"""One batch, as `runtime.telemetry.recorder.figures` gives it."""
+"""One batch, as `runtime.telemetry.recorder.figures` returns it."""
 SECONDS = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 
 
 class Exporter(AbstractContextManager["Exporter", None]):
-    """Takes documents until it is closed."""
+    """Exports documents until it is closed."""
 
     @abstractmethod
     def add(self, document: Document) -> None:
-        """Takes one batch."""
+        """Exports one batch."""
 
     @abstractmethod
     def close(self, failed: bool) -> None:
-        """Ends it; `failed` where the run did not end well."""
+        """Closes the exporter; `failed` if the run raised."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self.close(failed=kind is not None)
 
 
@@ -38,10 +35,10 @@ class PrometheusEndpoint(Exporter):
     """Serves metrics to a Prometheus scraper, on all interfaces, from a registry of its own.
 
     Args:
-        port: Where; 0 takes any free one.
+        port: Port to serve; 0 takes any free one.
 
     Attributes:
-        port: The port served.
+        port: The port that is served.
 
     Raises:
         ValueError: If the port cannot be served.
@@ -68,20 +65,22 @@ class PrometheusEndpoint(Exporter):
         def histogram(name: str, what: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"switchcast_{name}", what, labels, registry=registry, buckets=buckets)
 
-        self._batches = counter("batches", "Batches, by where their forecast came from", "source")
+        self._batches = counter("batches", "Batches, by the source of their forecast", "source")
         self._late = counter("late", "Preparations that were not ready at the start of their batch")
-        self._fallbacks = counter("fallbacks", "Times history or the old plan stood in, by error", "reason")
+        self._fallbacks = counter(
+            "fallbacks", "Times past loads or the old plan were used instead, by error", "reason"
+        )
         self._compute = histogram("compute_seconds", "Forward of a batch on rank 0", SECONDS)
-        self._exposed = histogram("exposed_seconds", "Wait of rank 0 for forecast, plan and moves", SECONDS)
+        self._exposed = histogram("exposed_seconds", "Time rank 0 waited for forecast, plan and copies", SECONDS)
         self._balance = histogram("balancedness", "Mean device load / largest, by batch", SHARES, "layer")
         self._error = histogram("forecast_error", "Total variation distance, by batch", SHARES, "layer")
         self._slowest = histogram("slowest_device_seconds", "Busiest device of a batch", SECONDS, "layer")
         self._tokens = counter("tokens", "Tokens computed on their own rank or sent to another", "layer", "where")
-        self._moves = counter("moves", "Experts moved into replica slots", "layer")
-        self._bytes = counter("moved_bytes", "Bytes of the experts moved", "layer")
+        self._moves = counter("moves", "Experts copied into replica slots", "layer")
+        self._bytes = counter("moved_bytes", "Bytes of the experts copied", "layer")
         self._busy = counter("busy_seconds", "Time a device computed experts", "layer", "device")
-        self._waited = counter("waited_seconds", "Time a rank waited for others", "layer", "rank")
-        self._tier = gauge("tier", "What a tier of rank 0's expert cache did so far, by figure", "tier", "figure")
+        self._waited = counter("waited_seconds", "Time a rank waited for other ranks", "layer", "rank")
+        self._tier = gauge("tier", "Counters of a tier of rank 0's expert cache", "tier", "figure")
         self._device_tokens = gauge("device_tokens", "Tokens a device computed in the last batch", "layer", "device")
 
     def add(self, document: Document) -> None:
@@ -92,8 +91,8 @@ class PrometheusEndpoint(Exporter):
             self._fallbacks.labels(reason.partition(":")[0]).inc(times)
         self._compute.observe(document["compute_ms"] / 1e3)
         self._exposed.observe(document["exposed_ms"] / 1e3)
-        for tier, tally in document["tiers"].items():
-            for name, value in tally.items():
+        for tier, counters in document["tiers"].items():
+            for name, value in counters.items():
                 self._tier.labels(tier, name).set(value)
         for figures in document["layers"]:
             layer = figures["layer"]
@@ -119,13 +118,13 @@ class PrometheusEndpoint(Exporter):
 
 
 class JsonLines(Exporter):
-    """Appends one line for each batch, whole or not at all, readable as soon as the batch is done.
+    """Appends one line for each batch; a line is written whole or not at all.
 
     Args:
-        path: The file; one that is there is continued.
+        path: The file; an existing one is continued.
 
     Raises:
-        ValueError: If it cannot be written, or ends in the middle of a line.
+        ValueError: If the file cannot be written, or ends in the middle of a line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -145,7 +144,7 @@ class JsonLines(Exporter):
         """Writes a line.
 
         Raises:
-            OSError: If there is no room for all of it; then there is nothing of it.
+            OSError: If the disk is full; no part of the line is then left.
         """
         line = json.dumps(document).encode() + b"\n"
         size = os.fstat(self._file).st_size
@@ -158,22 +157,22 @@ class JsonLines(Exporter):
             raise OSError(f"metrics file {self._path} has no room for another line; make room, or choose another")
 
     def close(self, failed: bool) -> None:
-        """Leaves no empty file behind."""
+        """Closes the file, and removes it if nothing was written."""
         if self._new and os.fstat(self._file).st_size == 0:  # nothing ran
             self._path.unlink()
         os.close(self._file)
 
 
 class WandbRun(Exporter):
-    """A run in Weights & Biases; its steps are batches.
+    """A run in Weights & Biases; each step is a batch.
 
     Args:
-        project: Where the run belongs.
-        folder: Holds its `wandb` folder.
-        settings: Its configuration.
+        project: The run's project.
+        folder: Folder that holds its `wandb` folder.
+        settings: The run's configuration.
 
     Raises:
-        ValueError: If it cannot begin.
+        ValueError: If W&B does not start.
     """
 
     def __init__(self, project: str, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -186,11 +185,11 @@ class WandbRun(Exporter):
             raise ValueError(f"W&B did not start ({error}); log in, or set WANDB_MODE=offline") from None
 
     def add(self, document: Document) -> None:
-        """Logs a batch: its own figures by name, a layer's as `encoder_1/moves`, lists by their largest."""
+        """Logs a batch: its own figures by name, a layer's as `encoder_1/moves`, lists by their largest entry."""
         nested = ("batch", "time", "layers", "fallbacks", "tiers")
         row = {name: value for name, value in document.items() if name not in nested}
-        for tier, tally in document["tiers"].items():
-            row |= {f"{tier}/{name}": value for name, value in tally.items()}
+        for tier, counters in document["tiers"].items():
+            row |= {f"{tier}/{name}": value for name, value in counters.items()}
         row["fallbacks"] = sum(document["fallbacks"].values())
         for figures in document["layers"]:
             for name, value in figures.items():

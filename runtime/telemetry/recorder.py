@@ -1,7 +1,7 @@
-"""Telemetry: what each batch took in every MoE layer, for a Prometheus scraper, as JSON lines, and in Weights & Biases.
+"""Telemetry: what each batch took in every MoE layer, for Prometheus, as JSON lines, and in Weights & Biases.
 
-A batch becomes one document (see `figures`); every sink is handed the same. Rank 0 holds the figures of all ranks, so
-it alone tells them.
+A batch becomes one document (see `figures`), which every exporter gets. Rank 0 has the figures of all ranks and is the
+only one that exports.
 """
 
 import time
@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,62 +23,65 @@ from runtime.telemetry.exporters import Document, Exporter, JsonLines, Prometheu
 PROJECT = "switchcast"
 
 
-def forecast_error(cost: BatchStats) -> FloatArray | None:
+def forecast_error(stats: BatchStats) -> FloatArray | None:
     """Total variation distance between the forecast a batch was prepared with and its load, `[L]`; None without one."""
-    forecast = cost.preparation.forecast if cost.preparation else None
+    forecast = stats.preparation.forecast if stats.preparation else None
     if forecast is None:
         return None
-    truth = forecast_from_load(cost.load.astype(np.float64), made_at=0, source="truth")
+    truth = forecast_from_load(stats.load.astype(np.float64), made_at=0, source="truth")
     return np.asarray(np.abs(forecast.share - truth.share).sum(-1) / 2)
 
 
-def figures(layers: Sequence[str], cost: BatchStats) -> Document:
-    """A batch as plain numbers.
+def figures(layers: Sequence[str], stats: BatchStats) -> Document:
+    """A batch as plain numbers, for JSON.
 
-    `source` is the forecaster's name, "history" where the average of past loads took its place, and "none" where
-    nothing was forecast or what was prepared came late. `moves` and `bytes` are what the preparation before the batch
-    cost; `load_tv` is the forecast's error. `tiers` counts from the start of the run. Lists go by device
-    (`device_tokens`, `busy_ms`) or rank (`waited_ms`).
+    `source` is the forecaster's name, "history" if the average of past loads took its place, and "none" if nothing was
+    forecast or the preparation was late. `moves` and `bytes` count what the preparation before the batch copied;
+    `load_tv` is the forecast's error. `tiers` counts from the start of the run. Lists have one entry a device
+    (`device_tokens`, `busy_ms`) or a rank (`waited_ms`).
     """
-    done, errors = cost.preparation, forecast_error(cost)
+    done, errors = stats.preparation, forecast_error(stats)
     source = done.forecast.source if done and done.forecast else "none"
     moves = done.layer_moves if done else (0,) * len(layers)
     expert_bytes = done.nbytes // done.moves if done and done.moves else 0
-    balance = balancedness(cost.device_load)
+    balance = balancedness(stats.device_load)
     return {
         "source": "history" if source == Ema.name else source,
         "load_tv": None if errors is None else float(errors.mean()),
-        "compute_ms": cost.compute_ms,
-        "exposed_ms": cost.exposed_ms,
+        "compute_ms": stats.compute_ms,
+        "exposed_ms": stats.exposed_ms,
         "forecast_ms": done.forecast_ms if done else None,
         "plan_ms": done.plan_ms if done else None,
         "move_ms": done.move_ms if done else None,
-        "tiers": cost.tiers,
+        "tiers": stats.tiers,
         "layers": [
             {
                 "layer": name,
                 "balancedness": float(balance[layer]),
                 "load_tv": None if errors is None else float(errors[layer]),
-                "tokens_local": int(cost.load[layer].sum() - cost.sent[layer]),
-                "tokens_sent": int(cost.sent[layer]),
+                "tokens_local": int(stats.load[layer].sum() - stats.sent[layer]),
+                "tokens_sent": int(stats.sent[layer]),
                 "moves": moves[layer],
                 "bytes": moves[layer] * expert_bytes,
-                "device_tokens": cost.device_load[layer].tolist(),
-                "busy_ms": cost.busy_ms[layer].tolist(),
-                "waited_ms": cost.waited_ms[layer].tolist(),
+                "device_tokens": stats.device_load[layer].tolist(),
+                "busy_ms": stats.busy_ms[layer].tolist(),
+                "waited_ms": stats.waited_ms[layer].tolist(),
             }
             for layer, name in enumerate(layers)
         ],
     }
 
 
-def over_batches(costs: Sequence[BatchStats], names: Sequence[str]) -> list[Document]:
-    """Each MoE layer: mean balancedness, median ms of the busiest device and of the longest wait, sums of the rest."""
-    balance_NL = np.stack([balancedness(cost.device_load) for cost in costs])
-    busy_NL = np.stack([cost.busy_ms.max(-1) for cost in costs])
-    waited_NL = np.stack([cost.waited_ms.max(-1) for cost in costs])
-    tokens_NL, sent_NL = np.stack([cost.load.sum(-1) for cost in costs]), np.stack([cost.sent for cost in costs])
-    moved = [cost.preparation.layer_moves for cost in costs if cost.preparation]
+def over_batches(batches: Sequence[BatchStats], names: Sequence[str]) -> list[Document]:
+    """Each MoE layer over all batches: mean balancedness, median ms of the busiest device and longest wait, sums."""
+    balance_NL = np.stack([balancedness(stats.device_load) for stats in batches])
+    busy_NL = np.stack([stats.busy_ms.max(-1) for stats in batches])
+    waited_NL = np.stack([stats.waited_ms.max(-1) for stats in batches])
+    tokens_NL, sent_NL = (
+        np.stack([stats.load.sum(-1) for stats in batches]),
+        np.stack([stats.sent for stats in batches]),
+    )
+    moved = [stats.preparation.layer_moves for stats in batches if stats.preparation]
     return [
         {
             "layer": name,
@@ -94,20 +96,20 @@ def over_batches(costs: Sequence[BatchStats], names: Sequence[str]) -> list[Docu
 
 
 class Telemetry:
-    """Tells every batch to the sinks that are asked for; a context that closes them. With none it does nothing.
+    """Sends every batch to the exporters that were asked for; a context that closes them. Without any it does nothing.
 
     Args:
-        port: Where to serve Prometheus metrics; 0 takes any free port.
-        file: JSON lines are appended to it.
-        wandb: Whether to begin a W&B run, or the project to begin it in; WANDB_MODE=offline keeps it on disk.
-        folder: Where W&B keeps its files.
-        settings: What W&B shows as the run's configuration.
+        port: Port to serve Prometheus metrics on; 0 takes any free one.
+        file: File that JSON lines are appended to.
+        wandb: Whether to start a W&B run, or the project to start it in; WANDB_MODE=offline keeps it on disk.
+        folder: Folder for W&B's files.
+        settings: The run's configuration in W&B.
 
     Attributes:
-        port: The port served; None where none is.
+        port: The port that is served, or None.
 
     Raises:
-        ValueError: If the port cannot be served, the file not be written, or W&B does not start.
+        ValueError: If the port cannot be served, the file cannot be written, or W&B does not start.
     """
 
     def __init__(
@@ -120,39 +122,37 @@ class Telemetry:
     ) -> None:
         self.port: int | None = None
         self._batch, self._late, self._fallbacks = 0, 0, Counter[str]()
-        self._sinks: list[Exporter] = []
-        with ExitStack() as opened:  # closes those that are open if the next one cannot be
+        self._exporters: list[Exporter] = []
+        with ExitStack() as opened:  # closes the open ones if the next one cannot be opened
             if port is not None:
                 endpoint = opened.push(PrometheusEndpoint(port))
                 self.port = endpoint.port
-                self._sinks.append(endpoint)
+                self._exporters.append(endpoint)
             if file is not None:
-                self._sinks.append(opened.push(JsonLines(file)))
+                self._exporters.append(opened.push(JsonLines(file)))
             if wandb:
                 project = wandb if isinstance(wandb, str) else PROJECT
-                self._sinks.append(opened.push(WandbRun(project, folder, settings or {})))
+                self._exporters.append(opened.push(WandbRun(project, folder, settings or {})))
             self._opened = opened.pop_all()
 
     def __enter__(self) -> "Telemetry":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._opened.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
 
     def record(
-        self, layers: Sequence[str], cost: BatchStats, late: int = 0, fallbacks: Mapping[str, int] | None = None
+        self, layers: Sequence[str], stats: BatchStats, late: int = 0, fallbacks: Mapping[str, int] | None = None
     ) -> None:
-        """Tells the next batch.
+        """Exports the next batch.
 
         Args:
             layers: Names of the MoE layers.
-            cost: What the batch took.
-            late: Preparations that came late so far, as `Controller.late` counts them.
-            fallbacks: How often each reason made the controller fall back so far.
+            stats: What the batch took.
+            late: Preparations that were late so far: `Controller.late`.
+            fallbacks: Fallbacks so far, by reason: `Controller.fallbacks`.
         """
-        if not self._sinks:
+        if not self._exporters:
             return
         so_far = Counter(dict(fallbacks or {}))
         document: Document = {
@@ -160,7 +160,7 @@ class Telemetry:
             "time": time.time(),
             "late": late - self._late,
             "fallbacks": dict(so_far - self._fallbacks),
-        } | figures(layers, cost)
+        } | figures(layers, stats)
         self._batch, self._late, self._fallbacks = self._batch + 1, late, so_far
-        for sink in self._sinks:
-            sink.add(document)
+        for exporter in self._exporters:
+            exporter.add(document)
