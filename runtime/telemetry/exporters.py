@@ -67,9 +67,7 @@ class PrometheusEndpoint(Exporter):
 
         self._batches = counter("batches", "Batches, by the source of their forecast", "source")
         self._late = counter("late", "Preparations that were not ready at the start of their batch")
-        self._fallbacks = counter(
-            "fallbacks", "Times past loads or the old plan were used instead, by error", "reason"
-        )
+        self._fallbacks = counter("fallbacks", "Times past loads or the old plan were used instead, by error", "reason")
         self._compute = histogram("compute_seconds", "Forward of a batch on rank 0", SECONDS)
         self._exposed = histogram("exposed_seconds", "Time rank 0 waited for forecast, plan and copies", SECONDS)
         self._balance = histogram("balancedness", "Mean device load / largest, by batch", SHARES, "layer")
