@@ -1,38 +1,64 @@
-"""How every command begins and ends: options from a function's signature, and one clear line on a user's mistake."""
+"""Command lines: options from a function's signature, every user error in one line, no abbreviated options.
+
+A command's `main` is `with user_errors(): from_command_line(function)`. A parser of another library joins in as
+`class TrainParser(OneLine, LightningArgumentParser)`.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, auto_cli
 
 Result = TypeVar("Result")
 
+if TYPE_CHECKING:
+    Base = ArgumentParser
+else:
+    Base = object  # the mixin has no parser of its own
 
-class OneLineParser(ArgumentParser):
-    """Says what is wrong in one line, without the usage of all options."""
+
+class OneLine(Base):
+    """Mixin for parsers: errors are one line without the usage of all options, and options must be written out.
+
+    An abbreviation would change its meaning as soon as an option with the same beginning is added.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Hands the message to `user_errors`."""
+        """Raises ValueError, which `user_errors` prints."""
         raise ValueError(f"{message}; see --help")
 
 
+class OneLineParser(OneLine, ArgumentParser):
+    """jsonargparse's parser with `OneLine` errors."""
+
+
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns ValueError and OSError, which the packages raise for bad input, into `error: ...` and exit code 2."""
+def user_errors(resume: str = "run the same command again to start over") -> Iterator[None]:
+    """Prints ValueError and OSError, which the packages raise for bad input, as `error: ...`; the exit code is 2.
+
+    Args:
+        resume: What to do after Ctrl-C, printed as `interrupted; <resume>`; the exit code is 130.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"interrupted; {resume}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def from_command_line(function: Callable[..., Result]) -> Result:
-    """Calls a function with arguments from the command line, `--like-this` or `--like_this`; its docstring helps."""
+    """Calls a function with arguments from the command line; its docstring becomes the help text.
+
+    An option may be written with hyphens or underscores: `--like-this` or `--like_this`.
+    """
     words = [word.partition("=") if word.startswith("--") else ("", "", word) for word in sys.argv[1:]]
     args = ["--" * bool(name) + name[2:].replace("-", "_") + equals + value for name, equals, value in words]
     result: Any = auto_cli(function, args=args, parser_class=OneLineParser)

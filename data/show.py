@@ -13,7 +13,8 @@ from rich.table import Table
 
 from data.cli import from_command_line, user_errors
 from data.files import whole_file
-from data.traces.statistics import TraceStatistics, measure, shares, step_variation
+from data.traces.loads import share_of
+from data.traces.statistics import TraceStatistics, measure, step_variation
 from data.traces.store import StoredTrace, open_trace
 
 MOST_MAPS = 12  # layers in one picture
@@ -41,7 +42,7 @@ def heat_maps(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
     layers = min(len(trace.layout.layers), MOST_MAPS)
     figure = Figure(figsize=(10, 1.2 + 1.7 * layers), layout="constrained")
     for layer, axes in enumerate(np.atleast_1d(figure.subplots(layers, sharex=True))):
-        share = shares(skew.loads[:, layer])
+        share = share_of(skew.loads[:, layer])
         order = np.argsort(-share.mean(0))
         image = axes.imshow(
             share[:, order].T * share.shape[1], aspect="auto", interpolation="nearest", cmap="magma", vmin=0, vmax=6

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.arrays import FloatArray
+from data.traces.loads import share_of
 
 if TYPE_CHECKING:  # forecasts need no torch
     from data.traces.trace import TokenBatch
@@ -85,7 +86,5 @@ def forecast_from_load(
     load: FloatArray, *, made_at: int, source: str, spread: FloatArray | None = None
 ) -> LoadForecast:
     """Turns a predicted load `[L, E]` in tokens into a forecast; a layer with no load becomes uniform."""
-    tokens = load.sum(-1)
-    uniform = np.full_like(load, 1.0 / load.shape[-1])
-    share = np.divide(load, tokens[:, None], out=uniform, where=tokens[:, None] > 0)
-    return LoadForecast(share, tokens, np.zeros_like(share) if spread is None else spread, made_at, source)
+    share = share_of(load)
+    return LoadForecast(share, load.sum(-1), np.zeros_like(share) if spread is None else spread, made_at, source)

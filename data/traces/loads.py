@@ -1,68 +1,77 @@
-"""Recorded loads to replay: a trace folder, or the counts alone as .npy or .npz.
+"""Recorded expert loads of any supported format, read into one array `[steps, L, E]`; shares and their distance.
 
-Shape suffixes: L MoE layers, E logical experts.
+| recording | files |
+|---|---|
+| trace | folder that `python -m data.collect` wrote (or `data.convert`, with counts alone) |
+| numpy | `.npy`, or `.npz` with the key `counts`, `[steps, L, E]` |
+| SGLang's expert-distribution recorder | `.pt`, or a folder of them with one file for each rank |
+| TensorRT-LLM's expert statistics | folder of `meta_info.json` and `rank*.safetensors` |
+
+Importing this module loads numpy alone: torch, pyarrow and safetensors are imported by the readers that need them.
+Shape suffixes: L MoE layers, E logical experts, P physical slots (experts and their replicas).
 """
 
-import zipfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.arrays import IntArray
-from data.models.layout import MoELayout
-from data.traces.trace import TokenBatch
+from data.arrays import FloatArray, IntArray
+from data.files import read_json
+
+if TYPE_CHECKING:
+    from data.models.layout import MoELayout
+    from data.traces.trace import TokenBatch
 
 KEY = "counts"
+FORMATS = "a trace folder, .npy or .npz counts, an SGLang recording (.pt), or a TensorRT-LLM folder"
+MOST_TOKENS = 2**53
+"""Up to here float64, in which counts are summed, is exact."""
+Counts = np.ndarray[Any, Any]
+"""Counts as a file holds them, not checked yet."""
 
 
 @dataclass(frozen=True)
 class RecordedLoads:
-    """Loads in the order they came.
+    """Loads in the order in which the batches ran.
 
     Attributes:
-        name: Where they come from.
+        name: Path of the recording.
         loads: Tokens of each expert, `[steps, L, E]`.
         batches: Encoder tokens of each step; None where only counts were recorded.
-        layout: The model; None where only counts were recorded.
+        layout: The model's layout; None where only counts were recorded.
     """
 
     name: str
     loads: IntArray
-    batches: list[TokenBatch] | None = None
-    layout: MoELayout | None = None
+    batches: "list[TokenBatch] | None" = None
+    layout: "MoELayout | None" = None
 
 
 def read_loads(path: Path) -> RecordedLoads:
-    """Reads recorded loads.
+    """Reads a recording of any format in the table above.
 
     Raises:
-        ValueError: Naming the file and what is wrong with it.
+        ValueError: If the path is no recording, or the recording is damaged or holds something other than counts.
     """
-    if path.is_dir():
-        from data.traces.store import open_trace  # only here: counts alone need no pyarrow
-
-        trace = open_trace(path)
-        return RecordedLoads(str(path), check_loads(trace.loads(), path), list(trace.batches()), trace.layout)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; expected a trace folder, or a .npy or .npz file of counts")
-    try:
-        array = np.load(path)
-        if isinstance(array, np.lib.npyio.NpzFile):
-            with array:
-                if KEY not in array:
-                    raise ValueError(f"it holds {sorted(array)}, expected the key '{KEY}'")
-                array = array[KEY]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as loads: {error}") from None
-    return RecordedLoads(str(path), check_loads(array, path))
+        raise ValueError(f"{path} does not exist; expected {FORMATS}")
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix in (".npy", ".npz"):
+        return RecordedLoads(str(path), check_loads(_numpy(path), path))
+    if path.suffix == ".pt":
+        return RecordedLoads(str(path), check_loads(_sglang(path, [path]), path))
+    raise ValueError(f"{path} is not a recording; expected {FORMATS}")
 
 
-def check_loads(array: IntArray, path: Path) -> IntArray:
-    """The loads as int64, refused unless they are `[steps, L, E]` whole tokens.
+def check_loads(array: Counts, path: Path) -> IntArray:
+    """Converts counts to int64; refuses anything but whole tokens `[steps, L, E]`.
 
     Raises:
-        ValueError: Naming what was found and what was expected.
+        ValueError: Naming the file, what it holds, and what was expected.
     """
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"{path} has shape {array.shape}, expected [steps, layers, experts], at least one of each")
@@ -72,4 +81,125 @@ def check_loads(array: IntArray, path: Path) -> IntArray:
         raise ValueError(f"{path} holds figures that are not whole numbers; expected counts of tokens")
     if array.min() < 0:
         raise ValueError(f"{path} holds {array.min()}; tokens cannot be negative")
+    if array.max() > MOST_TOKENS:
+        raise ValueError(f"{path} holds {array.max()}; expected counts of tokens, at most {MOST_TOKENS}")
     return array.astype(np.int64)
+
+
+def share_of(load: IntArray | FloatArray) -> FloatArray:
+    """Loads `[..., E]` divided by their sum over experts: [1, 3] becomes [.25, .75]; no load at all, uniform shares."""
+    total = load.sum(-1, keepdims=True)
+    uniform = np.full(load.shape, 1.0 / load.shape[-1])
+    share: FloatArray = np.divide(load, total, out=uniform, where=total > 0)
+    return share
+
+
+def total_variation(share: FloatArray, other: FloatArray) -> FloatArray:
+    """Total variation distance (0 to 1) of shares `[..., E]`: the part of the tokens that changed experts, `[...]`.
+
+    From [.25, .75] to [.5, .5], a quarter of the tokens moved from the second expert to the first: .25.
+    """
+    return np.asarray(np.abs(share - other).sum(-1) / 2)
+
+
+def _read_folder(folder: Path) -> RecordedLoads:
+    if (folder / "trace.json").exists():
+        from data.traces.store import open_trace
+
+        trace = open_trace(folder)
+        loads = check_loads(trace.loads(), folder)
+        if trace.about["granularity"] == "counts":  # its layout knows the number of experts, not their size
+            return RecordedLoads(str(folder), loads)
+        return RecordedLoads(str(folder), loads, list(trace.batches()), trace.layout)
+    if recordings := sorted(folder.glob("*.pt")):
+        return RecordedLoads(str(folder), check_loads(_sglang(folder, recordings), folder))
+    if files := sorted(folder.glob("rank*.safetensors")):
+        return RecordedLoads(str(folder), check_loads(_tensorrt_llm(folder, files), folder))
+    raise ValueError(f"{folder} has no trace.json, no *.pt, and no rank*.safetensors; expected {FORMATS}")
+
+
+def _numpy(path: Path) -> Counts:
+    try:
+        array = np.load(path, allow_pickle=False)
+        if isinstance(array, np.lib.npyio.NpzFile):
+            with array:
+                if KEY not in array:
+                    raise ValueError(f"it holds {sorted(array)}, expected the key '{KEY}'")
+                array = array[KEY]
+    except Exception as error:  # zip, zlib and numpy each raise their own on a damaged file
+        raise ValueError(f"{path} cannot be read as loads: {error}") from None
+    counts: Counts = array
+    return counts
+
+
+def _sglang(path: Path, files: list[Path]) -> Counts:
+    """Counts of a recording in mode stat (`logical_count [steps, L, E]`) or, one file a rank, in mode per_pass."""
+    import torch
+
+    documents: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            document = torch.load(file, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch, pickle and zip each raise their own on a damaged file
+            raise ValueError(f"{file} cannot be read as an SGLang recording: {str(error).splitlines()[0]}") from None
+        keys = document.keys() if isinstance(document, dict) else set()
+        if "logical_count" in keys:  # already summed over ranks
+            return np.asarray(document["logical_count"])
+        if not {"records", "last_physical_to_logical_map"} <= keys:
+            found = sorted(map(str, keys))
+            raise ValueError(f"{file} holds {found}, expected 'logical_count', or 'records' and the map of slots")
+        documents.append(document)
+    try:
+        records = [record for document in documents for record in document["records"]]
+        return _by_logical_expert(records, np.asarray(documents[0]["last_physical_to_logical_map"]))
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is not laid out as an SGLang recording: {error}") from None
+
+
+def _by_logical_expert(records: list[dict[str, Any]], phy2log_LP: IntArray) -> FloatArray:
+    """Counts of each forward pass `[steps, L, E]`, summed over the slots of an expert and over ranks.
+
+    A rank counts its own tokens or its own slots, so the records of one pass add up. With `phy2log` [0, 1, 0, -1] and
+    counts [5, 2, 1, 0], expert 0 got 5 + 1 tokens and expert 1 got 2; slot 3 is empty.
+    """
+    num_experts = int(phy2log_LP.max()) + 1
+    layer_LP = np.arange(len(phy2log_LP))[:, None]
+    passes: dict[int, FloatArray] = {}
+    for record in records:
+        physical_LP = np.asarray(record["global_physical_count"])
+        if physical_LP.shape != phy2log_LP.shape:
+            raise ValueError(f"a record counts {physical_LP.shape} slots, the map has {phy2log_LP.shape}")
+        number, none_LE = int(record["forward_pass_id"]), np.zeros((len(phy2log_LP), num_experts + 1))
+        logical_LE = passes.setdefault(number, none_LE)
+        np.add.at(logical_LE, (layer_LP, phy2log_LP), physical_LP)  # -1, an empty slot, is the last column
+    if not passes:
+        raise ValueError("it holds no forward pass")
+    return np.stack([passes[number][:, :num_experts] for number in sorted(passes)])
+
+
+def _tensorrt_llm(folder: Path, files: list[Path]) -> FloatArray:
+    """Counts of files whose keys are `{iteration}_{layer}`, summed over ranks."""
+    from safetensors.numpy import load_file
+
+    meta = read_json(folder / "meta_info.json")
+    sums: dict[tuple[int, int], FloatArray] = {}
+    for file in files:
+        try:
+            tensors = load_file(file)
+        except Exception as error:  # safetensors raises several kinds on a damaged file
+            raise ValueError(f"{file} cannot be read: {error}") from None
+        for key, counts in tensors.items():
+            if not (match := re.fullmatch(r"(\d+)_(\d+)", key)):
+                raise ValueError(f"{file} has the key '{key}', expected '<iteration>_<layer>'")
+            place, row = (int(match[1]), int(match[2])), counts.astype(np.float64).reshape(-1)
+            if len(row) != len(sums.setdefault(place, np.zeros_like(row))):
+                raise ValueError(f"{file} counts {len(row)} experts in '{key}', another rank {len(sums[place])}")
+            sums[place] += row
+    steps, layers = (sorted({place[axis] for place in sums}) for axis in (0, 1))
+    if missing := [place for place in ((step, layer) for step in steps for layer in layers) if place not in sums]:
+        raise ValueError(f"{folder} lacks iteration {missing[0][0]} of layer {missing[0][1]}")
+    if len(sizes := sorted({len(row) for row in sums.values()})) != 1:
+        raise ValueError(f"{folder} counts {sizes} experts in different places; expected one number")
+    if meta.get("num_experts", sizes[0]) != sizes[0]:
+        raise ValueError(f"{folder} counts {sizes[0]} experts, its meta_info.json names {meta['num_experts']}")
+    return np.stack([np.stack([sums[step, layer] for layer in layers]) for step in steps])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.arrays import FloatArray, IntArray
+from data.traces.loads import share_of, total_variation
 from data.traces.store import StoredTrace
 
 
@@ -34,16 +35,10 @@ class TraceStatistics:
     floor_tv: FloatArray
 
 
-def shares(loads: IntArray) -> FloatArray:
-    """Loads divided by their sums; a layer without load is uniform."""
-    total = loads.sum(-1, keepdims=True)
-    even = np.full(loads.shape, 1 / loads.shape[-1])
-    return np.asarray(np.divide(loads, total, out=even, where=total > 0))
-
-
 def step_variation(loads: IntArray) -> FloatArray:
-    """Total variation between each batch's shares and the last one's, `[N - 1, L]`."""
-    return np.asarray(np.abs(np.diff(shares(loads), axis=0)).sum(-1) / 2)
+    """Total variation distance between the shares of each batch and of the batch before it, `[N - 1, L]`."""
+    shares = share_of(loads)
+    return total_variation(shares[1:], shares[:-1])
 
 
 def shuffled(loads: IntArray, rng: np.random.Generator) -> IntArray:
@@ -72,7 +67,7 @@ def measure(trace: StoredTrace) -> TraceStatistics:
         loads = trace.loads()
     tokens = loads.sum((0, 2))
     wanted = None if demand is None else np.maximum(demand.sum(-1), 1)
-    hottest = np.median(shares(loads).max(-1) * loads.shape[-1], axis=0)
+    hottest = np.median(share_of(loads).max(-1) * loads.shape[-1], axis=0)
     silent = np.zeros(loads.shape[1])
     floor = step_variation(shuffled(loads, np.random.default_rng(0)))
     return TraceStatistics(

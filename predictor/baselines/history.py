@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data.arrays import FloatArray, IntArray
+from data.traces.loads import share_of
 from data.traces.trace import TokenBatch
 from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
 
@@ -106,14 +107,6 @@ class Oracle:
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         """See `Forecaster`; the length of the history tells which batch comes."""
         return forecast_from_load(self.loads[len(history)].astype(np.float64), made_at=len(history), source=self.name)
-
-
-def share_of(load: IntArray) -> FloatArray:
-    """Loads `[..., E]` divided by their sum over experts; where there is no load, uniform."""
-    total = load.sum(-1, keepdims=True)
-    uniform = np.full(load.shape, 1.0 / load.shape[-1])
-    share: FloatArray = np.divide(load, total, out=uniform, where=total > 0)
-    return share
 
 
 def _average(history: LoadHistory, weight: FloatArray, source: str) -> LoadForecast:

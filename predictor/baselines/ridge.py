@@ -7,8 +7,8 @@ import numpy as np
 from sklearn.linear_model import Ridge
 
 from data.arrays import FloatArray, IntArray
+from data.traces.loads import share_of
 from data.traces.trace import TokenBatch
-from predictor.baselines.history import share_of
 from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
 
 LAGS = 4

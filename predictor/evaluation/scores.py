@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data.arrays import FloatArray, IntArray
-from predictor.baselines.history import share_of
+from data.traces.loads import share_of
 from predictor.evaluation.metrics import hot_recall, load_tv, nll, sampling_floor
 from predictor.forecast import LoadForecast
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from data.arrays import FloatArray
+from data.traces.loads import share_of, total_variation
 from predictor.baselines.history import Ema
-from predictor.forecast import forecast_from_load
 from runtime.balancing.split import balancedness
 from runtime.engine.batch import BatchStats
 from runtime.telemetry.exporters import Document, Exporter, JsonLines, PrometheusEndpoint, WandbRun
@@ -28,8 +28,7 @@ def forecast_error(stats: BatchStats) -> FloatArray | None:
     forecast = stats.preparation.forecast if stats.preparation else None
     if forecast is None:
         return None
-    truth = forecast_from_load(stats.load.astype(np.float64), made_at=0, source="truth")
-    return np.asarray(np.abs(forecast.share - truth.share).sum(-1) / 2)
+    return total_variation(forecast.share, share_of(stats.load))
 
 
 def figures(layers: Sequence[str], stats: BatchStats) -> Document:

@@ -1,0 +1,98 @@
+"""Every command line: help on stdout, errors in one line, no abbreviated options, and a hint after Ctrl-C."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data.cli import OneLineParser, from_command_line, user_errors
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a batch.
+
+    Attributes:
+        batches: Number of batches.
+        smallest: Fewest sequences.
+    """
+
+    batches: int = 5
+    smallest: int = 1
+
+
+def command(source: Path, out: Path = Path("out"), max_new_tokens: int = 3, batching: Sizes = Sizes()):
+    """Does something with a source.
+
+    Args:
+        source: Where to read from.
+        out: Folder to write.
+        max_new_tokens: Most tokens.
+        batching: How text is cut.
+    """
+    return source, out, max_new_tokens, batching
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["command", *args])
+    with user_errors():
+        return from_command_line(command)
+
+
+def test_positional_nested_and_hyphenated(monkeypatch):
+    expected = (Path("text-a"), Path("b-c"), 7, Sizes(9, 2))
+    options = ["--out=b-c", "--max-new-tokens", "7", "--batching.batches", "9", "--batching.smallest=2"]
+    assert run(monkeypatch, "text-a", *options) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "option"),
+    [
+        (["--ou", "x"], "--ou"),
+        (["--ou=x"], "--ou=x"),
+        (["--max-new", "3"], "--max_new"),
+        (["--batching.batch", "3"], "--batching.batch"),
+        (["--batching.batch=3"], "--batching.batch=3"),
+        (["--batch.batches", "3"], "--batch.batches"),
+        (["--batc", "{}"], "--batc"),
+        (["--he"], "--he"),
+        (["--outs", "x"], "--outs"),
+    ],
+)
+def test_abbreviations_are_refused_by_name(monkeypatch, capsys, args, option):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "text", *args)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.endswith("; see --help\n")
+    assert printed.err.count("\n") == 1
+    assert option in printed.err.removesuffix("; see --help\n").split()
+
+
+def test_the_mixin_lets_a_caller_decide():
+    parser = OneLineParser(allow_abbrev=True)
+    parser.add_argument("--output", type=str)
+    assert parser.parse_args(["--out", "x"]).output == "x"
+
+
+def test_help_is_printed_on_stdout(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--help")
+    printed = capsys.readouterr()
+    assert stop.value.code == 0
+    assert printed.err == ""
+    for words in ("Does something with a source.", "Folder to write.", "--batching.batches", "Number of batches."):
+        assert words in printed.out
+
+
+def test_ctrl_c_prints_how_to_go_on(capsys):
+    for resume, line in (
+        ((), "interrupted; run the same command again to start over\n"),
+        (("add --ckpt_path last",), "interrupted; add --ckpt_path last\n"),
+    ):
+        with pytest.raises(SystemExit) as stop, user_errors(*resume):
+            raise KeyboardInterrupt
+        assert stop.value.code == 130
+        assert capsys.readouterr().err == line

@@ -1,0 +1,164 @@
+"""Recorded loads of every format become the same array; what is no recording is refused; shares and their distance."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from data.models.layout import MoELayout
+from data.traces.loads import read_loads, share_of, total_variation
+from data.traces.store import write_about, write_counts_shard
+from tests.helpers.made_up_trace import make_layout, time_splits, write_trace
+
+COUNTS = np.random.default_rng(0).integers(0, 50, (5, 3, 8))
+
+
+def test_numpy_arrays(tmp_path):
+    np.save(tmp_path / "a.npy", COUNTS.astype(np.uint16))
+    np.savez_compressed(tmp_path / "a.npz", counts=COUNTS.astype(np.float32))
+    for name in ("a.npy", "a.npz"):
+        recorded = read_loads(tmp_path / name)
+        assert np.array_equal(recorded.loads, COUNTS)
+        assert recorded.loads.dtype == np.int64
+        assert (recorded.name, recorded.batches, recorded.layout) == (str(tmp_path / name), None, None)
+
+
+def test_a_trace_comes_with_tokens_and_layout(tmp_path):
+    layout = make_layout("m")
+    recorded = read_loads(write_trace(tmp_path, layout, time_splits(4, 2, 2)))
+    assert recorded.loads.shape == (20, 3, 8)
+    assert len(recorded.batches) == 20
+    assert recorded.layout == layout
+
+
+def test_a_trace_of_counts_has_neither(tmp_path):
+    layout = MoELayout("m", "", tuple(("decoder", layer) for layer in range(3)), 8, 0, 0, 0, 0)
+    write_about(tmp_path, layout, [write_counts_shard(tmp_path / "0.parquet", 0, COUNTS)], ["test"] * 5, "counts")
+    recorded = read_loads(tmp_path)
+    assert np.array_equal(recorded.loads, COUNTS)
+    assert (recorded.batches, recorded.layout) == (None, None)
+
+
+def test_sglang_stat(tmp_path):
+    torch.save({"rank": 0, "logical_count": torch.from_numpy(COUNTS)}, tmp_path / "s.pt")
+    assert np.array_equal(read_loads(tmp_path / "s.pt").loads, COUNTS)
+
+
+def test_sglang_per_pass_sums_replicas_and_ranks(tmp_path):
+    """Eleven slots a layer: experts 2 and 5 have a second one, and one slot is empty; two ranks count half each."""
+    phy2log = torch.tensor([[*range(8), 2, 5, -1]] * 3)
+    for rank in (0, 1):
+        records = []
+        for number, counts in enumerate(torch.from_numpy(COUNTS)):
+            half = counts // 2 if rank else counts - counts // 2
+            physical = torch.zeros(3, 11, dtype=torch.int32)
+            physical[:, :8] = half
+            physical[:, 8], physical[:, 2] = half[:, 2] // 3, half[:, 2] - half[:, 2] // 3
+            physical[:, 9], physical[:, 5] = half[:, 5], 0
+            records.append(
+                {
+                    "forward_pass_id": 100 - number,
+                    "rank": rank,
+                    "gatherer_key": "primary",
+                    "global_physical_count": physical,
+                }
+            )
+        torch.save({"records": records, "last_physical_to_logical_map": phy2log}, tmp_path / f"recorder_{rank}.pt")
+    assert np.array_equal(read_loads(tmp_path).loads, COUNTS[::-1]), "passes come in the order of their numbers"
+
+
+def test_tensorrt_llm_statistics(tmp_path):
+    (tmp_path / "meta_info.json").write_text(json.dumps({"num_experts": 8}))
+    for rank, half in enumerate((COUNTS // 2, COUNTS - COUNTS // 2)):
+        tensors = {f"{10 + step}_{3 + layer}": half[step, layer] for step in range(5) for layer in range(3)}
+        save_file(tensors, tmp_path / f"rank{rank}.safetensors")
+    assert np.array_equal(read_loads(tmp_path).loads, COUNTS)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def write_bad(folder):
+    np.save(folder / "flat.npy", COUNTS[0])
+    np.save(folder / "none.npy", COUNTS[:0])
+    np.save(folder / "negative.npy", -COUNTS - 1)
+    np.save(folder / "half.npy", COUNTS + 0.5)
+    np.save(folder / "huge.npy", COUNTS + 1e300)
+    np.save(folder / "text.npy", COUNTS.astype(str))
+    np.savez(folder / "key.npz", loads=COUNTS)
+    (folder / "cut.npz").write_bytes(b"PK\x03\x04cut")
+    np.save(folder / "object.npy", np.array([Malicious()], dtype=object))
+    torch.save(Malicious(), folder / "code.pt")
+    torch.save({"something": torch.ones(2)}, folder / "other.pt")
+    slots = torch.tensor([[0, 1]])
+    torch.save({"records": [], "last_physical_to_logical_map": slots}, folder / "silent.pt")
+    torch.save({"records": [{"rank": 0}], "last_physical_to_logical_map": slots}, folder / "keyless.pt")
+    wide = {"forward_pass_id": 0, "global_physical_count": torch.ones(1, 3)}
+    torch.save({"records": [wide], "last_physical_to_logical_map": slots}, folder / "wide.pt")
+    rows = {
+        "gap": {"0_0": COUNTS[0, 0], "1_1": COUNTS[0, 0]},
+        "named": {"layer": COUNTS[0, 0]},
+        "ragged": {"0_0": COUNTS[0, 0], "0_1": COUNTS[0, 0, :4]},
+        "meta": {"0_0": COUNTS[0, 0]},
+        "fraction": {"0_0": COUNTS[0, 0] + 0.5},
+    }
+    for name, tensors in rows.items():
+        (folder / name).mkdir()
+        (folder / name / "meta_info.json").write_text('{"num_experts": 4}' if name == "meta" else "{}")
+        save_file(tensors, folder / name / "rank0.safetensors")
+    (folder / "empty").mkdir()
+    (folder / "counts.txt").write_text("1 2 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.npy", "does not exist; expected a trace folder, .npy or .npz counts, an SGLang recording"),
+        ("flat.npy", r"has shape \(3, 8\), expected \[steps, layers, experts\], at least one of each"),
+        ("none.npy", r"has shape \(0, 3, 8\)"),
+        ("negative.npy", "holds -50; tokens cannot be negative"),
+        ("half.npy", "holds figures that are not whole numbers"),
+        ("huge.npy", r"holds 1e\+300; expected counts of tokens, at most"),
+        ("text.npy", "holds <U21, expected counts of tokens"),
+        ("key.npz", r"cannot be read as loads: it holds \['loads'\], expected the key 'counts'"),
+        ("cut.npz", "cannot be read as loads"),
+        ("object.npy", "cannot be read as loads"),
+        ("code.pt", "cannot be read as an SGLang recording"),
+        ("other.pt", r"holds \['something'\], expected 'logical_count'"),
+        ("silent.pt", "is not laid out as an SGLang recording: it holds no forward pass"),
+        ("keyless.pt", "is not laid out as an SGLang recording: 'global_physical_count'"),
+        ("wide.pt", r"a record counts \(1, 3\) slots, the map has \(1, 2\)"),
+        ("gap", "lacks iteration 0 of layer 1"),
+        ("named", "has the key 'layer', expected '<iteration>_<layer>'"),
+        ("ragged", r"counts \[4, 8\] experts in different places"),
+        ("meta", r"counts 8 experts, its meta_info.json names 4"),
+        ("fraction", "holds figures that are not whole numbers"),
+        ("empty", r"has no trace.json, no \*.pt, and no rank\*.safetensors; expected a trace folder"),
+        ("counts.txt", "is not a recording; expected a trace folder"),
+    ],
+)
+def test_what_is_no_recording_is_refused_and_nothing_in_it_runs(name, message, tmp_path, capsys):
+    write_bad(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_loads(tmp_path / name)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_shares_and_their_distance_by_hand():
+    shares = share_of(np.array([[1, 3, 0, 0], [0, 0, 0, 0]]))
+    assert shares.tolist() == [[0.25, 0.75, 0, 0], [0.25, 0.25, 0.25, 0.25]]
+    assert total_variation(shares, np.array([[0.5, 0.5, 0, 0], [1, 0, 0, 0]])).tolist() == [0.25, 0.75]
+
+
+def test_importing_the_reader_loads_numpy_alone():
+    script = (
+        "import sys, data.traces.loads; print({'torch', 'pyarrow', 'safetensors', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
