@@ -28,7 +28,7 @@ from predictor.checkpoint import load_predictor, save_predictor
 from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import details, summarise, write_report
 from predictor.evaluation.segments import segment_errors
-from predictor.evaluation.tables import CAPTIONS, ladder_table
+from predictor.evaluation.tables import CAPTIONS, REDUNDANT, comparison_table
 from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast
 from predictor.training.calibration import calibrate_spread
@@ -43,8 +43,6 @@ from runtime.balancing.split import balancedness, split_load
 
 DEFAULTS = Path(__file__).parent / "configs" / "default.yaml"
 DEVICES = 8
-REDUNDANT = {"balancedness": 16, "balancedness_8": 8}
-"""The settings in which the report compares forecasters by what they are for."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -95,7 +93,7 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     learned.spread = calibrate_spread(learned, data.samples("val"))
     learned.familiarity = Familiarity.fit(data.layout.vocab_size, data.tokens("train"), data.tokens("val"))
     divides = data.layout.num_experts % DEVICES == 0
-    replicators = {name: partial(Replicator, data.layout, count) for name, count in REDUNDANT.items() if divides}
+    replicators = {count: partial(Replicator, data.layout, count) for count in REDUNDANT if divides}
     others = rivals(data)
     ladder = compare_forecasters([*others, learned], data, replicators)
     about["metrics"] = details(ladder)
@@ -108,8 +106,8 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
         write_report(new, f"Expert load of {data.layout.model_id}", ladder, data.layout.layer_names)
         load_predictor(new, data.layout)
     track_results(trainer, ladder, data.layout.layer_names, folder)
-    for metric in ("load_tv", "balancedness", "balancedness_8"):
-        print(f"\n{CAPTIONS[metric]}\n\n{ladder_table(about['metrics'], metric)}")
+    for metric in ("load_tv", "balancedness_r16", "balancedness_r8"):
+        print(f"\n{CAPTIONS[metric]}\n\n{comparison_table(about['metrics'], metric)}")
     print(f"\nMore: python -m predictor.show {folder}, or open {folder / 'report.html'}")
     seconds = round(time.perf_counter() - started, 1)
     return {"predictor": str(folder), "trace": str(data.path), "seconds": seconds, "test": summarise(ladder)}

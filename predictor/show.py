@@ -13,7 +13,7 @@ from typing import Any
 from data.cli import user_errors
 from data.models.layout import MoELayout
 from predictor.checkpoint import read_config
-from predictor.evaluation.tables import CAPTIONS, Details, figure, ladder_table, layers_table, markdown
+from predictor.evaluation.tables import CAPTIONS, Details, comparison_table, figure, layers_table, markdown
 from predictor.network import Architecture, LoadNetwork
 
 LEARNED, WITNESS = "learned", "last"
@@ -87,7 +87,7 @@ def show(wanted: list[str]) -> str:
     configs = read_folders(wanted)
     details = merged(configs)
     layer_names = MoELayout.from_json(next(iter(configs.values()))["layout"]).layer_names
-    parts = [f"{caption}\n\n{ladder_table(details, metric)}" for metric, caption in CAPTIONS.items()]
+    parts = [f"{caption}\n\n{comparison_table(details, metric)}" for metric, caption in CAPTIONS.items()]
     rivals = [name for name in ("last", "ema", "token_table") if name in next(iter(details.values()))]
     parts.append(f"Total variation, layer by layer\n\n{layers_table(details, layer_names, [*rivals, *configs])}")
     parts += [f"Segments, {name}\n\n{_segments(config)}" for name, config in configs.items()]

@@ -17,12 +17,10 @@ from predictor.evaluation.metrics import token_top1
 from predictor.evaluation.scores import Scores
 from predictor.forecast import Forecaster, LoadForecast
 
-Balancer = Callable[[LoadForecast, IntArray, IntArray], float]
-"""Balancedness that a forecast, the load that came `[L, E]` and those before it `[K, L, E]` lead to; keeps its plan."""
-REGRETS = {"balancedness": "regret", "balancedness_8": "regret_8"}
-"""Each balancedness of `Scores`, and where its distance to the oracle's goes."""
+BalancednessOf = Callable[[LoadForecast, IntArray, IntArray], float]
+"""Balancedness of a batch: its forecast, its load `[L, E]` and the loads before it `[K, L, E]` in; keeps its plan."""
 
-Ladder = dict[str, dict[str, Scores]]
+Comparison = dict[str, dict[str, Scores]]
 """Stream, then forecaster."""
 
 
@@ -45,19 +43,20 @@ def rivals(data: RouterTraceModule) -> list[Forecaster]:
 def compare_forecasters(
     forecasters: list[Forecaster],
     data: RouterTraceModule,
-    new_balancers: Mapping[str, Callable[[], Balancer]] | None = None,
-) -> Ladder:
+    new_balancers: Mapping[int, Callable[[], BalancednessOf]] | None = None,
+) -> Comparison:
     """Scores forecasters on all test batches.
 
     Args:
         forecasters: What to score.
         data: A module that was set up.
-        new_balancers: For each balancedness of `Scores` what makes the balancer of one forecaster on one stream.
+        new_balancers: Number of redundant experts -> function that makes the `BalancednessOf` of one forecaster on
+            one stream.
     """
-    ladder: Ladder = {}
-    balancers: dict[tuple[str, str, str], Balancer] = {}
+    comparison: Comparison = {}
+    balancers: dict[tuple[str, str, int], BalancednessOf] = {}
     for step, sample in test_steps(data):
-        stream = ladder.setdefault(sample.trace.phase, {})
+        stream = comparison.setdefault(sample.trace.phase, {})
         for forecaster in forecasters:
             scores = stream.setdefault(forecaster.name, Scores())
             started = time.perf_counter()
@@ -66,21 +65,23 @@ def compare_forecasters(
             scores.add(forecast, data.loads[step])
             if (right := _top1(forecaster, sample)) is not None:
                 scores.token_top1.append(right)
-            for metric, new in (new_balancers or {}).items():
-                key = (sample.trace.phase, forecaster.name, metric)
+            for count, new in (new_balancers or {}).items():
+                key = (sample.trace.phase, forecaster.name, count)
                 balancer = balancers.get(key) or balancers.setdefault(key, new())
-                getattr(scores, metric).append(balancer(forecast, data.loads[step], data.loads[:step]))
-    _add_regrets(ladder)
-    return ladder
+                value = balancer(forecast, data.loads[step], data.loads[:step])
+                scores.balancedness.setdefault(count, []).append(value)
+    _add_regrets(comparison)
+    return comparison
 
 
-def _add_regrets(ladder: Ladder) -> None:
-    for stream in ladder.values():
-        for metric, regret in REGRETS.items():
-            best = getattr(stream[Oracle.name], metric) if Oracle.name in stream else []
-            for scores in stream.values():
-                own = getattr(scores, metric)
-                getattr(scores, regret).extend(most - got for most, got in zip(best, own, strict=False))
+def _add_regrets(comparison: Comparison) -> None:
+    for stream in comparison.values():
+        best = stream[Oracle.name].balancedness if Oracle.name in stream else {}
+        for scores in stream.values():
+            scores.regret = {
+                count: [most - own for most, own in zip(values, scores.balancedness[count], strict=True)]
+                for count, values in best.items()
+            }
 
 
 def test_steps(data: RouterTraceModule) -> Iterable[tuple[int, TraceSample]]:

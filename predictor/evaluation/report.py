@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from predictor.baselines.history import LastBatch, Oracle
-from predictor.evaluation.comparison import Ladder
+from predictor.evaluation.comparison import Comparison
 from predictor.evaluation.plots import calibration_curve, heat_maps, ladder_bars, to_png
-from predictor.evaluation.tables import CAPTIONS, Details, figure
+from predictor.evaluation.tables import CAPTIONS, REDUNDANT, Details, figure
 
 Summaries = dict[str, dict[str, dict[str, float | None]]]
 """Stream, then forecaster, then figure."""
@@ -19,7 +19,7 @@ LEAST_GAP = 0.01
 NOMINAL = np.array([0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
-def summarise(ladder: Ladder) -> Summaries:
+def summarise(ladder: Comparison) -> Summaries:
     """The contract's figures of every stream and forecaster."""
     return {
         stream: {name: scores.summary() for name, scores in forecasters.items()}
@@ -27,24 +27,25 @@ def summarise(ladder: Ladder) -> Summaries:
     }
 
 
-def details(ladder: Ladder) -> Details:
+def details(ladder: Comparison) -> Details:
     """All figures of every stream and forecaster, intervals included."""
     result: Details = {}
     for stream, forecasters in ladder.items():
         result[stream] = {name: scores.details() for name, scores in forecasters.items()}
         last = forecasters.get(LastBatch.name)
-        for regret, closed in {"regret": "gap_closed", "regret_8": "gap_closed_8"}.items():
-            if last is None or not getattr(last, regret) or last.interval(regret)[0] <= LEAST_GAP:
+        for count in REDUNDANT:
+            closed = f"gap_closed_r{count}"
+            if last is None or not last.regret.get(count) or last.interval(f"regret_r{count}")[0] <= LEAST_GAP:
                 continue
             for name, scores in forecasters.items():
                 if name not in (LastBatch.name, Oracle.name):
-                    value, interval = scores.gap_closed(last, regret)
+                    value, interval = scores.gap_closed(last, count)
                     figures = {closed: round(value, 4), f"{closed}_interval": [round(end, 4) for end in interval]}
                     result[stream][name] |= figures
     return result
 
 
-def layer_rows(ladder: Ladder, layer_names: list[str]) -> list[list[str | float]]:
+def layer_rows(ladder: Comparison, layer_names: list[str]) -> list[list[str | float]]:
     """Stream, forecaster, then the load error of each layer."""
     return [
         [stream, name, *(round(float(tv), 4) for tv in np.nanmean(scores.load_tv, axis=0))]
@@ -54,7 +55,7 @@ def layer_rows(ladder: Ladder, layer_names: list[str]) -> list[list[str | float]
     ]
 
 
-def figures(ladder: Ladder, layer_names: list[str]) -> dict[str, Figure]:
+def figures(ladder: Comparison, layer_names: list[str]) -> dict[str, Figure]:
     """All pictures by name."""
     tv = {s: {n: f["load_tv"] or 0.0 for n, f in rows.items()} for s, rows in summarise(ladder).items()}
     learned = {stream: forecasters["learned"] for stream, forecasters in ladder.items()}
@@ -76,7 +77,7 @@ def _html_table(header: list[str], rows: list[list[str | float]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def write_report(folder: Path, title: str, ladder: Ladder, layer_names: list[str]) -> None:
+def write_report(folder: Path, title: str, ladder: Comparison, layer_names: list[str]) -> None:
     """Writes report.html, which holds its pictures, and each picture as a PNG beside it."""
     found, streams = details(ladder), list(ladder)
     parts = [f"<h1>{html.escape(title)}</h1>"]

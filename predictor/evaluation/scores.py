@@ -12,10 +12,9 @@ import torch
 from data.arrays import FloatArray, IntArray
 from data.traces.loads import share_of
 from predictor.evaluation.metrics import hot_recall, load_tv, nll, sampling_floor
+from predictor.evaluation.tables import REDUNDANT
 from predictor.forecast import LoadForecast
 
-REPORTED = ("load_tv", "hot_recall", "token_top1", "balancedness", "balancedness_8", "regret", "regret_8")
-"""What is summarised, with an interval for each."""
 RESAMPLES = 1000
 BLOCK = 5
 """Batches drawn together in the bootstrap, since neighbours are alike; fewer where there are fewer than three times
@@ -32,10 +31,8 @@ class Scores:
         hot_recall: Share of the hot experts found, `[N][L]`.
         nll: Negative log-likelihood of a token's expert, nats, `[N][L]`.
         token_top1: Share of tokens whose expert was named, `[N][L_enc]`; empty where tokens are not forecast.
-        balancedness: With 16 redundant experts, mean over layers, `[N]`; empty where there was no balancer.
-        balancedness_8: The same with 8.
-        regret: How much more the oracle's forecast balanced the same batch with 16 redundant experts, `[N]`.
-        regret_8: The same with 8.
+        balancedness: Number of redundant experts -> balancedness, mean over layers, `[N]`.
+        regret: Number of redundant experts -> balancedness with the oracle's forecast less `balancedness`, `[N]`.
         milliseconds: Time of one forecast, `[N]`.
         share: Forecast shares, `[N][L, E]`.
         spread: One standard deviation of each, `[N][L, E]`.
@@ -47,10 +44,8 @@ class Scores:
     hot_recall: list[FloatArray] = field(default_factory=list)
     nll: list[FloatArray] = field(default_factory=list)
     token_top1: list[FloatArray] = field(default_factory=list)
-    balancedness: list[float] = field(default_factory=list)
-    balancedness_8: list[float] = field(default_factory=list)
-    regret: list[float] = field(default_factory=list)
-    regret_8: list[float] = field(default_factory=list)
+    balancedness: dict[int, list[float]] = field(default_factory=dict)
+    regret: dict[int, list[float]] = field(default_factory=dict)
     milliseconds: list[float] = field(default_factory=list)
     share: list[FloatArray] = field(default_factory=list)
     spread: list[FloatArray] = field(default_factory=list)
@@ -74,15 +69,24 @@ class Scores:
         spread = np.stack(self.spread)
         return np.array([(error <= z * spread).mean() for z in width])
 
+    def reported(self) -> dict[str, list[Any]]:
+        """Values of each metric that is summarised, `[N]` or `[N][L]`; empty where the metric was not measured."""
+        values: dict[str, list[Any]] = {
+            "load_tv": self.load_tv, "hot_recall": self.hot_recall, "token_top1": self.token_top1
+        }  # fmt: skip
+        for metric, by_count in (("balancedness", self.balancedness), ("regret", self.regret)):
+            values |= {f"{metric}_r{count}": by_count.get(count, []) for count in REDUNDANT}
+        return values
+
     def interval(self, metric: str) -> tuple[float, float]:
-        """95 % interval of a metric's mean: a circular block bootstrap over batches."""
-        values = np.array([np.nanmean(value) for value in getattr(self, metric)])
+        """95 % interval of the mean of a metric in `reported`: a circular block bootstrap over batches."""
+        values = np.array([np.nanmean(value) for value in self.reported()[metric]])
         low, high = np.quantile(values[resampled(len(values))].mean(1), [0.025, 0.975])
         return float(low), float(high)
 
-    def gap_closed(self, last: "Scores", regret: str) -> tuple[float, tuple[float, float]]:
-        """Share of the last batch's regret that this forecaster is spared, and its 95 % interval."""
-        own, its = np.array(getattr(self, regret)), np.array(getattr(last, regret))
+    def gap_closed(self, last: "Scores", num_redundant_experts: int) -> tuple[float, tuple[float, float]]:
+        """Share of the regret of `last` (persistence) that this forecaster avoids, and its 95 % interval."""
+        own, its = np.array(self.regret[num_redundant_experts]), np.array(last.regret[num_redundant_experts])
         rows = resampled(len(own))
         its_mean = np.maximum(its[rows].mean(1), 1e-9)  # a draw in which persistence is perfect leaves nothing to close
         low, high = np.quantile(1 - own[rows].mean(1) / its_mean, [0.025, 0.975])
@@ -90,14 +94,16 @@ class Scores:
 
     def summary(self) -> dict[str, float | None]:
         """The figures of the contract: means over layers and batches."""
-        values = {name: getattr(self, name) for name in REPORTED}
-        return {name: round(float(np.nanmean(value)), 4) if len(value) else None for name, value in values.items()}
+        return {
+            name: round(float(np.nanmean(values)), 4) if len(values) else None
+            for name, values in self.reported().items()
+        }
 
     def details(self) -> dict[str, Any]:
         """The contract's figures with their intervals, and all the others."""
         result: dict[str, Any] = dict(self.summary())
-        for name in REPORTED:
-            if len(getattr(self, name)):
+        for name, values in self.reported().items():
+            if len(values):
                 result[f"{name}_interval"] = [round(value, 4) for value in self.interval(name)]
         result["load_tv_layers"] = [round(float(value), 4) for value in np.nanmean(self.load_tv, axis=0)]
         result["sampling_floor_layers"] = [round(float(value), 4) for value in np.nanmean(self.floor, axis=0)]

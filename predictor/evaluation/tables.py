@@ -1,19 +1,21 @@
-"""The ladder as Markdown, the same for a terminal, a model card and the docs."""
+"""The comparison of forecasters as Markdown, the same for a terminal, a model card and the docs."""
 
 from typing import Any
 
 Details = dict[str, dict[str, dict[str, Any]]]
 """Stream, then forecaster, then figure: what config.json of a predictor folder keeps as `metrics`."""
+REDUNDANT = (16, 8)
+"""Redundant experts, over 8 devices, with which forecasters are compared by balancedness."""
 CAPTIONS = {
     "load_tv": "Total variation of forecast and true load (lower is better)",
     "hot_recall": "Share of the 16 hottest experts found",
     "token_top1": "Share of tokens whose expert was named",
-    "balancedness": "Balancedness, 8 devices, 16 redundant experts (1 is perfect)",
-    "regret": "How much more the oracle's forecast balances, 16 redundant experts",
-    "gap_closed": "Share of the gap from last batch to oracle that is closed, 16 redundant experts",
-    "balancedness_8": "Balancedness, 8 devices, 8 redundant experts",
-    "regret_8": "How much more the oracle's forecast balances, 8 redundant experts",
-    "gap_closed_8": "Share of the gap from last batch to oracle that is closed, 8 redundant experts",
+    "balancedness_r16": "Balancedness, 8 devices, 16 redundant experts (1 is perfect)",
+    "regret_r16": "Regret: balancedness of the oracle's forecast less this one's, 16 redundant experts",
+    "gap_closed_r16": "Share of the gap from last batch to oracle that is closed, 16 redundant experts",
+    "balancedness_r8": "Balancedness, 8 devices, 8 redundant experts (1 is perfect)",
+    "regret_r8": "Regret: balancedness of the oracle's forecast less this one's, 8 redundant experts",
+    "gap_closed_r8": "Share of the gap from last batch to oracle that is closed, 8 redundant experts",
     "coverage_80": "Share of experts whose true share lies in the forecast's 80 % interval",
 }
 
@@ -32,7 +34,7 @@ def figure(values: dict[str, Any], metric: str) -> str:
     return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
-def ladder_table(details: Details, metric: str) -> str:
+def comparison_table(details: Details, metric: str) -> str:
     """One metric: a row for each forecaster that has it, a column for each stream."""
     streams = list(details)
     rows = [[name, *(figure(details[stream][name], metric) for stream in streams)] for name in details[streams[0]]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from predictor.checkpoint import CONFIG, WEIGHTS
-from predictor.evaluation.tables import Details, ladder_table
+from predictor.evaluation.tables import Details, comparison_table
 from predictor.forecaster import NeuralForecaster
 
 
@@ -87,7 +87,7 @@ loads of the batches before it. It never changes what the model answers.
 ## Load error on held-out batches
 Total variation of forecast and true share, mean over MoE layers and batches, with 95 % intervals; lower is better.
 
-{ladder_table(details, "load_tv")}
+{comparison_table(details, "load_tv")}
 
 ## Limits
 A predictor fits one model's routers: another checkpoint is refused. Text unlike the training trace is forecast worse

@@ -8,7 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from data.traces.store import TRACE_JSON
-from predictor.evaluation.comparison import Ladder
+from predictor.evaluation.comparison import Comparison
 from predictor.evaluation.plots import to_png
 from predictor.evaluation.report import details, figures, layer_rows, summarise
 from predictor.evaluation.tables import CAPTIONS
@@ -36,7 +36,7 @@ def track_trace(trainer: Trainer, trace: Path) -> None:
     logger.experiment.use_artifact(artifact)
 
 
-def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], folder: Path) -> None:
+def track_results(trainer: Trainer, ladder: Comparison, layer_names: list[str], folder: Path) -> None:
     """Logs the ladder and per-layer tables, the pictures, and the predictor folder as output artifact; ends the run."""
     logger = _wandb(trainer)
     if logger is None:

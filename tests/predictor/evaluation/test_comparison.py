@@ -8,7 +8,7 @@ from data.datamodule import RouterTraceModule
 from predictor.baselines.history import Ema, Oracle, Uniform
 from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import summarise, write_report
-from predictor.evaluation.scores import REPORTED
+from predictor.evaluation.scores import Scores
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from tests.helpers.made_up_trace import EXPERTS
@@ -26,7 +26,7 @@ def test_oracle_is_perfect_and_others_are_not(data):
     assert set(summaries) == {"steady", "every_1"}
     for rows in summaries.values():
         assert list(rows) == ["uniform", "stationary", "last", "ema", "ridge", "token_table", "oracle"]
-        assert rows["oracle"] == dict.fromkeys(REPORTED) | {"load_tv": 0.0, "hot_recall": 1.0, "token_top1": 1.0}
+        assert rows["oracle"] == Scores().summary() | {"load_tv": 0.0, "hot_recall": 1.0, "token_top1": 1.0}
         assert all(row["load_tv"] > 0.01 for name, row in rows.items() if name != "oracle")
     assert summaries["every_1"]["token_table"]["load_tv"] < 0.7 * summaries["every_1"]["last"]["load_tv"]
     assert summaries["steady"]["token_table"]["token_top1"] > 0.7
@@ -41,14 +41,14 @@ def test_balancer_sees_each_stream_alone(data):
         made.append(calls)
         return lambda forecast, load, past: calls.append(len(past)) or (0.9 if forecast.source == "oracle" else 0.5)
 
-    ladder = compare_forecasters([Uniform(3, EXPERTS), Oracle(data.loads)], data, {"balancedness_8": new_balancer})
+    comparison = compare_forecasters([Uniform(3, EXPERTS), Oracle(data.loads)], data, {8: new_balancer})
     assert [len(calls) for calls in made] == [8, 8, 8, 8]
     assert made[0] == [step for step, split in enumerate(data.splits) if split == "test"][:8]
-    summary = ladder["steady"]["uniform"].summary()
-    assert summary["balancedness_8"] == 0.5
-    assert summary["regret_8"] == 0.4
-    assert summary["balancedness"] is None
-    assert ladder["steady"]["oracle"].summary()["regret_8"] == 0.0
+    summary = comparison["steady"]["uniform"].summary()
+    assert summary["balancedness_r8"] == 0.5
+    assert summary["regret_r8"] == 0.4
+    assert summary["balancedness_r16"] is None
+    assert comparison["steady"]["oracle"].summary()["regret_r8"] == 0.0
 
 
 def test_ema_picks_the_rate_that_fits():

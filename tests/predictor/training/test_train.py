@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor
-from predictor.evaluation.scores import REPORTED
+from predictor.evaluation.scores import Scores
 from predictor.training.module import ForecasterModule
 
 ROOT = Path(__file__).parents[3]
@@ -23,9 +23,9 @@ def test_contract_and_folder(run, layout, trace, upcoming):
     assert set(line["test"]) == {"steady", "every_1"}
     for rows in line["test"].values():
         assert set(rows) >= FORECASTERS
-        assert all(set(row) == set(REPORTED) for row in rows.values())
-        assert rows["oracle"]["load_tv"] == rows["oracle"]["regret"] == 0.0
-        assert rows["last"]["balancedness_8"] <= rows["last"]["balancedness"] <= 1.0
+        assert all(set(row) == set(Scores().reported()) for row in rows.values())
+        assert rows["oracle"]["load_tv"] == rows["oracle"]["regret_r16"] == 0.0
+        assert rows["last"]["balancedness_r8"] <= rows["last"]["balancedness_r16"] <= 1.0
     changing = line["test"]["every_1"]
     assert changing["learned"]["load_tv"] < min(changing[name]["load_tv"] for name in ("last", "ema", "stationary"))
     folder = Path(line["predictor"])
