@@ -4,13 +4,18 @@ All of them follow `predictor.forecast.Forecaster` and need numpy alone, so the 
 Shape suffixes: K past batches, N training batches, L MoE layers, E logical experts.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.arrays import FloatArray, IntArray
-from data.traces.trace import TokenBatch
 from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
+
+if TYPE_CHECKING:  # history needs no torch
+    from data.traces.trace import TokenBatch
 
 SPREAD_STEPS = 8
 """Steps back that tell persistence how far one batch is from the next."""

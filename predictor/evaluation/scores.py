@@ -11,15 +11,12 @@ import torch
 
 from data.arrays import FloatArray, IntArray
 from predictor.baselines.history import share_of
+from predictor.evaluation.bootstrap import resampled
 from predictor.evaluation.metrics import hot_recall, load_tv, nll, sampling_floor
 from predictor.forecast import LoadForecast
 
 REPORTED = ("load_tv", "hot_recall", "token_top1", "balancedness", "balancedness_8", "regret", "regret_8")
 """What is summarised, with an interval for each."""
-RESAMPLES = 1000
-BLOCK = 5
-"""Batches drawn together in the bootstrap, since neighbours are alike; fewer where there are fewer than three times
-as many."""
 
 
 @dataclass
@@ -106,11 +103,3 @@ class Scores:
         if np.any(self.spread):
             result["coverage_80"] = round(float(self.coverage(np.array([0.8]))[0]), 4)
         return result
-
-
-def resampled(count: int) -> IntArray:
-    """Rows of a circular block bootstrap over `count` batches, `[RESAMPLES, count]`."""
-    block = min(BLOCK, max(count // 3, 1))
-    starts = np.random.default_rng(0).integers(count, size=(RESAMPLES, -(-count // block)))
-    rows: IntArray = (starts[..., None] + np.arange(block)).reshape(RESAMPLES, -1)[:, :count] % count
-    return rows

@@ -23,6 +23,7 @@ from data.traces.trace import TokenBatch
 from predictor.baselines.history import Ema
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory
 from runtime.balancing.plan import ReplicationPlan, SlotMove
+from runtime.balancing.planner import Planner
 from runtime.distributed.ranks import Ranks
 
 HISTORY = 64  # batches
@@ -88,14 +89,6 @@ class Transfer(Protocol):
 
     def nbytes(self, moves: Sequence[SlotMove]) -> int:
         """Bytes that some moves carry."""
-        ...
-
-
-class Planner(Protocol):
-    """Turns a forecast into a plan, given the plan in force and the loads of the last batches."""
-
-    def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
-        """See `runtime.balancing.planner`."""
         ...
 
 
