@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,8 @@ from predictor.training.export import check_target, git_revision, model_card, pr
 from predictor.training.module import ForecasterModule
 from predictor.training.resume import checkpoint_to_resume
 from predictor.training.wandb_logging import track_results, track_settings, track_trace
-from runtime.balancing.plan import ReplicationPlan, contiguous_homes
-from runtime.balancing.planner import HomePlanner
+from runtime.balancing.balancer import Balancer
+from runtime.balancing.plan import contiguous_homes
 from runtime.balancing.scenarios import RECENT
 from runtime.balancing.split import balancedness, split_load
 
@@ -62,18 +63,16 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume, or 'last'")
 
 
-class Replicator:
-    """Replicates by one forecaster's forecasts on one stream, batch after batch."""
+def balancedness_of(layout: MoELayout, redundant: int) -> Callable[[LoadForecast, IntArray, IntArray], float]:
+    """A function of a batch's forecast, its load `[L, E]` and the loads before it; it keeps the plan between batches."""
+    homes = contiguous_homes(layout.num_layers, layout.num_experts)
+    balancer = Balancer(DEVICES, redundant, homes=homes)
 
-    def __init__(self, layout: MoELayout, redundant: int) -> None:
-        self.planner = HomePlanner(DEVICES, redundant)
-        homes = contiguous_homes(layout.num_layers, layout.num_experts)
-        self.plan = ReplicationPlan.at_home(homes, DEVICES, redundant)
+    def of_batch(forecast: LoadForecast, load: IntArray, past: IntArray) -> float:
+        plan = balancer.plan_for(forecast, past[-RECENT:])
+        return float(balancedness(split_load(load, plan)).mean())
 
-    def __call__(self, forecast: LoadForecast, load: IntArray, past: IntArray) -> float:
-        """Balancedness of the batch that came, `[L, E]`, under the plan made from its forecast and the loads before."""
-        self.plan = self.planner.plan(forecast, self.plan, past[-RECENT:])
-        return float(balancedness(split_load(load, self.plan)).mean())
+    return of_batch
 
 
 def train(cli: TrainCLI) -> dict[str, Any] | None:
@@ -93,7 +92,7 @@ def train(cli: TrainCLI) -> dict[str, Any] | None:
     learned.spread = calibrate_spread(learned, data.samples("val"))
     learned.familiarity = Familiarity.fit(data.layout.vocab_size, data.tokens("train"), data.tokens("val"))
     divides = data.layout.num_experts % DEVICES == 0
-    replicators = {count: partial(Replicator, data.layout, count) for count in REDUNDANT if divides}
+    replicators = {count: partial(balancedness_of, data.layout, count) for count in REDUNDANT if divides}
     others = rivals(data)
     ladder = compare_forecasters([*others, learned], data, replicators)
     about["metrics"] = details(ladder)

@@ -2,21 +2,21 @@
 
     python -m benchmarks.drift
 
-8 devices, 16 redundant experts, steps planned from the second on. Prints a table and, as the last line, one JSON
-document. The verdict is for a device that computes 100,000 tokens a second with an expert of 9.4 MB over a link of
-25 GB/s, reading one more expert being worth no tokens, so that it does not depend on this machine.
+8 devices, 16 redundant experts, planned from the second step on. Prints a table and, as the last line, one JSON
+document. The verdict assumes a device of 100,000 tokens a second, experts of 9.4 MB, a link of 25 GB/s and no overhead
+for one more active expert, so that it does not depend on this machine.
 """
 
 import json
 import sys
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from runtime.simulate.comparison import parse, simulate
+from runtime.simulate.comparison import SWITCH_BASE_EXPERT, compare_policies
+from runtime.simulate.cost_model import Hardware
 from runtime.simulate.workloads import WORKLOADS
 
 POLICIES = (
@@ -28,7 +28,7 @@ POLICIES = (
     ("ema", "home", "quota"),
     ("oracle", "home", "quota"),
 )
-HARDWARE = ["--tokens-per-second", "1e5", "--link-bytes-per-second", "25e9", "--expert-overhead-tokens", "0"]
+HARDWARE = Hardware(SWITCH_BASE_EXPERT, tokens_per_second=1e5, bytes_per_second=25e9, expert_overhead_tokens=0)
 
 
 def main() -> None:
@@ -39,16 +39,13 @@ def main() -> None:
         table.add_column("\n".join(policy), justify="right")
     table.add_column("verdict")
     reports = {}
-    with TemporaryDirectory() as folder:
-        for name, make in WORKLOADS.items():
-            path = Path(folder) / f"{name}.npz"
-            np.savez(path, counts=make(np.random.default_rng(0)))
-            report = simulate(parse([str(path), "--out", folder, *HARDWARE]), Console(stderr=True))
-            found = {(item["forecast"], item["planner"], item["split"]): item for item in report["results"]}
-            cells = [f"{found[p]['balancedness']:.3f} ({found[p]['moves_per_layer']:.1f})" for p in POLICIES]
-            answer = report["verdict"]
-            table.add_row(name, *cells, f"{answer['answer']}, {answer['net_gain']:.0%}")
-            reports[name] = report | {"loads": name}
+    for name in track(WORKLOADS, "workloads", console=Console(stderr=True)):
+        report = compare_policies(WORKLOADS[name](np.random.default_rng(0)), hardware=HARDWARE)
+        found = {(item["forecast"], item["planner"], item["split"]): item for item in report["results"]}
+        cells = [f"{found[p]['balancedness']:.3f} ({found[p]['moves_per_layer']:.1f})" for p in POLICIES]
+        answer = report["verdict"]
+        table.add_row(name, *cells, f"{answer['answer']}, {answer['net_gain']:.0%}")
+        reports[name] = report | {"loads": name}
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     print(json.dumps(reports))
 

@@ -68,7 +68,7 @@ class Arm:
         if forecaster is not None:
             assert isinstance(experts.slots, ResidentSlots)
             transfer = WeightTransfer([experts.slots], home, ranks)
-            planner = HomePlanner(home.num_devices, home.num_redundant)
+            planner = HomePlanner(home.num_devices, home.num_redundant_experts)
             self.controller = Controller(forecaster, planner, transfer, ranks)
 
     def run(self, step: int, hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> None:
@@ -127,7 +127,7 @@ def slots(home: ReplicationPlan, ranks: Ranks, expert_overhead_tokens: int) -> R
 def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks, expert_overhead_tokens: int) -> list[Arm]:
     """The rivals, and ours, whose homes are flat over the steps not counted; what never moves shares slots."""
     flat = flat_homes(stream.loads[:WARM].mean(0, keepdims=True), home.num_devices)
-    ours = ReplicationPlan.at_home(flat, home.num_devices, home.num_redundant)
+    ours = ReplicationPlan.at_home(flat, home.num_devices, home.num_redundant_experts)
     shared = slots(home, ranks, expert_overhead_tokens)
     eplb = Arm("eplb", shared, home, ranks)
     eplb.even = True

@@ -1,11 +1,11 @@
-"""Planning and splitting time beside EPLB's, and against the targets, one thread.
+"""Time of a plan and of a token split, ours and EPLB's, against the targets, on one thread.
 
     python -m benchmarks.planner
 
-Loads follow Zipf shares that drift a little at every step, or are drawn in a new order at every step, so that nothing
-learned is of use; each step is planned from the last batch and split. Prints a table and, as the last line, one JSON
-document. Times are medians over steps after the first five; `first_call_s` is what compiling, or reading what an
-earlier process compiled, adds before the first plan and split (NUMBA_CACHE_DIR=$(mktemp -d) starts from nothing).
+Loads follow Zipf shares that drift a little at every step, or are drawn in a new order at every step, so that history
+is useless. Each step is planned from the last batch and split. Prints a table and, as the last line, one JSON document.
+Times are medians over the steps after the first five. `first_call_s` is the time of the first plan and split, which
+compile the kernels or read them from numba's cache (NUMBA_CACHE_DIR=$(mktemp -d) starts with an empty cache).
 """
 
 import json
@@ -22,9 +22,8 @@ from data.arrays import IntArray
 from predictor.baselines.history import LastBatch
 from runtime.balancing.eplb import EplbPlanner
 from runtime.balancing.plan import ReplicationPlan, flat_homes
-from runtime.balancing.planner import HomePlanner
+from runtime.balancing.planner import HomePlanner, Planner
 from runtime.balancing.split import split_by_quota
-from runtime.simulate.replay import Planner
 
 SHAPES = (
     # layers, experts, redundant, devices, tokens, target of a plan in ms, target of a split in us
@@ -37,7 +36,7 @@ DRIFT = 0.05
 
 
 def made_up(layers: int, experts: int, tokens: int, related: bool) -> Iterator[IntArray]:
-    """Loads `[L, E]` of one step after another."""
+    """Yields the load `[L, E]` of each step."""
     rng = np.random.default_rng(0)
     logs = -np.log(rng.permuted(np.tile(np.arange(1.0, experts + 1), (layers, 1)), axis=1))
     for _ in range(STEPS):
@@ -47,7 +46,7 @@ def made_up(layers: int, experts: int, tokens: int, related: bool) -> Iterator[I
 
 
 def milliseconds(planner: Planner, loads: IntArray, first: ReplicationPlan) -> tuple[float, float, float, float]:
-    """Median milliseconds of a plan; median microseconds of a split with one source and with one on each device;
+    """Medians: milliseconds of a plan, microseconds of a split with one source and with a source on each device, and
     moves a layer.
     """
     plan, times, moves = first, [], []

@@ -4,14 +4,19 @@ All of them follow `predictor.forecast.Forecaster` and need numpy alone, so the 
 Shape suffixes: K past batches, N training batches, L MoE layers, E logical experts.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.arrays import FloatArray, IntArray
 from data.traces.loads import share_of
-from data.traces.trace import TokenBatch
 from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
+
+if TYPE_CHECKING:  # history needs no torch
+    from data.traces.trace import TokenBatch
 
 SPREAD_STEPS = 8
 """Steps back that tell persistence how far one batch is from the next."""
@@ -83,7 +88,7 @@ class Ema:
         return _average(history, (1 - self.rate) ** age, self.name)
 
     @classmethod
-    def fit(cls, loads: IntArray, steps: list[int]) -> "Ema":
+    def fit(cls, loads: IntArray, steps: list[int]) -> Ema:
         """The rate with the least total variation on the given steps of loads `[N, L, E]`; step 0 has no past."""
 
         def error(rate: float) -> float:

@@ -11,14 +11,10 @@ import torch
 
 from data.arrays import FloatArray, IntArray
 from data.traces.loads import share_of
+from predictor.evaluation.bootstrap import resampled
 from predictor.evaluation.metrics import hot_recall, load_tv, nll, sampling_floor
 from predictor.evaluation.tables import REDUNDANT
 from predictor.forecast import LoadForecast
-
-RESAMPLES = 1000
-BLOCK = 5
-"""Batches drawn together in the bootstrap, since neighbours are alike; fewer where there are fewer than three times
-as many."""
 
 
 @dataclass
@@ -112,11 +108,3 @@ class Scores:
         if np.any(self.spread):
             result["coverage_80"] = round(float(self.coverage(np.array([0.8]))[0]), 4)
         return result
-
-
-def resampled(count: int) -> IntArray:
-    """Rows of a circular block bootstrap over `count` batches, `[RESAMPLES, count]`."""
-    block = min(BLOCK, max(count // 3, 1))
-    starts = np.random.default_rng(0).integers(count, size=(RESAMPLES, -(-count // block)))
-    rows: IntArray = (starts[..., None] + np.arange(block)).reshape(RESAMPLES, -1)[:, :count] % count
-    return rows

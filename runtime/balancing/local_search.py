@@ -1,14 +1,21 @@
-"""Which replicas flatten the load: a compiled local search over the replica slots of one layer.
+"""Compiled local search over the replica slots of each layer: which copies to hold so that the load is flattest.
 
-A plan is scored by what matters in the end: the most loaded device after an optimal split, averaged over several
-scenarios of the coming load (runtime.balancing.water_filling).
+A plan is scored by the most loaded device after an optimal split, averaged over several scenarios of the coming load
+(runtime.balancing.water_filling). The search changes one replica slot at a time. A first-order gain ranks all (slot,
+expert) changes, the best few are relaxed in full, and the best of those is taken if it saves more than its price. This
+is repeated until no change pays. A search that runs out of trials continues from its result before the next batch.
 
-The search changes one replica slot at a time. A first-order gain ranks all (slot, expert) changes, the best few are
-relaxed in full, and the best of those is taken if it saves more than its price; then again, until nothing pays. A
-search that runs out of trials goes on from where it stopped before the next batch.
+Two devices with one replica slot each, experts 0 and 1 at home on device 0, loads [1.2, .4 | .3, .1] in units of the
+mean device load. The score is .78; a copy of expert 0 on device 1 makes both loads 1 and saves all of it:
 
-Loads are in units of the mean device load. Shape suffixes: L MoE layers, K scenarios, E experts, R replica slots in
-device order, G devices, N candidates.
+    >>> load = np.array([[[1.2], [0.4], [0.3], [0.1]]], dtype=np.float32)
+    >>> sure, free = np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.float32)
+    >>> factor = np.ones((2, 2), dtype=np.float32)
+    >>> held, saved = improve(np.array([[-1, -1]]), np.array([[0, 0, 1, 1]]), load, sure, free, factor, 2)
+    >>> held.tolist(), round(float(saved[0]), 3)
+    ([[-1, 0]], 0.78)
+
+Shape suffixes: L MoE layers, K scenarios, E experts, R replica slots in device order, G devices, N candidates.
 """
 
 import numpy as np
@@ -18,13 +25,14 @@ from data.arrays import Float32Array, IntArray
 from runtime.balancing.water_filling import Layer, copy, replace, score, start
 
 WORK = 40_000
-"""What may be spent on one layer before one batch: trials, times slots and devices, times scenarios and six."""
+"""Work allowed on one layer before one batch: trials, times slots and devices, times scenarios and six."""
 ROUND, ROUGH_ROUND, SURE_ROUND = 20, 3, 48
 """Changes relaxed in full to choose one: in general; while slots are empty or the overload is above `ROUGH`, when most
 copies help; and for a forecast without spread, whose single scenario costs little."""
 ROUGH = 0.2
+"""Overload in units of the mean device load."""
 EXPERTS, DEVICES = 12, 8
-"""Experts considered for copying, and devices to copy to: those that would give and take most."""
+"""Experts considered for copying and devices to copy to: the experts that relieve most, the devices with most space."""
 
 
 @njit(cache=True, nogil=True)
@@ -44,12 +52,12 @@ def improve(
         home_LE: Home device of each expert.
         load_LEK: Load of each expert in each scenario.
         weight_K: Weight of each scenario; they sum to 1.
-        price_L: What a copy must save.
+        price_L: Least score that a copy must save.
         factor_GG: Factor to the price of a copy from one device to another, at least 1.
         max_moves: Most slots of a layer that may change.
 
     Returns:
-        The improved replicas `[L, R]`, and what those of each layer save, prices not taken off, `[L]`.
+        The improved replicas `[L, R]`, and the score that those of each layer save, prices not subtracted, `[L]`.
     """
     improved = held_LR.copy()
     gain = np.zeros(len(held_LR), dtype=np.float32)
@@ -67,13 +75,13 @@ def _search(
     layer: Layer, current: np.float32, weight_K: Float32Array, price: float, factor_GG: Float32Array, max_moves: int
 ) -> np.float32:
     """Improves the layer in place; returns its score."""
-    room = layer.held.size // len(layer.load)
+    slots_per_device = layer.held.size // len(layer.load)
     scratch = Layer(
-        layer.held.copy(), layer.home, layer.away.copy(), layer.stay.copy(), layer.load.copy(), layer.stirred
+        layer.held.copy(), layer.home, layer.on_replica.copy(), layer.at_home.copy(), layer.load.copy(), layer.changed
     )
     trials = WORK // ((layer.held.size + len(layer.load)) * (6 + weight_K.size))
     for _ in range(max_moves):
-        if current <= price or trials <= 0:  # a perfect balance would not pay for a move
+        if current <= price or trials <= 0:  # even a perfect balance would save less than a move costs
             break
         slots, experts = _candidates(layer, weight_K, SURE_ROUND if weight_K.size == 1 else ROUND)
         rough = current > ROUGH or (slots.size > 0 and layer.held[slots[0]] < 0)
@@ -83,7 +91,8 @@ def _search(
                 break
             copy(layer, scratch, experts[i])
             replace(scratch, slots[i], experts[i])
-            cost = score(scratch.load, weight_K) + price * factor_GG[layer.home[experts[i]], slots[i] // room]
+            device = slots[i] // slots_per_device
+            cost = score(scratch.load, weight_K) + price * factor_GG[layer.home[experts[i]], device]
             trials -= 1
             if cost < least:
                 least, chosen = cost, i
@@ -98,37 +107,39 @@ def _search(
 def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntArray, IntArray]:
     """At most `count` changes worth trying: slots `[N]` and the experts to put there `[N]`, most promising first.
 
-    The gain of a copy is the squared device load it would take off if tokens moved between the two devices only; the
-    loss of the copy it overwrites is taken from the tokens that are there now.
+    The gain of a copy is the squared device load it would save if tokens moved between its two devices only. A flow f
+    across a difference d of loads saves 2 f (d - f): loads 1.6 and .4 become 1 and 1 with f = .6, d = 1.2; the squares
+    fall from 2.72 to 2, and 2 * .6 * .6 = .72. The loss of the copy that is overwritten is estimated from the tokens
+    now on it in the same way: with equal loads, sending f tokens home adds 2 f ** 2.
     """
-    held, room = layer.held, layer.held.size // len(layer.load)
+    held, slots_per_device = layer.held, layer.held.size // len(layer.load)
     loss_R = np.zeros(held.size, dtype=np.float32)
     for slot in range(held.size):
         for k in range(weight_K.size):
-            loss_R[slot] += np.float32(2) * weight_K[k] * layer.away[slot, k] * layer.away[slot, k]
-    give_E, take_G = _give_and_take(layer, weight_K)
-    devices = _largest(take_G, DEVICES)
+            loss_R[slot] += np.float32(2) * weight_K[k] * layer.on_replica[slot, k] * layer.on_replica[slot, k]
+    relief_E, space_G = _relief_and_space(layer, weight_K)
+    devices = _largest(space_G, DEVICES)
     gains = np.full(count, -np.inf, dtype=np.float32)
     slots, experts = np.full(count, -1), np.full(count, -1)
-    for expert in _largest(give_E, EXPERTS):
+    for expert in _largest(relief_E, EXPERTS):
         home = layer.home[expert]
         for device in devices:
-            first = device * room
-            taken = device == home
-            for slot in range(first, first + room):
-                taken = taken or held[slot] == expert
-            if taken:
+            first = device * slots_per_device
+            present = device == home
+            for slot in range(first, first + slots_per_device):
+                present = present or held[slot] == expert
+            if present:
                 continue
             gain = np.float32(0)
             for k in range(weight_K.size):
                 gap = max(layer.load[home, k] - layer.load[device, k], np.float32(0))
-                flow = min(layer.stay[expert, k], np.float32(0.5) * gap)
+                flow = min(layer.at_home[expert, k], np.float32(0.5) * gap)
                 gain += np.float32(2) * weight_K[k] * flow * (gap - flow)
             if gain <= 0:
                 continue
-            for slot in range(first, first + room):
+            for slot in range(first, first + slots_per_device):
                 _insert(gain - loss_R[slot], slot, expert, gains, slots, experts)
-                if held[slot] < 0:
+                if held[slot] < 0:  # an empty slot loses nothing, so the slots after it cannot be better
                     break
     found = 0
     while found < count and slots[found] >= 0:
@@ -137,23 +148,23 @@ def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntAr
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _give_and_take(layer: Layer, weight_K: Float32Array) -> tuple[Float32Array, Float32Array]:
-    """How much each expert could relieve its home `[E]`, and how far each device lies below the mean `[G]`."""
-    give_E = np.zeros(layer.home.size, dtype=np.float32)
+def _relief_and_space(layer: Layer, weight_K: Float32Array) -> tuple[Float32Array, Float32Array]:
+    """How much each expert could relieve its home `[E]`, and how far each device is below the mean `[G]`."""
+    relief_E = np.zeros(layer.home.size, dtype=np.float32)
     for expert in range(layer.home.size):
         for k in range(weight_K.size):
             over = max(layer.load[layer.home[expert], k] - np.float32(1), np.float32(0))
-            give_E[expert] += weight_K[k] * min(layer.stay[expert, k], over) * over
-    take_G = np.zeros(len(layer.load), dtype=np.float32)
+            relief_E[expert] += weight_K[k] * min(layer.at_home[expert, k], over) * over
+    space_G = np.zeros(len(layer.load), dtype=np.float32)
     for device in range(len(layer.load)):
         for k in range(weight_K.size):
-            take_G[device] += weight_K[k] * max(np.float32(1) - layer.load[device, k], np.float32(0))
-    return give_E, take_G
+            space_G[device] += weight_K[k] * max(np.float32(1) - layer.load[device, k], np.float32(0))
+    return relief_E, space_G
 
 
 @njit(cache=True, nogil=True)
 def _largest(values: Float32Array, count: int) -> IntArray:
-    """Indices of the largest positive values, at most `count`, largest first; the values are used up."""
+    """Indices of the largest positive values, at most `count`, largest first; overwrites the values."""
     chosen = np.empty(min(count, values.size), dtype=np.int64)
     for i in range(chosen.size):
         largest = np.argmax(values)
@@ -166,7 +177,7 @@ def _largest(values: Float32Array, count: int) -> IntArray:
 
 @njit(cache=True, nogil=True)
 def _insert(gain: float, slot: int, expert: int, gains: Float32Array, slots: IntArray, experts: IntArray) -> None:
-    """Keeps the best changes in order of gain, in place."""
+    """Inserts a change into the lists of the best changes, sorted by gain, in place."""
     i = gains.size - 1
     if gain <= gains[i]:
         return

@@ -1,22 +1,26 @@
-"""The word between planner and runtime: which logical expert each slot holds, in every MoE layer.
+"""ReplicationPlan: the logical expert held by every physical slot, for each MoE layer; SlotMove; initial placements.
 
-`phy2log` is the truth; every other map is derived from it. Slots are numbered device after device in equal blocks.
-In a plan with fixed homes, each block begins with E / G home slots, which never change, and ends with R / G replica
-slots, where -1 is an empty one:
+The planner produces a plan, the engine applies it. `phy2log` is the only stored map; every other map is derived from
+it. Slots are numbered device after device in equal blocks. In a plan with fixed homes, each block begins with E / G
+home slots, which never change, and ends with R / G replica slots, where -1 is an empty slot:
 
     2 devices, 4 experts, 2 redundant: device 0 holds [0, 1 | 3], device 1 holds [2, 3 | -1];
     phy2log = [[0, 1, 3, 2, 3, -1]]
 
-Shape suffixes: L MoE layers, E logical experts, R redundant experts, P = E + R slots, G devices.
+`contiguous_homes` and `flat_homes` choose which expert has its home where.
+
+Shape suffixes: L MoE layers, E logical experts, R redundant experts, P = E + R slots, G devices, X copies of the expert
+with most copies.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from data.arrays import BoolArray, IntArray
+from data.arrays import BoolArray, FloatArray, IntArray
+from data.files import write_json
 
 EMPTY = -1
 
@@ -40,7 +44,16 @@ class SlotMove:
 
 @dataclass(frozen=True, eq=False)
 class ReplicationPlan:
-    """Where every copy of every expert lies.
+    """The expert in every slot of every MoE layer, and the maps derived from that.
+
+    Example:
+        >>> plan = ReplicationPlan(np.array([[0, 1, 3, 2, 3, -1]]), num_devices=2)
+        >>> plan.replica_count.tolist()
+        [[1, 1, 1, 2]]
+        >>> plan.log2phy.tolist()
+        [[[0, -1], [1, -1], [3, -1], [2, 4]]]
+        >>> plan.moves_to(ReplicationPlan(np.array([[0, 1, 3, 2, 3, 0]]), num_devices=2))
+        [SlotMove(layer=0, slot=5, expert=0, source=0)]
 
     Attributes:
         phy2log: Logical expert in each slot, or -1 where a slot is empty, int64 `[L, P]`.
@@ -65,7 +78,7 @@ class ReplicationPlan:
         if phy2log.min() < EMPTY:
             raise ValueError(f"phy2log holds {phy2log.min()}, expected expert ids from 0, or -1 for an empty slot")
         num_experts = int(phy2log.max()) + 1
-        held = np.zeros((len(phy2log), num_experts + 1), dtype=bool)  # the last column takes the empty slots
+        held = np.zeros((len(phy2log), num_experts + 1), dtype=bool)  # index -1, the last column, takes empty slots
         held[np.arange(len(phy2log))[:, None], phy2log] = True
         if not held[:, :num_experts].all():
             layer, expert = np.argwhere(~held[:, :num_experts])[0]
@@ -74,23 +87,23 @@ class ReplicationPlan:
         object.__setattr__(self, "phy2log", phy2log)
 
     @classmethod
-    def at_home(cls, homes: IntArray, num_devices: int, num_redundant: int) -> "ReplicationPlan":
+    def at_home(cls, homes: IntArray, num_devices: int, num_redundant_experts: int) -> "ReplicationPlan":
         """The plan with every expert at home and all replica slots empty.
 
         Args:
-            homes: Experts in the order of the home slots, device after device, `[L, E]`: see `contiguous_homes`
-                and `flat_homes`.
+            homes: Experts in the order of the home slots, device after device, `[L, E]`, as `contiguous_homes` and
+                `flat_homes` return them.
             num_devices: G.
-            num_redundant: R, replica slots a layer over all devices.
+            num_redundant_experts: R, replica slots a layer over all devices.
         """
-        check_division(homes.shape[-1], num_devices, num_redundant)
-        if num_redundant > (most := homes.shape[-1] * num_devices):
+        check_division(homes.shape[-1], num_devices, num_redundant_experts)
+        if num_redundant_experts > (most := homes.shape[-1] * num_devices):
             raise ValueError(
-                f"{num_redundant} redundant experts are more than a copy of each of {homes.shape[-1]} experts on every "
-                f"one of {num_devices} devices; choose {most} at most"
+                f"{num_redundant_experts} redundant experts are more than a copy of each of {homes.shape[-1]} experts "
+                f"on every one of {num_devices} devices; choose {most} at most"
             )
         blocks = homes.reshape(len(homes), num_devices, -1)
-        empty = np.full((*blocks.shape[:2], num_redundant // num_devices), EMPTY)
+        empty = np.full((*blocks.shape[:2], num_redundant_experts // num_devices), EMPTY)
         return cls(np.concatenate([blocks, empty], axis=-1).reshape(len(homes), -1), num_devices)
 
     @property
@@ -99,7 +112,7 @@ class ReplicationPlan:
         return int(self.phy2log.max()) + 1
 
     @property
-    def num_redundant(self) -> int:
+    def num_redundant_experts(self) -> int:
         """R."""
         return int(self.phy2log.shape[1]) - self.num_experts
 
@@ -122,23 +135,36 @@ class ReplicationPlan:
             ValueError: If the home slots do not hold each expert once, as in a plan made by EPLB.
         """
         slots = np.flatnonzero(self.is_home_slot)
-        homes = np.full((len(self.phy2log), self.num_experts + 1), EMPTY)  # the last column takes the empty slots
+        homes = np.full(
+            (len(self.phy2log), self.num_experts + 1), EMPTY
+        )  # index -1, the last column, takes empty slots
         np.put_along_axis(homes, self.phy2log[:, slots], slots[None], axis=-1)
         if (homes[:, :-1] == EMPTY).any():
             raise ValueError("this plan has no fixed homes: an expert is in no device's first E / G slots")
         return homes[:, :-1]
 
     @cached_property
-    def copies(self) -> IntArray:
-        """Number of slots that hold each expert, `[L, E]`."""
+    def replica_count(self) -> IntArray:
+        """Slots that hold each expert, its home included, `[L, E]`."""
         return np.stack([np.bincount(row[row >= 0], minlength=self.num_experts) for row in self.phy2log])
+
+    @cached_property
+    def log2phy(self) -> IntArray:
+        """Slots of each expert in ascending order, padded with -1, `[L, E, X]`: EPLB's second map."""
+        log2phy = np.full((*self.replica_count.shape, int(self.replica_count.max())), EMPTY)
+        for layer, row in enumerate(self.phy2log):
+            slots = np.argsort(row, kind="stable")[np.count_nonzero(row == EMPTY) :]  # by expert, then by slot
+            experts = row[slots]
+            nth = np.arange(len(slots)) - np.searchsorted(experts, experts)  # experts [0, 3, 3, 3] -> [0, 0, 1, 2]
+            log2phy[layer, experts, nth] = slots
+        return log2phy
 
     def device_of(self, slot: int) -> int:
         """The device that owns a slot."""
         return slot // self.slots_per_device
 
     def moves_to(self, other: "ReplicationPlan") -> list[SlotMove]:
-        """The weights to be written, by layer and slot, to get from this plan to another of the same shape."""
+        """The weights to write, by layer and slot, to get from this plan to another of the same shape."""
         if other.phy2log.shape != self.phy2log.shape or other.num_devices != self.num_devices:
             raise ValueError(
                 f"plans differ in shape: {self.phy2log.shape} on {self.num_devices} devices, "
@@ -153,8 +179,30 @@ class ReplicationPlan:
             moves.append(SlotMove(layer, slot, expert, source=int((at_home if at_home.size else held)[0])))
         return moves
 
+    def filled(self) -> "ReplicationPlan":
+        """The plan without empty slots, for engines that know none.
 
-def check_division(num_experts: int, num_devices: int, num_redundant: int) -> None:
+        Each empty slot, in ascending order, gets the expert with the fewest copies among the experts that its device
+        does not hold yet; of equals, the one with the lowest number.
+        """
+        phy2log = self.phy2log.copy()
+        count = self.replica_count.copy()
+        for layer, slot in np.argwhere(phy2log == EMPTY).tolist():
+            first = self.device_of(slot) * self.slots_per_device
+            held = phy2log[layer, first : first + self.slots_per_device]
+            missing = np.setdiff1d(np.arange(self.num_experts), held)
+            choice = missing if missing.size else np.arange(self.num_experts)
+            expert = choice[np.argmin(count[layer, choice])]
+            phy2log[layer, slot] = expert
+            count[layer, expert] += 1
+        return ReplicationPlan(phy2log, self.num_devices)
+
+    def to_sglang(self, path: Path | str) -> None:
+        """Writes the plan, `filled`, as the JSON file that SGLang reads with `--init-expert-location`."""
+        write_json(Path(path), {"physical_to_logical_map": self.filled().phy2log.tolist()})
+
+
+def check_division(num_experts: int, num_devices: int, num_redundant_experts: int) -> None:
     """Refuses experts or redundant experts that do not divide over the devices.
 
     Raises:
@@ -164,10 +212,23 @@ def check_division(num_experts: int, num_devices: int, num_redundant: int) -> No
         raise ValueError(f"{num_devices} devices: expected at least 1")
     if num_experts % num_devices:
         raise ValueError(f"{num_experts} experts do not divide over {num_devices} devices; choose a divisor")
-    if num_redundant < 0 or num_redundant % num_devices:
+    if num_redundant_experts < 0 or num_redundant_experts % num_devices:
         raise ValueError(
-            f"{num_redundant} redundant experts do not divide over {num_devices} devices; "
+            f"{num_redundant_experts} redundant experts do not divide over {num_devices} devices; "
             f"choose 0 or a multiple of {num_devices}"
+        )
+
+
+def check_nodes(num_devices: int, devices_per_node: int | None) -> None:
+    """Refuses nodes that do not divide the devices; None is one node.
+
+    Raises:
+        ValueError: Naming both figures.
+    """
+    if devices_per_node is not None and (devices_per_node < 1 or num_devices % devices_per_node):
+        raise ValueError(
+            f"devices_per_node is {devices_per_node}, which does not divide {num_devices} devices; choose a divisor, "
+            "or None for one node"
         )
 
 
@@ -176,11 +237,11 @@ def contiguous_homes(num_layers: int, num_experts: int) -> IntArray:
     return np.tile(np.arange(num_experts), (num_layers, 1))
 
 
-def flat_homes(load: npt.NDArray[np.float64], num_devices: int) -> IntArray:
+def flat_homes(load: FloatArray, num_devices: int) -> IntArray:
     """Homes that give every device E / G experts and about the same load.
 
     Longest processing time first: experts from the most to the least loaded, each to the least loaded device that
-    still has a home slot free (Graham 1969).
+    still has a free home slot (Graham 1969).
 
     Args:
         load: Load or share known so far, `[L, E]`.
@@ -191,15 +252,17 @@ def flat_homes(load: npt.NDArray[np.float64], num_devices: int) -> IntArray:
     """
     num_layers, num_experts = load.shape
     check_division(num_experts, num_devices, 0)
-    return np.stack([_pack(row, num_devices, num_experts // num_devices) for row in load]).reshape(num_layers, -1)
+    return np.stack([_pack(row, num_devices) for row in load]).reshape(num_layers, -1)
 
 
-def _pack(load: npt.NDArray[np.float64], num_devices: int, room: int) -> IntArray:
-    """Packs one layer's experts `[E]` into devices, `[G, room]`."""
+def _pack(load: FloatArray, num_devices: int) -> IntArray:
+    """Packs one layer's experts `[E]` into devices, `[G, E / G]`."""
+    experts_per_device = load.size // num_devices
     devices: list[list[int]] = [[] for _ in range(num_devices)]
-    weight = np.zeros(num_devices)
+    device_load = np.zeros(num_devices)
     for expert in np.argsort(-load, kind="stable").tolist():
-        device = min((g for g in range(num_devices) if len(devices[g]) < room), key=lambda g: (weight[g], g))
+        free = (g for g in range(num_devices) if len(devices[g]) < experts_per_device)
+        device = min(free, key=lambda g: (device_load[g], g))
         devices[device].append(expert)
-        weight[device] += load[expert]
+        device_load[device] += load[expert]
     return np.array([sorted(experts) for experts in devices])

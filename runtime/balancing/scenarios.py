@@ -1,8 +1,8 @@
-"""What the coming load may turn out to be: the forecast, as wrong as it says it may be.
+"""Load scenarios for the planner: samples around the forecast, scaled to its spread and shaped like recent changes.
 
-Experts that are hot together in one batch are hot together in the next, so the errors of a forecast are given the shape
-in which the last loads varied and the size of the forecast's own spread. A few scenarios more put some tokens on
-experts that nothing points to: what a change of topic does. A forecast with no spread is taken at its word.
+Experts that are hot together in one batch tend to be hot together in the next. The forecast's errors are therefore
+given the shape in which the last loads varied, and the size of the forecast's own spread. Further scenarios put some
+tokens on random experts, as a change of topic does. A forecast with zero spread yields a single scenario.
 
 Shape suffixes: K recent loads, S scenarios, L MoE layers, E logical experts.
 """
@@ -10,20 +10,20 @@ Shape suffixes: K recent loads, S scenarios, L MoE layers, E logical experts.
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-from data.arrays import Float32Array
+from data.arrays import Float32Array, FloatArray
 from predictor.forecast import LoadForecast, LoadHistory
 
 RECENT = 8
-"""Recent loads that lend their deviations."""
+"""Recent loads whose deviations from their mean shape the errors."""
 DECAY = 0.8
-"""Weight of a recent load, relative to the one after it."""
+"""Weight of a recent load, relative to the load after it."""
 SURPRISES = 8
-"""Scenarios with tokens where nothing points to."""
+"""Number of scenarios with tokens on random experts."""
 SURPRISE_WEIGHT = 0.2
+"""Weight of these scenarios together; all scenarios weigh 1."""
 SURPRISE_SHARE = 0.3
-"""Most of a layer's tokens that a surprise puts elsewhere; less where the spread is small."""
+"""Largest share of a layer's tokens that such a scenario puts on random experts; less where the spread is small."""
 
 
 def scenarios(forecast: LoadForecast, recent: LoadHistory) -> tuple[Float32Array, Float32Array]:
@@ -48,7 +48,7 @@ def scenarios(forecast: LoadForecast, recent: LoadHistory) -> tuple[Float32Array
 
 
 def _errors(forecast: LoadForecast, recent: LoadHistory) -> tuple[Float32Array, Float32Array]:
-    """Errors of the forecast's size in the shape of the last loads' deviations, `[K, L, E]`, and weights `[K]`."""
+    """Errors of the spread's size in the shape of the last loads' deviations, `[K, L, E]`, and weights `[K]`."""
     weight = (DECAY ** np.arange(len(recent))[::-1]).astype(np.float32)
     if len(recent) < 2:
         return np.zeros((1, *forecast.share.shape), dtype=np.float32), np.ones(1, dtype=np.float32)
@@ -61,14 +61,14 @@ def _errors(forecast: LoadForecast, recent: LoadHistory) -> tuple[Float32Array, 
     return deviation * size[:, None], weight
 
 
-def _surprises(share: Float32Array, spread: npt.NDArray[np.float64]) -> Float32Array:
-    """The forecast with some tokens put on random experts, the same ones at every step, `[S, L, E]`."""
+def _surprises(share: Float32Array, spread: FloatArray) -> Float32Array:
+    """The forecast with some tokens put on random experts, the same experts at every step, `[S, L, E]`."""
     part = np.minimum(SURPRISE_SHARE, 1.5 * spread.sum(-1)).astype(np.float32)[:, None]
-    return np.asarray((1 - part) * share + part * _elsewhere(share.shape))
+    return np.asarray((1 - part) * share + part * _random_shares(share.shape))
 
 
 @lru_cache(maxsize=4)
-def _elsewhere(shape: tuple[int, ...]) -> Float32Array:
+def _random_shares(shape: tuple[int, ...]) -> Float32Array:
     """Random shares, `[S, L, E]`."""
     share: Float32Array = np.exp(np.random.default_rng(0).standard_normal((SURPRISES, *shape), dtype=np.float32))
     share /= share.sum(-1, keepdims=True)

@@ -1,18 +1,29 @@
-"""How many of an expert's tokens go to each of its slots, once the layer has routed and the counts are exact.
+"""How many of an expert's tokens go to each of its slots, and how balanced the devices are under that split.
 
-`split_by_quota` minimises the most loaded device and, among such splits, keeps tokens on their own device, then on
-their own node. `split_evenly` is what shipped balancers do. Both are pure functions of integers: every rank that holds
-the same counts and the same plan computes the same quotas.
+A layer is split once its router has chosen and the counts are exact. `split_by_quota` minimises the load of the most
+loaded device and, among such splits, keeps tokens on their own device, then on their own node. `split_evenly` is what
+most engines do. Both are pure functions of integers: every rank that holds the same counts and the same plan computes
+the same quotas.
 
-Shape suffixes: S source devices (1 where the source does not matter), E logical experts, P slots, G devices.
+Expert 0 (10 tokens) has its home on device 0 and a copy on device 1:
+
+    >>> phy2log = np.array([0, 1, -1, 2, 3, 0])
+    >>> quotas = split_by_quota([10, 4, 2, 0], phy2log, num_devices=2)
+    >>> quotas.tolist(), device_load(quotas, 2).tolist()
+    ([[4, 4, 0, 2, 0, 6]], [8, 8])
+    >>> device_load(split_evenly([10, 4, 2, 0], phy2log, num_devices=2), 2).tolist()
+    [9, 7]
+
+Shape suffixes: S source devices (1 where the source does not matter), L MoE layers, E logical experts, P slots,
+G devices.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-from data.arrays import IntArray
-from runtime.balancing.max_flow import even, quotas
-from runtime.balancing.plan import ReplicationPlan
+from data.arrays import FloatArray, IntArray
+from runtime.balancing.max_flow import even_quotas, least_time_quotas
+from runtime.balancing.plan import ReplicationPlan, check_nodes
 
 
 def split_by_quota(
@@ -23,7 +34,7 @@ def split_by_quota(
     expert_overhead_tokens: int = 0,
     devices_per_node: int | None = None,
 ) -> IntArray:
-    """Splits a layer's tokens over the slots so that the most loaded device has as little as can be.
+    """Splits a layer's tokens over the slots so that the load of the most loaded device is as small as possible.
 
     A device's time is `expert_overhead_tokens * active slots + tokens`, in units of one token. With
     `expert_overhead_tokens=0` the split is exactly optimal in whole tokens; otherwise copies that cost more than
@@ -45,14 +56,13 @@ def split_by_quota(
     counts_SE = _checked(counts, phy2log, num_devices)
     if expert_overhead_tokens < 0:
         raise ValueError(f"expert_overhead_tokens is {expert_overhead_tokens}, expected 0 or more")
-    node = num_devices if devices_per_node is None else devices_per_node
-    if node < 1 or num_devices % node:
-        raise ValueError(f"{node} devices a node do not divide {num_devices} devices")
-    return quotas(counts_SE, counts_SE.sum(0), phy2log, num_devices, expert_overhead_tokens, node)
+    check_nodes(num_devices, devices_per_node)
+    node = devices_per_node or num_devices
+    return least_time_quotas(counts_SE, counts_SE.sum(0), phy2log, num_devices, expert_overhead_tokens, node)
 
 
 def split_evenly(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> IntArray:
-    """Splits each expert's tokens evenly over its slots; odd tokens go to its first slots, from source 0's on.
+    """Splits each expert's tokens evenly over its slots; the first slots get the odd tokens, shifted by source.
 
     Args:
         counts: As in `split_by_quota`.
@@ -62,7 +72,7 @@ def split_evenly(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> 
     Returns:
         Quotas `[S, P]`.
     """
-    return even(_checked(counts, phy2log, num_devices), phy2log)
+    return even_quotas(_checked(counts, phy2log, num_devices), phy2log)
 
 
 def device_load(quotas: IntArray, num_devices: int) -> IntArray:
@@ -70,8 +80,30 @@ def device_load(quotas: IntArray, num_devices: int) -> IntArray:
     return np.asarray(quotas.sum(0).reshape(num_devices, -1).sum(1))
 
 
+def split_load(load_LE: IntArray, plan: ReplicationPlan) -> IntArray:
+    """Tokens each device would compute if a batch with this load ran under a plan, `[L, G]`."""
+    return np.stack(
+        [
+            device_load(split_by_quota(load, phy2log, plan.num_devices), plan.num_devices)
+            for load, phy2log in zip(load_LE, plan.phy2log, strict=True)
+        ]
+    )
+
+
+def balancedness(device_load_LG: IntArray) -> FloatArray:
+    """Mean device load over the largest one, for each layer, `[L]`; 1 is perfect, also for a layer without tokens.
+
+    >>> balancedness(np.array([[8, 8], [12, 4], [0, 0]])).round(3).tolist()
+    [1.0, 0.667, 1.0]
+    """
+    largest = device_load_LG.max(-1)
+    mean = device_load_LG.mean(-1)
+    result: FloatArray = np.divide(mean, largest, out=np.ones_like(mean), where=largest > 0)
+    return result
+
+
 def _checked(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> IntArray:
-    """Counts as int64 `[S, E]`, refused where they make no sense."""
+    """Counts as int64 `[S, E]`, refused unless they fit the plan."""
     array = np.asarray(counts)
     if array.dtype.kind not in "iu":
         raise ValueError(f"counts have dtype {array.dtype}, expected whole numbers of tokens")
@@ -87,21 +119,3 @@ def _checked(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> IntA
     if array.min() < 0:
         raise ValueError(f"counts hold {array.min()}; tokens cannot be negative")
     return array
-
-
-def balancedness(device_load_LG: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Mean device load over the largest one, for each layer, `[L]`; 1 is perfect, and so is a layer without tokens."""
-    largest = device_load_LG.max(-1)
-    mean = device_load_LG.mean(-1)
-    result: npt.NDArray[np.float64] = np.divide(mean, largest, out=np.ones_like(mean), where=largest > 0)
-    return result
-
-
-def split_load(load_LE: IntArray, plan: ReplicationPlan) -> IntArray:
-    """Tokens each device would compute if a batch with this load ran under a plan, `[L, G]`."""
-    return np.stack(
-        [
-            device_load(split_by_quota(load, phy2log, plan.num_devices), plan.num_devices)
-            for load, phy2log in zip(load_LE, plan.phy2log, strict=True)
-        ]
-    )

@@ -27,7 +27,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
         "model": engine.switch.layout.model_id,
         "processes": engine.ranks.world,
         "devices": engine.home.num_devices,
-        "redundant": engine.home.num_redundant,
+        "redundant": engine.home.num_redundant_experts,
         "batches": len(checks),
         "tokens": tokens,
         "max_logit_difference": max(differences, default=None),

@@ -1,4 +1,4 @@
-"""`python -m runtime.simulate`: see `runtime.simulate.comparison`."""
+"""`python -m runtime.simulate LOADS`: is replication worth it on this traffic? The command is in comparison.py."""
 
 from runtime.simulate.comparison import main
 

@@ -1,201 +1,240 @@
-"""Replays recorded loads through forecasts, planners and splits, and says whether replication is worth it.
+"""Compares replication policies on recorded loads and decides whether replication is worth it: `compare_policies`.
 
     python -m runtime.simulate outputs/traces/switch-mini-64 --devices 8 --redundant 16 --predictor outputs/predictor
 
-LOADS is a trace folder, or a .npy or .npz (key `counts`) of [steps, layers, experts]. No model is needed. The last line
-of stdout is one JSON document.
+    from runtime.simulate import compare_policies
+    report = compare_policies(loads, num_devices=8, num_redundant_experts=16)    # loads [steps, layers, experts]
+    print(report["verdict"]["answer"])
+
+A policy is a forecaster, a planner and a token split. No model is needed. The command prints the verdict, a table and,
+as the last line of stdout, the report as one JSON document.
 """
 
 import json
+import logging
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import Progress
 
-from data.cli import user_errors
-from data.traces.loads import RecordedLoads, read_loads
-from predictor.baselines.history import Ema, LastBatch, Oracle, RunningMean
+from data.arrays import IntArray
+from data.cli import from_command_line, user_errors
+from data.files import check_folder, whole_file, write_json
+from data.traces.loads import RecordedLoads, check_loads, read_loads
+from predictor.baselines.history import LastBatch, Oracle
 from predictor.forecast import Forecaster, LoadForecast
+from runtime.balancing.balancer import FORECASTERS
 from runtime.balancing.eplb import ContiguousPlanner, EplbPlanner
 from runtime.balancing.plan import ReplicationPlan, check_division, contiguous_homes, flat_homes
-from runtime.balancing.planner import HomePlanner
+from runtime.balancing.planner import HomePlanner, Planner
 from runtime.simulate.cost_model import Hardware, measure, verdict
-from runtime.simulate.replay import SPLITS, Planner, Replay, forecasts, replay
+from runtime.simulate.replay import SPLITS, Replay, forecast_steps, replay
 from runtime.simulate.report import document, plot, table
 
-FORECASTS = ("last", "mean", "ema", "learned", "oracle", "exact")
+FORECASTS = (*FORECASTERS, "learned", "oracle", "exact")
 PLANNERS = ("contiguous", "eplb", "home")
 SWITCH_BASE_EXPERT = 2 * 2 * 768 * 3072
 """Bytes of one expert of Switch-base in bf16."""
 
 
-class OneLineParser(ArgumentParser):
-    """Says what is wrong in one line."""
+@dataclass(frozen=True)
+class Settings:
+    """Which policies are replayed, over which steps and devices; the fields are arguments of `compare_policies`."""
 
-    def error(self, message: str) -> NoReturn:
-        """Hands the message to `user_errors`."""
-        raise ValueError(f"{message}; see --help")
+    num_devices: int
+    num_redundant_experts: int
+    forecasts: tuple[str, ...]
+    planners: tuple[str, ...]
+    splits: tuple[str, ...]
+    predictor: Path | None
+    start: int
+    stop: int
+    max_moves: int | None
+    devices_per_node: int | None
+
+    def home_planner(self, move_tokens: float = 0.0) -> HomePlanner:
+        """Our planner with these limits."""
+        return HomePlanner(
+            self.num_devices, self.num_redundant_experts, self.max_moves, self.devices_per_node, move_tokens
+        )
 
 
-def parse(arguments: list[str] | None = None) -> Namespace:
-    """The command line."""
+def compare_policies(
+    loads: RecordedLoads | Path | str | IntArray,
+    num_devices: int = 8,
+    num_redundant_experts: int = 16,
+    forecasts: Sequence[str] | None = None,
+    planners: Sequence[str] = PLANNERS,
+    splits: Sequence[str] = SPLITS,
+    predictor: Path | str | None = None,
+    start: int = 1,
+    steps: int | None = None,
+    hardware: Hardware | None = None,
+    max_moves: int | None = None,
+    devices_per_node: int | None = None,
+    *,
+    out: Path | None = None,
+    save_plans: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Replays every combination of forecaster, planner and split, and decides whether replication is worth it.
 
-    def names(known: tuple[str, ...]) -> Any:
-        def several(text: str) -> list[str]:
-            chosen = text.split(",")
-            if unknown := [name for name in chosen if name not in known]:
-                raise ValueError(f"unknown {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
-            return list(dict.fromkeys(chosen))
+    Args:
+        loads: Tokens of each expert, `[steps, L, E]`, or the path of a recording that `read_loads` reads.
+        num_devices: Devices that the experts are spread over.
+        num_redundant_experts: Replica slots of each layer over all devices.
+        forecasts: Some of last, mean, ema, learned, oracle and exact; by default all but exact, and learned only with
+            a predictor.
+        planners: Some of contiguous (no replicas), eplb and home.
+        splits: Some of even and quota.
+        predictor: Folder that `train.py` wrote, for the forecast `learned`.
+        start: First step that is planned; homes are chosen from the steps before it.
+        steps: Number of steps to plan; by default all.
+        hardware: Speeds of a device and its link; by default measured on this machine.
+        max_moves: Most experts that the home planner moves before a step, over all layers; by default no limit.
+        devices_per_node: Devices that share a fast network. The home planner then prefers copies within a node, the
+            quota split keeps tokens there, and the report says how many moves and tokens stay within a node.
+        out: Folder for balancedness.png and report.json; by default nothing is written.
+        save_plans: File (.npz) for every plan and device load.
+        console: Console for a progress bar.
 
-        return several
+    Returns:
+        JSON document: loads, devices, redundant, steps, results (one for each policy) and verdict.
 
-    parser = OneLineParser(
-        prog="python -m runtime.simulate",
-        description="Replays recorded loads and says whether replication is worth it.",
-        formatter_class=ArgumentDefaultsHelpFormatter,
+    Raises:
+        ValueError: If the loads, a name or a number cannot be used.
+    """
+    recorded = _recorded(loads)
+    _, _, num_experts = recorded.loads.shape
+    check_division(num_experts, num_devices, num_redundant_experts)
+    names = forecasts or [name for name in FORECASTS if name != "exact" and (predictor or name != "learned")]
+    settings = Settings(
+        num_devices,
+        num_redundant_experts,
+        _known("forecast", names, FORECASTS),
+        _known("planner", planners, PLANNERS),
+        _known("split", splits, SPLITS),
+        None if predictor is None else Path(predictor),
+        *_span(start, steps, len(recorded.loads)),
+        max_moves,
+        devices_per_node,
     )
-    add = parser.add_argument
-    add("loads", type=Path, help="trace folder, or .npy or .npz (key 'counts') of [steps, layers, experts]")
-    add("--devices", type=int, default=8, help="devices that the experts are spread over")
-    add("--redundant", type=int, default=16, help="replica slots of each layer over all devices")
-    add("--forecast", type=str, help=f"some of {','.join(FORECASTS)}; 'exact' is the oracle with moves in the way")
-    add("--planner", type=str, default=",".join(PLANNERS), help="some of these")
-    add("--split", type=str, default="even,quota", help="some of these")
-    add("--predictor", type=Path, help="folder that train.py wrote, for --forecast learned")
-    add("--start", type=int, default=1, help="first step that is planned; homes are chosen from those before it")
-    add("--steps", type=int, help="steps to plan; all by default")
-    add("--save-plans", type=Path, metavar="FILE.npz", help="store phy2log [N, L, P] and device_load [N, L, G]")
-    add("--out", type=Path, default=Path("outputs/simulate"), help="folder for the plot and the JSON document")
-    add("--expert-bytes", type=float, help="bytes of one expert; from the trace, or a Switch-base expert in bf16")
-    add("--tokens-per-second", type=float, help="tokens an expert's device computes; measured here by default")
-    add("--link-bytes-per-second", type=float, help="bytes a device can receive; measured here by default")
-    add(
-        "--expert-overhead-tokens",
-        type=float,
-        help="tokens computed while one more expert is read; measured by default",
-    )
-    options = parser.parse_args(arguments)
-    options.forecast = names(FORECASTS)(options.forecast or default_forecasts(options.predictor))
-    options.planner, options.split = names(PLANNERS)(options.planner), names(tuple(SPLITS))(options.split)
-    return options
-
-
-def default_forecasts(predictor: Path | None) -> str:
-    """All that need no predictor, and the learned one where there is one."""
-    return "last,mean,ema,learned,oracle" if predictor else "last,mean,ema,oracle"
-
-
-def simulate(options: Namespace, console: Console) -> dict[str, Any]:
-    """Replays every policy, saves what was asked for, and returns the JSON document."""
-    recorded = read_loads(options.loads)
-    start, stop = span(options, len(recorded.loads))
-    hardware = describe_hardware(options, recorded)
-    replays = replay_all(options, recorded, hardware, start, stop, console)
+    hardware = hardware or measure(expert_bytes_of(recorded))
+    replays = _replay_all(settings, recorded, hardware, console)
     contiguous = next(item for item in replays if item.planner == "contiguous")
-    asked = [item for item in replays if item.planner in options.planner]
-    report = document(asked, hardware.expert_bytes) | {"verdict": verdict(contiguous, replays, hardware)}
-    report = {"loads": recorded.name, "devices": options.devices, "redundant": options.redundant} | report
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(asked, start, options.out / "balancedness.png")
-    if options.save_plans:
-        save_plans(asked, options.save_plans)
+    asked = [item for item in replays if item.planner in settings.planners]
+    report: dict[str, Any] = {"loads": recorded.name, "devices": num_devices, "redundant": num_redundant_experts}
+    report |= {"max_moves": max_moves, "devices_per_node": devices_per_node}
+    report |= document(asked, hardware.expert_bytes)
+    if devices_per_node:
+        for result, item in zip(report["results"], asked, strict=True):
+            result |= {"near_moves": item.near_moves, "near_tokens": item.near_tokens}
+    report["verdict"] = verdict(contiguous, replays, hardware)
+    if "policy" in report["verdict"]:
+        report["verdict"]["switch_on"] = _switch_on(report["verdict"]["policy"], settings, num_experts)
+    if out:
+        write_json(out / "report.json", report)
+        plot(asked, start, out / "balancedness.png")
+    if save_plans:
+        _save_plans(asked, save_plans)
     return report
 
 
-def span(options: Namespace, recorded: int) -> tuple[int, int]:
-    """First step planned, and the one after the last.
+def _recorded(loads: RecordedLoads | Path | str | IntArray) -> RecordedLoads:
+    if isinstance(loads, RecordedLoads):
+        return loads
+    if isinstance(loads, (Path, str)):
+        return read_loads(Path(loads))
+    return RecordedLoads("array", check_loads(np.asarray(loads), Path("the array")))
+
+
+def _known(kind: str, names: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The names without repeats, refused if one is unknown."""
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{kind}: unknown {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _span(start: int, steps: int | None, recorded: int) -> tuple[int, int]:
+    """First step planned, and the step after the last.
 
     Raises:
         ValueError: If the loads have no such steps.
     """
-    if not 1 <= options.start < recorded:
-        raise ValueError(f"--start is {options.start}, expected 1 to {recorded - 1}: {recorded} steps were recorded")
-    if options.steps is not None and not 1 <= options.steps <= recorded - options.start:
-        raise ValueError(
-            f"--steps is {options.steps}, expected 1 to {recorded - options.start} after step {options.start}"
-        )
-    return options.start, options.start + (options.steps or recorded - options.start)
+    if not 1 <= start < recorded:
+        raise ValueError(f"start is {start}, expected 1 to {recorded - 1}: {recorded} steps were recorded")
+    if steps is not None and not 1 <= steps <= recorded - start:
+        raise ValueError(f"steps is {steps}, expected 1 to {recorded - start} after step {start}")
+    return start, start + (steps or recorded - start)
 
 
-def describe_hardware(options: Namespace, recorded: RecordedLoads) -> Hardware:
-    """The hardware as given, the rest of it measured."""
+def expert_bytes_of(recorded: RecordedLoads) -> float:
+    """Bytes of one expert in bf16: of the recorded model, or of Switch-base where only counts were recorded."""
     layout = recorded.layout
-    of_trace = 2.0 * 2 * layout.d_model * layout.d_ff if layout else SWITCH_BASE_EXPERT
-    expert_bytes = options.expert_bytes if options.expert_bytes is not None else of_trace
-    given = (options.tokens_per_second, options.link_bytes_per_second, options.expert_overhead_tokens)
-    if None not in given:
-        return Hardware(expert_bytes, *given)
-    here = measure(expert_bytes)
-    names = ("tokens_per_second", "bytes_per_second", "expert_overhead_tokens")
-    return Hardware(
-        expert_bytes,
-        *(getattr(here, name) if value is None else value for name, value in zip(names, given, strict=True)),
-    )
+    return 2.0 * 2 * layout.d_model * layout.d_ff if layout else SWITCH_BASE_EXPERT
 
 
-def replay_all(
-    options: Namespace, recorded: RecordedLoads, hardware: Hardware, start: int, stop: int, console: Console
+def _replay_all(
+    settings: Settings, recorded: RecordedLoads, hardware: Hardware, console: Console | None
 ) -> list[Replay]:
     """All policies, the one without replicas first."""
     _, num_layers, num_experts = recorded.loads.shape
-    check_division(num_experts, options.devices, options.redundant)
+    devices, redundant = settings.num_devices, settings.num_redundant_experts
+    start, stop = settings.start, settings.stop
     order = contiguous_homes(num_layers, num_experts)
-    bare = ReplicationPlan.at_home(order, options.devices, 0)
-    rooms = ReplicationPlan.at_home(order, options.devices, options.redundant)
     known = recorded.loads[:start].sum(0).astype(np.float64)
-    flat = ReplicationPlan.at_home(flat_homes(known, options.devices), options.devices, options.redundant)
-    home = HomePlanner(options.devices, options.redundant)
-    exposed = HomePlanner(options.devices, options.redundant, move_tokens=hardware.move_tokens)
-    with Progress(console=console, transient=True) as progress:
-        names = [name for name in options.planner if name != "contiguous"]
-        bar = progress.add_task("replay", total=(1 + len(options.forecast) * (1 + len(names))) * (stop - start))
+    bare = ReplicationPlan.at_home(order, devices, 0)
+    empty = ReplicationPlan.at_home(order, devices, redundant)
+    flat = ReplicationPlan.at_home(flat_homes(known, devices), devices, redundant)
+    home, exposed = settings.home_planner(), settings.home_planner(hardware.move_tokens)
+    with Progress(console=console, transient=True, disable=console is None) as progress:
+        names = [name for name in settings.planners if name != "contiguous"]
+        total = (1 + len(settings.forecasts) * (1 + len(names))) * (stop - start)
+        bar = progress.add_task("replay", total=total)
 
-        def steps(made: Iterator[LoadForecast]) -> Iterator[LoadForecast]:
+        def advancing(made: Iterator[LoadForecast]) -> Iterator[LoadForecast]:
             for forecast in made:
                 progress.advance(bar)
                 yield forecast
 
         def run(name: str, planner: Planner, made: Iterator[LoadForecast], first: ReplicationPlan) -> list[Replay]:
-            splits = ["even"] if name == "contiguous" else options.split
-            return replay((name, planner), steps(made), recorded.loads, first, start, stop, splits)
+            splits = ["even"] if name == "contiguous" else list(settings.splits)
+            steps = advancing(made)
+            return replay((name, planner), steps, recorded.loads, first, start, stop, splits, settings.devices_per_node)
 
-        nothing = forecasts(LastBatch(), recorded.loads, None, start, stop)
-        replays = run("contiguous", ContiguousPlanner(), nothing, bare)
-        for forecast in options.forecast:
-            forecaster = open_forecaster(forecast, options.predictor, recorded)
-            made = list(steps(forecasts(forecaster, recorded.loads, recorded.batches, start, stop)))
+        unused = forecast_steps(LastBatch(), recorded.loads, None, start, stop)
+        replays = run("contiguous", ContiguousPlanner(), unused, bare)
+        for forecast in settings.forecasts:
+            forecaster = _open_forecaster(forecast, settings.predictor, recorded)
+            made = list(advancing(forecast_steps(forecaster, recorded.loads, recorded.batches, start, stop)))
             if "eplb" in names:
-                replays += run("eplb", EplbPlanner(), iter(made), rooms)
+                replays += run("eplb", EplbPlanner(), iter(made), empty)
             if "home" in names:
                 replays += run("home", exposed if forecast == "exact" else home, iter(made), flat)
     return replays
 
 
-def open_forecaster(name: str, predictor: Path | None, recorded: RecordedLoads) -> Forecaster:
+def _open_forecaster(name: str, predictor: Path | None, recorded: RecordedLoads) -> Forecaster:
     """The forecaster of that name.
 
     Raises:
-        ValueError: If the learned one is asked for without a predictor, or its predictor does not fit the loads.
+        ValueError: If `learned` is asked for without a predictor, or its predictor does not fit the loads.
     """
-    if name == "last":
-        return LastBatch()
-    if name == "mean":
-        return RunningMean()
-    if name == "ema":
-        return Ema()
+    if name in FORECASTERS:
+        return FORECASTERS[name]
     if name in ("oracle", "exact"):
         return Oracle(recorded.loads, name)
     if predictor is None:
-        raise ValueError("--forecast learned needs --predictor: a folder that train.py wrote")
-    from predictor.checkpoint import load_predictor  # only here: nothing else needs its network
+        raise ValueError("forecast learned needs a predictor: give a folder that train.py wrote (--predictor)")
+    from predictor.checkpoint import load_predictor  # nothing else here needs the network's modules
 
     learned = load_predictor(predictor, recorded.layout)
     shape = (learned.layout.num_layers, learned.layout.num_experts)
@@ -204,28 +243,118 @@ def open_forecaster(name: str, predictor: Path | None, recorded: RecordedLoads) 
     return learned
 
 
-def save_plans(replays: list[Replay], path: Path) -> None:
+def _switch_on(policy: dict[str, str], settings: Settings, num_experts: int) -> str:
+    """The command or the line of Python that switches a policy on."""
+    devices, redundant = settings.num_devices, settings.num_redundant_experts
+    if policy["planner"] == "eplb":
+        return (
+            f"rebalance_experts(load, num_replicas={num_experts + redundant}, num_groups=1, num_nodes=1, "
+            f"num_gpus={devices})"
+        )
+    if policy["forecast"] == "learned" and policy["split"] == "quota":
+        command = (
+            f"python -m runtime.infer --predictor {settings.predictor} --devices {devices} --redundant {redundant}"
+        )
+        limits = {"--max-moves": settings.max_moves, "--devices-per-node": settings.devices_per_node}
+        return " ".join([command, *(f"{name} {value}" for name, value in limits.items() if value is not None)])
+    forecaster = "load_predictor(...)" if policy["forecast"] == "learned" else repr(policy["forecast"])
+    options = {"max_moves": settings.max_moves, "devices_per_node": settings.devices_per_node}
+    more = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
+    split = "split_by_quota" if policy["split"] == "quota" else "split_evenly"
+    return f"Balancer({devices}, {redundant}, {forecaster}{more}) with {split}"
+
+
+def _save_plans(replays: list[Replay], path: Path) -> None:
     """Stores the plans and device loads of each result, named `<forecast>.<planner>.<split>.<array>`."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     for item in replays:
         name = f"{item.forecast}.{item.planner}.{item.split}"
         arrays[f"{name}.phy2log"] = item.phy2log.astype(np.int16)
         arrays[f"{name}.device_load"] = item.device_load
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+    with whole_file(path) as aside, aside.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def verdict_panel(report: dict[str, Any]) -> Panel:
+    """The verdict in a frame: the answer, its reason, the policy and how to switch it on."""
+    answer = report["verdict"]
+    lines = [f"{answer['why']}."]
+    if "policy" in answer:
+        policy = answer["policy"]
+        lines.append(
+            f"Best policy: forecast [bold]{policy['forecast']}[/bold], planner [bold]{policy['planner']}[/bold], "
+            f"split [bold]{policy['split']}[/bold]"
+        )
+        lines.append(f"Switch it on: {answer['switch_on']}")
+    colour = {"enable": "green", "not worth it": "yellow"}.get(answer["answer"], "white")
+    return Panel("\n".join(lines), title=f"Verdict: [bold]{answer['answer']}[/bold]", border_style=colour)
+
+
+def simulate(
+    loads: Path,
+    devices: int = 8,
+    redundant: int = 16,
+    forecast: str | None = None,
+    planner: str = ",".join(PLANNERS),
+    split: str = ",".join(SPLITS),
+    predictor: Path | None = None,
+    start: int = 1,
+    steps: int | None = None,
+    max_moves: int | None = None,
+    devices_per_node: int | None = None,
+    save_plans: Path | None = None,
+    out: Path = Path("outputs/simulate"),
+    expert_bytes: float | None = None,
+    tokens_per_second: float | None = None,
+    link_bytes_per_second: float | None = None,
+    expert_overhead_tokens: float | None = None,
+) -> dict[str, Any]:
+    """Replays recorded loads through replication policies and decides whether replication is worth it.
+
+    Args:
+        loads: Trace folder, or .npy or .npz (key 'counts') of [steps, layers, experts].
+        devices: Devices that the experts are spread over.
+        redundant: Replica slots of each layer over all devices.
+        forecast: Some of last,mean,ema,learned,oracle,exact; 'exact' is the oracle, planned only once the load is
+            known, so that its moves delay the batch. By default all but exact, and learned only with a predictor.
+        planner: Some of contiguous,eplb,home.
+        split: Some of even,quota.
+        predictor: Folder that train.py wrote, for the forecast 'learned'.
+        start: First step that is planned; homes are chosen from the steps before it.
+        steps: Number of steps to plan; by default all.
+        max_moves: Most experts that the home planner moves before a step, over all layers; by default no limit.
+        devices_per_node: Devices that share a fast network; by default all.
+        save_plans: File (.npz) for phy2log [N, L, P] and device_load [N, L, G] of each policy.
+        out: Folder for balancedness.png and report.json.
+        expert_bytes: Bytes of one expert; by default from the trace, or a Switch-base expert in bf16.
+        tokens_per_second: Tokens a device computes per second; by default measured on this machine.
+        link_bytes_per_second: Bytes a device can receive per second; by default measured on this machine.
+        expert_overhead_tokens: Tokens a device computes while it reads one more expert; by default measured.
+    """
+    check_folder(out)
+    recorded = read_loads(loads)
+    nbytes = expert_bytes_of(recorded) if expert_bytes is None else expert_bytes
+    given = (tokens_per_second, link_bytes_per_second, expert_overhead_tokens)
+    measured = measure(nbytes) if None in given else None
+    names = ("tokens_per_second", "bytes_per_second", "expert_overhead_tokens")
+    speeds = [getattr(measured, name) if value is None else value for name, value in zip(names, given, strict=True)]
+    return compare_policies(
+        recorded, devices, redundant, forecast.split(",") if forecast else None, planner.split(","), split.split(","),
+        predictor, start, steps, Hardware(nbytes, *speeds), max_moves, devices_per_node,
+        out=out, save_plans=save_plans, console=Console(stderr=True),
+    )  # fmt: skip
 
 
 def main() -> None:
-    """Command line: a table, then one JSON document."""
+    """Command line of `simulate`: the verdict, a table, then one JSON document."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     with user_errors():
-        options = parse()
-        report = simulate(options, Console(stderr=True))
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(table(report))
-        answer = report["verdict"]
-        console.print(f"Verdict: [bold]{answer['answer']}[/bold]. {answer['why']}.")
-        print(json.dumps(report))
+        report = from_command_line(simulate)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(verdict_panel(report))
+    console.print(table(report))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Whether replication is worth it on recorded traffic: balance turned into time, moves and their overlap included.
+"""Cost model and verdict: whether replication saves enough expert time on recorded traffic, with an interval.
 
-A device's time for a layer is what it takes to read the weights of its active experts and to compute its tokens; a
-layer takes as long as its slowest device. Experts move while the batch before runs, so only what takes longer than that
-batch holds anything up; planning runs beside it in the same way; the split does not, and is counted in full.
-Attention, routing and communication are left out, so the gain is in expert time.
+A device's time for a layer is the time to read the weights of its active experts and to compute its tokens; a layer
+takes as long as its slowest device. Experts move and plans are made while the batch before runs, so only the time
+beyond that batch is exposed. The split is not overlapped and is counted in full. Attention, routing and communication
+are left out, so the gain is a share of expert time.
 
 Shape suffixes: N steps, L MoE layers, G devices.
 """
@@ -16,25 +16,25 @@ import numpy as np
 import torch
 
 from data.arrays import FloatArray
+from predictor.evaluation.bootstrap import resampled
 from runtime.simulate.replay import Replay
 
 WORTH = 0.1
-"""Least share of expert time that pays for the memory of the replicas."""
+"""Share of expert time (0 to 1) that must be saved to pay for the memory of the replicas."""
 FEWEST = 16
-"""Steps below which nothing is concluded."""
-RESAMPLES = 2000
+"""Number of steps below which the verdict is always "not enough data"."""
 TRUTHS = ("oracle", "exact")
-"""Forecasts nobody can have, or not in time."""
+"""Forecasts that know the load, which no deployment can have in time."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What turns tokens and moves into seconds.
+    """Speeds that turn tokens and moves into seconds.
 
     Attributes:
         expert_bytes: Weights of one expert of one layer, bytes.
         tokens_per_second: Tokens a device computes with one expert's weights, per second.
-        bytes_per_second: What a device can receive over its link, bytes a second.
+        bytes_per_second: Bytes a device can receive over its link, per second.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
     """
 
@@ -46,7 +46,7 @@ class Hardware:
     def __post_init__(self) -> None:
         for name in ("expert_bytes", "tokens_per_second", "bytes_per_second"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a figure above 0")
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number above 0")
         if not 0 <= self.expert_overhead_tokens < float("inf"):
             raise ValueError(f"expert_overhead_tokens is {self.expert_overhead_tokens}, expected 0 or more")
 
@@ -61,7 +61,7 @@ class Hardware:
         return np.asarray(tokens.max(-1).sum(-1) / self.tokens_per_second)
 
     def net_seconds(self, replay: Replay) -> FloatArray:
-        """Expert time of each step with what its moves, plan and split add to it, `[N]`."""
+        """Expert time of each step plus the exposed time of its moves and plan and the time of its split, `[N]`."""
         batch = self.batch_seconds(replay)
         if replay.planner == "contiguous":
             return batch
@@ -72,9 +72,9 @@ class Hardware:
 
 
 def measure(expert_bytes: float) -> Hardware:
-    """This machine as one device, its memory as the link; a tenth of a second.
+    """Measures this machine as one device, with its memory as the link; takes a tenth of a second.
 
-    An expert is taken as one bf16 weight matrix read for each token, two operations a weight.
+    An expert is modelled as one square bf16 weight matrix, two operations a weight and token.
     """
     side = max(int((expert_bytes / 2) ** 0.5), 1)
     weights = [torch.randn(side, side) for _ in range(4)]
@@ -99,9 +99,10 @@ def measure(expert_bytes: float) -> Hardware:
 
 
 def verdict(contiguous: Replay, replays: list[Replay], hardware: Hardware) -> dict[str, Any]:
-    """Says enable, not worth it, or not enough data, for the best policy that needs no knowledge of the future.
+    """Decides between "enable", "not worth it" and "not enough data", for the best policy that deployments can have.
 
-    The spread is a moving-block bootstrap over steps (Kuensch 1989): neighbouring steps are alike.
+    The interval is a circular block bootstrap over steps, in blocks of the square root of their number: a subject or
+    task that lasts many steps makes neighbours alike.
 
     Returns:
         JSON document: answer, why, policy, net_gain (share of the expert time without replicas), interval (90 %),
@@ -143,8 +144,6 @@ def _gain(without: FloatArray, net: FloatArray) -> tuple[float, float, float]:
     total = float(without.sum())
     if total <= 0:
         return 0.0, 0.0, 0.0
-    block = max(1, round(len(net) ** 0.5))
-    starts = np.random.default_rng(0).integers(0, len(net) - block + 1, (RESAMPLES, -(-len(net) // block)))
-    steps = (starts[..., None] + np.arange(block)).reshape(RESAMPLES, -1)
+    steps = resampled(len(net), block=max(1, round(len(net) ** 0.5)))
     low, high = np.quantile(1 - net[steps].sum(-1) / np.maximum(without[steps].sum(-1), 1e-12), [0.05, 0.95])
     return 1 - float(net.sum()) / total, float(low), float(high)

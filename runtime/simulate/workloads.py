@@ -1,12 +1,11 @@
-"""Made-up loads that drift in every way real ones might, seeded, as data for the simulator.
+"""Synthetic expert loads for the simulator: steady, drifting, bursting and adversarial, from a seed.
 
     python -m runtime.simulate.workloads outputs/workloads     # writes NAME.npz, key `counts`, [steps, layers, experts]
     python -m runtime.simulate outputs/workloads/hotspot.npz
 
-FloatArray are drawn first, then tokens from the shares. Shape suffixes: N steps, L MoE layers, E logical experts.
+Each workload draws shares first, then tokens from the shares. Shape suffixes: N steps, L MoE layers, E logical experts.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +14,15 @@ from rich.console import Console
 from rich.progress import track
 
 from data.arrays import FloatArray, IntArray
-from data.cli import user_errors
-from predictor.baselines.history import LastBatch
-from runtime.balancing.plan import ReplicationPlan, flat_homes
-from runtime.balancing.planner import HomePlanner
+from data.cli import from_command_line, user_errors
+from data.files import whole_file
+from runtime.balancing.balancer import Balancer
 
 STEPS, LAYERS, EXPERTS, TOKENS = 120, 4, 64, 4096
 HOT = 4
-"""Experts that are hot at the same time."""
+"""Number of experts that are hot at the same time."""
 HOT_SHARE = 0.6
-"""Share of tokens that go to them."""
+"""Share of tokens (0 to 1) that go to the hot experts."""
 
 
 def uniform(rng: np.random.Generator) -> IntArray:
@@ -33,7 +31,7 @@ def uniform(rng: np.random.Generator) -> IntArray:
 
 
 def zipf(rng: np.random.Generator) -> IntArray:
-    """The i-th expert of a layer gets a share that falls as 1 / i, always."""
+    """The i-th expert of a layer gets a share that falls as 1 / i, at every step."""
     return _draw(rng, np.tile(_zipf(rng), (STEPS, 1, 1)))
 
 
@@ -49,7 +47,7 @@ def abrupt(rng: np.random.Generator) -> IntArray:
 
 
 def hotspot(rng: np.random.Generator) -> IntArray:
-    """The hot experts move on by four every 6 steps, and come round again."""
+    """The hot experts move on by four every 6 steps, and start again after the last expert."""
     first = np.arange(STEPS) // 6 * HOT
     return _draw(rng, np.stack([np.stack([_hot((start + np.arange(HOT)) % EXPERTS)] * LAYERS) for start in first]))
 
@@ -68,14 +66,14 @@ def one_takes_all(rng: np.random.Generator) -> IntArray:
 
 
 def adversary(rng: np.random.Generator) -> IntArray:
-    """After each re-plan from the last batch on 8 devices with 16 redundant experts, those without replicas get hot."""
-    planner, loads = HomePlanner(8, 16), _draw(rng, np.full((1, LAYERS, EXPERTS), 1 / EXPERTS))
-    plan = ReplicationPlan.at_home(flat_homes(loads[0].astype(np.float64), 8), 8, 16)
+    """After each plan from the last batch (8 devices, 16 redundant experts), experts without replicas get hot."""
+    balancer = Balancer(8, 16, "last")
+    loads = [_draw(rng, np.full((LAYERS, EXPERTS), 1 / EXPERTS))]
     for _ in range(STEPS - 1):
-        plan = planner.plan(LastBatch().forecast(None, loads), plan, loads)
-        bare = [rng.permutation(np.flatnonzero(copies == 1)) for copies in plan.copies]
-        loads = np.concatenate([loads, _draw(rng, np.stack([_hot(experts[:HOT]) for experts in bare])[None])])
-    return loads
+        plan = balancer.step(loads[-1])
+        single = [rng.permutation(np.flatnonzero(count == 1)) for count in plan.replica_count]
+        loads.append(_draw(rng, np.stack([_hot(experts[:HOT]) for experts in single])))
+    return np.stack(loads)
 
 
 WORKLOADS: dict[str, Callable[[np.random.Generator], IntArray]] = {
@@ -84,38 +82,40 @@ WORKLOADS: dict[str, Callable[[np.random.Generator], IntArray]] = {
 
 
 def _zipf(rng: np.random.Generator) -> FloatArray:
-    """Zipf shares in an order of each layer's own, `[L, E]`."""
+    """Zipf shares, the experts of each layer in a random order, `[L, E]`."""
     share = 1 / np.arange(1, EXPERTS + 1)
     return rng.permuted(np.tile(share / share.sum(), (LAYERS, 1)), axis=1)
 
 
 def _hot(experts: IntArray) -> FloatArray:
-    """A few experts share most tokens, the others the rest, `[E]`."""
+    """Shares where a few experts get most tokens and the others the rest, `[E]`."""
     share = np.full(EXPERTS, (1 - HOT_SHARE) / (EXPERTS - len(experts)))
     share[experts] = HOT_SHARE / len(experts)
     return share
 
 
 def _draw(rng: np.random.Generator, share: FloatArray) -> IntArray:
-    """Loads of batches with `TOKENS` tokens drawn from shares `[N, L, E]`."""
+    """Loads of batches with `TOKENS` tokens drawn from shares `[..., L, E]`."""
     return np.asarray(rng.multinomial(TOKENS, share), dtype=np.int64)
 
 
+def write_workloads(folder: Path, seed: int = 0) -> None:
+    """Writes all workloads into a folder, as NAME.npz with the key `counts`.
+
+    Args:
+        folder: Folder to write into.
+        seed: 0 makes the workloads of docs/simulator.md.
+    """
+    for name in track(WORKLOADS, "workloads", console=Console(stderr=True)):
+        with whole_file(folder / f"{name}.npz") as aside, aside.open("wb") as file:
+            np.savez_compressed(file, counts=WORKLOADS[name](np.random.default_rng(seed)))
+    print(f"{len(WORKLOADS)} workloads in {folder}")
+
+
 def main() -> None:
-    """Writes all workloads into a folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m runtime.simulate.workloads", description="Writes the drift workloads."
-    )
-    parser.add_argument("folder", type=Path, help="folder for NAME.npz")
-    parser.add_argument("--seed", type=int, default=0, help="0 makes the workloads of docs/simulator.md")
-    options = parser.parse_args()
+    """Command line of `write_workloads`."""
     with user_errors():
-        options.folder.mkdir(parents=True, exist_ok=True)
-        for name in track(WORKLOADS, "workloads", console=Console(stderr=True)):
-            np.savez_compressed(
-                options.folder / f"{name}.npz", counts=WORKLOADS[name](np.random.default_rng(options.seed))
-            )
-        print(f"{len(WORKLOADS)} workloads in {options.folder}")
+        from_command_line(write_workloads)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def answers(rank: int, folder: str, experts: int) -> dict[str, object]:
         for name, forecaster in forecasters.items():
             engine.controller.forecaster = forecaster
             found[name] = largest_difference(engine, plain, unusual())
-        if engine.home.num_redundant:
+        if engine.home.num_redundant_experts:
             engine.controller.planner = RandomPlanner(engine.home)
             found["random"] = largest_difference(engine, plain, unusual())
         tokens = batches(1)[0].tokens
