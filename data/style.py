@@ -154,23 +154,26 @@ def phase_runs(phases: Sequence[str]) -> list[tuple[str, int, int]]:
     return runs
 
 
-def name_phases(axes: Axes, phases: Sequence[str], inches: float, shade: bool = True) -> None:
-    """Names the phases of traffic over the axes, and shades every second one; nothing where there is one phase only.
+def name_phases(axes: Axes, phases: Sequence[str], inches: float, separator: str = "", named: bool = True) -> None:
+    """Names the phases of traffic over the axes and tells them apart; draws nothing where there is one phase only.
 
     Args:
         axes: Batches lie at 0, 1, ... on its x axis.
         phases: Phase of each batch.
         inches: Width of the axes; names wrap to the width of their phase.
-        shade: Whether to shade, or to draw separators, as over an image.
+        separator: Colour of lines between phases; by default every second phase is shaded.
+        named: Whether to write the names, too.
     """
     runs = phase_runs(phases)
     if len(runs) < 2:
         return
     for number, (phase, start, stop) in enumerate(runs):
-        if shade and number % 2:
+        if separator and number:
+            axes.axvline(start - 0.5, color=separator, linewidth=1)
+        elif not separator and number % 2:
             axes.axvspan(start - 0.5, stop - 0.5, color=LIGHT, alpha=0.35, linewidth=0, zorder=0)
-        if not shade and number:
-            axes.axvline(start - 0.5, color="white", linewidth=1)
+        if not named:
+            continue
         letters = max(int((stop - start) / len(phases) * inches * 15), 6)
         axes.text(
             start - 0.5, 1.015, textwrap.fill(human(phase), letters), transform=axes.get_xaxis_transform(),
