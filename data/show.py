@@ -86,7 +86,7 @@ def drift_plot(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set(xlabel="batch")
-    note = "total variation between a batch's expert shares and the last batch's; shaded: what sampling alone makes on average"
+    note = "total variation of expert shares from one batch to the next; shaded: what sampling alone makes on average"
     heading(figure, "How much the load differs from the batch before", note)
     save(figure, path)
 

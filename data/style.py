@@ -92,11 +92,16 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def panels(width: float, height: float, rows: int = 1, columns: int = 1, **subplots: Any) -> tuple[Figure, Any]:
-    """A figure of `width` x `height` inches that needs no display, and its axes `[rows, columns]`."""
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of `width` x `height` inches that needs no display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def panels(width: float, height: float, rows: int = 1, columns: int = 1, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure of `width` x `height` inches and its axes `[rows, columns]`."""
+    figure = canvas(width, height)
     return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
 
 

@@ -22,7 +22,7 @@ LEFT_OUT = ("uniform", "oracle")
 def heat_maps(forecast_NLE: FloatArray, truth_NLE: FloatArray, layer_names: list[str], stream: str) -> Figure:
     """Share of each expert over time: forecast, truth and their difference, one column per MoE layer.
 
-    Experts are sorted by mean load. Forecast and truth of a layer share one scale; blue in the difference is too little.
+    Experts are sorted by mean load. Forecast and truth of a layer share one scale; blue means too low a forecast.
     """
     chosen = np.unique(np.linspace(0, len(layer_names) - 1, MOST_MAPS).round().astype(int))
     figure, axes = panels(0.6 + 2.2 * len(chosen), 5.6, 3, len(chosen), sharex=True, sharey=True)
@@ -31,9 +31,8 @@ def heat_maps(forecast_NLE: FloatArray, truth_NLE: FloatArray, layer_names: list
         forecast, truth = 100 * forecast_NLE[:, layer, order].T, 100 * truth_NLE[:, layer, order].T
         top = max(float(np.quantile(truth, 0.995)), 1e-9)
         scale: dict[str, Any] = {"aspect": "auto", "vmin": 0, "vmax": top, "cmap": "magma"}
-        image = [axis.imshow(share, **scale) for axis, share in zip(axes[:, column], (forecast, truth), strict=False)][
-            0
-        ]
+        axes[0, column].imshow(forecast, **scale)
+        image = axes[1, column].imshow(truth, **scale)
         difference = axes[2, column].imshow(forecast - truth, aspect="auto", vmin=-top, vmax=top, cmap="RdBu_r")
         bars = ((image, list(axes[:2, column]), "% of tokens"), (difference, [axes[2, column]], "% points"))
         for shown, beside, label in bars:

@@ -120,12 +120,10 @@ def _balance(report: dict[str, Any]) -> list[Text]:
 
 def _caching(report: dict[str, Any]) -> list[Text]:
     tier = report["cache"]["device"]
-    read = (tier["demand_bytes"] + tier["prefetch_bytes"]) / 1e6
+    ahead, read = tier["prefetch_bytes"], tier["demand_bytes"] + tier["prefetch_bytes"]
     return [
-        Text(
-            f"Experts resident when requested: {tier['hit_rate']:.1%}; time waited for experts: {tier['stall_ms']:.0f} ms"
-        ),
-        Text(f"Read: {read:.1f} MB, of that ahead of need {1e-4 * tier['prefetch_bytes'] / max(read, 1e-9):.1f} %"),
+        Text(f"Experts resident when requested: {tier['hit_rate']:.1%}; waited for experts: {tier['stall_ms']:.0f} ms"),
+        Text(f"Bytes read: {read / 1e6:.1f} MB, of that ahead of need {ahead / max(read, 1):.1%}"),
     ]
 
 
