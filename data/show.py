@@ -12,12 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from data.cli import from_command_line, user_errors
-from data.files import whole_file
+from data.style import GREY, INK, LIGHT, SMALL, drawing, heading, name_phases, panels, save
 from data.traces.loads import share_of
 from data.traces.statistics import TraceStatistics, measure, step_variation
 from data.traces.store import StoredTrace, open_trace
 
 MOST_MAPS = 12  # layers in one picture
+IDLE = 0.05
+"""Mean load, as a share of the mean over experts, from which an expert has a row in the picture."""
+CHANGING = 1.5
+"""Change from batch to batch, over what sampling alone makes, from which the title speaks of change."""
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
 
 
 def table(trace: StoredTrace, skew: TraceStatistics) -> Table:
@@ -35,42 +40,56 @@ def table(trace: StoredTrace, skew: TraceStatistics) -> Table:
     return shown
 
 
+@drawing()
 def heat_maps(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
     """Expert by time for each MoE layer, experts sorted by load; colour is the share times the number of experts."""
-    from matplotlib.figure import Figure
-
-    layers = min(len(trace.layout.layers), MOST_MAPS)
-    figure = Figure(figsize=(10, 1.2 + 1.7 * layers), layout="constrained")
-    for layer, axes in enumerate(np.atleast_1d(figure.subplots(layers, sharex=True))):
+    layers, num_experts = min(len(trace.layout.layers), MOST_MAPS), skew.loads.shape[-1]
+    figure, axes = panels(8.6, 0.9 + 1.35 * layers, layers, sharex=True)
+    for layer, axis in enumerate(axes[:, 0]):
         share = share_of(skew.loads[:, layer])
         order = np.argsort(-share.mean(0))
-        image = axes.imshow(
-            share[:, order].T * share.shape[1], aspect="auto", interpolation="nearest", cmap="magma", vmin=0, vmax=6
-        )
-        axes.set(ylabel=f"{trace.layout.layer_names[layer]}\nexpert, by load", yticks=[])
-        figure.colorbar(image, ax=axes, label="times the mean", extend="max")
-    axes.set(xlabel="batch")
-    _save(figure, path)
+        used = max(int((share.mean(0) > IDLE / num_experts).sum()), 1)
+        image = axis.imshow(share[:, order[:used]].T * num_experts, aspect="auto", cmap="magma", vmin=0, vmax=6)
+        axis.set(ylabel=trace.layout.layer_names[layer].replace("_", " "), yticks=[])
+        axis.grid(False)
+        if rest := num_experts - used:
+            text = (
+                f"{rest} of {num_experts} experts, not shown, get {share[:, order[used:]].sum(1).mean():.1%} of tokens"
+            )
+            box = {"facecolor": "black", "edgecolor": "none", "pad": 1.5, "alpha": 0.8}
+            axis.text(0.995, 0.05, text, transform=axis.transAxes, ha="right", color="white", fontsize=SMALL, bbox=box)
+        name_phases(axis, skew.phases or (), 7.4, separator="white", named=layer == 0)
+    axes[-1, 0].set(xlabel="batch")
+    bar = figure.colorbar(image, ax=axes, label="load, times the mean", extend="max", aspect=40, pad=0.015)
+    bar.outline.set_visible(False)
+    changes = skew.step_tv.mean() > CHANGING * skew.floor_tv.mean()
+    finding = ": hot experts change with the topic" if changes and len(set(skew.phases or ())) > 1 else ""
+    heading(figure, f"Expert load over time{finding}", "rows: experts of a MoE layer, the most loaded on top")
+    save(figure, path)
 
 
+@drawing()
 def drift_plot(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
-    """Total variation from batch to batch of each MoE layer."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    axes = figure.subplots()
+    """Total variation from batch to batch: one panel a MoE layer, shaded up to what sampling alone makes."""
+    names = trace.layout.layer_names[:MOST_MAPS]
+    rows = -(-len(names) // 2)
+    figure, axes = panels(8.6, 1.1 + 1.5 * rows, rows, min(len(names), 2), sharex=True, sharey=True)
     variation = step_variation(skew.loads)
-    for layer, name in list(enumerate(trace.layout.layer_names))[:MOST_MAPS]:
-        axes.plot(np.arange(1, len(skew.loads)), variation[:, layer], label=name, linewidth=0.9)
-    axes.axhline(float(skew.floor_tv.mean()), color="black", linestyle=":", label="sampling alone")
-    axes.set(xlabel="batch", ylabel="total variation", title="How much the load differs from the batch before", ylim=0)
-    axes.legend(ncols=2, fontsize="small", loc="upper left")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with whole_file(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+    top = min(1.3 * float(variation.max(initial=skew.floor_tv.max())), 1.05) or 1
+    for layer, (name, axis) in enumerate(zip(names, axes.flat, strict=False)):
+        axis.axhspan(0, skew.floor_tv[layer], color=LIGHT, linewidth=0, zorder=0)
+        axis.plot(np.arange(1, len(skew.loads)), variation[:, layer], color=INK, linewidth=0.8)
+        name_phases(axis, skew.phases or (), 3.9, separator=GREY, named=layer < 2)
+        label = f"{name.replace('_', ' ')}: mean {skew.step_tv[layer]:.2f}, sampling alone {skew.floor_tv[layer]:.2f}"
+        axis.text(0.01, 0.95, label, transform=axis.transAxes, va="top", fontsize=SMALL, bbox=WHITE)
+        axis.set(ylim=(0, top), xlim=(0, max(len(skew.loads) - 1, 1)))
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set(xlabel="batch")
+    note = "total variation of expert shares from one batch to the next; shaded: what sampling alone makes on average"
+    heading(figure, "How much the load differs from the batch before", note)
+    save(figure, path)
 
 
 def show(trace: Path, out: Path | None = None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from data.arrays import IntArray
 from data.cli import from_command_line, user_errors
 from data.files import whole_file, whole_folder, write_json
 from data.pretrain.grouped_experts import group_experts, ungroup_experts
+from data.style import GREY, INK, OURS, drawing, end_labels, heading, panels, save
 from data.text.corpus import SEGMENTS, Document, offline_corpus
 from data.text.span_corruption import corrupt
 
@@ -265,15 +266,17 @@ def write_card(folder: Path, config: Any, facts: dict[str, Any]) -> None:
     _plot(folder / "loss.png", facts)
 
 
+@drawing()
 def _plot(path: Path, facts: dict[str, Any]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*facts["loss_curve"], strict=True), marker=".", label="training")
-    axes.axhline(facts["held_out_loss"], color="C1", label="held out, at the end")
-    axes.axhline(facts["unigram_loss"], color="C2", linestyle="--", label="unigram model, held out")
-    axes.set(xlabel="step", ylabel="nats a target token", title=path.parent.name)
-    axes.legend()
-    with whole_file(path) as aside:
-        figure.savefig(aside, dpi=100, format="png")
+    figure, axes = panels(6, 3.4)
+    axis = axes[0, 0]
+    steps, losses = zip(*facts["loss_curve"], strict=True)
+    held_out, unigram = facts["held_out_loss"], facts["unigram_loss"]
+    axis.plot(steps, losses, color=OURS, linewidth=2.4)
+    axis.axhline(held_out, color=INK, linewidth=1)
+    axis.axhline(unigram, color=GREY, linewidth=1)
+    axis.set(xlabel="step", ylabel="cross-entropy, nats per target token", xlim=(0, steps[-1]))
+    ends = [(losses[-1], f"training {losses[-1]:.2f}", OURS), (held_out, f"held out {held_out:.2f}", INK)]
+    end_labels(axis, [*ends, (unigram, f"unigram model {unigram:.2f}", GREY)])
+    heading(figure, f"Pretraining of {path.parent.name}", "held-out text in bf16 as saved; training: mean of 100 steps")
+    save(figure, path)

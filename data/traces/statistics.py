@@ -24,6 +24,7 @@ class TraceStatistics:
         padding: Share of encoder positions that were padding; None where only counts were logged.
         step_tv: Total variation between the shares of a batch and of the one before it, mean over batches.
         floor_tv: The same if every batch were drawn from one and the same distribution: what sampling alone makes.
+        phases: Phase of traffic of each batch; None where only counts were logged.
     """
 
     loads: IntArray
@@ -33,6 +34,7 @@ class TraceStatistics:
     padding: float | None
     step_tv: FloatArray
     floor_tv: FloatArray
+    phases: tuple[str, ...] | None
 
 
 def step_variation(loads: IntArray) -> FloatArray:
@@ -55,6 +57,7 @@ def shuffled(loads: IntArray, rng: np.random.Generator) -> IntArray:
 def measure(trace: StoredTrace) -> TraceStatistics:
     """Reads a trace once and measures it."""
     demand, positions, real = None, 0, 0
+    phases: list[str] = []
     if trace.about["granularity"] == "tokens":
         rows = []
         for batch in trace.traces():
@@ -62,6 +65,7 @@ def measure(trace: StoredTrace) -> TraceStatistics:
             demand = batch.demand(trace.layout) + (0 if demand is None else demand)
             positions += batch.tokens.mask.numel()
             real += batch.tokens.num_tokens
+            phases.append(batch.phase)
         loads = np.stack(rows)
     else:
         loads = trace.loads()
@@ -78,4 +82,5 @@ def measure(trace: StoredTrace) -> TraceStatistics:
         padding=None if demand is None else 1 - real / positions,
         step_tv=step_variation(loads).mean(0) if len(loads) > 1 else silent,
         floor_tv=floor.mean(0) if len(loads) > 1 else silent,
+        phases=tuple(phases) or None,
     )

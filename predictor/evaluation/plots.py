@@ -1,62 +1,101 @@
-"""Pictures of forecasts. Figures are drawn without a display and returned; whoever asked saves or logs them.
+"""Pictures of forecasts: errors of all forecasters, calibration, expert load over time beside the forecast.
 
+Figures are drawn without a display and returned; the caller saves or logs them.
 Shape suffixes: N batches, L MoE layers, E logical experts.
 """
 
-import io
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from data.arrays import FloatArray
+from data.style import GREY, INK, LIGHT, OURS, SMALL, drawing, end_labels, heading, human, panels
+
+MOST_MAPS = 6
+"""MoE layers in one picture of heat maps; of more, some are chosen evenly."""
+LEFT_OUT = ("uniform", "oracle")
+"""Forecasters that the picture of errors leaves out: one would set the scale, the other's error is 0."""
 
 
-def heat_maps(forecast_NLE: FloatArray, truth_NLE: FloatArray, layer_names: list[str], title: str) -> Figure:
-    """Share of each expert over time, forecast above truth, a column per MoE layer; experts sorted by mean load."""
-    figure = Figure(figsize=(3.2 * len(layer_names), 5), layout="constrained")
-    axes = figure.subplots(2, len(layer_names), squeeze=False, sharex=True, sharey=True)
-    for column, name in enumerate(layer_names):
-        order = np.argsort(-truth_NLE[:, column].mean(0), kind="stable")
-        top = max(float(np.quantile(truth_NLE[:, column], 0.995)), 1e-9)
-        for axis, share, label in zip(axes[:, column], (forecast_NLE, truth_NLE), ("forecast", "truth"), strict=True):
-            axis.imshow(share[:, column, order].T, aspect="auto", vmin=0, vmax=top, cmap="magma", interpolation="none")
-            axis.set_title(f"{name}: {label}", fontsize=9)
-        axes[1, column].set_xlabel("batch")
-    axes[0, 0].set_ylabel("expert, by load")
-    figure.suptitle(title)
+@drawing()
+def heat_maps(forecast_NLE: FloatArray, truth_NLE: FloatArray, layer_names: list[str], stream: str) -> Figure:
+    """Share of each expert over time: forecast, truth and their difference, one column per MoE layer.
+
+    Experts are sorted by mean load. Forecast and truth of a layer share one scale; blue means too low a forecast.
+    """
+    chosen = np.unique(np.linspace(0, len(layer_names) - 1, MOST_MAPS).round().astype(int))
+    figure, axes = panels(0.6 + 2.2 * len(chosen), 5.6, 3, len(chosen), sharex=True, sharey=True)
+    for column, layer in enumerate(chosen):
+        order = np.argsort(-truth_NLE[:, layer].mean(0), kind="stable")
+        forecast, truth = 100 * forecast_NLE[:, layer, order].T, 100 * truth_NLE[:, layer, order].T
+        top = max(float(np.quantile(truth, 0.995)), 1e-9)
+        scale: dict[str, Any] = {"aspect": "auto", "vmin": 0, "vmax": top, "cmap": "magma"}
+        axes[0, column].imshow(forecast, **scale)
+        image = axes[1, column].imshow(truth, **scale)
+        difference = axes[2, column].imshow(forecast - truth, aspect="auto", vmin=-top, vmax=top, cmap="RdBu_r")
+        bars = ((image, list(axes[:2, column]), "% of tokens"), (difference, [axes[2, column]], "% points"))
+        for shown, beside, label in bars:
+            bar = figure.colorbar(shown, ax=beside, pad=0.02, aspect=20 * len(beside), extend="max")
+            bar.outline.set_visible(False)
+            bar.ax.set_title(label, fontsize=SMALL - 1, loc="left", pad=3)
+        axes[0, column].set_title(layer_names[layer].replace("_", " "))
+        axes[2, column].set(xlabel="batch")
+    for axis in axes.flat:
+        axis.grid(False)
+        axis.set(yticks=[])
+    for axis, name in zip(axes[:, 0], ("forecast", "what came", "forecast - what came"), strict=True):
+        axis.set_ylabel(name)
+    note = "rows: experts of a MoE layer, the most loaded on top; test batches in their order"
+    heading(figure, f"Expert load, {human(stream)}: forecast beside what came", note)
     return figure
 
 
-def ladder_bars(load_tv: dict[str, dict[str, float]]) -> Figure:
-    """Load error of every forecaster, grouped by stream."""
-    streams, names = list(load_tv), list(next(iter(load_tv.values())))
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        places = np.arange(len(streams)) + (index - (len(names) - 1) / 2) * width
-        axis.bar(places, [load_tv[stream].get(name, np.nan) for stream in streams], width, label=name)
-    axis.set_xticks(range(len(streams)), streams)
-    axis.set_ylabel("total variation of the load")
-    axis.legend(ncols=4, fontsize=8)
+@drawing()
+def error_panels(errors: dict[str, dict[str, tuple[float, float, float]]]) -> Figure:
+    """Load error of every forecaster: one panel per stream, one row per forecaster, a dot and its 95 % interval.
+
+    Args:
+        errors: By stream, then forecaster: the error and both ends of its interval.
+    """
+    names = [name for name in next(iter(errors.values())) if name not in LEFT_OUT]
+    figure, axes = panels(8.6, 1.15 + 0.24 * len(names), 1, len(errors), sharex=True, sharey=True)
+    for (stream, rows), axis in zip(errors.items(), axes[0], strict=True):
+        for place, name in enumerate(names):
+            if name not in rows:
+                continue
+            value, low, high = rows[name]
+            ours = name == "learned"
+            colour = OURS if ours else GREY
+            axis.plot([low, high], [place, place], color=colour, linewidth=3 if ours else 1.4)
+            axis.plot([value], [place], "o", color=colour, markersize=7 if ours else 4.5)
+            if ours:
+                axis.text(high, place, f"  {value:.3f}", color=OURS, fontweight="bold", va="center")
+        axis.set_title(human(stream).replace(" every ", "\nevery "))
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0)
+        axis.spines["left"].set_visible(False)
+    largest = max(end for rows in errors.values() for name in names if name in rows for end in rows[name])
+    axes[0, 0].set(xlim=(0, 1.08 * largest or 1), ylim=(len(names) - 0.4, -0.6))
+    axes[0, 0].set_yticks(range(len(names)), [human(name) for name in names])
+    for label, name in zip(axes[0, 0].get_yticklabels(), names, strict=True):
+        label.set(color=OURS if name == "learned" else INK, fontweight="bold" if name == "learned" else "normal")
+    left_out = " and ".join(human(name) for name in LEFT_OUT)
+    note = f"total variation of forecast and true load, 0 is perfect; bars: 95 % intervals; {left_out} (0) left out"
+    heading(figure, "Forecast error by kind of traffic", note)
     return figure
 
 
+@drawing()
 def calibration_curve(nominal: FloatArray, covered: dict[str, FloatArray]) -> Figure:
     """How often intervals of a nominal coverage hold the truth, a line per stream; the diagonal is perfect."""
-    figure = Figure(figsize=(4.4, 4), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    for name, values in covered.items():
-        axis.plot(nominal, values, marker="o", markersize=3, label=name)
-    axis.set_xlabel("nominal coverage")
-    axis.set_ylabel("share of experts within the interval")
-    axis.legend(fontsize=8)
+    figure, axes = panels(5.6, 4.2)
+    axis = axes[0, 0]
+    axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (1, 2)))
+    for values in covered.values():
+        axis.plot(nominal, values, color=OURS, marker="o", markersize=3, linewidth=1.4, alpha=0.75)
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="coverage that the forecast states", ylabel="share of experts within it")
+    ends = [(float(values[-1]), human(name), INK) for name, values in covered.items()]
+    end_labels(axis, [*ends, (1.0, "", LIGHT)])
+    heading(figure, "Are the stated intervals right?", "on the dotted diagonal they are; above it they are too wide")
     return figure
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file's bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""One HTML file and its pictures: how the learned predictor did, at a glance, without any service."""
+"""report.html of a predictor folder: the finding in one sentence, pictures, tables; one file, no service needed."""
 
 import base64
 import html
@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from data.files import whole_file
+from data.style import human, save, to_png
 from predictor.baselines.history import LastBatch, Oracle
 from predictor.evaluation.comparison import Comparison
-from predictor.evaluation.plots import calibration_curve, heat_maps, ladder_bars, to_png
+from predictor.evaluation.plots import calibration_curve, error_panels, heat_maps
 from predictor.evaluation.tables import CAPTIONS, REDUNDANT, Details, figure
 
 Summaries = dict[str, dict[str, dict[str, float | None]]]
@@ -17,6 +19,30 @@ Summaries = dict[str, dict[str, dict[str, float | None]]]
 LEAST_GAP = 0.01
 """Regret of the last batch, by the low end of its interval, from which its share that is closed means something."""
 NOMINAL = np.array([0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+BALANCEDNESS, SETTING = "balancedness_r16", "8 devices with 16 replica slots a layer"
+"""The figure of `Scores.details` that the finding names, and what it was measured with."""
+WHERE = {
+    "steady": "On a steady mix of topics", "drift": "Where the mix of topics drifts",
+    "every_10": "Where the topic changes every 10 batches", "every_1": "Where the topic changes every batch",
+    "unseen": "On text unseen in training", "text": "On your text",
+}  # fmt: skip
+"""How a sentence about a stream begins."""
+CSS = """
+:root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#57606a;--line:#d0d7de;--ours:#1f6feb}
+@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--paper:#0d1117;--soft:#9198a1;--line:#30363d;--ours:#58a6ff}}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem;overflow-wrap:anywhere}
+h1{font-size:1.5rem;margin:.5rem 0}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1.8rem 0 .5rem;font-size:1rem}
+.finding{font-size:1.2rem;border-left:4px solid var(--ours);padding-left:.8rem;margin:1rem 0 1.5rem}
+figure{margin:1.2rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.5rem}
+img{display:block;max-width:100%;height:auto;margin:auto}
+.box{overflow-x:auto;border:1px solid var(--line);border-radius:8px}
+table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:.35rem .7rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);overflow-wrap:normal}
+thead th{border-top:0;color:var(--soft);font-weight:600}
+th:first-child,td:first-child{text-align:left}
+small{color:var(--soft)}.ours td{color:var(--ours);font-weight:600}
+"""
 
 
 def summarise(ladder: Comparison) -> Summaries:
@@ -57,42 +83,116 @@ def layer_rows(ladder: Comparison, layer_names: list[str]) -> list[list[str | fl
 
 def figures(ladder: Comparison, layer_names: list[str]) -> dict[str, Figure]:
     """All pictures by name."""
-    tv = {s: {n: f["load_tv"] or 0.0 for n, f in rows.items()} for s, rows in summarise(ladder).items()}
+    errors = {
+        stream: {
+            name: (float(np.nanmean(scores.load_tv)), *scores.interval("load_tv")) for name, scores in rows.items()
+        }
+        for stream, rows in ladder.items()
+    }
     learned = {stream: forecasters["learned"] for stream, forecasters in ladder.items()}
-    result = {"ladder": ladder_bars(tv)}
+    result = {"ladder": error_panels(errors)}
     covered = {stream: scores.coverage(NOMINAL) for stream, scores in learned.items()}
     result["calibration"] = calibration_curve(NOMINAL, covered)
     for stream, scores in learned.items():
         forecast, truth = np.stack(scores.share), np.stack(scores.true_share)
-        result[f"heat_{stream}"] = heat_maps(forecast, truth, layer_names, f"Expert load, {stream}")
+        result[f"heat_{stream}"] = heat_maps(forecast, truth, layer_names, stream)
     return result
 
 
-def _html_table(header: list[str], rows: list[list[str | float]]) -> str:
+def telling_stream(found: Details) -> str:
+    """The stream in which the learned forecast's error lies furthest below the last batch's."""
+
+    def lead(stream: str) -> float:
+        rows = found[stream]
+        return float(rows.get(LastBatch.name, rows["learned"])["load_tv"] - rows["learned"]["load_tv"])
+
+    return max(found, key=lead)
+
+
+def finding(found: Details) -> str:
+    """The result in one sentence, from the stream that tells most."""
+    stream = telling_stream(found)
+    own, last = found[stream]["learned"], found[stream].get(LastBatch.name, {})
+    where = WHERE.get(stream, f"On the stream '{human(stream)}'")
+    sentence = f"{where}, the forecast's error is {own['load_tv']:.3f}"
+    if last.get("load_tv") is not None:
+        sentence += f", the last batch's {last['load_tv']:.3f}"
+    if (balance := own.get(BALANCEDNESS)) is not None:
+        sentence += f"; {SETTING} are balanced to {balance:.3f}"
+        if last.get(BALANCEDNESS) is not None:
+            sentence += f", from the last batch to {last[BALANCEDNESS]:.3f}"
+    return sentence + "."
+
+
+def alt_text(name: str, found: Details) -> str:
+    """What a picture shows, for a reader who does not see it."""
+    if name == "ladder":
+        errors = [
+            f"{human(stream)}: learned {rows['learned']['load_tv']:.3f}"
+            + (f", last batch {rows[LastBatch.name]['load_tv']:.3f}" if LastBatch.name in rows else "")
+            for stream, rows in found.items()
+        ]
+        return f"Forecast error by kind of traffic. {'; '.join(errors)}."
+    if name == "calibration":
+        covered = [f"{human(stream)} {rows['learned']['coverage_80']:.0%}" for stream, rows in found.items()]
+        return f"Share of experts within the forecast's 80 % interval: {', '.join(covered)}."
+    stream = name.removeprefix("heat_")
+    error = found[stream]["learned"]["load_tv"]
+    return f"Expert load batch by batch, {human(stream)}: forecast above what came; they differ by {error:.3f}."
+
+
+def _table(header: list[str], rows: list[list[str | float]]) -> str:
+    """A table in a box of its own that scrolls; the learned forecaster's rows stand out."""
+
     def cell(value: str | float) -> str:
-        return f"<td>{f'{value:.3f}' if isinstance(value, float) else html.escape(value)}</td>"
+        if isinstance(value, float):
+            return f"<td>{value:.3f}</td>"
+        number, bracket, interval = value.partition(" [")
+        return f"<td>{html.escape(number)}" + (f" <small>[{interval}</small>" if bracket else "") + "</td>"
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    ours = human("learned")
+    body = "".join(
+        f"<tr{' class=ours' if ours in row[:2] else ''}>" + "".join(map(cell, row)) + "</tr>" for row in rows
+    )
+    return f'<div class="box"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _tables(ladder: Comparison, found: Details, layer_names: list[str]) -> list[str]:
+    streams, parts = list(ladder), []
+    for metric, caption in CAPTIONS.items():
+        rows: list[list[str | float]] = [
+            [human(name), *(figure(found[stream][name], metric) for stream in streams)] for name in ladder[streams[0]]
+        ]
+        if shown := [row for row in rows if any(row[1:])]:
+            parts.append(f"<h3>{html.escape(caption)}</h3>" + _table(["forecaster", *map(human, streams)], shown))
+    rows = [[human(str(stream)), human(str(name)), *tv] for stream, name, *tv in layer_rows(ladder, layer_names)]
+    layers = [name.replace("_", " ") for name in layer_names]
+    parts.append("<h3>Total variation, layer by layer</h3>" + _table(["stream", "forecaster", *layers], rows))
+    return parts
 
 
 def write_report(folder: Path, title: str, ladder: Comparison, layer_names: list[str]) -> None:
     """Writes report.html, which holds its pictures, and each picture as a PNG beside it."""
-    found, streams = details(ladder), list(ladder)
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    for metric, caption in CAPTIONS.items():
-        rows: list[list[str | float]] = [
-            [name, *(figure(found[stream][name], metric) for stream in streams)] for name in ladder[streams[0]]
-        ]
-        shown = [row for row in rows if any(row[1:])]
-        parts.append(f"<h2>{html.escape(caption)}</h2>" + _html_table(["forecaster", *streams], shown))
-    parts.append("<h2>Total variation, layer by layer</h2>")
-    parts.append(_html_table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names)))
-    for name, picture in figures(ladder, layer_names).items():
-        png = to_png(picture)
-        (folder / f"{name}.png").write_bytes(png)
-        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
-    style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}img{max-width:100%}"
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
-    (folder / "report.html").write_text(page + "\n".join(parts) + "\n")
+    found, drawn = details(ladder), figures(ladder, layer_names)
+    pictures = {}
+    for name, picture in drawn.items():
+        save(picture, folder / f"{name}.png")
+        data = base64.b64encode(to_png(picture)).decode()
+        alt = html.escape(alt_text(name, found))
+        pictures[name] = f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    first = ["ladder", f"heat_{telling_stream(found)}", "calibration"]
+    page = [
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{CSS}</style>",
+        f'<main><h1>{html.escape(title)}</h1><p class="finding">{html.escape(finding(found))}</p>',
+        *(pictures[name] for name in first),
+        "<h2>Tables</h2><p>Held-out test batches; in brackets 95 % intervals.</p>",
+        *_tables(ladder, found, layer_names),
+        "<h2>Expert load on the other streams</h2>" if len(pictures) > len(first) else "",
+        *(picture for name, picture in pictures.items() if name not in first),
+        "</main></html>",
+    ]
+    with whole_file(folder / "report.html") as aside:
+        aside.write_text("\n".join(page) + "\n", encoding="utf-8")

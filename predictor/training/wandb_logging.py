@@ -7,9 +7,9 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from data.style import to_png
 from data.traces.store import TRACE_JSON
 from predictor.evaluation.comparison import Comparison
-from predictor.evaluation.plots import to_png
 from predictor.evaluation.report import details, figures, layer_rows, summarise
 from predictor.evaluation.tables import CAPTIONS
 

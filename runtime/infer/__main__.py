@@ -31,14 +31,19 @@ from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
 
 
-def text_batches(engine: Engine, text: str | None, traffic: BatchingConfig, count: int) -> Iterator[ModelBatch]:
-    """Batches of the user's text; by default the offline corpus' held-out ones from where the topic always changes."""
+def text_batches(
+    engine: Engine, text: str | None, traffic: BatchingConfig, count: int
+) -> Iterator[tuple[str, ModelBatch]]:
+    """Phase and inputs of each batch of the user's text.
+
+    By default they are the offline corpus' held-out batches from where the topic always changes.
+    """
     stream = open_stream(text, engine.switch.tokenizer, "teacher", traffic)
     if text is None:
         splits = corpus_splits(traffic)
         stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
     for batch in islice(stream, count):
-        yield ModelBatch(*model_inputs(batch, engine.switch.model.config))
+        yield batch.phase, ModelBatch(*model_inputs(batch, engine.switch.model.config))
 
 
 def infer(
@@ -102,11 +107,11 @@ def infer(
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
         plot(checks, out / "balancedness.png")
-    return report | {"out": str(out)}
+    return report | {"out": str(out), "predictor": None if predictor is None else str(predictor)}
 
 
 def run(
-    engine: Engine, plain: Any, stream: Iterator[ModelBatch], most: int, telemetry: Telemetry
+    engine: Engine, plain: Any, stream: Iterator[tuple[str, ModelBatch]], most: int, telemetry: Telemetry
 ) -> tuple[list[BatchCheck], list[BatchStats]]:
     """Runs and checks every batch.
 
@@ -116,20 +121,21 @@ def run(
     """
     checks: list[BatchCheck] = []
     costs: list[BatchStats] = []
-    queue: list[ModelBatch] = []
+    queue: list[tuple[str, ModelBatch]] = []
     checker, layers, controller = Verifier(engine, plain), engine.switch.layout.layer_names, engine.controller
     console = Console(stderr=True, quiet=engine.ranks.rank > 0)
     if telemetry.port is not None:
         console.print(f"metrics: http://localhost:{telemetry.port}/metrics")
 
     def noted() -> Iterator[ModelBatch]:
-        for batch in stream:
-            queue.append(batch)
+        for phase, batch in stream:
+            queue.append((phase, batch))
             yield batch
 
     for output in track(engine.run(noted()), "inference", total=most, console=console):
         with engine.ranks.watched():
-            checks.append(checker.check(queue.pop(0), output))
+            phase, batch = queue.pop(0)
+            checks.append(checker.check(batch, output, phase))
         costs.append(output.stats)
         telemetry.record(layers, output.stats, controller.late, controller.fallbacks)
     if not checks:
@@ -138,7 +144,7 @@ def run(
 
 
 def main() -> None:
-    """Command line of `infer`: tables, then one JSON document."""
+    """Command line of `infer`: the result in a frame, then one JSON document."""
     try:
         with user_errors():
             report = from_command_line(infer)
@@ -151,7 +157,6 @@ def main() -> None:
         raise
     if Ranks().rank == 0:
         show(report, Console())
-        print(f"More: report.json and balancedness.png in {report['out']}")
         print(json.dumps(report))
 
 

@@ -1,4 +1,4 @@
-"""What `runtime.infer` found: one document, as tables for people, and as a plot."""
+"""The result of `runtime.infer`: the JSON document, the frame printed at the end, tables of details, the picture."""
 
 from pathlib import Path
 from statistics import median
@@ -6,13 +6,26 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
-from data.files import whole_file
+from data.models.weights import BUNDLED
+from data.style import GREY, ORACLE, OURS, drawing, end_labels, heading, line, name_phases, panels, save
 from runtime.engine.batch import BatchStats
 from runtime.engine.engine import Engine
 from runtime.infer.verify import BatchCheck
 from runtime.telemetry.recorder import over_batches
+
+POLICIES = {"contiguous": "no replicas", "last": "last batch", "replicated": "Switchcast", "oracle": "oracle"}
+"""Fields of `BatchCheck` that hold a balancedness, and the names they are shown by."""
+FORECASTERS = {"contiguous": "none", "last": "last", "replicated": "learned", "oracle": "oracle"}
+"""Whose line style each of them has in the picture."""
+COLOURS = {"Switchcast": f"bold {OURS}", "oracle": ORACLE}
+BAR = 36
+"""Characters of a bar in the frame that stands for perfect balance."""
+EQUAL = 1e-3
+"""Largest logit difference that is called equal: matrix kernels add up groups of another size in another order."""
 
 
 def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine) -> dict[str, Any]:
@@ -22,9 +35,9 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
     differences = [check.logit_difference for check in checks if check.logit_difference is not None]
     alike = [check.same_argmax * check.tokens for check in checks if check.same_argmax is not None]
     tokens = sum(check.tokens for check in checks)
-    names = ("contiguous", "replicated", "oracle")
+    layout = engine.switch.layout
     return {
-        "model": engine.switch.layout.model_id,
+        "model": layout.model_id,
         "processes": engine.ranks.world,
         "devices": engine.home.num_devices,
         "redundant": engine.home.num_redundant_experts,
@@ -32,13 +45,14 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
         "tokens": tokens,
         "max_logit_difference": max(differences, default=None),
         "same_argmax": sum(alike) / tokens if alike else None,
-        "balancedness": {name: float(np.mean([getattr(check, name) for check in checks])) for name in names},
+        "balancedness": {name: float(np.mean([getattr(check, name) for check in checks])) for name in POLICIES},
         "load_tv": float(np.mean(errors)) if errors else None,
         "moves": sum(item.moves for item in ready),
         "bytes": sum(item.nbytes for item in ready),
         "late": engine.controller.late,
         "fallbacks": sum(engine.controller.fallbacks.values()),
         "sent_share": float(sum(cost.sent.sum() for cost in costs) / max(1, sum(cost.load.sum() for cost in costs))),
+        "expert_mib": 4 * layout.num_layers * layout.num_experts * 2 * layout.d_model * layout.d_ff / 2**20,
         "peak_gib": [round(peak, 3) for peak in engine.ranks.peak_gib()],
         "ms": {
             "forecast": median(item.forecast_ms for item in ready) if ready else None,
@@ -50,66 +64,143 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
             "exposed": median(cost.exposed_ms for cost in costs),
         },
         "cache": None if engine.replicated.cache is None else engine.replicated.cache.report(),
-        "layers": over_batches(costs, engine.switch.layout.layer_names),
+        "layers": over_batches(costs, layout.layer_names),
     }
 
 
-def show(report: dict[str, Any], console: Console) -> None:
-    """The report as a table for people."""
-    table = Table(
-        title=f"{report['model']}: {report['batches']} batches, {report['tokens']:,} tokens", show_header=False
+def show(report: dict[str, Any], console: Console, details: bool = False) -> None:
+    """Prints the result in a frame: what ran, whether outputs are equal, the balance, what to type next.
+
+    Args:
+        report: The JSON document, with the folder it lies in as `out` and the predictor's as `predictor`.
+        console: Where to print.
+        details: Whether to print the tables of times, memory and layers first.
+    """
+    if details:
+        console.print(totals_table(report))
+        console.print(layers_table(report))
+    lines = [_what_ran(report), _comparison(report)]
+    lines += _balance(report) if report["devices"] > 1 else []
+    lines += _caching(report) if report["cache"] else []
+    lines += [Text("Next:"), *(Text(f"  {command}", style="cyan") for command in _commands(report))]
+    title = f"[bold]{report['model']} with Switchcast[/bold]"
+    console.print(Panel(Text("\n").join(lines), title=title, title_align="left", expand=False, padding=(0, 1)))
+
+
+def _what_ran(report: dict[str, Any]) -> Text:
+    emulated = " emulated" if report["processes"] == 1 and report["devices"] > 1 else ""
+    devices = f"{report['devices']}{emulated} device{'s' if report['devices'] > 1 else ''}"
+    slots = f", {report['redundant']} replica slots a layer" if report["redundant"] else ""
+    return Text(f"{report['batches']} batches, {report['tokens']:,} tokens on {devices}{slots}")
+
+
+def _comparison(report: dict[str, Any]) -> Text:
+    difference, same = report["max_logit_difference"], report["same_argmax"]
+    if same is None:
+        return Text("Outputs were not compared with the plain model's (--check false)")
+    equal = same == 1 and difference <= EQUAL
+    text = "Outputs equal the plain model's" if equal else "Outputs differ from the plain model's"
+    share = "100 %" if same == 1 else f"{100 * same:.3f} %"
+    return Text.assemble(
+        (text, "bold green" if equal else "bold red"),
+        f": logits within {difference:.1e}, likeliest token the same for {share}",
     )
-    balance = report["balancedness"]
-    rows = {
-        "largest logit difference to the plain model": _or_dash(report["max_logit_difference"], ".1e"),
-        "same likeliest token": _or_dash(report["same_argmax"], ".2%"),
-    }
-    if report["devices"] > 1:
-        rows |= {
-            f"balancedness on {report['devices']} devices, no replicas": f"{balance['contiguous']:.3f}",
-            f"  with {report['redundant']} replica slots a layer": f"{balance['replicated']:.3f}",
-            "  with the oracle's forecast": f"{balance['oracle']:.3f}",
-        }
-    rows["forecast error (total variation)"] = _or_dash(report["load_tv"], ".3f")
+
+
+def _balance(report: dict[str, Any]) -> list[Text]:
+    lines = [Text("Balancedness (mean device load / largest; 1 is perfect), replicas planned from")]
+    for name, label in POLICIES.items():
+        value = report["balancedness"][name]
+        if name == "replicated" and report["predictor"] is None:
+            label = "no forecast"
+        bar = "█" * round(BAR * value)
+        lines.append(Text(f"  {label:<12} {value:.3f} {bar}", style=COLOURS.get(label, "")))
+    return lines
+
+
+def _caching(report: dict[str, Any]) -> list[Text]:
+    tier = report["cache"]["device"]
+    ahead, read = tier["prefetch_bytes"], tier["demand_bytes"] + tier["prefetch_bytes"]
+    return [
+        Text(f"Experts resident when requested: {tier['hit_rate']:.1%}; waited for experts: {tier['stall_ms']:.0f} ms"),
+        Text(f"Bytes read: {read / 1e6:.1f} MB, of that ahead of need {ahead / max(read, 1):.1%}"),
+    ]
+
+
+def _commands(report: dict[str, Any]) -> list[str]:
+    """What to type next, for the model and the predictor of this run."""
+    model = "" if report["model"] == BUNDLED else f" --model {report['model']}"
+    command = f"-m runtime.infer{model}"
+    shown = [f"open {report['out']}/balancedness.png   # all figures: report.json beside it"]
+    if report["predictor"] is None:
+        return [*shown, "python train.py   # then give this command --predictor outputs/predictor"]
+    command += f" --predictor {report['predictor']}"
+    shown.append(f"python -m predictor.show {report['predictor']}")
+    if report["processes"] == 1:
+        shown.append(f"torchrun --nproc-per-node 2 {command}")
+    if report["cache"] is None:
+        shown.append(f"python {command} --device-memory {max(round(report['expert_mib'] / 2), 1)}MiB")
+    return shown
+
+
+def totals_table(report: dict[str, Any]) -> Table:
+    """Forecast error, moves, memory, caches and median milliseconds."""
+    table = Table(title="Whole run", title_justify="left", show_header=False)
+    rows = {"forecast error (total variation)": _or_dash(report["load_tv"], ".3f")}
     if report["redundant"]:
         moved = f", {report['bytes'] / 1e6:.1f} MB" if report["cache"] is None else ", read by the caches"
-        rows["replicas placed"] = f"{report['moves']}{moved}, {report['late']} times late"
+        rows["replicas moved"] = f"{report['moves']}{moved}, {report['late']} times late"
     if report["processes"] > 1:
         rows["tokens sent to another process"] = f"{report['sent_share']:.1%}"
     rows["peak memory of each process, GiB"] = ", ".join(f"{peak:.2f}" for peak in report["peak_gib"])
     if report["cache"] is not None:
         tier = report["cache"]["device"]
-        rows["experts that were there when asked for"] = f"{tier['hit_rate']:.1%}"
+        rows["experts resident when requested"] = f"{tier['hit_rate']:.1%}"
         rows["prefetched experts that were used"] = f"{tier['prefetch_precision']:.1%}"
         read = tier["demand_bytes"] + tier["prefetch_bytes"]
-        rows["bytes read, of them ahead"] = f"{read / 1e6:.1f} MB, {tier['prefetch_bytes'] / max(read, 1):.1%}"
+        rows["bytes read; share read ahead"] = f"{read / 1e6:.1f} MB; {tier['prefetch_bytes'] / max(read, 1):.1%}"
         rows["time waited for experts"] = f"{tier['stall_ms']:.0f} ms"
-    rows |= {f"median ms: {name}": _or_dash(ms, ".1f") for name, ms in report["ms"].items()}
+    rows |= {f"median ms: {name.replace('_', ' ')}": _or_dash(ms, ".1f") for name, ms in report["ms"].items()}
     for name, value in rows.items():
         table.add_row(name, value)
-    console.print(table)
-    layers = Table("layer", "balancedness", "busiest device, ms", "waited, ms", "sent", "moves")
+    return table
+
+
+def layers_table(report: dict[str, Any]) -> Table:
+    """One row per MoE layer."""
+    table = Table("layer", title="Layer by layer", title_justify="left")
+    for column in ("balancedness", "busiest device, ms", "waited, ms", "sent", "moves"):
+        table.add_column(column, justify="right")
     for row in report["layers"]:
         *figures, sent, moves = (
             row[name] for name in ("balancedness", "busy_max_ms", "waited_ms", "sent_share", "moves")
         )
-        layers.add_row(row["layer"], *(f"{figure:.3f}" for figure in figures), f"{sent:.1%}", str(moves))
-    console.print(layers)
+        table.add_row(row["layer"], *(f"{figure:.3f}" for figure in figures), f"{sent:.1%}", str(moves))
+    return table
 
 
 def _or_dash(value: float | None, how: str) -> str:
     return "-" if value is None else format(value, how)
 
 
+@drawing()
 def plot(checks: list[BatchCheck], path: Path) -> None:
-    """Balancedness of every batch: without replicas, as it ran, and with the oracle."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("oracle", "oracle"), ("replicated", "as it ran"), ("contiguous", "no replicas")):
-        axes.plot([getattr(check, name) for check in checks], label=label, marker=".")
-    axes.set(xlabel="batch", ylabel="balancedness", ylim=(0, 1.02), title="Mean device load / largest device load")
-    axes.legend(loc="lower right")
-    with whole_file(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
+    """Balancedness of every batch: without replicas, from the last batch, as it ran, and with the oracle."""
+    figure, axes = panels(8.6, 3.6)
+    axis, ends = axes[0, 0], []
+    name_phases(axis, [check.phase for check in checks], 6.8)
+    means = {}
+    for name, label in POLICIES.items():
+        values = [getattr(check, name) for check in checks]
+        means[name] = float(np.mean(values))
+        drawn = axis.plot(values, **line(FORECASTERS[name]), marker="o" if len(checks) == 1 else "")[0]
+        colour = str(drawn.get_color()) if name != "contiguous" else GREY
+        ends.append((values[-1], f"{label} {means[name]:.3f}", colour))
+    lowest = min(getattr(check, name) for check in checks for name in POLICIES)
+    axis.set(
+        xlabel="batch", ylabel="balancedness", ylim=(min(0.4, lowest - 0.05), 1.02), xlim=(0, max(len(checks) - 1, 1))
+    )
+    end_labels(axis, ends)
+    title = f"Switchcast balances to {means['replicated']:.2f}, running without replicas to {means['contiguous']:.2f}"
+    heading(figure, title, "mean device load / largest device load, 1 is perfect; names with means over all batches")
+    save(figure, path)

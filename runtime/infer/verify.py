@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from data.arrays import IntArray
+from predictor.baselines.history import LastBatch
 from predictor.forecast import forecast_from_load
 from runtime.balancing.split import balancedness, split_load
 from runtime.engine.batch import BatchOutput, ModelBatch, forward
@@ -25,8 +26,10 @@ class BatchCheck:
         same_argmax: Share of real tokens whose likeliest output token is the plain model's; None likewise.
         contiguous: Balancedness without replicas, experts in their own order.
         replicated: Balancedness as it ran.
-        oracle: Balancedness of the same planner, given the true load.
+        last: Balancedness of the same planner, given the load of the batch before.
+        oracle: The same, given the true load.
         load_tv: Total variation distance of the forecast; None where there was no forecast.
+        phase: Which traffic it belongs to.
     """
 
     tokens: int
@@ -34,12 +37,14 @@ class BatchCheck:
     same_argmax: float | None
     contiguous: float
     replicated: float
+    last: float
     oracle: float
     load_tv: float | None
+    phase: str
 
 
 class Verifier:
-    """Compares outputs with the plain model's and keeps the oracle's plan from batch to batch.
+    """Compares outputs with the plain model's and with plans from the last load and the true load.
 
     Args:
         engine: What ran; all ranks check in step.
@@ -47,21 +52,28 @@ class Verifier:
     """
 
     def __init__(self, engine: Engine, plain: Any) -> None:
-        self.engine, self._plain, self._plan = engine, plain, engine.home
+        self.engine, self._plain = engine, plain
+        self._last_plan = self._plan = engine.home
 
-    def check(self, batch: ModelBatch, output: BatchOutput) -> BatchCheck:
+    def check(self, batch: ModelBatch, output: BatchOutput, phase: str) -> BatchCheck:
         """Runs the plain model on the whole batch: in halves it differs from itself in last bits; see `BatchCheck`."""
         difference, same = (None, None) if self._plain is None else self._compare(batch, output)
         truth = forecast_from_load(output.stats.load.astype(np.float64), made_at=0, source="oracle")
-        self._plan = self.engine.planner.plan(truth, self._plan, self.engine.controller.history)
+        history = self.engine.controller.history
+        self._plan = self.engine.planner.plan(truth, self._plan, history)
+        if len(before := history[:-1]):  # the engine has observed this batch already
+            last = LastBatch().forecast(None, before)
+            self._last_plan = self.engine.planner.plan(last, self._last_plan, before)
         return BatchCheck(
             tokens=batch.tokens.num_tokens + (batch.decoder.num_tokens if batch.decoder else 0),
             logit_difference=difference,
             same_argmax=same,
             contiguous=_mean_balance(split_load(output.stats.load, self.engine.home)),
             replicated=_mean_balance(output.stats.device_load),
+            last=_mean_balance(split_load(output.stats.load, self._last_plan)),
             oracle=_mean_balance(split_load(output.stats.load, self._plan)),
             load_tv=None if (errors := forecast_error(output.stats)) is None else float(errors.mean()),
+            phase=phase,
         )
 
     def _compare(self, batch: ModelBatch, output: BatchOutput) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Results of replays for people and programs: figures, a table, a plot."""
+"""Results of replays: figures for the JSON document, a table, a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +6,28 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from data.arrays import FloatArray
+from data.style import GREY, INK, LIGHT, LINES, ORACLE, OURS, SMALL, canvas, drawing, end_labels, heading, human, save
+from runtime.simulate.cost_model import TRUTHS
 from runtime.simulate.replay import Replay
 
-LINES = {
-    ("contiguous", "even", "none"),
-    ("eplb", "even", "last"),
-    ("home", "quota", "last"),
-    ("home", "quota", "learned"),
-    ("home", "quota", "oracle"),
+Policy = dict[str, str]
+"""Names of a policy's forecast, planner and split."""
+DRAWN = {
+    ("none", "contiguous", "even"),
+    ("last", "eplb", "even"),
+    ("last", "home", "quota"),
+    ("learned", "home", "quota"),
+    ("oracle", "home", "quota"),
 }
 """Policies whose balancedness is drawn step after step."""
+LEAST_GAP = 0.01
+"""Balancedness that the oracle gains over the last batch from which a share of that gain means something."""
+EXPLAINED = {
+    "last": "the last batch's load", "mean": "mean of all batches so far", "ema": "exponential moving average",
+    "learned": "the predictor", "oracle": "the true load", "exact": "the true load, moves planned by their price",
+    "eplb": "re-solves the placement from scratch", "home": "keeps every expert at home, moves replicas only",
+}  # fmt: skip
 
 
 def document(replays: list[Replay], expert_bytes: float) -> dict[str, Any]:
@@ -44,67 +56,144 @@ def _figures(item: Replay, expert_bytes: float) -> dict[str, Any]:
 
 
 def _gap_closed(result: dict[str, Any], results: list[dict[str, Any]]) -> float | None:
-    """How far the policy's forecast gets from the last batch towards the oracle; None where either was not replayed."""
+    """How far the policy's forecast gets from the last batch towards the oracle.
+
+    None where either was not replayed, or where the oracle gains less than `LEAST_GAP`.
+    """
     of = {
         other["forecast"]: other["balancedness"]
         for other in results
         if (other["planner"], other["split"]) == (result["planner"], result["split"])
     }
-    if not {"last", "oracle"} <= of.keys() or of["oracle"] <= of["last"]:
+    if not {"last", "oracle"} <= of.keys() or of["oracle"] - of["last"] < LEAST_GAP:
         return None
     closed: float = (result["balancedness"] - of["last"]) / (of["oracle"] - of["last"])
     return round(closed, 4)
 
 
-def table(report: dict[str, Any]) -> Table:
-    """The figures as a table."""
+def best_honest(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The result of highest balancedness among policies that do not know the future; of equals, that of least moves."""
+    honest = [result for result in results if result["forecast"] not in TRUTHS]
+    return max(honest, key=lambda result: (result["balancedness"], -result["moves_per_layer"]), default=None)
+
+
+def table(report: dict[str, Any], details: bool = False) -> Table:
+    """The figures as a table, the best policy that does not know the future in bold.
+
+    Args:
+        report: The JSON document.
+        details: Whether to show every figure.
+    """
+    names = list(dict.fromkeys(result[key] for key in ("forecast", "planner") for result in report["results"]))
     made = Table(
         title=f"{report['loads']}: {report['steps']} steps, {report['devices']} devices, "
-        f"{report['redundant']} redundant experts a layer"
+        f"{report['redundant']} redundant experts a layer",
+        caption="\n".join(f"{name}: {EXPLAINED[name]}" for name in names if name in EXPLAINED),
+        caption_justify="left",
     )
     for name in ("forecast", "planner", "split"):
         made.add_column(name)
-    for name in ("balancedness", "p05", "ratio of sums", "moves/layer", "MB/step", "plan ms", "split µs", "gap closed"):
+    columns = ["balancedness", "5th percentile", "moves a layer", "plan ms"]
+    for name in columns + (["ratio of sums", "MB a step", "split µs", "gap closed"] if details else []):
         made.add_column(name, justify="right")
+    best = best_honest(report["results"])
     for result in report["results"]:
         closed = result["gap_closed"]
-        made.add_row(
-            *(result[name] for name in ("forecast", "planner", "split")),
-            *(f"{result[name]:.3f}" for name in ("balancedness", "p05", "ratio_of_sums")),
-            f"{result['moves_per_layer']:.2f}",
-            f"{result['bytes_per_step'] / 1e6:.1f}",
-            f"{result['plan_ms']:.2f}",
-            f"{result['split_us']:.1f}",
-            "" if closed is None else f"{closed:.0%}",
-        )
+        cells = [result["forecast"], result["planner"], result["split"]]
+        cells += [f"{result['balancedness']:.3f}", f"{result['p05']:.3f}"]
+        cells += [f"{result['moves_per_layer']:.2f}", f"{result['plan_ms']:.2f}"]
+        if details:
+            cells += [f"{result['ratio_of_sums']:.3f}", f"{result['bytes_per_step'] / 1e6:.1f}"]
+            cells += [f"{result['split_us']:.1f}", "" if closed is None else f"{closed:.0%}"]
+        made.add_row(*cells, style="bold" if result is best else None)
     return made
 
 
+@drawing()
 def plot(replays: list[Replay], start: int, path: Path) -> None:
-    """Balancedness of each policy: its mean, and step after step for a few."""
-    import matplotlib
+    """Balancedness of each policy: its mean, and for a few step after step, with the moves they make below.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (bars, lines) = pyplot.subplots(
-        1, 2, figsize=(13, 1.6 + 0.28 * len(replays)), width_ratios=[2, 3], layout="constrained"
-    )
-    names = [f"{item.forecast} · {item.planner} · {item.split}" for item in replays]
-    means = [float(item.balancedness.mean()) for item in replays]
-    colours = {"contiguous": "tab:gray", "eplb": "tab:orange", "home": "tab:blue"}
-    bars.barh(names, means, color=[colours[item.planner] for item in replays])
-    for row, mean in enumerate(means):
-        bars.text(mean, row, f" {mean:.3f}", va="center", fontsize=8)
-    bars.invert_yaxis()
-    bars.set(xlim=(0, 1.12), xlabel="balancedness, mean over steps and layers")
+    Args:
+        replays: What the policies did.
+        start: Number of the first step.
+        path: The PNG to write.
+    """
+    rows = list(dict.fromkeys((item.forecast, item.planner) for item in replays))
+    figure = canvas(10.5, max(1.3 + 0.24 * len(rows), 4))
+    mosaic = [["means", "steps"], ["means", "moves"]]
+    axes = figure.subplot_mosaic(mosaic, width_ratios=[4, 5], height_ratios=[3, 1])
+    _draw_means(axes["means"], replays, rows)
     width = max(1, len(replays[0].plan_ms) // 60) if replays else 1
-    for item, name in zip(replays, names, strict=True):
-        if (item.planner, item.split, item.forecast) in LINES:
-            balance = np.convolve(item.balancedness.mean(-1), np.full(width, 1 / width), "valid")
-            lines.plot(range(start + width - 1, start + width - 1 + len(balance)), balance, label=name, linewidth=1.2)
-    lines.set(xlabel="step", ylabel=f"balancedness, mean over layers and {width} steps", ylim=(0, 1.02))
-    if lines.lines:
-        lines.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    _draw_steps(axes["steps"], axes["moves"], replays, start, width)
+    note = "mean device load / largest, 1 is perfect; filled: split by quota, hollow: split evenly"
+    note += f"; right: means over layers and {width} steps" if width > 1 else "; right: means over layers"
+    heading(figure, "Balancedness of each policy, and the moves it costs", note)
+    save(figure, path)
+
+
+def _colour(forecast: str, planner: str) -> str:
+    if planner != "home":
+        return LIGHT if planner == "contiguous" else GREY
+    return ORACLE if forecast in TRUTHS else OURS
+
+
+def _draw_means(axes: Any, replays: list[Replay], rows: list[tuple[str, str]]) -> None:
+    """Two marks a row, filled for quotas and hollow for even splits; the best policy's number in bold."""
+    means = {(item.forecast, item.planner, item.split): float(item.balancedness.mean()) for item in replays}
+    honest = [row for row in rows if row[0] not in TRUTHS]
+    best = max(honest, key=lambda row: max(means.get((*row, split), 0) for split in ("even", "quota")), default=None)
+    for place, row in enumerate(rows):
+        found = {split: means[*row, split] for split in ("even", "quota") if (*row, split) in means}
+        colour = _colour(*row)
+        axes.plot(list(found.values()), [place] * len(found), color=colour, linewidth=1.2, zorder=2)
+        for split, mean in found.items():
+            fill = "white" if split == "even" else colour
+            axes.plot([mean], [place], "o", color=colour, markerfacecolor=fill, markersize=6, zorder=3)
+        axes.text(
+            1.02, place, f"{max(found.values()):.3f}", transform=axes.get_yaxis_transform(), va="center",
+            fontsize=SMALL, fontweight="bold" if row == best else "normal", color=OURS if row == best else INK,
+        )  # fmt: skip
+    labels = []
+    for place, (forecast, planner) in enumerate(rows):
+        again = place and rows[place - 1][0] == forecast
+        labels.append(human(planner) if again or planner == "contiguous" else f"{human(forecast)}:  {human(planner)}")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set(xlim=(min([0.5, *(mean - 0.02 for mean in means.values())]), 1.01), ylim=(len(rows) - 0.4, -0.6))
+    axes.set(xlabel="balancedness, mean over steps and layers")
+
+
+def _draw_steps(balance: Any, moves: Any, replays: list[Replay], start: int, width: int) -> None:
+    """Balancedness step after step, and below it the experts that each policy moves."""
+    shown = [item for item in replays if (item.forecast, item.planner, item.split) in DRAWN]
+    ends, moved = [], []
+    for item in shown:
+        colour = _colour(item.forecast, item.planner)
+        style = LINES.get(item.forecast, {}) | {"color": colour}
+        values = _smooth(item.balancedness.mean(-1), width)
+        steps = np.arange(start + width - 1, start + width - 1 + len(values))
+        balance.plot(steps, values, **style)
+        policy = human(item.planner)
+        if item.planner != "contiguous":
+            policy = f"{human(item.forecast)}, {policy}{', even split' if item.split == 'even' else ''}"
+        ends.append((float(values[-1]), policy, GREY if colour == LIGHT else colour))
+        if item.planner != "contiguous" and item.forecast not in TRUTHS:
+            moves.plot(steps, _smooth(item.arrivals.sum(-1) / item.phy2log.shape[1], width), **style)
+            moved.append((item.moves_per_layer, f"{item.moves_per_layer:.1f} {human(item.planner)}", colour))
+    balance.set(ylabel="balancedness", ylim=(min([0.4, *(end[0] - 0.05 for end in ends)]), 1.02))
+    balance.tick_params(labelbottom=False)
+    moves.set_yscale("symlog", linthresh=1)
+    moves.set(xlabel="step", ylabel="moves\na layer", ylim=(0, 2 * max([1.0, *(end[0] for end in moved)])))
+    if shown:
+        last = start + len(shown[0].plan_ms) - 1
+        for axes in (balance, moves):
+            axes.set_xlim(start, max(last, start + 1))
+        end_labels(balance, ends)
+        end_labels(moves, moved, gap=0.24)
+
+
+def _smooth(values: FloatArray, width: int) -> FloatArray:
+    """Moving average over `width` steps; shorter by `width - 1`."""
+    return np.asarray(np.convolve(values, np.full(width, 1 / width), "valid"))
