@@ -28,23 +28,26 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 # Names of the first flat layout. ORDINARY are English words too: they count where they are imported, called or quoted.
 OLD_WORDS = """
-    SlotExperts SlotWeights CachedSlots SlottedModel SlotTransfer CacheTransfer Shelf Tally Foreseen LikeLast LikeNearest
-    Peers BatchCost LiveExperts StoredExperts BatchFormer TrafficBatch LoadForecaster LearnedForecaster Replicator shelf
-    tally foresight slotted peers wishes in_force held_up_ms wake_tokens ALIKE GROUPED PIPELINED LIKELY LATEST NEWS
+    SlotExperts SlotWeights CachedSlots SlottedModel SlotTransfer CacheTransfer Shelf Tally Foreseen LikeLast
+    LikeNearest Peers BatchCost LiveExperts StoredExperts BatchFormer TrafficBatch LoadForecaster
+    LearnedForecaster Replicator shelf tally foresight slotted peers wishes in_force held_up_ms wake_tokens
+    ALIKE GROUPED PIPELINED LIKELY LATEST NEWS
 """
 ORDINARY = "Flight Route Place Pool Guarded Expecting Checker Schedule Skew Traffic Budget"
 OLD_MODULES = {
     "runtime": """
-        balance batch cache cached calibration check choices controller deal disk fetch flight flow foresight homes loads
-        memory peers plan planner policies products relax replay results rivals route scenarios schedule search shelf sinks
-        slots slotted source split steps stopwatch summary tally tiers transfer verdict weightfile worker workloads
+        balance batch cache cached calibration check choices controller deal disk fetch flight flow foresight
+        homes loads memory peers plan planner policies products relax replay results rivals route scenarios
+        schedule search shelf sinks slots slotted source split steps stopwatch summary tally tiers transfer
+        verdict weightfile worker workloads
     """,
     "predictor": """
-        attention calibrate export history ladder learned losses metrics model module plots recurrent report resume ridge
-        samples scores segments sru tables token_table tracking
+        attention calibrate export history ladder learned losses metrics model module plots recurrent report
+        resume ridge samples scores segments sru tables token_table tracking
     """,
     "data": """
-        card columns corpus corruption grouped layout phases ranks samples skew store switch tap trace tracer traffic weights
+        card columns corpus corruption grouped layout phases ranks samples skew store switch tap trace tracer
+        traffic weights
     """,
     "benchmarks": "injected machine make_switch recorded turns",
 }
@@ -56,7 +59,7 @@ def any_of(words: str) -> str:
 
 OLD_NAMES = [
     re.compile(rf"\b({any_of(OLD_WORDS)})\b"),
-    re.compile(rf"(?:class |import |\| |`)({any_of(ORDINARY)})\b|\b({any_of(ORDINARY)})\("),
+    re.compile(rf"(?:class |import |`)({any_of(ORDINARY)})\b|\b({any_of(ORDINARY)})\("),
     *(
         re.compile(rf"(?:from |import |-m |[`\"'])({package}(?:\.{any_of(names)}\b|/{any_of(names)}\.py\b))")
         for package, names in OLD_MODULES.items()
