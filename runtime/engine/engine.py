@@ -35,7 +35,7 @@ from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, ended, sequences_each
 from runtime.engine.model import ReplicatedModel
 from runtime.experts.weights import ExpertSource, FileWeights, ModuleWeights
-from runtime.offload.slots import Budget
+from runtime.offload.slots import MemoryBudget
 
 
 class Engine:
@@ -66,7 +66,7 @@ class Engine:
         devices: int | None = None,
         redundant: int = 16,
         homes: IntArray | None = None,
-        experts: ExpertSource | Budget | None = None,
+        experts: ExpertSource | MemoryBudget | None = None,
         timeout_s: float = 60.0,
     ) -> None:
         layout = switch.layout
@@ -128,9 +128,9 @@ class Engine:
         whole = ranks.world == 1 and device_memory is None
         switch = (load_switch if whole else load_dense)(model, revision, dtype)
         switch.model.to(ranks.device)
-        experts: ExpertSource | Budget | None = None
+        experts: ExpertSource | MemoryBudget | None = None
         if device_memory is not None:
-            experts = Budget(device_memory, host_memory, ModelWeights(model, revision).files)
+            experts = MemoryBudget(device_memory, host_memory, ModelWeights(model, revision).files)
             devices, redundant = (1, 0) if ranks.world == 1 else (devices, redundant)
         elif not whole:
             experts = FileWeights(ModelWeights(model, revision), switch.layout)
@@ -149,7 +149,7 @@ class Engine:
             self.ranks.check_alike(self.facts)
             self.replicated = ReplicatedModel(self.switch, self.home, self.ranks, self._experts)
         except BaseException:
-            if not isinstance(self._experts, Budget):
+            if not isinstance(self._experts, MemoryBudget):
                 self._experts.release()
             self.ranks.__exit__(None, None, None)
             raise
