@@ -65,8 +65,8 @@ class ExpertShape:
     def padded_bytes(self) -> int:
         """Bytes reserved for one matrix: its whole pages and one more.
 
-        A direct read copies whole pages of the file, and the matrix may begin at any byte of the first page. A matrix of
-        10,000 bytes touches up to 4 pages, so that 4 * 4096 bytes are reserved.
+        A direct read copies whole pages of the file, and the matrix may begin at any byte of the first page. A matrix
+        of 10,000 bytes touches up to 4 pages, so 4 * 4096 bytes are reserved.
         """
         return -(-self.nbytes // 2 // PAGE) * PAGE + PAGE
 

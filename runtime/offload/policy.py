@@ -1,8 +1,9 @@
 """Policy: decides which experts a cache evicts and prefetches, from when each expert is expected to be used next.
 
-Time is counted in MoE layers that run. An expert's *next use* is the number of layers that will run before the expert is
-expected to be needed again. The cache evicts the expert with the largest next use (Belady's rule on predictions) and
-prefetches the policy's candidates, so that policies differ only in what they predict.
+An expert's *next use* is the number of MoE layers that will run until the expert is expected to be needed again; the
+layer that runs next has distance 1. The cache evicts the expert with the largest next use (Belady's rule on predicted
+distances) and prefetches the policy's candidates. Policies therefore differ only in what they predict. An example with
+numbers is in docs/tiers.md.
 
 Shape suffixes: L MoE layers, E logical experts.
 """
@@ -45,7 +46,7 @@ class Policy(Protocol):
         ...
 
     def next_use(self) -> FloatArray:
-        """Layers that will run before each expert's next use, `[L, E]`; the largest is evicted first."""
+        """Layers that will run until each expert's next use, `[L, E]`; the largest is evicted first."""
         ...
 
     def prefetch_candidates(self) -> list[Key]:
@@ -126,9 +127,9 @@ class NextUsePolicy:
     def next_use(self) -> FloatArray:
         """The distance of the layer's next run, and a period of the layer for each run that may not need the expert.
 
-        A layer runs next in 3 layers and then every 4. The next run needs the expert with probability .75, the one after
-        it with .5, each later one with .25 (the frequency). Expected runs without it: .25 * (1 + .5 / .25) = .75. Its
-        next use is 3 + 4 * .75 = 6.
+        A layer's next run is 3 layers away and its period is 4. The next run needs the expert with probability .75, the
+        one after it with .5, each later one with .25 (the frequency). The expected number of runs that do not need it
+        is .25 * (1 + .5 / .25) = .75, and its next use is 3 + 4 * .75 = 6.
         """
         distance_L, in_pass_L, period_L = self.layer_order.distances()
         upcoming_LE, frequency_LE = self.upcoming(), np.clip(self.frequency_LE, 0.01, 1.0)
@@ -138,7 +139,7 @@ class NextUsePolicy:
         return np.asarray(distance_L[:, None] + period_L[:, None] * unneeded_LE)
 
     def prefetch_candidates(self) -> list[Key]:
-        """Experts that their layer's next run needs with `PREFETCH_THRESHOLD`: next layer first, then likeliest first."""
+        """Experts that their layer's next run probably needs: the next layer's first, of these the likeliest first."""
         distance_L, in_pass_L, _ = self.layer_order.distances()
         first_LE = np.where(in_pass_L[:, None], self.current(), self.upcoming())
         layers, experts = np.nonzero(first_LE >= PREFETCH_THRESHOLD)

@@ -4,7 +4,7 @@ Glossary:
 - A caller *requests* experts and then *acquires* them one by one.
 - An expert is *pinned* while a caller waits for it or computes with it; pinned experts are not evicted.
 - A *demand load* brings a requested expert, a *prefetch* a candidate of the policy. Demand loads go first.
-- *Next use* is the number of MoE layers that will run before an expert is expected to be needed again. The resident
+- *Next use* is the number of MoE layers that will run until an expert is expected to be needed again. The resident
   expert with the largest next use is evicted. A prefetch may evict an expert only if that expert's next use is clearly
   later than its own (by the eviction margin).
 """
@@ -68,7 +68,7 @@ class _BufferTable:
     """Which expert is in which buffer, and which buffer is to be evicted next.
 
     Attributes:
-        next_use_LE: Layers that will run before each expert's next use, `[L, E]`; None before the first plan.
+        next_use_LE: Layers that will run until each expert's next use, `[L, E]`; None before the first plan.
     """
 
     def __init__(self, pool: BufferPool) -> None:
@@ -240,9 +240,10 @@ class Tier:
             self._finish(job, error)
 
     def _cancelled(self, job: LoadJob) -> bool:
-        """Whether to stop a load: a prefetch that is no longer a candidate while a demand load waits, or any at the end.
+        """Whether to cancel a load, which the loader asks between two pieces.
 
-        A prefetch whose expert has been requested meanwhile goes on.
+        A prefetch is cancelled if its expert is no longer a candidate and a demand load is waiting, unless the expert
+        has been requested meanwhile. Closing the tier cancels every load.
         """
         return self._closing or bool(
             job.prefetch and self._demands and job.key not in self._pinned and job.key not in self._candidate_keys
