@@ -1,14 +1,15 @@
-"""Text from a model that is larger than memory, under two budgets that must agree to the token.
+"""Generates text from a model that is larger than memory, under two budgets whose outputs must be identical.
 
     python -m benchmarks.support.make_switch --out outputs/switch-base-128 --experts 128     # 29 GB
     python -m benchmarks.beyond_memory --model outputs/switch-base-128
 
-Weights are random, so the text is noise; reads, routing and memory are real. The last line is one JSON document.
+Weights are random, so the text is noise; reads, routing and memory use are real. The last line is one JSON document.
 """
 
 import json
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.support.machine import ResidentPeak, resident_bytes, touch
+from benchmarks.support.machine import ResidentPeak, memory_bytes, resident_bytes, touch
 from data.cli import from_command_line, user_errors
 from data.models.switch import LoadedSwitch, load_dense
 from data.models.weights import ModelWeights
 from data.traces.trace import TokenBatch
-from runtime.engine.batch import needed_positions
-from runtime.offload.cache import ExpertCache
+from runtime.balancing.plan import ReplicationPlan, contiguous_homes
+from runtime.distributed.ranks import Ranks
+from runtime.engine.model import ReplicatedModel
 from runtime.offload.memory import show_bytes
-from runtime.offload.slots import install
+from runtime.offload.slots import MemoryBudget
 
 PROMPTS = (
     "the experts of this model do not fit into memory , so they are fetched when they are needed",
@@ -37,19 +39,21 @@ PROMPTS = (
 def generate(
     switch: LoadedSwitch, tokens: TokenBatch, files: Mapping[str, Path], budget: str, new: int
 ) -> dict[str, Any]:
-    """Greedy text under a budget, with what it took."""
-    before = resident_bytes()
-    with ResidentPeak() as peak, ExpertCache.open(files, switch.layout, torch.float32, budget) as cache:
-        for layer, experts in enumerate(install(switch.model, switch.layout, cache)):
-            if layer < switch.layout.num_encoder_layers:
-                experts.needed = needed_positions(tokens.mask).reshape(-1)
-        cache.begin()
+    """Generates greedily under a budget, and measures time, memory and reads."""
+    layout, before = switch.layout, resident_bytes()
+    home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), 1, 0)
+    with (
+        ResidentPeak() as peak,
+        closing(ReplicatedModel(switch, home, Ranks(), MemoryBudget(budget, None, files))) as replicated,
+    ):
+        assert replicated.cache is not None
+        replicated.begin(tokens, None, tokens.mask.any(1), prepared=True)
         began = time.perf_counter()
         ids: Tensor = switch.model.generate(
             input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), max_new_tokens=new, do_sample=False
         )
         seconds = time.perf_counter() - began
-        stats, fallbacks = cache.tiers[0].stats, cache.report()["fallbacks"]
+        stats, fallbacks = replicated.cache.tiers[0].stats, replicated.cache.report()["fallbacks"]
     return {
         "ids": ids.tolist(), "seconds": round(seconds, 2), "tokens_per_s": round(ids[:, 1:].numel() / seconds, 2),
         "budget": budget, "grown_bytes": peak.grown, "peak_bytes": stats.peak_bytes, "before_bytes": before,
@@ -62,20 +66,19 @@ def generate(
 def beyond_memory(
     model: str = "outputs/switch-base-128", budgets: tuple[str, ...] = ("4GiB", "1GiB"), new: int = 32
 ) -> None:
-    """Generates under each budget and compares.
+    """Generates under each budget and compares the outputs.
 
     Args:
-        model: The model's folder.
-        budgets: Bytes for experts.
-        new: Tokens to write for each prompt.
+        model: Folder of the model.
+        budgets: Memory budgets for experts.
+        new: Number of tokens to generate for each prompt.
     """
     torch.set_num_threads(1)
     console, paths = Console(width=150), ModelWeights(model).files
     whole = sum(path.stat().st_size for path in set(paths.values()))
     switch = load_dense(model)
     touch(switch.model)
-    encoded = switch.tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
-    tokens = TokenBatch(encoded["input_ids"], encoded["attention_mask"].bool())
+    tokens = TokenBatch.of(switch.tokenizer(list(PROMPTS), padding=True, return_tensors="pt"))
     results = []
     for budget in budgets:
         done = generate(switch, tokens, paths, budget, new)
@@ -88,13 +91,7 @@ def beyond_memory(
     console.print(switch.tokenizer.batch_decode(results[0]["ids"], skip_special_tokens=True)[0][:200])
     same = all(done["ids"] == results[0]["ids"] for done in results)
     short = [{name: value for name, value in done.items() if name != "ids"} for done in results]
-    print(json.dumps({"weights_bytes": whole, "memory_bytes": _memory(), "same_text": same, "runs": short}))
-
-
-def _memory() -> int:
-    """Bytes of memory this machine has."""
-    with open("/proc/meminfo") as lines:
-        return 1024 * int(next(lines).split()[1])
+    print(json.dumps({"weights_bytes": whole, "memory_bytes": memory_bytes(), "same_text": same, "runs": short}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the machine does by itself: how fast its disk is read, how much memory a process holds; and a slower disk."""
+"""Measures the memory of the process and the read speed of the disk, and simulates a slower disk."""
 
 import os
 import threading
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,71 +17,93 @@ from runtime.offload.memory import BufferPool, ExpertBuffer, Key
 
 
 class ResidentPeak:
-    """Most bytes by which the process grew while the block ran; looks every few milliseconds.
+    """Measures by how much the process's memory grows while the block runs, by sampling.
 
     Attributes:
-        grown: That many bytes.
+        grown: Bytes between the start and the peak.
     """
 
-    EVERY = 0.005  # seconds
+    INTERVAL_S = 0.005
+    """Seconds between two samples."""
 
     def __enter__(self) -> "ResidentPeak":
         self.grown, self._start, self._done = 0, resident_bytes(), threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
 
-    def _look(self) -> None:
-        while not self._done.wait(self.EVERY):
+    def _sample(self) -> None:
+        while not self._done.wait(self.INTERVAL_S):
             self.grown = max(self.grown, resident_bytes() - self._start)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._done.set()
         self._thread.join()
 
 
 def resident_bytes() -> int:
-    """Bytes of memory the process holds."""
+    """Bytes of physical memory that the process occupies."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def memory_bytes() -> int:
+    """Bytes of physical memory of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def touch(model: nn.Module) -> None:
-    """Brings weights that are only mapped into memory, so that they are not taken for growth later."""
+    """Reads all weights once: memory-mapped pages become resident now and are not counted as growth later."""
     for parameter in model.parameters():
         parameter.detach().sum()
 
 
 class ThrottledFiles(ExpertFiles):
-    """Reads no faster than a limit over all threads: a stand-in for a slower disk, never used unless asked for."""
+    """Expert files that can be read no faster than a limit over all threads, as from a slower disk.
+
+    Args:
+        args: Arguments of `ExpertFiles`.
+        mbps: Limit in MB/s; None reads at full speed.
+    """
 
     def __init__(self, *args: Any, mbps: float | None = None) -> None:
         super().__init__(*args)
-        self._mbps, self._free, self._lock = mbps, 0.0, threading.Lock()
+        self._mbps, self._free_at, self._lock = mbps, 0.0, threading.Lock()
 
-    def read(self, key: Key, place: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
-        """See `ExpertFiles.read`; waits until a disk of that speed would be done."""
+    @property
+    def keys(self) -> list[Key]:
+        """All experts of the model, in order."""
+        return sorted(self._spans)
+
+    @property
+    def direct(self) -> bool:
+        """Whether all files are read past the page cache."""
+        return all(file.direct for file in self._files.values())
+
+    def read(self, key: Key, buffer: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
+        """Reads an expert, then waits until the slower disk would have finished."""
         if self._mbps is not None:
             with self._lock:
-                self._free = max(self._free, time.perf_counter()) + self.shape.nbytes / self._mbps / 1e6
-                until = self._free
-        super().read(key, place, stop)
+                self._free_at = max(self._free_at, time.perf_counter()) + self.shape.nbytes / self._mbps / 1e6
+                until = self._free_at
+        super().read(key, buffer, stop)
         if self._mbps is not None:
             time.sleep(max(0.0, until - time.perf_counter()))
 
 
-def read_speed(files: ExpertFiles, count: int = 48) -> dict[str, Any]:
-    """How fast experts arrive in memory, from as many threads as a tier has; closes the files."""
-    shape, keys = files.shape, sorted(files.keys())
-    keys = keys[:: max(len(keys) // count, 1)][:count]
-    pool = BufferPool(shape, LOADERS, torch.device("cpu"))
+def read_speed(files: ThrottledFiles, count: int = 48) -> dict[str, Any]:
+    """Measures the read speed with as many threads as a tier has loaders; closes the files.
 
-    def read(share: int) -> None:
-        for key in keys[share::LOADERS]:
-            files.read(key, pool.places[share])
+    Returns:
+        MB/s as `read_mbps`, milliseconds per expert as `expert_ms`, and whether reads were `direct`.
+    """
+    keys = files.keys[:: max(len(files) // count, 1)][:count]
+    pool = BufferPool(files.shape, LOADERS, torch.device("cpu"))
 
-    list(map(read, range(LOADERS)))  # touches the memory
+    def read(thread: int) -> None:
+        for key in keys[thread::LOADERS]:
+            files.read(key, pool.buffers[thread])
+
+    list(map(read, range(LOADERS)))  # a first, untimed round
     with ThreadPoolExecutor(LOADERS) as threads:
         began = time.perf_counter()
         list(threads.map(read, range(LOADERS)))
@@ -90,7 +111,7 @@ def read_speed(files: ExpertFiles, count: int = 48) -> dict[str, Any]:
     direct = files.direct
     files.close()
     return {
-        "read_mbps": round(len(keys) * shape.nbytes / seconds / 1e6),
+        "read_mbps": round(len(keys) * files.shape.nbytes / seconds / 1e6),
         "expert_ms": round(1e3 * seconds / len(keys), 2),
         "direct": direct,
     }

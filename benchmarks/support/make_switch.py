@@ -1,9 +1,9 @@
-"""Writes a Switch model of any geometry with random weights, shard by shard: it may be larger than memory.
+"""Writes a Switch model of any size with random weights, shard by shard, so that it may be larger than memory.
 
     python -m benchmarks.support.make_switch --out outputs/switch-base-128 --experts 128
 
-The default geometry is switch-base's; with 128 experts it takes 29 GB in float32, of which a shard at a time is held.
-The tokenizer is the bundled model's.
+The default sizes are switch-base's. With 128 experts the model takes 29 GB on disk in float32, and one shard at a time
+in memory. The tokenizer is the bundled model's.
 """
 
 import json
@@ -22,12 +22,13 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 from data.cli import from_command_line, user_errors
 from data.models.weights import BUNDLED, locate
 
-SHARD = 1 << 30  # bytes
+SHARD = 1 << 30
+"""Bytes of one file, and thus of the memory that writing takes."""
 TIED = ("embed_tokens.weight", "lm_head.weight")
 
 
 def shards(shapes: dict[str, torch.Size], dtype: torch.dtype) -> Iterator[list[str]]:
-    """Names in their order, as many at a time as a shard holds."""
+    """Yields the names of each shard's tensors, in order."""
     names: list[str] = []
     size = 0
     for name, shape in shapes.items():
@@ -40,7 +41,7 @@ def shards(shapes: dict[str, torch.Size], dtype: torch.dtype) -> Iterator[list[s
 
 
 def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Of a size that keeps hidden states about as large as they are."""
+    """A random matrix, scaled so that it does not change the magnitude of hidden states; norms are ones."""
     if len(shape) == 1:
         return torch.ones(shape)
     return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
@@ -57,18 +58,18 @@ def make_switch(
     dtype: Literal["float32", "bfloat16"] = "float32",
     seed: int = 0,
 ) -> None:
-    """Writes the model folder; a folder that is there already is left as it is.
+    """Writes the model folder; does nothing if a complete model is there already.
 
     Args:
         out: The folder.
         experts: Experts of each MoE layer.
         blocks: Blocks of each stack; every other one has an MoE layer.
-        d_model: Width of the hidden states.
-        d_ff: Inner width of an expert.
+        d_model: Size of the hidden states.
+        d_ff: Inner size of an expert.
         heads: Attention heads.
-        capacity: Tokens of one sequence an expert accepts.
-        dtype: What the weights are stored in.
-        seed: Seeds the weights.
+        capacity: Expert capacity: tokens of one sequence that an expert accepts.
+        dtype: Dtype of the stored weights.
+        seed: Seed of the weights.
     """
     index = out / "model.safetensors.index.json"
     if index.exists():
@@ -93,7 +94,7 @@ def make_switch(
     config.save_pretrained(out)
     for path in Path(locate(BUNDLED)).glob("tokenizer*"):
         shutil.copy(path, out)
-    index.write_text(json.dumps({"metadata": {}, "weight_map": holder}))  # last: it says that all is there
+    index.write_text(json.dumps({"metadata": {}, "weight_map": holder}))  # written last: it marks the model as complete
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Recorded routing: what the bundled model's routers did with real text, played back in a model of another geometry.
+"""Records the routing of the bundled model on real text, and replays it in a model with other weights and sizes.
 
-So which experts are needed is real, while weights and widths are whatever the benchmark measures.
+Which experts are needed is then real, while weights and sizes are those that the benchmark measures.
 Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
 """
 
@@ -27,14 +27,14 @@ Mode = Literal["full", "encoder", "generate"]
 
 @dataclass(frozen=True)
 class RecordedBatch:
-    """A batch of text and where the bundled model's routers sent it.
+    """A batch of text and the routing decisions of the bundled model.
 
     Attributes:
         tokens: Encoder tokens `[B, T]`.
         decoder: Decoder input tokens `[B, U]`.
-        experts: Expert of every position, padding too, for each layer `[B, T]` or `[B, U]`.
-        kept: Whether the position fitted into the capacity, alike.
-        probability: Router probability, alike.
+        experts: Expert of every position, padding included: for each layer `[B, T]` or `[B, U]`.
+        kept: Whether the position was within the expert's capacity, in the same shapes.
+        probability: Router probability, in the same shapes.
     """
 
     tokens: TokenBatch
@@ -44,11 +44,11 @@ class RecordedBatch:
     probability: tuple[Tensor, ...]
 
     def mask(self, layer: int, layout: MoELayout) -> Tensor:
-        """Real positions of a layer's stack."""
+        """Positions that are not padding, for the encoder or the decoder, whichever has the layer."""
         return self.tokens.mask if layer < layout.num_encoder_layers else self.decoder.mask
 
     def part(self, rows: slice) -> "RecordedBatch":
-        """Some of the sequences."""
+        """The batch with only these sequences."""
         tokens, decoder = (TokenBatch(all.input_ids[rows], all.mask[rows]) for all in (self.tokens, self.decoder))
         return RecordedBatch(
             tokens,
@@ -57,7 +57,7 @@ class RecordedBatch:
         )
 
     def load(self, layout: MoELayout) -> IntArray:
-        """Dispatched tokens of each expert `[L, E]`, padding left out."""
+        """Dispatched tokens of each expert `[L, E]`, without padding."""
         kept = [kept & self.mask(layer, layout) for layer, kept in enumerate(self.kept)]
         counts = [
             torch.bincount(experts[keep].long(), minlength=layout.num_experts)
@@ -66,7 +66,7 @@ class RecordedBatch:
         return torch.stack(counts).numpy()
 
     def passes(self, layout: MoELayout, mode: Mode) -> Iterator[BoolArray]:
-        """What each pass over the layers needs, `[L, E]`: one for the batch, or one for each step of generation."""
+        """Whether each expert is needed, `[L, E]`, in each pass: one for the batch, or one for each generation step."""
         steps = self.decoder.input_ids.shape[1] if mode == "generate" else 1
         for step in range(steps):
             needed = np.zeros((layout.num_layers, layout.num_experts), dtype=bool)
@@ -83,7 +83,7 @@ class RecordedBatch:
 
 @torch.inference_mode()
 def record(switch: LoadedSwitch, traffic: BatchingConfig, phases: Sequence[str], per_phase: int) -> list[RecordedBatch]:
-    """The last held-out batches of some phases of the offline corpus, through the bundled model."""
+    """Runs the bundled model on the last `per_phase` held-out batches of each phase of the offline corpus."""
     splits, kept = corpus_splits(traffic), dict[str, list[RecordedBatch]]()
     with RouterTap(switch.model, switch.layout) as tap:
         for batch in open_stream(None, switch.tokenizer, "teacher", traffic):
@@ -103,11 +103,11 @@ def record(switch: LoadedSwitch, traffic: BatchingConfig, phases: Sequence[str],
 
 
 class RecordedRouter(nn.Module):
-    """Stands in for a router and sends tokens where the recording says.
+    """Replaces a router and repeats the recorded decisions.
 
     Attributes:
-        batch: The batch under way.
-        step: Position of the decoder in generation, where it runs one position at a time; None runs all at once.
+        batch: The current batch.
+        step: Next decoder position in generation, which runs one position at a time; None runs all positions at once.
     """
 
     def __init__(self, layer: int, num_experts: int) -> None:
@@ -130,7 +130,7 @@ class RecordedRouter(nn.Module):
 
 
 def play_back(model: Any, layout: MoELayout) -> list[RecordedRouter]:
-    """Puts a `RecordedRouter` in the place of each router of a model; layers in order."""
+    """Replaces each router of a model by a `RecordedRouter`, and returns them in the order of layers."""
     routers = [RecordedRouter(layer, layout.num_experts) for layer in range(layout.num_layers)]
     for router, name in zip(routers, layout.module_names, strict=True):
         model.set_submodule(f"{name}.router", router)

@@ -1,4 +1,4 @@
-"""What the arms of `benchmarks.tiers` did, turn by turn: summed up and shown."""
+"""Measurements of the arms of `benchmarks.tiers`: collected turn by turn, summarised, and printed as a table."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,14 +14,14 @@ from runtime.offload.stats import CacheStats
 
 @dataclass
 class Turn:
-    """What an arm did in one turn, warm-up left out.
+    """Measurements of one arm in one turn, without the warm-up batches.
 
     Attributes:
-        seconds: Of each batch.
-        tokens: Of each batch, decoder included.
-        stats: Counters at the end less those at the end of the warm-up; over ranks their sum, and the mean of times.
-        resident_peak: Most bytes the processes grew by over what they held without any expert.
-        fallbacks: Times the policy gave way to least-recently-used.
+        seconds: Duration of each batch.
+        tokens: Tokens of each batch, decoder included.
+        stats: Counters since the warm-up; summed over ranks, times averaged over them.
+        resident_peak: Bytes by which the processes grew at most, relative to holding no expert.
+        fallbacks: Number of times the policy fell back to LRU.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -31,8 +31,14 @@ class Turn:
     fallbacks: int = 0
 
 
+def stats_since(stats: CacheStats, earlier: CacheStats) -> CacheStats:
+    """Counters minus those of an earlier copy; `peak_bytes` stays the peak since the tier was opened."""
+    before = asdict(earlier) | {"peak_bytes": 0}
+    return CacheStats(**{name: value - before[name] for name, value in asdict(stats).items()})
+
+
 def over_ranks(stats: CacheStats, ranks: Ranks) -> CacheStats:
-    """Counters of all ranks together; milliseconds are a rank's on average."""
+    """Counters summed over all ranks; milliseconds are averaged."""
     row = {name: float(value) for name, value in asdict(stats).items()}
     total = ranks.gather(torch.tensor(list(row.values()), dtype=torch.float64)).sum(0).tolist()
     sums: dict[str, Any] = dict(zip(row, total, strict=True))
@@ -42,13 +48,12 @@ def over_ranks(stats: CacheStats, ranks: Ranks) -> CacheStats:
 
 
 def summarise(turns: list[Turn]) -> dict[str, Any]:
-    """Medians over turns; the spread is that of tokens a second from turn to turn."""
+    """Medians over turns; `spread` is the slowest and the fastest turn in tokens per second."""
     speeds = [sum(turn.tokens) / sum(turn.seconds) for turn in turns]
     tokens, batches = sum(turns[0].tokens), len(turns[0].seconds)
-    tallies = [turn.stats for turn in turns]
 
     def median(read: Any) -> float:
-        return float(np.median([read(stats) for stats in tallies]))
+        return float(np.median([read(turn.stats) for turn in turns]))
 
     return {
         "tokens_per_s": round(float(np.median(speeds)), 1),
@@ -68,21 +73,13 @@ def summarise(turns: list[Turn]) -> dict[str, Any]:
     }
 
 
+COLUMNS = ("arm", "tokens/s", "spread", "x LRU", "hits", "precision", "MB/token", "stall ms", "hidden", "peak GB")
+
+
 def show(results: dict[str, dict[str, Any]], title: str, console: Console) -> None:
-    """The arms as a table."""
+    """Prints the arms as a table."""
     table = Table(title=title)
-    for name in (
-        "arm",
-        "tokens/s",
-        "spread",
-        "x LRU",
-        "hits",
-        "precision",
-        "MB/token",
-        "stall ms",
-        "hidden",
-        "peak GB",
-    ):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     base = results.get("lru", {}).get("tokens_per_s")
     for arm, row in results.items():

@@ -20,7 +20,7 @@ from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
 from runtime.experts.weights import ExpertSource
 from runtime.offload.cache import ExpertCache
-from runtime.offload.slots import Budget, OffloadedSlots, OffloadTransfer
+from runtime.offload.slots import MemoryBudget, OffloadedSlots, OffloadTransfer
 
 
 class ReplicatedModel:
@@ -30,7 +30,7 @@ class ReplicatedModel:
         switch: The model.
         home: The plan without replicas.
         ranks: The ranks.
-        experts: Where expert weights come from: all of them at once, or within a budget.
+        experts: Where weights come from: all of them at once, within a budget, or an open cache, which `close` closes.
 
     Attributes:
         layers: The slots of every MoE layer, in order.
@@ -42,7 +42,11 @@ class ReplicatedModel:
     """
 
     def __init__(
-        self, switch: LoadedSwitch, home: ReplicationPlan, ranks: Ranks, experts: ExpertSource | Budget
+        self,
+        switch: LoadedSwitch,
+        home: ReplicationPlan,
+        ranks: Ranks,
+        experts: ExpertSource | MemoryBudget | ExpertCache,
     ) -> None:
         self.switch, self._home, self._ranks, self._experts = switch, home, ranks, experts
         self._names = [f"{name}.experts" for name in switch.layout.module_names]
@@ -52,7 +56,10 @@ class ReplicatedModel:
         self._activation = ACT2FN[switch.model.config.dense_act_fn]
         self.cache: ExpertCache | None = None
         slots: Sequence[Slots]
-        slots, self.transfer = self._cached(experts) if isinstance(experts, Budget) else self._resident(experts)
+        if isinstance(experts, MemoryBudget | ExpertCache):
+            slots, self.transfer = self._cached(experts)
+        else:
+            slots, self.transfer = self._resident(experts)
         self.layers = [
             ReplicatedExperts(each, phy2log, ranks, home.num_devices)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
@@ -70,9 +77,9 @@ class ReplicatedModel:
             slots[-1].fill(source)
         return slots, WeightTransfer(slots, self._home, self._ranks)
 
-    def _cached(self, budget: Budget) -> tuple[Sequence[Slots], Transfer]:
+    def _cached(self, experts: MemoryBudget | ExpertCache) -> tuple[Sequence[Slots], Transfer]:
         like = self.switch.model.shared.weight
-        self.cache = budget.open(self.switch.layout, like)
+        self.cache = experts if isinstance(experts, ExpertCache) else experts.open(self.switch.layout, like)
         slots = [
             OffloadedSlots(self.cache, self._home, layer, self._ranks.rank, self._activation, like)
             for layer in range(self.switch.layout.num_layers)
@@ -146,5 +153,5 @@ class ReplicatedModel:
             self.switch.model.set_submodule(name, before)
         if self.cache is not None:
             self.cache.close()
-        if not isinstance(self._experts, Budget):
+        if not isinstance(self._experts, MemoryBudget | ExpertCache):
             self._experts.release()

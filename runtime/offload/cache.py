@@ -1,14 +1,18 @@
-"""ExpertCache: gives out any expert of a model from memory that holds a part of them, tier upon tier.
+"""ExpertCache: provides any expert of a model from memory that holds only some of them, evicting and prefetching.
 
-On an accelerator experts come from its own memory, below which lies page-locked host memory, below which disk. Without
-one they come from host memory under the first budget; a second tier in host memory then saves reads as well.
+    with ExpertCache.open(files, layout, torch.float32, device_memory="2GiB") as cache:
+        cache.expect(forecast)                        # load of the next batch
+        cache.begin()                                 # that batch begins
+        for expert, wi, wo in cache.use(layer, [3, 17]):
+            ...
+
+On an accelerator, experts are copied from page-locked host memory, which is filled from disk. On a CPU they are read
+from disk into the memory where they are computed; a second tier of host memory below it then saves reads.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,64 +22,63 @@ from data.models.layout import MoELayout
 from predictor.forecast import LoadForecast
 from runtime.offload.expert_files import ExpertFiles, never
 from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
-from runtime.offload.memory import BufferPool, ExpertBuffer, Key, parse_bytes, places_within
+from runtime.offload.memory import BufferPool, ExpertBuffer, Key, buffers_within, parse_bytes
 from runtime.offload.policy import Policy
 from runtime.offload.tier import LowerTier, Tier
 
-log = logging.getLogger(__name__)
 LOADERS = 2
-"""Threads that load into each tier: while one copies, the other reads."""
+"""Loader threads of each tier. One reads while the other copies; most disks are faster with two reads at once."""
 
 
-class FromTier:
-    """A tier as the source of the one above it: host memory below an accelerator's.
+class TierReader:
+    """Reads experts from a tier for the tier above it, such as from host memory for an accelerator.
 
     Args:
-        below: The tier to copy from; what it lacks it fetches.
+        below: The tier to copy from; an expert that it lacks is loaded into it first.
     """
 
     def __init__(self, below: Tier) -> None:
-        self.below, self._own = below, threading.local()
+        self.below, self._thread = below, threading.local()
 
     def has(self, key: Key) -> bool:
-        """See `Source`."""
+        """Whether the expert is resident in the tier below."""
         return self.below.has(key)
 
-    def read(self, key: Key, place: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
-        """See `Source`; returns when the copy is done, on a stream of the calling thread's own where there are any."""
-        place.align(0, 0)
+    def read(self, key: Key, buffer: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
+        """Copies an expert into a buffer, on a CUDA stream of the calling thread's own; returns when it is done."""
+        buffer.align(0, 0)
         self.below.request([key])
         for source in self.below.acquire([key]):
-            if not place.wi.is_cuda:
-                place.wi.copy_(source.wi)
-                place.wo.copy_(source.wo)
+            if not buffer.wi.is_cuda:
+                buffer.wi.copy_(source.wi)
+                buffer.wo.copy_(source.wo)
                 continue
-            if not hasattr(self._own, "stream"):
-                self._own.stream = torch.cuda.Stream(place.wi.device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(self._own.stream):
-                place.wi.copy_(source.wi, non_blocking=True)
-                place.wo.copy_(source.wo, non_blocking=True)
-            self._own.stream.synchronize()  # this thread alone waits; the place below may be evicted from here on
+            if not hasattr(self._thread, "stream"):
+                self._thread.stream = torch.cuda.Stream(buffer.wi.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._thread.stream):
+                buffer.wi.copy_(source.wi, non_blocking=True)
+                buffer.wo.copy_(source.wo, non_blocking=True)
+            self._thread.stream.synchronize()  # the source buffer may be evicted as soon as this loop ends
 
 
 class ExpertCache:
-    """Experts under a byte budget for each tier.
+    """The experts of a model within a memory budget for each tier.
 
-    The budgets hold the experts and the buffers they are read through; all of it is allocated here, once.
+    A budget covers expert buffers and the loader threads' read buffers. All of it is allocated when the cache is made.
 
     Args:
-        files: Where experts are read from; the cache closes them.
-        policy: Says what to keep and what to fetch.
+        files: The experts on disk; the cache closes them.
+        policy: Decides which experts to keep and which to prefetch.
         device_memory: Bytes on the device that computes.
-        host_memory: Bytes of host memory below it; an accelerator needs some.
-        device: Where experts are computed.
+        host_memory: Bytes of host memory below it; required if the device is an accelerator.
+        device: Device on which experts are computed.
 
     Attributes:
-        tiers: From the one that computes down.
-        policy: As given.
+        tiers: The tiers, from the one that computes downwards.
+        policy: The policy.
 
     Raises:
-        ValueError: If a budget cannot hold what one token needs; the message has the smallest that can.
+        ValueError: If a budget does not hold one expert, with the smallest one that does, or memory is not available.
     """
 
     def __init__(
@@ -87,18 +90,18 @@ class ExpertCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.files, self.policy, self._planning = files, policy, threading.Lock()
-        place = torch.device(device)
-        if place.type != "cpu" and host_memory is None:
-            raise ValueError(f"experts reach {place} through host memory; give host_memory as well")
-        lower = None if host_memory is None else ("host", host_memory, torch.device("cpu"), place.type == "cuda")
+        device = torch.device(device)
+        if device.type != "cpu" and host_memory is None:
+            raise ValueError(f"host_memory is not set; experts are copied to {device} through host memory, so set it")
+        lower = None if host_memory is None else ("host", host_memory, torch.device("cpu"), device.type == "cuda")
         self.tiers: list[Tier] = []
         try:
             source: LowerTier = files
-            for name, budget, where, pinned in filter(None, [lower, ("device", device_memory, place, False)]):
+            for name, budget, where, page_locked in filter(None, [lower, ("device", device_memory, device, False)]):
                 reserve = LOADERS * files.reader_bytes if source is files else 0
-                places = min(places_within(budget, files.shape, reserve, f"{name}_memory"), len(files))
-                self.tiers.insert(0, Tier(name, BufferPool(files.shape, places, where, pinned), source, LOADERS))
-                source = FromTier(self.tiers[0])
+                count = min(buffers_within(budget, files.shape, reserve, f"{name}_memory"), len(files))
+                self.tiers.insert(0, Tier(name, BufferPool(files.shape, count, where, page_locked), source, LOADERS))
+                source = TierReader(self.tiers[0])
         except BaseException:
             self.close()
             raise
@@ -113,27 +116,27 @@ class ExpertCache:
         host_memory: int | str | None = None,
         device: torch.device | str = "cpu",
     ) -> "ExpertCache":
-        """A cache that keeps and fetches by forecasts, and gives way to least-recently-used where they do not pay.
+        """Opens a model's files with the forecast policy, which falls back to LRU where forecasts do not pay.
 
         Args:
-            files: The file that holds each tensor; see `data.models.weights.ModelWeights`.
+            files: The file that holds each tensor, by tensor name; see `data.models.weights.ModelWeights`.
             layout: The model's MoE layers.
-            dtype: What experts are computed in.
-            device_memory: See the class; also as '2GiB'.
-            host_memory: Likewise.
-            device: Where experts are computed.
+            dtype: Dtype in which experts are computed.
+            device_memory: Bytes on the device that computes, as a number or like '2GiB'.
+            host_memory: Bytes of host memory below it, likewise; required if the device is an accelerator.
+            device: Device on which experts are computed.
 
         Raises:
-            ValueError: If a file is damaged, or a budget is none or too small.
+            ValueError: If a file is damaged, or a budget cannot be read or is too small.
         """
         budget, below = parse_bytes(device_memory), None if host_memory is None else parse_bytes(host_memory)
         stored = ExpertFiles(files, layout, dtype)
         shape = (layout.num_layers, layout.num_experts)
-        policy = LruFallback(ForecastPolicy(*shape), *shape, places=max(budget // (2 * stored.shape.room), 1))
-        return cls(stored, policy, budget, below, device)
+        buffers = max(budget // (2 * stored.shape.padded_bytes), 1)
+        return cls(stored, LruFallback(ForecastPolicy(*shape), *shape, buffers), budget, below, device)
 
     def report(self) -> dict[str, Any]:
-        """What each tier did, by its name, and how often forecasts gave way; for JSON."""
+        """Counters of each tier by its name, the policy's name, and its number of fallbacks to LRU; for JSON."""
         fallbacks = self.policy.fallbacks if isinstance(self.policy, LruFallback) else 0
         return {tier.name: tier.stats.to_json() for tier in self.tiers} | {
             "policy": self.policy.name,
@@ -143,9 +146,7 @@ class ExpertCache:
     def __enter__(self) -> "ExpertCache":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     @property
@@ -154,13 +155,13 @@ class ExpertCache:
         return self.tiers[-1].loads
 
     def begin(self) -> None:
-        """A batch begins, the one that `expect` spoke of; its first layers are fetched from here on."""
+        """Starts a batch, the one that the last `expect` forecast; prefetching turns to its first layers."""
         with self._planning:
             self.policy.begin()
             self._plan()
 
     def expect(self, forecast: LoadForecast | None) -> None:
-        """The forecast of the batch after the one under way, from any thread; None if there is none."""
+        """Sets the forecast of the batch after the current one, from any thread; None means that there is none."""
         with self._planning:
             self.policy.expect(forecast)
             self._plan()
@@ -171,12 +172,12 @@ class ExpertCache:
             tier.plan(next_use_LE, prefetch_candidates)
 
     def use(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Gives the experts a layer needs now, `(expert, wi [F, D], wo [D, F])`, those at hand first.
+        """Yields the experts that a layer needs now as `(expert, wi [F, D], wo [D, F])`, resident ones first.
 
-        Weights are the caller's until it asks for the next ones. Experts not at hand are on their way meanwhile.
+        Absent experts are loaded while the caller computes. Weights may be used until the next ones are asked for.
 
         Raises:
-            OSError: If one cannot be read; the message names the file, and the others stay usable.
+            OSError: If an expert cannot be read; the message names the file, and other experts stay usable.
         """
         keys = [(layer, expert) for expert in experts]
         upper = self.tiers[0]
@@ -184,12 +185,12 @@ class ExpertCache:
         with self._planning:
             self.policy.observe(layer, experts, upper.stats.costs)
             self._plan()
-        for place in upper.acquire(keys):
-            assert place.key is not None
-            yield place.key[1], place.wi, place.wo
+        for buffer in upper.acquire(keys):
+            assert buffer.key is not None
+            yield buffer.key[1], buffer.wi, buffer.wo
 
     def close(self) -> None:
-        """Ends the loading threads, giving up what they are at, frees the memory and closes the files."""
+        """Cancels running loads, ends the loader threads, frees the memory and closes the files."""
         for tier in self.tiers:
             tier.stop()
         while self.tiers:

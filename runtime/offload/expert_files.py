@@ -1,14 +1,15 @@
-"""ExpertFiles: reads single experts out of a model folder's safetensors files, past the page cache.
+"""ExpertFiles: reads single experts from a model folder's safetensors files, by offset and past the page cache.
 
-An expert is read by offset straight into its place, which has room for the pages around it; where the file has another
-dtype it goes through a small buffer of the reading thread. No file is ever read or mapped as a whole.
+Each expert is read directly into its buffer, which has space for the partial pages around the matrices. If the file
+stores another dtype, the expert passes through a small read buffer of the loader thread and is cast from there. No file
+is read or memory-mapped as a whole.
 """
 
 import json
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,42 @@ from torch import Tensor
 from data.models.layout import MoELayout
 from runtime.offload.memory import PAGE, ExpertBuffer, ExpertShape, Key
 
-LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
-
-
+MAX_HEADER = 100_000_000
+"""Bytes. The safetensors format allows no longer header; a larger length means that the file is damaged."""
+PIECE = 4 << 20
+"""Bytes per read call. A read can be cancelled between two pieces only, so smaller pieces delay demand loads less."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+class ReadCancelledError(Exception):
+    """A read was cancelled because its expert is no longer needed."""
+
+
+def never() -> bool:
+    """The `stop` function of reads that cannot be cancelled."""
+    return False
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor lies: `size` bytes from `start` on in a file, in a stored dtype."""
+    """Position of one tensor in a file.
+
+    Attributes:
+        file: The file.
+        start: Byte of the file at which the tensor begins.
+        size: Bytes of the tensor.
+        dtype: Dtype in which the file stores it.
+    """
 
     file: "SafetensorsFile"
     start: int
     size: int
     dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        """Byte of the file after the tensor's last."""
+        return self.start + self.size
 
 
 class SafetensorsFile:
@@ -40,17 +63,17 @@ class SafetensorsFile:
 
     Args:
         path: The file.
-        direct: Read past the page cache where the file system can.
+        direct: Whether to read past the page cache where the file system supports it.
 
     Raises:
-        ValueError: If it is no safetensors file or shorter than its header says.
+        ValueError: If the file is not in the safetensors format, or is shorter than its header requires.
     """
 
     def __init__(self, path: Path, direct: bool) -> None:
         self.path, self.direct = path, direct and hasattr(os, "O_DIRECT")
         self.fd = os.open(path, os.O_RDONLY)
         try:
-            self.header, self.data = self._read_header()
+            self.header, self.data_start = self._read_header()
         except BaseException:
             os.close(self.fd)
             raise
@@ -58,24 +81,24 @@ class SafetensorsFile:
             self._open_direct()
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
-        """The header, and where the tensors begin."""
+        """Returns the header and the byte at which the tensors begin."""
         size = os.fstat(self.fd).st_size
         length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-        if size < 8 or length > min(LONGEST_HEADER, size - 8):
-            raise ValueError(f"{self.path} is no safetensors file, or was cut off in its header; fetch it again")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise ValueError(f"{self.path} is not a safetensors file, or its header is cut off; download it again")
         try:
             header: dict[str, Any] = json.loads(os.pread(self.fd, length, 8))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path} has a damaged safetensors header; fetch it again") from None
-        if (whole := 8 + length + max(ends, default=0)) > size:
+            raise ValueError(f"{self.path} has a damaged safetensors header; download it again") from None
+        if (expected := 8 + length + max(ends, default=0)) > size:
             raise ValueError(
-                f"{self.path} has {size} bytes where its header says {whole}; it was cut off, fetch it again"
+                f"{self.path} has {size} bytes, but its header requires {expected}; it is cut off, download it again"
             )
         return header, 8 + length
 
     def _open_direct(self) -> None:
-        """Swaps the descriptor for a direct one if a first read through it works."""
+        """Replaces the file descriptor by one for direct reads, if a first direct read succeeds."""
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
         except OSError:
@@ -92,43 +115,35 @@ class SafetensorsFile:
         self.fd = fd
 
     def span(self, name: str, shape: tuple[int, int]) -> Span:
-        """Where a tensor lies.
+        """Finds a tensor.
 
         Raises:
-            ValueError: If it is missing, has another shape, or a dtype or place that cannot be read.
+            ValueError: If it is missing, has another shape, or has a dtype or an offset that cannot be read.
         """
         if (entry := self.header.get(name)) is None:
-            raise ValueError(f"{self.path} has no weights named {name}, though the index says so; fetch it again")
+            raise ValueError(f"{self.path} has no weights named {name}, but the index lists them; download it again")
         if tuple(entry["shape"]) != shape:
             raise ValueError(f"{self.path}: {name} has shape {entry['shape']}, expected {list(shape)}")
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{self.path}: {name} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}")
         dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        if (self.data + begin) % dtype.itemsize or end - begin != shape[0] * shape[1] * dtype.itemsize:
-            raise ValueError(f"{self.path}: {name} lies at odd bytes; save the model again with save_pretrained")
-        return Span(self, self.data + begin, end - begin, dtype)
-
-
-PIECE = 4 << 20  # bytes read at once; between pieces a read can be given up
-
-
-class ReadCancelledError(Exception):
-    """A read was given up because nobody waits for it any more."""
-
-
-def never() -> bool:
-    """For reads that are not to be given up."""
-    return False
+        if (self.data_start + begin) % dtype.itemsize or end - begin != shape[0] * shape[1] * dtype.itemsize:
+            raise ValueError(
+                f"{self.path}: {name} is not aligned to its dtype or has the wrong size; "
+                "save the model again with save_pretrained"
+            )
+        return Span(self, self.data_start + begin, end - begin, dtype)
 
 
 class ExpertFiles:
-    """Reads experts of a model folder, from as many threads as there are.
+    """Reads experts of a model folder, from any number of threads at once.
 
     Args:
-        files: The file that holds each tensor; see `data.models.weights.ModelWeights`.
+        files: The file that holds each tensor, by tensor name; see `data.models.weights.ModelWeights`.
         layout: The model's MoE layers.
-        dtype: What experts are cast to.
-        direct: Read past the page cache where the file system can; else what was read is dropped from it.
+        dtype: Dtype to which experts are cast.
+        direct: Whether to read past the page cache where the file system supports it. Otherwise the pages are dropped
+            from the page cache after each read, so that the experts do not take memory twice.
 
     Raises:
         ValueError: If files are damaged or lack an expert.
@@ -136,7 +151,7 @@ class ExpertFiles:
 
     def __init__(self, files: Mapping[str, Path], layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
         self.shape = ExpertShape(layout.d_ff, layout.d_model, dtype)
-        self._buffers = threading.local()
+        self._read_buffers = threading.local()
         self._files: dict[Path, SafetensorsFile] = {}
         try:
             self._spans = self._find(files, layout, direct)
@@ -158,82 +173,75 @@ class ExpertFiles:
 
     def _span(self, files: Mapping[str, Path], name: str, shape: tuple[int, int], direct: bool) -> Span:
         if name not in files:
-            raise ValueError(
-                f"{next(iter(files.values())).parent} has no weights named {name}; its files are incomplete"
-            )
+            folder = next(iter(files.values())).parent
+            raise ValueError(f"{folder} has no weights named {name}; its files are incomplete, download them again")
         path = files[name]
         if path not in self._files:
             self._files[path] = SafetensorsFile(path, direct)
         return self._files[path].span(name, shape)
 
     def __len__(self) -> int:
-        """Experts in all."""
+        """Number of experts in all layers."""
         return len(self._spans)
-
-    def keys(self) -> Iterable[Key]:
-        """All experts."""
-        return self._spans
-
-    @property
-    def direct(self) -> bool:
-        """Whether reads go past the page cache."""
-        return all(file.direct for file in self._files.values())
 
     @property
     def reader_bytes(self) -> int:
-        """Bytes of the buffer each reading thread holds."""
+        """Bytes of the read buffer that each loader thread may allocate."""
         return self._piece
 
     def has(self, key: Key) -> bool:
-        """Every expert is on disk; see `runtime.offload.tier.Source`."""
+        """Whether the model has this expert: all of them are on disk."""
         return key in self._spans
 
-    def read(self, key: Key, place: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
-        """Reads one expert into place, on the calling thread.
+    def read(self, key: Key, buffer: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
+        """Reads one expert into a buffer, on the calling thread.
 
         Args:
-            key: Which expert.
-            place: Where it goes, in host memory.
-            stop: Asked between pieces; True gives the read up.
+            key: The expert.
+            buffer: A buffer in host memory; its matrices are aligned as in the file.
+            stop: Called between pieces; True cancels the read.
 
         Raises:
             OSError: If the file ends early or cannot be read; the message names it.
-            ReadCancelledError: If `stop` said so.
+            ReadCancelledError: If `stop` returned True.
         """
         spans = self._spans[key]
-        straight = [span.dtype == self.shape.dtype for span in spans]
-        place.align(*(span.start % PAGE if plain else 0 for span, plain in zip(spans, straight, strict=True)))
-        for span, plain, room, matrix in zip(spans, straight, place.rooms, (place.wi, place.wo), strict=True):
-            if plain:
-                self._read_straight(span, memoryview(room.numpy()), stop)
+        same_dtype = [span.dtype == self.shape.dtype for span in spans]
+        buffer.align(*(span.start % PAGE if same else 0 for span, same in zip(spans, same_dtype, strict=True)))
+        for span, same, storage, matrix in zip(spans, same_dtype, buffer.storage, (buffer.wi, buffer.wo), strict=True):
+            if same:
+                self._read_pages(span, memoryview(storage.numpy()), stop)
             else:
                 self._read_cast(span, matrix.view(-1), stop)
             if not span.file.direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(span.file.fd, span.start, span.size, os.POSIX_FADV_DONTNEED)
 
-    def _read_straight(self, span: Span, room: memoryview, stop: Callable[[], bool]) -> None:
-        """Reads the pages around a matrix into its room, which has the matrix at the same byte of a page."""
+    def _read_pages(self, span: Span, storage: memoryview, stop: Callable[[], bool]) -> None:
+        """Reads all pages that a matrix touches into its storage, where it lies at the same byte of a page.
+
+        A matrix of 10,000 bytes at byte 5,000 of the file touches the pages from 4,096 to 16,384. These 12,288 bytes
+        are read to the start of the storage, in which the matrix then begins at byte 904 (`ExpertBuffer.align`).
+        """
         first, done = span.start - span.start % PAGE, 0
-        last = span.start + span.size
-        whole = -(-(last - first) // PAGE) * PAGE
-        while first + done < last:
-            count = self._pread(span, room[done : min(done + PIECE, whole)], first + done, stop)
-            done += count if first + done + count >= last else count - count % PAGE
+        whole = -(-(span.end - first) // PAGE) * PAGE
+        while first + done < span.end:
+            count = self._pread(span, storage[done : min(done + PIECE, whole)], first + done, stop)
+            done += count if first + done + count >= span.end else count - count % PAGE
 
     def _read_cast(self, span: Span, target: Tensor, stop: Callable[[], bool]) -> None:
-        """Reads a matrix piece by piece into a buffer and casts it from there."""
-        buffer, typed = self._buffer()
+        """Reads a matrix piece by piece into the thread's read buffer and casts each piece into place."""
+        pages, typed = self._read_buffer()
         size, done = span.dtype.itemsize, 0
         while done < span.size:
             before = (span.start + done) % PAGE
-            count = self._pread(span, buffer, span.start + done - before, stop) - before
+            count = self._pread(span, pages, span.start + done - before, stop) - before
             fresh = min(count - count % size, span.size - done)
             source = typed[span.dtype][before // size :][: fresh // size]
             target[done // size : (done + fresh) // size].copy_(source)
             done += fresh
 
     def _pread(self, span: Span, target: memoryview, position: int, stop: Callable[[], bool]) -> int:
-        """Reads what comes at a position, at least a page of it or all there is of the matrix."""
+        """Reads at a byte of the file; returns the bytes read: at least a page, or all that is left of the matrix."""
         if stop():
             raise ReadCancelledError
         try:
@@ -242,21 +250,22 @@ class ExpertFiles:
             raise OSError(
                 error.errno, f"{span.file.path} cannot be read at byte {position}: {error.strerror}"
             ) from None
-        last = span.start + span.size
-        if position + count < last and count < PAGE:
-            held = os.fstat(span.file.fd).st_size
-            raise OSError(f"{span.file.path} has {held} bytes where {last} are needed; it was cut off, fetch it again")
+        if position + count < span.end and count < PAGE:
+            size = os.fstat(span.file.fd).st_size
+            raise OSError(
+                f"{span.file.path} has {size} bytes, but {span.end} are needed; it is cut off, download it again"
+            )
         return count
 
-    def _buffer(self) -> tuple[memoryview, dict[torch.dtype, Tensor]]:
-        """The calling thread's own buffer, page-aligned, and the same as tensors."""
-        if not hasattr(self._buffers, "view"):
+    def _read_buffer(self) -> tuple[memoryview, dict[torch.dtype, Tensor]]:
+        """The calling thread's own page-aligned read buffer, and the same bytes as a tensor of each dtype."""
+        if not hasattr(self._read_buffers, "view"):
             pages = mmap.mmap(-1, self._piece)
-            self._buffers.view = memoryview(pages)
-            self._buffers.typed = {dtype: torch.frombuffer(pages, dtype=dtype) for dtype in DTYPES.values()}
-        return self._buffers.view, self._buffers.typed
+            self._read_buffers.view = memoryview(pages)
+            self._read_buffers.typed = {dtype: torch.frombuffer(pages, dtype=dtype) for dtype in DTYPES.values()}
+        return self._read_buffers.view, self._read_buffers.typed
 
     def close(self) -> None:
-        """Closes all files; no read may be under way."""
+        """Closes all files; no read may be running."""
         while self._files:
             os.close(self._files.popitem()[1].fd)

@@ -1,7 +1,10 @@
-"""ForecastPolicy: keeps and fetches experts by forecasts of their load, and knows how far to trust them.
+"""ForecastPolicy: evicts and prefetches experts by forecasts of their load, weighted by how reliable forecasts are.
 
-How far forecasts are trusted is learned while running, so a forecaster that is wrong soon moves
-nothing.
+`NeedProbability` converts a forecast load into the probability that an expert is needed; it is fitted online. For a
+forecaster that is usually wrong that probability stays below `PREFETCH_THRESHOLD`, so that its forecasts cause no
+prefetches. `LruFallback` switches to least-recently-used while the forecast policy costs more than LRU would.
+
+Shape suffixes: L MoE layers, E logical experts, K features.
 """
 
 import logging
@@ -19,168 +22,181 @@ log = logging.getLogger(__name__)
 
 
 class NeedProbability:
-    """Probability that an expert is needed, by its forecast load, its layer, and how often it is needed.
+    """Probability that at least one token reaches an expert, from its forecast load and its frequency of use.
 
-    Begins with odds equal to the forecast load, which is near the Poisson distribution's as long as loads are small.
+    A logistic regression for each MoE layer on the logarithms of the load and of the frequency's odds, updated after
+    every batch. It starts with odds equal to the forecast load: 4 tokens give odds of about 4 to 1, probability .8. For
+    small loads that is close to a Poisson distribution.
     """
 
-    BEGIN = (0.0, 1.0, 0.0)  # weights of: nothing, the load's logarithm, the usual odds' logarithm
-    DOUBT = 0.5  # variance of each of these weights
-    MEMORY = 0.9  # of what was learned from one batch to the next
-    LEAST = 0.02  # tokens, and probability, below which nothing is told apart
+    PRIOR_WEIGHTS = (0.0, 1.0, 0.0)
+    """Regression weights at the start: intercept, logarithm of the load, logarithm of the frequency's odds."""
+    PRIOR_VARIANCE = 0.5
+    """Variance of each regression weight at the start."""
+    RETENTION = 0.9
+    """Share (0 to 1) of the accumulated evidence that is kept from one batch to the next; older batches fade."""
+    FLOOR = 0.02
+    """Tokens added to a load before its logarithm; also the least distance of a frequency (0 to 1) from 0 and 1."""
 
     def __init__(self, num_layers: int) -> None:
-        self._weight_LK = np.tile(np.array(self.BEGIN), (num_layers, 1))
-        self._precision_LKK = np.tile(np.eye(len(self.BEGIN)) / self.DOUBT, (num_layers, 1, 1))
+        self._weight_LK = np.tile(np.array(self.PRIOR_WEIGHTS), (num_layers, 1))
+        self._precision_LKK = np.tile(np.eye(len(self.PRIOR_WEIGHTS)) / self.PRIOR_VARIANCE, (num_layers, 1, 1))
 
-    def probability(self, load_LE: FloatArray, usual_LE: FloatArray) -> FloatArray:
-        """Of each expert, `[L, E]`, from its forecast load and the share of past batches that needed it."""
-        return _chance((self._features(load_LE, usual_LE) * self._weight_LK[:, None]).sum(-1))
+    def probability(self, load_LE: FloatArray, frequency_LE: FloatArray) -> FloatArray:
+        """Probability of each expert, `[L, E]`.
 
-    def observe(self, layer: int, load_E: FloatArray, usual_E: FloatArray, needed_E: FloatArray) -> None:
-        """What became of one layer's forecast; `usual_E` as it was when the probability was asked for."""
-        x_EK, weight_K = self._features(load_E, usual_E), self._weight_LK[layer]
+        Args:
+            load_LE: Forecast load in tokens, `[L, E]`.
+            frequency_LE: Frequency with which past batches needed the expert (0 to 1), `[L, E]`.
+        """
+        return _sigmoid((self._features(load_LE, frequency_LE) * self._weight_LK[:, None]).sum(-1))
+
+    def observe(self, layer: int, load_E: FloatArray, frequency_E: FloatArray, needed_E: FloatArray) -> None:
+        """Updates one layer's regression by a Newton step.
+
+        Args:
+            layer: The layer that ran.
+            load_E: Its forecast load in tokens, `[E]`.
+            frequency_E: Frequencies before this batch, `[E]`: those from which the probability was computed.
+            needed_E: 1 for experts that were needed, else 0, `[E]`.
+        """
+        x_EK, weight_K = self._features(load_E, frequency_E), self._weight_LK[layer]
         precision_KK = self._precision_LKK[layer]
-        precision_KK *= self.MEMORY
-        precision_KK += (1 - self.MEMORY) / self.DOUBT * np.eye(len(weight_K)) + x_EK.T @ x_EK / 4
-        weight_K += np.linalg.solve(precision_KK, x_EK.T @ (needed_E - _chance(x_EK @ weight_K)))
+        precision_KK *= self.RETENTION
+        prior_KK = np.eye(len(weight_K)) / self.PRIOR_VARIANCE
+        precision_KK += (1 - self.RETENTION) * prior_KK + x_EK.T @ x_EK / 4
+        weight_K += np.linalg.solve(precision_KK, x_EK.T @ (needed_E - _sigmoid(x_EK @ weight_K)))
 
-    def _features(self, load: FloatArray, usual: FloatArray) -> FloatArray:
-        usual = np.clip(usual, self.LEAST, 1 - self.LEAST)
-        return np.stack([np.ones_like(load), np.log(load + self.LEAST), np.log(usual / (1 - usual))], -1)
+    def _features(self, load: FloatArray, frequency: FloatArray) -> FloatArray:
+        frequency = np.clip(frequency, self.FLOOR, 1 - self.FLOOR)
+        return np.stack([np.ones_like(load), np.log(load + self.FLOOR), np.log(frequency / (1 - frequency))], -1)
 
 
-def _chance(log_odds: FloatArray) -> FloatArray:
-    """Never quite sure."""
+def _sigmoid(log_odds: FloatArray) -> FloatArray:
+    """Probability of log odds, kept within .0025 of 0 and 1 so that no observation has unbounded weight."""
     return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -6, 6))))
 
 
 class ForecastPolicy(NextUsePolicy):
-    """Keeps and fetches by forecasts; where there is none, by what is usual."""
+    """Evicts and prefetches by forecasts; by frequency of use while there is no forecast."""
 
     name = "forecast"
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
-        self._calibration = NeedProbability(num_layers)
-        self._now: FloatArray | None = None
-        self._next: FloatArray | None = None
+        self._need = NeedProbability(num_layers)
+        self._current_load_LE: FloatArray | None = None
+        self._upcoming_load_LE: FloatArray | None = None
 
     def begin(self) -> None:
-        """See `Policy`."""
         super().begin()
-        self._now, self._next = self._next, None
+        self._current_load_LE, self._upcoming_load_LE = self._upcoming_load_LE, None
 
     def expect(self, forecast: LoadForecast | None) -> None:
-        """See `Policy`."""
-        self._next = None if forecast is None else forecast.load
+        self._upcoming_load_LE = None if forecast is None else forecast.load
 
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
-        """See `Policy`."""
-        usual_E = self.usual_LE[layer].copy()
+        frequency_E = self.frequency_LE[layer].copy()
         super().observe(layer, experts, costs)
-        if self.schedule.started:  # a step of the decoder: the forecast was of the whole batch
-            self._now = None
-        if self._now is not None:
+        if self.layer_order.first_layer:  # a decoder step: the forecast was for the whole batch
+            self._current_load_LE = None
+        if self._current_load_LE is not None:
             needed_E = self.last_LE[layer].astype(np.float64)
-            self._calibration.observe(layer, self._now[layer], usual_E, needed_E)
+            self._need.observe(layer, self._current_load_LE[layer], frequency_E, needed_E)
 
     def current(self) -> FloatArray:
-        """See `NextUsePolicy`."""
-        return self._probability(self._now)
+        return self._probability(self._current_load_LE)
 
     def upcoming(self) -> FloatArray:
-        """See `NextUsePolicy`."""
-        return self._probability(self._next)
+        return self._probability(self._upcoming_load_LE)
 
     def _probability(self, load_LE: FloatArray | None) -> FloatArray:
-        return self.usual_LE if load_LE is None else self._calibration.probability(load_LE, self.usual_LE)
+        return self.frequency_LE if load_LE is None else self._need.probability(load_LE, self.frequency_LE)
 
 
 class LruFallback:
-    """A policy that gives way to least-recently-used where it does not pay.
+    """A policy that is replaced by LRU for a while when it costs more than LRU would.
 
-    Beside the policy a least-recently-used cache is followed on paper. What counts against it are its misses; against
-    the policy, experts that were not there when needed (forecast wrongly, or fetched too late for the bandwidth) and
-    prefetches nobody used. Where the policy has more, on balance over the last accesses, it is suspended; each time for
-    twice as long.
+    A shadow LRU cache is simulated beside the real one. The costs of LRU are its misses. The costs of the policy are
+    experts that were not resident when requested (forecast wrongly, or prefetched too late for the bandwidth) and
+    prefetches that were evicted unused. If the policy's recent costs exceed LRU's, LRU takes over; the policy is tried
+    again later. Each fallback lasts twice as long as the one before.
 
     Args:
         policy: The policy.
         num_layers: L.
         num_experts: E.
-        places: Experts the cache holds.
+        buffers: Number of experts that the cache holds.
 
     Attributes:
-        fallbacks: Times it was suspended.
-        suspended: Whether it is.
+        fallbacks: Number of times LRU took over.
+        suspended: Whether LRU is in use now.
     """
 
-    TOLERANCE = 1.1  # costs of the policy for each of the rival's
-    WINDOW = 8  # caches full of accesses that the balance goes back
-    PATIENCE = 4  # caches full of accesses before the first judgement, and of the first suspension
+    TOLERANCE = 1.1
+    """Ratio of the policy's recent costs to LRU's above which LRU takes over."""
+    WINDOW = 8
+    """Length of the recent past in requests, as a multiple of the cache's buffers."""
+    PATIENCE = 4
+    """Requests before the first comparison, and half of the first fallback's, as a multiple of the cache's buffers."""
 
-    def __init__(self, policy: Policy, num_layers: int, num_experts: int, places: int) -> None:
-        self.policy, self.places = policy, places
+    def __init__(self, policy: Policy, num_layers: int, num_experts: int, buffers: int) -> None:
+        self.policy, self.buffers = policy, buffers
         self.fallbacks, self.suspended = 0, False
-        self._recent = LruPolicy(num_layers, num_experts)
-        self._held: OrderedDict[Key, None] = OrderedDict()
-        self._ours = self._theirs = 0.0
-        self._costs, self._wait = 0, float(self.PATIENCE * places)
+        self._lru = LruPolicy(num_layers, num_experts)
+        self._shadow: OrderedDict[Key, None] = OrderedDict()
+        self._policy_costs = self._lru_costs = 0.0
+        self._costs, self._requests_left = 0, float(self.PATIENCE * buffers)
 
     @property
     def name(self) -> str:
-        """The policy's."""
+        """Name of the policy."""
         return self.policy.name
 
     def begin(self) -> None:
-        """See `Policy`."""
         self.policy.begin()
 
     def expect(self, forecast: LoadForecast | None) -> None:
-        """See `Policy`."""
         self.policy.expect(forecast)
 
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
-        """See `Policy`."""
         self.policy.observe(layer, experts, costs)
-        self._recent.observe(layer, experts, costs)
-        memory = 1 - min(len(experts) / (self.WINDOW * self.places), 0.5)
-        self._ours = memory * self._ours + costs - self._costs
-        self._theirs = memory * self._theirs + self._would_miss(layer, experts)
-        self._costs, self._wait = costs, self._wait - len(experts)
-        if self._wait <= 0:
-            self._judge()
+        self._lru.observe(layer, experts, costs)
+        retention = 1 - min(len(experts) / (self.WINDOW * self.buffers), 0.5)
+        self._policy_costs = retention * self._policy_costs + costs - self._costs
+        self._lru_costs = retention * self._lru_costs + self._shadow_misses(layer, experts)
+        self._costs, self._requests_left = costs, self._requests_left - len(experts)
+        if self._requests_left <= 0:
+            self._compare()
 
-    def _would_miss(self, layer: int, experts: Sequence[int]) -> int:
-        """Misses of least-recently-used among these experts."""
-        count = 0
+    def _shadow_misses(self, layer: int, experts: Sequence[int]) -> int:
+        """Number of these experts that the shadow LRU cache misses."""
+        misses = 0
         for expert in experts:
             key = (layer, expert)
-            if key not in self._held:
-                count += 1
-                if len(self._held) >= self.places:
-                    self._held.popitem(last=False)
-                self._held[key] = None
-            self._held.move_to_end(key)
-        return count
+            if key not in self._shadow:
+                misses += 1
+                if len(self._shadow) >= self.buffers:
+                    self._shadow.popitem(last=False)
+                self._shadow[key] = None
+            self._shadow.move_to_end(key)
+        return misses
 
-    def _judge(self) -> None:
+    def _compare(self) -> None:
         if self.suspended:
-            self.suspended, self._wait = False, float(self.PATIENCE * self.places)
-            self._ours = self._theirs  # a fresh start
-        elif self._ours > self.TOLERANCE * self._theirs + 1:
+            self.suspended, self._requests_left = False, float(self.PATIENCE * self.buffers)
+            self._policy_costs = self._lru_costs  # costs during the fallback do not count against the policy
+        elif self._policy_costs > self.TOLERANCE * self._lru_costs + 1:
             self.suspended, self.fallbacks = True, self.fallbacks + 1
-            self._wait = float(self.PATIENCE * self.places * 2**self.fallbacks)
+            self._requests_left = float(self.PATIENCE * self.buffers * 2**self.fallbacks)
             log.warning(
-                "'%s' missed or wasted %.0f experts, least-recently-used misses %.0f; it takes over for %.0f experts",
-                self.policy.name, self._ours, self._theirs, self._wait,
+                "cache policy '%s' missed or wasted %.0f experts lately, LRU would have missed %.0f; "
+                "using LRU for the next %.0f expert requests",
+                self.policy.name, self._policy_costs, self._lru_costs, self._requests_left,
             )  # fmt: skip
 
     def next_use(self) -> FloatArray:
-        """See `Policy`."""
-        return self._recent.next_use() if self.suspended else self.policy.next_use()
+        return self._lru.next_use() if self.suspended else self.policy.next_use()
 
     def prefetch_candidates(self) -> list[Key]:
-        """See `Policy`."""
         return [] if self.suspended else self.policy.prefetch_candidates()

@@ -1,7 +1,8 @@
-"""LayerOrder: which MoE layer runs when. Passes over the layers repeat, as the last one of their kind went.
+"""LayerOrder: predicts in how many layers each MoE layer runs next, from the order in which layers have run.
 
-A forward of encoder and decoder is a pass over all layers, an encoder alone one over its own; in generation each step
-of the decoder is a pass that begins at the decoder's first layer.
+A *pass* is one run over layers in ascending order. A forward of encoder and decoder is a pass over all layers, an
+encoder alone a pass over its own. In generation each decoder step is a pass that begins at the decoder's first layer. A
+pass is expected to run the same layers as the last one that began with the same layer.
 """
 
 import numpy as np
@@ -9,75 +10,86 @@ import numpy as np
 from data.arrays import BoolArray, FloatArray
 
 UNSEEN_DISTANCE = 16
-"""Passes until a layer runs that is in no pass of the current kind, as long as it ran but once."""
+"""Number of passes. Assumed distance of a layer that is in no expected pass and has run less than twice.
+
+It only has to exceed the distance of every expected layer, so that such a layer's experts are evicted first.
+"""
 INTERVAL_EMA = 0.3
-"""Weight of a layer's last interval between two runs in the mean of them."""
+"""Weight (0 to 1) of a layer's last interval between two runs in the moving average of its intervals.
+
+Only layers outside the expected pass use it, such as the encoder's during generation: the number of decoder steps
+varies from batch to batch, and .3 averages over about three batches.
+"""
 
 
 class LayerOrder:
-    """Follows the layers as they run and says how far off each one is.
+    """Observes the layers as they run and predicts the distance of each layer's next run.
 
     Attributes:
-        number: Passes begun so far, less one.
+        pass_index: Number of the current pass, from 0; -1 before the first.
     """
 
     def __init__(self, num_layers: int) -> None:
-        self.num_layers, self.number = num_layers, -1
+        self.num_layers, self.pass_index = num_layers, -1
         self._pass: list[int] = []
-        self._known: dict[int, list[int]] = {}
+        self._last_by_first: dict[int, list[int]] = {}
         self._expected = list(range(num_layers))
         self._clock = 0
-        self._ran: FloatArray = np.full(num_layers, -np.inf)
+        self._last_run: FloatArray = np.full(num_layers, -np.inf)
         self._interval: FloatArray = np.full(num_layers, np.nan)
 
     def begin(self) -> None:
-        """A batch begins: the next layer to run is the first of all."""
+        """Starts a batch: the model's first MoE layer runs next."""
         self._start(0)
 
     def observe(self, layer: int) -> None:
-        """A layer runs now; one that does not come after the last one begins a pass."""
-        if self.number < 0 or (self._pass and layer <= self._pass[-1]):
+        """Records that a layer runs now. A layer that is not after the previous one starts a pass."""
+        if self.pass_index < 0 or (self._pass and layer <= self._pass[-1]):
             self._start(layer)
         self._pass.append(layer)
         self._clock += 1
-        if np.isfinite(passed := self._clock - self._ran[layer]):
+        if np.isfinite(passed := self._clock - self._last_run[layer]):
             before = self._interval[layer]
             self._interval[layer] = passed if np.isnan(before) else before + INTERVAL_EMA * (passed - before)
-        self._ran[layer] = self._clock
+        self._last_run[layer] = self._clock
 
     def _start(self, first: int) -> None:
         if self._pass:
-            self._known[self._pass[0]] = self._pass
-        self._pass, self.number = [], self.number + 1
-        self._expected = self._known.get(first, list(range(first, self.num_layers)))
+            self._last_by_first[self._pass[0]] = self._pass
+        self._pass, self.pass_index = [], self.pass_index + 1
+        self._expected = self._last_by_first.get(first, list(range(first, self.num_layers)))
 
     @property
-    def length(self) -> int:
-        """Layers of a pass."""
+    def pass_length(self) -> int:
+        """Number of layers that the current pass is expected to run."""
         return len(self._expected)
 
     @property
-    def started(self) -> int | None:
-        """Layer the pass began with; None as long as none ran."""
+    def first_layer(self) -> int | None:
+        """Layer with which the current pass began; None before it has run."""
         return self._pass[0] if self._pass else None
 
-    def ahead(self) -> tuple[FloatArray, BoolArray, FloatArray]:
-        """How far off each layer's next run is, whether it is in the pass under way, and how often it runs.
+    def distances(self) -> tuple[FloatArray, BoolArray, FloatArray]:
+        """Distance of each layer's next run.
+
+        After layer 1 of a pass over layers 0 to 3, the distances of layers 2 and 3 are 1 and 2, in the current pass.
+        Those of layers 0 and 1 are 3 and 4, in the next pass. The period of all layers is 4.
 
         Returns:
-            Layers run until then, at least 1, `[L]`; bool `[L]`; layers run from then until its run after that, `[L]`.
+            Layers that run until the next run, that one counted, `[L]`; whether it is in the current pass, bool `[L]`;
+            the period, layers from the next run to the one after it, `[L]`.
         """
         last = self._pass[-1] if self._pass else -1
         rest = [layer for layer in self._expected if layer > last]
-        far = UNSEEN_DISTANCE * self.length + np.arange(self.num_layers)
-        known = ~np.isnan(self._interval)
-        period: FloatArray = np.where(known, self._interval, far)
-        # layers of another kind of pass, the encoder's while the decoder writes, come after the next one, or later
-        distance: FloatArray = np.where(known, self._ran + self._interval - self._clock, far)
-        distance = np.maximum(distance, len(rest) + self.length + 1)
-        distance[self._expected] = len(rest) + 1 + np.arange(self.length)
+        unseen = UNSEEN_DISTANCE * self.pass_length + np.arange(self.num_layers)
+        measured = ~np.isnan(self._interval)
+        period: FloatArray = np.where(measured, self._interval, unseen)
+        # layers outside the expected pass, such as the encoder's during generation, run after the next pass or later
+        distance: FloatArray = np.where(measured, self._last_run + self._interval - self._clock, unseen)
+        distance = np.maximum(distance, len(rest) + self.pass_length + 1)
+        distance[self._expected] = len(rest) + 1 + np.arange(self.pass_length)
         distance[rest] = 1 + np.arange(len(rest))
-        period[self._expected] = self.length
-        now: BoolArray = np.zeros(self.num_layers, dtype=np.bool_)
-        now[rest] = True
-        return distance, now, period
+        period[self._expected] = self.pass_length
+        in_pass: BoolArray = np.zeros(self.num_layers, dtype=np.bool_)
+        in_pass[rest] = True
+        return distance, in_pass, period

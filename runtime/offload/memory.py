@@ -1,4 +1,4 @@
-"""Bytes: budgets as people write them, and memory that holds experts within one.
+"""Memory budgets ('2GiB') and the expert buffers allocated within them.
 
 Shape suffixes: F inner width, D model width.
 """
@@ -12,28 +12,29 @@ import torch
 from torch import Tensor
 
 Key = tuple[int, int]
-"""MoE layer and logical expert."""
-PAGE = 4096  # bytes that direct reads are aligned to
+"""One expert of the model: its MoE layer and its logical expert number."""
+PAGE = 4096
+"""Bytes of a page. Direct reads begin at a multiple of it, in the file and in memory."""
 UNITS = {"": 1, "B": 1} | {f"{name}B": 1000**power for power, name in enumerate("KMGT", 1)}
 UNITS |= {f"{name}iB": 1024**power for power, name in enumerate("KMGT", 1)}
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of '2GiB', '512 MiB', '1.5GB' or a plain number.
+    """Converts '2GiB', '512 MiB', '1.5GB' or a plain number to bytes.
 
     Raises:
-        ValueError: If it is none of these or not above 0.
+        ValueError: If the text has another form, or the size is not above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2] not in UNITS:
-        raise ValueError(f"'{text}' is no number of bytes; write it like 2GiB, 512MiB or 1500000000")
+        raise ValueError(f"'{text}' is not a number of bytes; write it like 2GiB, 512MiB or 1500000000")
     if (size := int(float(found[1]) * UNITS[found[2]])) <= 0:
-        raise ValueError(f"'{text}' holds nothing; give a budget above 0 bytes")
+        raise ValueError(f"'{text}' is 0 bytes; give a budget above 0")
     return size
 
 
 def show_bytes(size: float) -> str:
-    """The same for people: '2.0 GiB'."""
+    """Formats a number of bytes for messages: '2.0 GiB'."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -43,12 +44,12 @@ def show_bytes(size: float) -> str:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """What one expert takes.
+    """Size of one expert.
 
     Attributes:
         d_ff: F.
         d_model: D.
-        dtype: What it is computed in, and held in wherever it is in memory.
+        dtype: Dtype of the weights in every tier of memory; files may store another one.
     """
 
     d_ff: int
@@ -61,73 +62,81 @@ class ExpertShape:
         return 2 * self.d_ff * self.d_model * self.dtype.itemsize
 
     @property
-    def room(self) -> int:
-        """Bytes set aside for one matrix: whole pages, so that a direct read of it may begin anywhere in the first."""
+    def padded_bytes(self) -> int:
+        """Bytes reserved for one matrix: its whole pages and one more.
+
+        A direct read copies whole pages of the file, and the matrix may begin at any byte of the first page. A matrix
+        of 10,000 bytes touches up to 4 pages, so 4 * 4096 bytes are reserved.
+        """
         return -(-self.nbytes // 2 // PAGE) * PAGE + PAGE
 
 
 @dataclass(eq=False)
 class ExpertBuffer:
-    """Room for one expert.
+    """Memory for one expert.
 
     Attributes:
-        rooms: Bytes of the two matrices, page-aligned, `[2, room]`.
-        shape: The expert's.
-        wi: First matrix `[F, D]`, somewhere in its room.
-        wo: Second matrix `[D, F]`, likewise.
-        key: The expert it holds or is being loaded; None if empty.
-        ready: Whether the expert is there.
-        idle: A prefetched expert that nobody has used yet.
-        read: Records when an accelerator will have finished reading it.
+        storage: Bytes reserved for the two matrices, page-aligned, `[2, padded_bytes]`.
+        shape: Size of the expert.
+        wi: First matrix `[F, D]`, a view into the first row of `storage`.
+        wo: Second matrix `[D, F]`, a view into the second row.
+        key: The expert that the buffer holds or that is being loaded into it; None if it is empty.
+        ready: Whether loading has finished.
+        unused: Whether the expert was prefetched and has not been used since.
+        last_read: CUDA event after the last kernel that reads the buffer; None on a CPU.
     """
 
-    rooms: Tensor
+    storage: Tensor
     shape: ExpertShape
     wi: Tensor = field(init=False)
     wo: Tensor = field(init=False)
     key: Key | None = None
     ready: bool = False
-    idle: bool = False
-    read: Any = None
+    unused: bool = False
+    last_read: Any = None
 
     def __post_init__(self) -> None:
         self.align(0, 0)
 
     def align(self, wi_offset: int, wo_offset: int) -> None:
-        """Says at which byte of its room each matrix begins."""
-        size, (wi, wo) = self.shape.nbytes // 2, self.rooms
+        """Sets the byte at which each matrix begins in its row of `storage`."""
+        size, (wi, wo) = self.shape.nbytes // 2, self.storage
         self.wi = wi[wi_offset : wi_offset + size].view(self.shape.dtype).view(self.shape.d_ff, self.shape.d_model)
         self.wo = wo[wo_offset : wo_offset + size].view(self.shape.dtype).view(self.shape.d_model, self.shape.d_ff)
 
 
 class BufferPool:
-    """Places for experts, allocated at once: what they take never grows.
+    """A fixed number of expert buffers in one allocation, which never grows.
 
     Args:
-        shape: One expert.
-        places: How many.
-        device: Where they lie.
-        pinned: Page-lock them, so that copies to an accelerator need not wait for the host.
+        shape: Size of one expert.
+        count: Number of buffers.
+        device: Device of the memory.
+        page_locked: Whether to page-lock host memory, so that copies to an accelerator run asynchronously.
 
     Raises:
-        ValueError: If there is not that much memory.
+        ValueError: If that much memory is not available.
     """
 
-    def __init__(self, shape: ExpertShape, places: int, device: torch.device, pinned: bool = False) -> None:
-        self.shape, self._pinned = shape, pinned
-        size = places * 2 * shape.room + PAGE
-        if device.type == "cpu" and size > (free := free_bytes()):  # the system promises more than it has
-            raise ValueError(f"{show_bytes(size)} for experts, but {show_bytes(free)} are free; lower the budget")
+    def __init__(self, shape: ExpertShape, count: int, device: torch.device, page_locked: bool = False) -> None:
+        self.shape, self._page_locked = shape, page_locked
+        size = count * 2 * shape.padded_bytes + PAGE
+        if device.type == "cpu" and size > (free := free_bytes()):  # Linux grants allocations beyond free memory
+            raise ValueError(
+                f"experts need {show_bytes(size)}, but only {show_bytes(free)} are free; lower the memory budget"
+            )
         try:
             self._raw = torch.empty(size, dtype=torch.uint8, device=device)
         except RuntimeError:
-            raise ValueError(f"{show_bytes(size)} for experts cannot be had on {device}; lower the budget") from None
-        self._raw.zero_()  # now, not under the first reads
-        if pinned:  # torch's own pinned allocations are rounded up to a power of two, which no budget would survive
+            raise ValueError(
+                f"{show_bytes(size)} could not be allocated on {device}; lower the memory budget"
+            ) from None
+        self._raw.zero_()  # maps the pages now rather than during the first reads
+        if page_locked:  # torch rounds its own pinned allocations up to a power of two, which would break the budget
             _check(torch.cuda.cudart().cudaHostRegister(self._raw.data_ptr(), self._raw.nbytes, 0))  # type: ignore[no-untyped-call]
         first = -self._raw.data_ptr() % PAGE
-        rooms = self._raw[first : first + places * 2 * shape.room].view(places, 2, shape.room)
-        self.places = [ExpertBuffer(room, shape) for room in rooms]
+        used = self._raw[first : first + count * 2 * shape.padded_bytes]
+        self.buffers = [ExpertBuffer(storage, shape) for storage in used.view(count, 2, shape.padded_bytes)]
 
     @property
     def nbytes(self) -> int:
@@ -135,29 +144,36 @@ class BufferPool:
         return self._raw.nbytes
 
     def release(self) -> None:
-        """Gives the memory back and is empty from then on; no place may be in use."""
-        if self._pinned:
+        """Frees the memory; no buffer may be in use. The pool is empty afterwards."""
+        if self._page_locked:
             _check(torch.cuda.cudart().cudaHostUnregister(self._raw.data_ptr()))  # type: ignore[no-untyped-call]
-        self._raw, self._pinned, self.places = self._raw.new_empty(0), False, []
+        self._raw, self._page_locked, self.buffers = self._raw.new_empty(0), False, []
 
 
-def places_within(budget: int, shape: ExpertShape, reserve: int, name: str) -> int:
-    """Experts that a budget holds beside `reserve` bytes of buffers.
+def buffers_within(budget: int, shape: ExpertShape, reserve: int, name: str) -> int:
+    """Number of expert buffers that fit in a budget.
+
+    Args:
+        budget: Bytes.
+        shape: Size of one expert.
+        reserve: Bytes of the budget that the loader threads' read buffers take.
+        name: Option that set the budget, for the error.
 
     Raises:
-        ValueError: If it holds none, with the smallest budget that does.
+        ValueError: If not one buffer fits; the message has the smallest budget that suffices.
     """
-    if (places := (budget - reserve - PAGE) // (2 * shape.room)) < 1:
-        least = 2 * shape.room + reserve + PAGE
+    if (count := (budget - reserve - PAGE) // (2 * shape.padded_bytes)) < 1:
+        least = 2 * shape.padded_bytes + reserve + PAGE
         raise ValueError(
-            f"{name} is {show_bytes(budget)}, too little for one token's expert: {show_bytes(2 * shape.room)} "
-            f"and {show_bytes(reserve)} of buffers; give at least {least} bytes ({show_bytes(least)})"
+            f"{name} is {show_bytes(budget)}, too little for one expert, which takes "
+            f"{show_bytes(2 * shape.padded_bytes)} and {show_bytes(reserve)} of read buffers; "
+            f"give at least {least} bytes ({show_bytes(least)})"
         )
-    return places
+    return count
 
 
 def free_bytes() -> float:
-    """Bytes of memory that processes can still have; without end where the system does not say."""
+    """Bytes of memory that processes can still allocate; infinite where the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -167,4 +183,4 @@ def free_bytes() -> float:
 
 def _check(status: object) -> None:
     if int(status) != 0:  # type: ignore[call-overload]
-        raise RuntimeError(f"CUDA could not page-lock host memory ({status}); lower the host memory budget")
+        raise RuntimeError(f"CUDA could not page-lock host memory (error {status}); lower host_memory")

@@ -1,7 +1,7 @@
-"""OffloadedSlots: slots whose experts do not all fit. A plan says what a process may compute, its cache fetches it.
+"""OffloadedSlots: expert slots over a memory budget, whose weights an `ExpertCache` loads when they are needed.
 
-A replica moves nothing between processes: each reads what it computes from the model's files. Homes, replicas and what
-was used lately share one budget, and what the forecast needs last gives way.
+A replica moves no weights between processes: every process reads what it computes from the model's files. Home experts,
+replicas and recently used experts share one budget; the experts with the largest next use are evicted.
 
 Shape suffixes: L MoE layers, E logical experts, P slots of this process, M rows, D model width.
 """
@@ -9,35 +9,33 @@ Shape suffixes: L MoE layers, E logical experts, P slots of this process, M rows
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from data.arrays import IntArray
 from data.models.layout import MoELayout
 from predictor.forecast import LoadForecast, forecast_from_load
-from runtime.balancing.plan import ReplicationPlan, SlotMove, contiguous_homes
+from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.distributed.device import Stopwatch
 from runtime.distributed.ranks import Ranks
 from runtime.experts.grouped_mm import product
-from runtime.experts.layer import ReplicatedExperts
 from runtime.offload.cache import ExpertCache
 
 LOAD_RESOLUTION = 1000
-"""Parts of a token that forecasts are told in."""
+"""Steps per token. Forecast loads are broadcast as integers in units of 1/1000 token, because the broadcast carries
+integers; a thousandth of a token is far below what changes a probability."""
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What experts may take on each process, and the files that hold all of them.
+class MemoryBudget:
+    """Memory that the experts of each process may take, and the files that hold all experts.
 
     Attributes:
         device_memory: Bytes where experts are computed, as a number or like '2GiB'.
-        host_memory: Bytes of host memory below that; an accelerator needs some, else None may do.
-        files: The file that holds each tensor; see `data.models.weights.ModelWeights`.
+        host_memory: Bytes of host memory below it, likewise; required for an accelerator, optional on a CPU.
+        files: The file that holds each tensor, by tensor name; see `data.models.weights.ModelWeights`.
     """
 
     device_memory: int | str
@@ -45,27 +43,28 @@ class Budget:
     files: Mapping[str, Path]
 
     def open(self, layout: MoELayout, like: Tensor) -> ExpertCache:
-        """A cache of experts with a tensor's dtype and on its device.
+        """Opens an expert cache with the dtype and on the device of a tensor.
 
         Raises:
-            ValueError: If files are damaged or incomplete, or the budget holds not one expert.
+            ValueError: If files are damaged or incomplete, or the budget does not hold one expert.
         """
         return ExpertCache.open(self.files, layout, like.dtype, self.device_memory, self.host_memory, like.device)
 
 
 class OffloadedSlots:
-    """The slots of this process in one layer.
+    """The slots of this process in one MoE layer.
 
     Args:
-        cache: Gives experts.
-        plan: The plan in force.
-        layer: Which row of the plan is this layer's.
-        device: Which of the plan's devices this process is.
-        activation: Between the two products of an expert.
+        cache: Provides the weights.
+        plan: The active plan.
+        layer: Index of the layer.
+        device: Index of this process among the plan's devices.
+        activation: Activation between the two matrix products of an expert.
+        like: A tensor on the device that computes.
 
     Attributes:
-        span: This process' slots among all of the plan's.
-        expert_P: The expert in each of them, as of the plan in force.
+        span: The process's slots among all slots of the plan.
+        expert_P: Logical expert in each of them under the active plan.
     """
 
     whole = True
@@ -79,9 +78,9 @@ class OffloadedSlots:
         self._busy = Stopwatch(like.device)
 
     def compute(self, rows_MD: Tensor, size_P: IntArray, plain_P: IntArray) -> Tensor:
-        """Computes experts at hand first, while the others are fetched; see `runtime.experts.layer.Slots`."""
+        """Computes resident experts first, while absent ones are loaded; see `runtime.experts.layer.Slots`."""
         result_MD, start_P = torch.empty_like(rows_MD), size_P.cumsum() - size_P
-        active = sorted(np.flatnonzero(size_P).tolist(), key=lambda slot: -size_P[slot])  # the busiest first
+        active = sorted(np.flatnonzero(size_P).tolist(), key=lambda slot: -size_P[slot])  # most rows first
         slot_of = {int(self.expert_P[slot]): slot for slot in active}
         for expert, wi_FD, wo_DF in self._cache.use(self.layer, list(slot_of)):
             slot = slot_of[expert]
@@ -92,17 +91,17 @@ class OffloadedSlots:
         return result_MD
 
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds computed since the last take, waiting for experts left out."""
+        """Milliseconds of computation since the last call; waiting for experts does not count."""
         return [self._busy.take_ms()]
 
 
 class OffloadTransfer:
-    """Carries out a plan where experts are cached: nothing moves, but each cache is told what will be needed of it.
+    """Applies plans where experts are cached: no weights are moved, the cache is given the forecast of its experts.
 
     Args:
         layers: The slots of each MoE layer on this rank, in order.
-        plan: The plan in force.
-        cache: This rank's.
+        plan: The active plan.
+        cache: The cache of this rank.
         ranks: The ranks.
     """
 
@@ -115,37 +114,25 @@ class OffloadTransfer:
         self._target = plan
 
     def start(self, target: ReplicationPlan, forecast: LoadForecast | None = None) -> list[SlotMove]:
-        """Has the cache expect what the forecast, which rank 0 holds, says of this rank's experts under `target`."""
+        """Broadcasts rank 0's forecast and passes the part for this rank's experts under `target` to the cache."""
         load = np.zeros((len(self.plan.phy2log), self.plan.num_experts), dtype=np.int64)
         if forecast is not None:
             load = np.rint(LOAD_RESOLUTION * forecast.load).astype(np.int64)
         load_LE = self.ranks.broadcast(load) / LOAD_RESOLUTION
         here_LP = target.phy2log[:, self.layers[0].span]
         here_LE = (here_LP[:, :, None] == np.arange(self.plan.num_experts)).any(1)
-        expected = forecast_from_load(load_LE * here_LE, made_at=0, source="told")
+        expected = forecast_from_load(load_LE * here_LE, made_at=0, source="rank 0")
         self.cache.expect(expected if load_LE.any() else None)
         self._target = target
         return self.plan.moves_to(target)
 
     def commit(self) -> ReplicationPlan:
-        """Puts the target in force; to be called between batches."""
+        """Makes the target the active plan; call it between batches."""
         self.plan = self._target
         for slots, phy2log in zip(self.layers, self.plan.phy2log, strict=True):
             slots.expert_P = phy2log[slots.span]
         return self.plan
 
     def nbytes(self, moves: Sequence[SlotMove]) -> int:
-        """Bytes moved between places: none."""
+        """Bytes of weights that moves send between slots: none."""
         return 0
-
-
-def install(model: Any, layout: MoELayout, cache: ExpertCache, ranks: Ranks | None = None) -> list[ReplicatedExperts]:
-    """Puts slots over this rank's cache in place of a model's experts modules, all experts at home; layers in order."""
-    ranks = Ranks() if ranks is None else ranks
-    home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), ranks.world, 0)
-    activation, layers = ACT2FN[model.config.dense_act_fn], []
-    for layer, name in enumerate(layout.module_names):
-        slots = OffloadedSlots(cache, home, layer, ranks.rank, activation, model.shared.weight)
-        layers.append(ReplicatedExperts(slots, home.phy2log[layer], ranks, ranks.world))
-        model.set_submodule(f"{name}.experts", layers[-1])
-    return layers

@@ -1,27 +1,27 @@
-"""CacheStats: what a tier of experts did, counted."""
+"""CacheStats: hits, misses, prefetches, bytes and waiting times of one tier."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 
 @dataclass
 class CacheStats:
-    """What a tier did since it was opened.
+    """Counters of a tier since it was opened.
 
     Attributes:
-        hits: Experts asked for that were there.
-        late: Experts asked for that were on their way.
-        misses: Experts asked for that were neither.
-        demand_bytes: Bytes loaded because somebody waited.
-        prefetch_bytes: Bytes loaded ahead.
+        hits: Requests for an expert that was resident.
+        late: Requests for an expert that was being loaded.
+        misses: Requests for an expert that was neither.
+        demand_bytes: Bytes of demand loads.
+        prefetch_bytes: Bytes of prefetches.
         useful_prefetches: Prefetched experts that were used before they were evicted.
-        wasted_prefetches: Prefetched experts that were not.
-        demands: Loads on demand.
-        prefetches: Loads ahead.
-        cancelled: Loads ahead that were given up because somebody waited for another expert.
-        failed: Loads that failed.
-        stall_ms: Milliseconds somebody waited.
-        load_ms: Milliseconds at least one load was under way.
-        peak_bytes: Most bytes of experts held at once.
+        wasted_prefetches: Prefetched experts that were evicted unused.
+        demands: Demand loads.
+        prefetches: Prefetches that finished.
+        cancelled: Prefetches cancelled in favour of a demand load, and loads cancelled by closing the tier.
+        failed: Loads that raised an error.
+        stall_ms: Milliseconds that callers waited for experts.
+        load_ms: Milliseconds during which at least one load was running.
+        peak_bytes: Largest number of bytes in use at once.
     """
 
     hits: int = 0
@@ -41,34 +41,25 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the experts asked for that were there."""
+        """Share of requests whose expert was resident (0 to 1)."""
         return self.hits / max(self.hits + self.late + self.misses, 1)
 
     @property
     def costs(self) -> int:
-        """Experts that were not there when asked for, and prefetches that nobody used."""
+        """Experts that were not resident when requested, plus wasted prefetches."""
         return self.late + self.misses + self.wasted_prefetches
 
     @property
     def precision(self) -> float:
-        """Share of prefetched experts that were used, among those whose fate is known."""
+        """Share of prefetched experts that were used (0 to 1), among those used or evicted so far."""
         return self.useful_prefetches / max(self.useful_prefetches + self.wasted_prefetches, 1)
 
     @property
     def hidden(self) -> float:
-        """Share of the loading time that nobody waited for."""
+        """Share of the loading time during which no caller waited (0 to 1)."""
         return max(0.0, 1 - self.stall_ms / self.load_ms) if self.load_ms else 1.0
 
     def to_json(self) -> dict[str, int | float]:
-        """All counters and what follows from them."""
+        """All counters, and the three rates as `hit_rate`, `prefetch_precision` and `hidden`."""
         rates = {"hit_rate": self.hit_rate, "prefetch_precision": self.precision, "hidden": self.hidden}
         return asdict(self) | rates
-
-    def copy(self) -> "CacheStats":
-        """As it stands."""
-        return replace(self)
-
-    def since(self, earlier: "CacheStats") -> "CacheStats":
-        """What was added to an earlier copy; the peak is that of all time."""
-        before = asdict(earlier) | {"peak_bytes": 0}
-        return CacheStats(**{name: value - before[name] for name, value in asdict(self).items()})

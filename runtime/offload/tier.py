@@ -1,8 +1,12 @@
-"""Tier: a place for some of the experts, under a byte budget, filled from the tier below while the model computes.
+"""Tier: a fixed number of expert buffers, filled from the tier below by loader threads while the model computes.
 
-Glossary: an expert is *wanted* while somebody waits for it or computes with it, and stays; a *load* brings it from the
-tier below, on *demand* if somebody waits, else as a *prefetch*. A wanted expert is loaded before any prefetch. What is
-due last gives way; a prefetch never evicts what is due sooner than itself, or hardly later.
+Glossary:
+- A caller *requests* experts and then *acquires* them one by one.
+- An expert is *pinned* while a caller waits for it or computes with it; pinned experts are not evicted.
+- A *demand load* brings a requested expert, a *prefetch* a candidate of the policy. Demand loads go first.
+- *Next use* is the number of MoE layers that will run until an expert is expected to be needed again. The resident
+  expert with the largest next use is evicted. A prefetch may evict an expert only if that expert's next use is clearly
+  later than its own (by the eviction margin).
 """
 
 import logging
@@ -24,117 +28,118 @@ from runtime.offload.stats import CacheStats
 
 log = logging.getLogger(__name__)
 
-
 EVICTION_FACTOR, EVICTION_LAYERS = 1.5, 1.0
-"""A prefetch evicts only what is due later than this many times its own due, and this many layers.
+"""Eviction margin, a ratio and a number of MoE layers: a prefetch whose next use is `n` layers away may only evict an
+expert whose next use is more than `EVICTION_FACTOR * n + EVICTION_LAYERS` layers away.
 
-Without, what is hardly less urgent is moved to and fro by the forecasts' noise: a third more bytes for the same time.
+Without a margin, experts of almost equal next use replace each other whenever forecasts change a little: a third more
+bytes were read in the same time.
 """
 
 
 class LowerTier(Protocol):
-    """What a tier is filled from."""
+    """The memory that a tier is filled from: the tier below it, or the model's files."""
 
     def has(self, key: Key) -> bool:
-        """Whether it has the expert at hand, so that a prefetch need not wait for a tier further below."""
+        """Whether the expert is resident there; a prefetch does not wait for a tier further below."""
         ...
 
-    def read(self, key: Key, place: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
-        """Brings an expert into a place, on the calling thread; see `ExpertFiles.read`."""
+    def read(self, key: Key, buffer: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
+        """Copies an expert into a buffer, on the calling thread; raises `ReadCancelledError` if `stop` returns True."""
         ...
 
 
 @dataclass(frozen=True)
 class LoadJob:
-    """One expert on its way into a place.
+    """One expert on its way into a buffer.
 
     Attributes:
         key: The expert.
-        place: Where it goes.
-        ahead: Whether nobody waits for it: a prefetch.
+        buffer: The buffer it is loaded into.
+        prefetch: Whether it is a prefetch; else a caller waits for it.
     """
 
     key: Key
-    place: ExpertBuffer
-    ahead: bool
+    buffer: ExpertBuffer
+    prefetch: bool
 
 
-class Shelf:
-    """Places of a pool by the experts in them.
+class _BufferTable:
+    """Which expert is in which buffer, and which buffer is to be evicted next.
 
     Attributes:
-        due: Layers run until each expert is needed next, `[L, E]`; None as long as nobody said.
+        next_use_LE: Layers that will run until each expert's next use, `[L, E]`; None before the first plan.
     """
 
     def __init__(self, pool: BufferPool) -> None:
-        self.next_use: FloatArray | None = None
-        self._places = pool.places
-        self._where: dict[Key, ExpertBuffer] = {}
+        self.next_use_LE: FloatArray | None = None
+        self._buffers = pool.buffers
+        self._buffer_of: dict[Key, ExpertBuffer] = {}
 
     def __len__(self) -> int:
-        """Experts that are there or on their way."""
-        return len(self._where)
+        """Number of experts that are resident or being loaded."""
+        return len(self._buffer_of)
 
     def get(self, key: Key) -> ExpertBuffer | None:
-        """Where an expert is or will be."""
-        return self._where.get(key)
+        """The buffer in which an expert is, or into which it is being loaded."""
+        return self._buffer_of.get(key)
 
     def has(self, key: Key) -> bool:
-        """Whether an expert is there."""
-        place = self._where.get(key)
-        return place is not None and place.ready
+        """Whether an expert is resident."""
+        buffer = self._buffer_of.get(key)
+        return buffer is not None and buffer.ready
 
-    def next_use_of(self, key: Key | None) -> float:
-        """When an expert is needed next; never for none."""
+    def next_use(self, key: Key | None) -> float:
+        """Layers until an expert's next use; infinite for None, an empty buffer."""
         if key is None:
             return float(np.inf)
-        return 0.0 if self.next_use is None else float(self.next_use[key])
+        return 0.0 if self.next_use_LE is None else float(self.next_use_LE[key])
 
-    def victim(self, wanted: Container[Key]) -> ExpertBuffer | None:
-        """An empty place, or the one whose expert is due last of those that nobody wants; None if there is none."""
-        best, latest = None, -np.inf
-        for place in self._places:
-            if place.key is None:
-                return place
-            if place.ready and place.key not in wanted and (due := self.next_use_of(place.key)) >= latest:
-                best, latest = place, due
+    def victim(self, pinned: Container[Key]) -> ExpertBuffer | None:
+        """An empty buffer, else the unpinned one with the largest next use; None if all are pinned or loading."""
+        best, largest = None, -np.inf
+        for buffer in self._buffers:
+            if buffer.key is None:
+                return buffer
+            if buffer.ready and buffer.key not in pinned and (next_use := self.next_use(buffer.key)) >= largest:
+                best, largest = buffer, next_use
         return best
 
-    def assign(self, place: ExpertBuffer, key: Key) -> None:
-        """Gives an empty place to an expert on its way."""
-        assert place.key is None, f"{place.key} is still there"
-        place.key, self._where[key] = key, place
+    def assign(self, buffer: ExpertBuffer, key: Key) -> None:
+        """Gives an empty buffer to an expert that will be loaded into it."""
+        assert buffer.key is None, f"the buffer still holds {buffer.key}"
+        buffer.key, self._buffer_of[key] = key, buffer
 
-    def clear(self, place: ExpertBuffer) -> None:
-        """Empties a place."""
-        if place.key is not None:
-            del self._where[place.key]
-        place.key, place.ready, place.idle = None, False, False
+    def clear(self, buffer: ExpertBuffer) -> None:
+        """Empties a buffer."""
+        if buffer.key is not None:
+            del self._buffer_of[buffer.key]
+        buffer.key, buffer.ready, buffer.unused = None, False, False
 
 
 class Tier:
-    """Holds experts in the places of a pool; threads of its own load them.
+    """Keeps experts in the buffers of a pool; its loader threads fill them.
 
     Args:
-        name: What errors and thread names call it.
-        pool: The memory; the tier releases it when closed.
-        source: The tier below.
-        loaders: Threads that load; from most disks two get more than one.
+        name: Name in errors, reports and thread names: 'device' or 'host'.
+        pool: The buffers; the tier releases them when it is closed.
+        source: The tier below, or the files.
+        loaders: Number of loader threads.
     """
 
     def __init__(self, name: str, pool: BufferPool, source: LowerTier, loaders: int = 2) -> None:
         self.name, self.pool, self.source, self.stats = name, pool, source, CacheStats()
-        self._shelf = Shelf(pool)
+        self._table = _BufferTable(pool)
         self._pinned: Counter[Key] = Counter()
         self._demands: deque[Key] = deque()
         self._candidates: list[Key] = []
         self._candidate_keys: set[Key] = set()
         self._failed: dict[Key, Exception] = {}
-        self._complained: set[Key] = set()
-        self._loading, self._busy_since, self._closing = 0, 0.0, False
+        self._logged_failures: set[Key] = set()
+        self._running, self._running_since, self._closing = 0, 0.0, False
         self._change = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._work, name=f"switchcast-{name}-{index}", daemon=True)
+            threading.Thread(target=self._load_until_closed, name=f"switchcast-{name}-{index}", daemon=True)
             for index in range(loaders)
         ]
         for thread in self._threads:
@@ -142,76 +147,77 @@ class Tier:
 
     @property
     def loads(self) -> int:
-        """Loads so far."""
+        """Loads that finished so far."""
         return self.stats.demands + self.stats.prefetches
 
     def has(self, key: Key) -> bool:
-        """Whether the expert is there."""
-        return self._shelf.has(key)
+        """Whether the expert is resident."""
+        return self._table.has(key)
 
     def plan(self, next_use_LE: FloatArray, prefetch_candidates: Sequence[Key]) -> None:
-        """From now on evicts the largest next use, `[L, E]`, and fetches candidates; earlier ones are off."""
+        """Replaces the next uses `[L, E]` that decide eviction, and the experts to prefetch, most urgent first."""
         with self._change:
-            self._shelf.next_use = next_use_LE.copy()
+            self._table.next_use_LE = next_use_LE.copy()
             self._candidates, self._candidate_keys = list(prefetch_candidates), set(prefetch_candidates)
             self._change.notify_all()
 
     def request(self, keys: Sequence[Key]) -> None:
-        """Asks for experts, which stay from when they are there until `take` has handed them out."""
+        """Pins experts and queues demand loads for those that are absent; `acquire` must follow for the same keys."""
         with self._change:
             for key in keys:
                 self._pinned[key] += 1
-                place = self._shelf.get(key)
-                if place is None:
+                buffer = self._table.get(key)
+                if buffer is None:
                     self.stats.misses += 1
                     self._demands.append(key)
-                elif place.ready:
+                elif buffer.ready:
                     self.stats.hits += 1
                 else:
                     self.stats.late += 1
             self._change.notify_all()
 
     def acquire(self, keys: Sequence[Key]) -> Iterator[ExpertBuffer]:
-        """Hands out experts asked for with `want`: what is there first, the others as they arrive.
+        """Yields the buffers of requested experts: resident ones first, the others as they arrive.
 
-        A place is the caller's until it asks for the next one.
+        A buffer may be used until the next one is asked for; its expert is unpinned then.
 
         Raises:
-            OSError: If one could not be loaded; what is resident stays usable.
+            OSError: If an expert could not be loaded; resident experts stay usable.
+            RuntimeError: If the tier is closed meanwhile.
         """
         waiting = list(keys)
         try:
             while waiting:
-                place = self._next(waiting)
-                assert place.key is not None
-                yield place
-                if place.wi.is_cuda:
-                    place.read = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                    place.read.record(torch.cuda.current_stream(place.wi.device))
-                waiting.remove(place.key)
-                self._release([place.key])
+                buffer = self._wait_for_any(waiting)
+                assert buffer.key is not None
+                yield buffer
+                if buffer.wi.is_cuda:
+                    buffer.last_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    buffer.last_read.record(torch.cuda.current_stream(buffer.wi.device))
+                waiting.remove(buffer.key)
+                self._unpin([buffer.key])
         finally:
-            self._release(waiting)
+            self._unpin(waiting)
 
-    def _next(self, waiting: list[Key]) -> ExpertBuffer:
-        """The first of these experts that is there."""
+    def _wait_for_any(self, waiting: list[Key]) -> ExpertBuffer:
+        """Waits until one of these experts is resident and returns its buffer."""
         with self._change:
             began = time.perf_counter()
-            while not (there := [key for key in waiting if self.has(key)]):
+            while not (resident := [key for key in waiting if self.has(key)]):
                 if self._closing:
-                    raise RuntimeError(f"the {self.name} tier was closed while experts were waited for")
+                    raise RuntimeError(f"the {self.name} tier was closed while a caller waited for experts")
                 if failed := [key for key in waiting if key in self._failed]:
                     raise self._failed[failed[0]]
                 self._change.wait()
             self.stats.stall_ms += 1e3 * (time.perf_counter() - began)
-            place = self._shelf.get(there[0])
-            assert place is not None
-            if place.idle:
-                place.idle = False
+            buffer = self._table.get(resident[0])
+            assert buffer is not None
+            if buffer.unused:
+                buffer.unused = False
                 self.stats.useful_prefetches += 1
-            return place
+            return buffer
 
-    def _release(self, keys: Sequence[Key]) -> None:
+    def _unpin(self, keys: Sequence[Key]) -> None:
         with self._change:
             for key in keys:
                 self._pinned[key] -= 1
@@ -220,112 +226,118 @@ class Tier:
                     self._failed.pop(key, None)
             self._change.notify_all()
 
-    def _work(self) -> None:
-        """What a loading thread does until the tier is closed."""
-        while (load := self._take_up()) is not None:
+    def _load_until_closed(self) -> None:
+        """Body of a loader thread."""
+        while (job := self._next_job()) is not None:
             error: Exception | None = None
             try:
-                if load.place.read is not None:
-                    load.place.read.synchronize()  # the kernels that used the evicted expert
-                    load.place.read = None
-                self.source.read(load.key, load.place, partial(self._is_stale, load))
+                if job.buffer.last_read is not None:
+                    job.buffer.last_read.synchronize()  # kernels may still read the evicted expert
+                    job.buffer.last_read = None
+                self.source.read(job.key, job.buffer, partial(self._cancelled, job))
             except Exception as caught:
                 error = caught
-            self._finish(load, error)
+            self._finish(job, error)
 
-    def _is_stale(self, load: LoadJob) -> bool:
-        """Whether a load is to be given up: nobody hopes for it any more, and somebody waits for another."""
+    def _cancelled(self, job: LoadJob) -> bool:
+        """Whether to cancel a load, which the loader asks between two pieces.
+
+        A prefetch is cancelled if its expert is no longer a candidate and a demand load is waiting, unless the expert
+        has been requested meanwhile. Closing the tier cancels every load.
+        """
         return self._closing or bool(
-            load.ahead and self._demands and load.key not in self._pinned and load.key not in self._candidate_keys
+            job.prefetch and self._demands and job.key not in self._pinned and job.key not in self._candidate_keys
         )
 
-    def _take_up(self) -> LoadJob | None:
-        """Waits for something to load and claims a place for it; None when the tier is closed."""
+    def _next_job(self) -> LoadJob | None:
+        """Waits for an expert to load and claims a buffer for it; None when the tier is closed."""
         with self._change:
             while not self._closing:
-                load = self._choose()
-                if load is not None:
-                    self._clear(load.place)
-                    self._shelf.assign(load.place, load.key)
-                    self.stats.peak_bytes = max(self.stats.peak_bytes, 2 * self.pool.shape.room * len(self._shelf))
-                    if not self._loading:
-                        self._busy_since = time.perf_counter()
-                    self._loading += 1
-                    return load
+                job = self._choose()
+                if job is not None:
+                    self._evict(job.buffer)
+                    self._table.assign(job.buffer, job.key)
+                    in_use = 2 * self.pool.shape.padded_bytes * len(self._table)
+                    self.stats.peak_bytes = max(self.stats.peak_bytes, in_use)
+                    if not self._running:
+                        self._running_since = time.perf_counter()
+                    self._running += 1
+                    return job
                 self._change.wait()
         return None
 
     def _choose(self) -> LoadJob | None:
-        """The next load, wanted experts first; None if there is none, or no place for it yet."""
-        while self._demands and (self._demands[0] not in self._pinned or self._shelf.get(self._demands[0])):
+        """The next load, demand loads first; None if there is nothing to load, or no buffer for it yet."""
+        while self._demands and (self._demands[0] not in self._pinned or self._table.get(self._demands[0])):
             self._demands.popleft()
         if not self._demands and not self._candidates:
             return None
-        victim = self._shelf.victim(self._pinned)
+        victim = self._table.victim(self._pinned)
         if victim is None:
             return None
         if self._demands:
-            return LoadJob(self._demands.popleft(), victim, ahead=False)
-        latest = self._shelf.next_use_of(victim.key)
+            return LoadJob(self._demands.popleft(), victim, prefetch=False)
+        victim_next_use = self._table.next_use(victim.key)
         while self._candidates:
             key = self._candidates.pop(0)
             if (
-                not self._shelf.get(key)
-                and EVICTION_FACTOR * self._shelf.next_use_of(key) + EVICTION_LAYERS < latest
+                not self._table.get(key)
+                and EVICTION_FACTOR * self._table.next_use(key) + EVICTION_LAYERS < victim_next_use
                 and self.source.has(key)
             ):
-                return LoadJob(key, victim, ahead=True)
+                return LoadJob(key, victim, prefetch=True)
         return None
 
-    def _clear(self, place: ExpertBuffer) -> None:
-        self.stats.wasted_prefetches += place.idle
-        self._shelf.clear(place)
+    def _evict(self, buffer: ExpertBuffer) -> None:
+        self.stats.wasted_prefetches += buffer.unused
+        self._table.clear(buffer)
 
-    def _finish(self, load: LoadJob, error: Exception | None) -> None:
+    def _finish(self, job: LoadJob, error: Exception | None) -> None:
         with self._change:
             now = time.perf_counter()
-            self.stats.load_ms += 1e3 * (now - self._busy_since)
-            self._busy_since, self._loading = now, self._loading - 1
+            self.stats.load_ms += 1e3 * (now - self._running_since)
+            self._running_since, self._running = now, self._running - 1
             if error is None:
-                load.place.ready, load.place.idle = True, load.ahead
-                self._count(load)
+                job.buffer.ready, job.buffer.unused = True, job.prefetch
+                self._count(job)
             else:
-                self._clear(load.place)
-                self._explain(load, error)
+                self._evict(job.buffer)
+                self._handle_failure(job, error)
             self._change.notify_all()
 
-    def _count(self, load: LoadJob) -> None:
-        if load.ahead:
+    def _count(self, job: LoadJob) -> None:
+        if job.prefetch:
             self.stats.prefetches += 1
             self.stats.prefetch_bytes += self.pool.shape.nbytes
         else:
             self.stats.demands += 1
             self.stats.demand_bytes += self.pool.shape.nbytes
 
-    def _explain(self, load: LoadJob, error: Exception) -> None:
-        """What becomes of a load that did not succeed: whoever waits hears of it, for a prefetch the log does."""
+    def _handle_failure(self, job: LoadJob, error: Exception) -> None:
+        """Passes the error of a load on to waiting callers; if no caller waits, logs it once for each expert."""
         if isinstance(error, ReadCancelledError):
             self.stats.cancelled += 1
-            if load.key in self._pinned:  # asked for just after it was given up
-                self._demands.append(load.key)
+            if job.key in self._pinned:  # requested just after it was cancelled
+                self._demands.append(job.key)
             return
         self.stats.failed += 1
-        if load.key in self._pinned:
-            self._failed[load.key] = error
-        elif load.key not in self._complained:
-            self._complained.add(load.key)
-            log.warning("expert %s could not be fetched ahead: %s", load.key, error)
+        if job.key in self._pinned:
+            self._failed[job.key] = error
+        elif job.key not in self._logged_failures:
+            self._logged_failures.add(job.key)
+            layer, expert = job.key
+            log.warning("prefetch of expert %d of MoE layer %d failed: %s", expert, layer, error)
 
     def stop(self) -> None:
-        """Gives up what is being loaded; whoever waits is told."""
+        """Cancels running loads; callers that wait for experts get a `RuntimeError`."""
         with self._change:
             self._closing = True
             self._change.notify_all()
 
     def close(self) -> None:
-        """Waits for the loading threads to end and frees the memory."""
+        """Waits for the loader threads to end and frees the memory."""
         self.stop()
         for thread in self._threads:
             thread.join()
         self.pool.release()
-        self._shelf = Shelf(self.pool)
+        self._table = _BufferTable(self.pool)

@@ -133,7 +133,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         ({"timeout": 0}, "the timeout is 0.0 seconds"),
         ({"host-memory": "1GiB"}, "host_memory is 1GiB without device_memory"),
         ({"device-memory": "1GiB", "devices": 4}, "within a budget a process is one device"),
-        ({"device-memory": "lots", "devices": 1}, "'lots' is no number of bytes"),
+        ({"device-memory": "lots", "devices": 1}, "'lots' is not a number of bytes"),
         ({"out": tmp_path / "blank.txt"}, "blank.txt is a file, expected a folder"),
         ({"model": not_finite(switch_folder, tmp_path / "n")}, "are not finite"),
         ({"metrics-port": port}, f"metrics port {port} cannot be served"),
