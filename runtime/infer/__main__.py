@@ -31,11 +31,11 @@ from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
 
 
-def text_batches(engine: Engine, text: str | None, traffic: BatchingConfig, count: int) -> Iterator[ModelBatch]:
+def text_batches(engine: Engine, text: str | None, batching: BatchingConfig, count: int) -> Iterator[ModelBatch]:
     """Batches of the user's text; by default the offline corpus' held-out ones from where the topic always changes."""
-    stream = open_stream(text, engine.switch.tokenizer, "teacher", traffic)
+    stream = open_stream(text, engine.switch.tokenizer, "teacher", batching)
     if text is None:
-        splits = corpus_splits(traffic)
+        splits = corpus_splits(batching)
         stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
     for batch in islice(stream, count):
         yield ModelBatch(*model_inputs(batch, engine.switch.model.config))
@@ -48,7 +48,7 @@ def infer(
     devices: int | None = None,
     redundant: int = 16,
     batches: int = 24,
-    traffic: BatchingConfig = BatchingConfig(),
+    batching: BatchingConfig = BatchingConfig(),
     check: bool = True,
     device_memory: str | None = None,
     host_memory: str | None = None,
@@ -68,7 +68,7 @@ def infer(
             one after the other.
         redundant: Replica slots of each MoE layer over all devices.
         batches: Most batches to run.
-        traffic: How text is cut into batches.
+        batching: How text is cut into batches.
         check: Whether answers are compared with the plain model's, which every process then holds as well.
         device_memory: Bytes that experts may take where they are computed, such as 2GiB; the others are fetched ahead.
         host_memory: Bytes of host memory below that, where computing is done on an accelerator.
@@ -97,10 +97,10 @@ def infer(
             host_memory=host_memory,
             timeout_s=timeout,
         )
-        engine.facts |= {"text": str(text), "batches": str(batches), "traffic": str(traffic), "check": str(check)}
+        engine.facts |= {"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)}
         plain = load_switch(model).model.to(engine.ranks.device) if check else None
         with engine:
-            checks, costs = run(engine, plain, text_batches(engine, text, traffic, batches), batches, telemetry)
+            checks, costs = run(engine, plain, text_batches(engine, text, batching, batches), batches, telemetry)
             report = summarise(checks, costs, engine)
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
