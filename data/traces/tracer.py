@@ -85,7 +85,6 @@ class Tracer:
                     [call.top_probability.half() for layer in calls[:split] for call in layer], tokens
                 ),
             }
-
         layers = [torch.cat([call.experts for call in layer], 1).cpu() if layer else None for layer in calls]
         return RouterTrace(
             batch.number, batch.phase, "", batch.segments, tokens, decoder,
