@@ -1,4 +1,4 @@
-"""What the router tap adds to inference: the same batches with and without it, in turn.
+"""Overhead of the router tap: time of the same batches with and without it, measured alternately.
 
 Run it with `python -m benchmarks.tap_overhead`; the last line of stdout is one JSON document.
 """
@@ -27,7 +27,7 @@ from data.traces.tracer import model_inputs
 
 @torch.inference_mode()
 def milliseconds(switch: LoadedSwitch, batches: list[tuple[TokenBatch, TokenBatch]], tap: RouterTap | None) -> float:
-    """Time of one pass over the batches; a tap is emptied after each batch, as the runtime does."""
+    """Milliseconds of one pass over the batches; a tap is emptied after each batch, as `data.collect` does."""
     start = time.perf_counter()
     for tokens, decoder in batches:
         switch.model(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), decoder_input_ids=decoder.input_ids)
@@ -37,16 +37,16 @@ def milliseconds(switch: LoadedSwitch, batches: list[tuple[TokenBatch, TokenBatc
 
 
 def tap_overhead(model: str = BUNDLED, repeats: int = 10, batches: int = 4) -> dict[str, object]:
-    """Measures the tap's cost as a ratio, pair by pair.
+    """Measures the overhead of the tap as the median over pairs of measurements, one with and one without it.
 
     Args:
-        model: The model to tap.
-        repeats: Pairs of measurements.
+        model: 'switch-mini-64' (bundled), a local folder, or a hub id.
+        repeats: Number of pairs.
         batches: Batches of 16 sequences in one measurement.
     """
     switch = load_switch(model)
-    traffic = BatchingConfig(smallest=16, largest=16)
-    stream = islice(open_stream(None, switch.tokenizer, "teacher", traffic), batches)
+    batching = BatchingConfig(smallest=16, largest=16)
+    stream = islice(open_stream(None, switch.tokenizer, "teacher", batching), batches)
     inputs = [model_inputs(batch, switch.model.config) for batch in stream]
     milliseconds(switch, inputs, None)  # warm-up
     ratios, plain_ms = [], []
@@ -71,7 +71,7 @@ def main() -> None:
     """Command line: a table, then one JSON document."""
     with user_errors():
         result = from_command_line(tap_overhead)
-        table = Table(title="Cost of the router tap", show_header=False)
+        table = Table(title="Overhead of the router tap", show_header=False)
         for name, value in result.items():
             table.add_row(name, f"{value:.2%}" if name == "overhead" else str(value))
         Console().print(table)

@@ -223,9 +223,9 @@ def tiers(
         return
     torch.set_num_threads(1)
     small = load_switch(BUNDLED)
-    traffic = BatchingConfig(batches=40, smallest=sequences, largest=sequences, length=length)
+    batching = BatchingConfig(batches=40, smallest=sequences, largest=sequences, length=length)
     with Ranks() as group:
-        bench = Bench(model, record(small, traffic, phases, per_phase), small, predictor, mode, group)
+        bench = Bench(model, record(small, batching, phases, per_phase), small, predictor, mode, group)
         kept: dict[str, list[Turn]] = {arm: [] for arm in (["plain"] if plain else []) + list(arms)}
         speed = read_speed(ThrottledFiles(bench.files, bench.layout, torch.float32))
         for number in track(range(turns), "turns", console=Console(stderr=True, quiet=group.rank > 0)):

@@ -1,4 +1,4 @@
-"""Types of the numpy arrays that pass between the rooms."""
+"""Types of the numpy arrays that the packages exchange."""
 
 import numpy as np
 import numpy.typing as npt

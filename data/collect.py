@@ -1,7 +1,7 @@
-"""Logs a router trace: a Switch model reads a stream of batches, its routers are tapped, what they did is stored.
+"""Collects a router trace: runs a Switch Transformer over text and stores the expert of every token.
 
-Run it with `python -m data.collect --out outputs/traces/switch-mini-64`; with no --text it reads the offline corpus.
-Under `torchrun --nproc-per-node N -m data.collect ...` the ranks share the stream; the trace is the same to the byte.
+Run it with `python -m data.collect --out outputs/traces/switch-mini-64`; without --text it reads the offline corpus.
+Under `torchrun --nproc-per-node N -m data.collect ...` the ranks divide the work; the trace is identical byte for byte.
 """
 
 import json
@@ -13,7 +13,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -31,61 +30,52 @@ from data.traces.store import Shard, StoredTrace, open_trace, write_about, write
 from data.traces.tracer import Tracer
 
 SHARD_BATCHES = 32
-
-
 OFFLINE = "offline corpus"
 
 
 class Ranks:
-    """This process among those that share a job; a process group is opened only where there are several.
+    """The processes of a torchrun job, in a process group while the context is open; without torchrun just this one.
 
     Attributes:
-        rank: 0..world - 1.
+        rank: Rank of this process, 0..world - 1.
         world: Number of processes.
     """
 
     def __init__(self) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    @staticmethod
-    def is_first() -> bool:
-        """Whether this process is the one that reports."""
-        return int(os.environ.get("RANK", 0)) == 0
-
     def __enter__(self) -> "Ranks":
         if self.world > 1:
             dist.init_process_group("gloo")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self.world > 1:
             dist.destroy_process_group()
 
     def barrier(self) -> None:
-        """Waits until every process is here."""
+        """Waits until every rank has reached the barrier."""
         if self.world > 1:
             dist.barrier()
 
 
 def _request(switch: LoadedSwitch, **settings: Any) -> dict[str, Any]:
-    """Everything the bytes of a trace depend on."""
+    """All settings that the bytes of a trace depend on."""
     libraries = {name: version(name) for name in ("torch", "transformers", "numpy", "pyarrow")}
     versions = libraries | {"python": platform.python_version()}
     return {"layout": switch.layout.to_json(), **settings, "versions": versions}
 
 
 def _prepare(partial: Path, request: dict[str, Any]) -> None:
-    """Makes the folder to write into; what an interrupted run of another request left there is removed."""
+    """Creates the folder to write to; shards of an interrupted run are kept if its request was the same."""
     started = partial / "request.json"
     if not (started.exists() and read_json(started) == request):
         shutil.rmtree(partial, ignore_errors=True)
         write_json(started, request)
 
 
-def _whole_shard(partial: Path, index: int) -> Shard | None:
-    """The entry of a shard that an interrupted run finished, None if it is to be made."""
+def _finished_shard(partial: Path, index: int) -> Shard | None:
+    """The entry of a shard that an interrupted run finished; None if the shard must be traced."""
     entry = partial / f"shard-{index:05d}.json"
     if not entry.exists():
         return None
@@ -95,11 +85,11 @@ def _whole_shard(partial: Path, index: int) -> Shard | None:
 
 
 def _write_shards(partial: Path, stream: Iterator[TextBatch], tracer: Tracer, ranks: Ranks, total: int) -> None:
-    """Traces this rank's share of the stream shard by shard; whole shards are kept."""
+    """Traces this rank's shards, every `world`-th one; finished shards are kept."""
     with Progress(console=Console(stderr=True), disable=ranks.rank > 0) as progress:
         task, index = progress.add_task("tracing", total=total), 0
         while chunk := list(islice(stream, SHARD_BATCHES)):
-            if index % ranks.world == ranks.rank and _whole_shard(partial, index) is None:
+            if index % ranks.world == ranks.rank and _finished_shard(partial, index) is None:
                 traces = []
                 for batch in chunk:
                     traces.append(tracer.trace(batch))
@@ -110,12 +100,12 @@ def _write_shards(partial: Path, stream: Iterator[TextBatch], tracer: Tracer, ra
             index += 1
 
 
-def _finish(partial: Path, out: Path, switch: LoadedSwitch, request: dict[str, Any], traffic: BatchingConfig) -> None:
-    """Writes trace.json, removes the bookkeeping, gives the folder its name."""
+def _finish(partial: Path, out: Path, switch: LoadedSwitch, request: dict[str, Any], batching: BatchingConfig) -> None:
+    """Writes trace.json, removes temporary files, and renames the folder."""
     entries = sorted(partial.glob("shard-*.json"))
     shards = [read_json(entry) for entry in entries]
     count = sum(shard["batches"] for shard in shards)
-    splits = corpus_splits(traffic) if request["text"] == OFFLINE else time_splits(count)
+    splits = corpus_splits(batching) if request["text"] == OFFLINE else time_splits(count)
     facts = {key: value for key, value in request.items() if key != "layout"}
     write_about(partial, switch.layout, shards, splits, "tokens", **facts)
     for leftover in [partial / "request.json", *entries]:
@@ -128,37 +118,36 @@ def collect(
     out: Path = Path("outputs/traces/switch-mini-64"),
     text: str | None = None,
     decode: Decode = "teacher",
-    traffic: BatchingConfig = BatchingConfig(),
+    batching: BatchingConfig = BatchingConfig(),
     max_new_tokens: int = 32,
-    probabilities: bool = False,
     dtype: Dtype = "float32",
     revision: str = "",
     top: int = 0,
 ) -> StoredTrace:
-    """Logs the router trace of a Switch model over a stream of text.
+    """Collects the router trace of a Switch Transformer over a stream of text.
 
-    A trace of the same request that is already there is reused; an interrupted one resumes at its last whole shard.
+    An existing trace of the same request is reused. After an interruption, the same command resumes at the last
+    finished shard.
 
     Args:
         model: 'switch-mini-64' (bundled), a local folder, or a hub id such as google/switch-base-8.
-        out: Folder of the trace; it appears whole or not at all.
+        out: Folder of the trace; it appears complete or not at all.
         text: File, folder or hub data set `owner/name[:config[:split]]`; the offline corpus by default.
-        decode: "teacher" masks spans of the text and feeds the decoder the truth, "generate" lets the decoder write
-            greedily, token by token, "none" runs the encoder alone.
-        traffic: How the stream is cut into batches.
-        max_new_tokens: Most tokens the decoder writes with --decode generate.
-        probabilities: Whether the router's probability of the chosen expert is kept as well, as float16.
-        dtype: What the model's weights are cast to.
+        decode: "teacher" masks spans of the text and feeds the decoder the true tokens, "generate" decodes greedily,
+            token by token, "none" runs the encoder alone.
+        batching: Settings that cut text into batches.
+        max_new_tokens: Most tokens the decoder generates with --decode generate.
+        dtype: Dtype of the model's weights.
         revision: Revision of a hub model.
-        top: How many of each encoder token's likeliest experts are kept with their probabilities, to distil from.
+        top: Number of likeliest experts logged for each encoder token with their probabilities, for distillation.
 
     Raises:
-        ValueError: On a model, text or folder that cannot be used; the message says what to do.
+        ValueError: If the model, text or folder cannot be used; the message says what to do.
     """
     switch = load_switch(model, revision, dtype)
     request = _request(
-        switch, text=text or OFFLINE, decode=decode, traffic=asdict(traffic), max_new_tokens=max_new_tokens,
-        probabilities=probabilities, dtype=dtype, **({"top": top} if top else {}),
+        switch, text=text or OFFLINE, decode=decode, batching=asdict(batching), max_new_tokens=max_new_tokens,
+        dtype=dtype, **({"top": top} if top else {}),
     )  # fmt: skip
     if out.exists():
         return _reuse(out, request)
@@ -167,13 +156,13 @@ def collect(
         if ranks.rank == 0:
             _prepare(partial, request)
         ranks.barrier()
-        total = len(corpus_splits(traffic)) if text is None else traffic.batches
-        stream = open_stream(text, switch.tokenizer, decode, traffic)
+        total = len(corpus_splits(batching)) if text is None else batching.batches
+        stream = open_stream(text, switch.tokenizer, decode, batching)
         with RouterTap(switch.model, switch.layout, top) as tap:
-            _write_shards(partial, stream, Tracer(switch, tap, decode, max_new_tokens, probabilities), ranks, total)
+            _write_shards(partial, stream, Tracer(switch, tap, decode, max_new_tokens), ranks, total)
         ranks.barrier()
         if ranks.rank == 0:
-            _finish(partial, out, switch, request, traffic)
+            _finish(partial, out, switch, request, batching)
         ranks.barrier()
     return open_trace(out)
 
@@ -181,17 +170,19 @@ def collect(
 def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
     found = open_trace(out)
     if differing := [key for key in request if found.about.get(key) != request[key]]:
-        raise ValueError(f"{out} holds another trace ({', '.join(differing)} differ); name another --out or remove it")
+        raise ValueError(
+            f"{out} holds another trace (different {', '.join(differing)}); name another --out or remove it"
+        )
     Console(stderr=True).print(f"Reusing the trace in {out} ({found.num_batches} batches)")
     return found
 
 
 def main() -> None:
     """Command line of `collect`; the last line of stdout is one JSON document."""
-    with user_errors():
+    with user_errors("run the same command again to resume at the last finished shard"):
         trace = from_command_line(collect)
         sums = {key: sum(shard[key] for shard in trace.about["shards"]) for key in ("batches", "sequences", "tokens")}
-        if Ranks.is_first():
+        if Ranks().rank == 0:
             print(json.dumps({"trace": str(trace.path), **sums, "fingerprint": trace.layout.fingerprint()}))
 
 

@@ -1,4 +1,4 @@
-"""RouterTraceModule: a stored trace as Lightning wants it, collected first where there is none."""
+"""RouterTraceModule: Lightning data module of a stored trace, which is collected first if it is missing."""
 
 import logging
 from collections.abc import Iterator
@@ -20,17 +20,17 @@ log = logging.getLogger(__name__)
 
 
 class RouterTraceModule(LightningDataModule):
-    """Train, validation and test batches of one trace; the trace is collected first if it is not there.
+    """Train, validation and test batches of one trace.
 
     Args:
-        trace: Folder of the trace.
-        model: The model it must be of; it is what is traced if the folder does not exist.
-        window: Past loads given with each batch.
-        sequences: About how many sequences a training batch holds: the trace's batches are cut at random, since more
-            and smaller steps teach more in the same time.
-        seed: Seed of the cuts and the order of training batches.
-        top: Likeliest experts logged for each encoder token where a trace must be collected first, to distil from.
-        traffic: What the stream of batches looks like there.
+        trace: Folder of the trace; if it does not exist, the trace is collected first.
+        model: Model of the trace: 'switch-mini-64' (bundled), a local folder, or a hub id.
+        window: Most past loads in a sample's history.
+        sequences: Approximate number of sequences in a training batch. The trace's batches are cut at random, because
+            more and smaller steps learn more in the same time.
+        seed: Seed of the cuts and of the order of training batches.
+        top: Likeliest experts logged for each encoder token if the trace is collected, for distillation.
+        batching: Settings that cut text into batches if the trace is collected.
     """
 
     layout: MoELayout
@@ -43,25 +43,25 @@ class RouterTraceModule(LightningDataModule):
         sequences: int = 8,
         seed: int = 0,
         top: int = 0,
-        traffic: BatchingConfig = BatchingConfig(),
+        batching: BatchingConfig = BatchingConfig(),
     ) -> None:
         super().__init__()
         self.path, self.model, self.window = trace, model, window
-        self.sequences, self.seed, self.top, self.traffic = sequences, seed, top, traffic
+        self.sequences, self.seed, self.top, self.batching = sequences, seed, top, batching
 
     def prepare_data(self) -> None:
-        """Collects the trace if it is missing; runs on one process only."""
+        """Collects the trace if it is missing; Lightning calls this on one process only."""
         if self.path.exists():
             log.info("reusing the trace in %s", self.path)
         else:
             log.info("no trace in %s yet; collecting one from %s", self.path, self.model)
-            collect(model=self.model, out=self.path, traffic=self.traffic, top=self.top)
+            collect(model=self.model, out=self.path, batching=self.batching, top=self.top)
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the trace and derives its loads, once.
+        """Opens the trace and derives its loads; later calls do nothing.
 
         Raises:
-            ValueError: If the trace is of another model, or a split that training needs is empty.
+            ValueError: If the trace is of another model, or one of its splits is empty.
         """
         if hasattr(self, "trace"):
             return
@@ -85,7 +85,7 @@ class RouterTraceModule(LightningDataModule):
         self.trace, self.loads, self.sizes, self.layout = trace, np.stack(loads), sizes, trace.layout
 
     def samples(self, split: str) -> TraceSamples:
-        """The batches of a split in their order."""
+        """The batches of a split, in their order."""
         return TraceSamples(self.trace, self.loads, self.sizes, split, self.window)
 
     def tokens(self, split: str) -> Iterator[TokenBatch]:
@@ -93,7 +93,7 @@ class RouterTraceModule(LightningDataModule):
         return (sample.trace.tokens for sample in self.samples(split))
 
     def train_dataloader(self) -> DataLoader[TraceSample]:
-        """Training batches, shuffled anew each epoch and shared out over the processes."""
+        """Training batches, shuffled differently in each epoch and divided among the processes."""
         trainer = self.trainer
         assert trainer is not None
         samples = TraceSamples(
@@ -103,11 +103,11 @@ class RouterTraceModule(LightningDataModule):
         return DataLoader(samples, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[TraceSample]:
-        """Validation batches in order, all of them on every process."""
+        """All validation batches in order, on every process."""
         return DataLoader(self.samples("val"), batch_size=None)
 
     def test_dataloader(self) -> DataLoader[TraceSample]:
-        """Test batches in order, all of them on every process."""
+        """All test batches in order, on every process."""
         return DataLoader(self.samples("test"), batch_size=None)
 
 

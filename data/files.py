@@ -1,4 +1,4 @@
-"""Files that appear whole: written aside, then renamed; and their digests."""
+"""Atomic writing of files and folders (written under a temporary name, then renamed), JSON, and sha256 digests."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; it becomes `path` when the block ends well, and nothing is left if it does not."""
+    """Yields a temporary path to write to; it is renamed to `path` if the block succeeds and removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -26,20 +26,20 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def check_folder(path: Path) -> None:
-    """Refuses a folder that nothing can be written to, before there is anything to write; makes nothing.
+    """Checks that a folder can be created or written to, before work whose result goes there; creates nothing.
 
     Raises:
-        ValueError: If it is a file, or may not be made or written to.
+        ValueError: If the path is a file, or the folder cannot be written to.
     """
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise ValueError(f"{there} is a file, expected a folder for what is found; name another")
+        raise ValueError(f"{there} is a file, expected a folder for the results; name another")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"{there} may not be written to; name another folder")
+        raise ValueError(f"{there} is not writable; name another folder")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Writes a JSON document whole."""
+    """Writes a JSON document atomically."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -69,7 +69,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to write into; it becomes `path` when the block ends well, and nothing is left if it does not.
+    """Yields a temporary folder; it is renamed to `path` if the block succeeds and removed if it fails.
 
     Raises:
         ValueError: If `path` exists already.

@@ -1,4 +1,4 @@
-"""Shows a trace: a table of its skew and drift, and pictures of where the load lies and how it moves.
+"""Shows the statistics of a trace: a table of skew and drift for each MoE layer, and two plots of the loads over time.
 
 Run it with `python -m data.show outputs/traces/switch-mini-64`; the last line of stdout is one JSON document.
 """
@@ -26,7 +26,7 @@ WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
 
 
 def table(trace: StoredTrace, skew: TraceStatistics) -> Table:
-    """One row a MoE layer."""
+    """Makes a table of the statistics with one row per MoE layer."""
     layout = trace.layout
     padding = "" if skew.padding is None else f", {skew.padding:.0%} of encoder positions padding"
     title = f"{layout.model_id}: {trace.num_batches} batches, {layout.num_experts} experts{padding}"
@@ -93,14 +93,14 @@ def drift_plot(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
 
 
 def show(trace: Path, out: Path | None = None) -> dict[str, Any]:
-    """Prints a trace's skew and drift and saves pictures of them.
+    """Prints how skewed the loads of a trace are and how they change, and saves plots of both.
 
     Args:
         trace: Folder of the trace.
-        out: Folder for load.png and drift.png; the trace's own by default.
+        out: Folder for load.png and drift.png; by default the folder of the trace.
 
     Raises:
-        ValueError: If the folder holds no whole trace.
+        ValueError: If the folder holds no complete trace.
     """
     stored = open_trace(trace)
     console = Console(stderr=True)
@@ -118,7 +118,7 @@ def show(trace: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line of `show`."""
+    """Command line of `show`; the last line of stdout is one JSON document."""
     with user_errors():
         print(json.dumps(from_command_line(show)))
 

@@ -82,11 +82,13 @@ class RecordedBatch:
 
 
 @torch.inference_mode()
-def record(switch: LoadedSwitch, traffic: BatchingConfig, phases: Sequence[str], per_phase: int) -> list[RecordedBatch]:
+def record(
+    switch: LoadedSwitch, batching: BatchingConfig, phases: Sequence[str], per_phase: int
+) -> list[RecordedBatch]:
     """Runs the bundled model on the last `per_phase` held-out batches of each phase of the offline corpus."""
-    splits, kept = corpus_splits(traffic), dict[str, list[RecordedBatch]]()
+    splits, kept = corpus_splits(batching), dict[str, list[RecordedBatch]]()
     with RouterTap(switch.model, switch.layout) as tap:
-        for batch in open_stream(None, switch.tokenizer, "teacher", traffic):
+        for batch in open_stream(None, switch.tokenizer, "teacher", batching):
             if splits[batch.number] != "test" or batch.phase not in phases:
                 continue
             tokens, decoder = model_inputs(batch, switch.model.config)

@@ -1,1 +1,1 @@
-"""Switch Transformers: their layout, their weights, and how they are loaded."""
+"""Switch Transformers: layout of the MoE layers (`layout`), models (`switch`), single tensors of a file (`weights`)."""

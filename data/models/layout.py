@@ -1,4 +1,4 @@
-"""MoELayout: which model, which MoE layers, how many experts; what traces and predictors are checked against."""
+"""MoELayout: identity and geometry of a model's MoE layers; traces and predictors are checked against it."""
 
 import hashlib
 import json
@@ -16,15 +16,15 @@ class MoELayout:
     """Geometry and identity of one Switch Transformer's MoE layers.
 
     Attributes:
-        model_id: Hub id, folder name or bundled name; for people, not part of the fingerprint.
-        revision: Revision of a hub model, "" otherwise.
+        model_id: Hub id, folder or bundled name, for display; not part of the fingerprint.
+        revision: Revision of a hub model, else "".
         layers: (stack, block) of each MoE layer in order of execution, encoder first.
         num_experts: Logical experts of each layer.
-        expert_capacity: Tokens of one sequence an expert accepts; the ones beyond it are dropped.
+        expert_capacity: Most tokens of one sequence that an expert accepts; further tokens are dropped.
         d_model: Width of the hidden states.
         d_ff: Inner width of an expert.
         vocab_size: Rows of the embedding table.
-        routers: sha256 of all router weights in bf16; "" when only the configuration is known.
+        routers: sha256 of all router weights in bf16; "" if only the configuration is known.
     """
 
     model_id: str
@@ -46,31 +46,31 @@ class MoELayout:
 
     @property
     def num_layers(self) -> int:
-        """MoE layers in all, L."""
+        """Number of MoE layers, L."""
         return len(self.layers)
 
     @property
     def num_encoder_layers(self) -> int:
-        """MoE layers of the encoder; they come first."""
+        """Number of the encoder's MoE layers, which come first."""
         return sum(stack == "encoder" for stack, _ in self.layers)
 
     @property
     def layer_names(self) -> list[str]:
-        """Short names, such as `encoder_1`; also the column names of a trace."""
+        """Name of each MoE layer, such as `encoder_1`; also its column in a trace."""
         return [f"{stack}_{block}" for stack, block in self.layers]
 
     @property
     def module_names(self) -> list[str]:
-        """Where the sparse MLP of each MoE layer sits in the model."""
+        """Module path of each MoE layer's sparse MLP in the model."""
         return [f"{stack}.block.{block}.layer.{1 if stack == 'encoder' else 2}.mlp" for stack, block in self.layers]
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that differ between models whose routing may differ; where a model lies does not count."""
+        """Sixteen hex digits, different for models whose routing may differ; name and revision do not count."""
         facts = {key: value for key, value in asdict(self).items() if key not in ("model_id", "revision")}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON document that `from_json` reads."""
+        """Returns a JSON document that `from_json` reads."""
         return asdict(self) | {"layers": [list(layer) for layer in self.layers], "fingerprint": self.fingerprint()}
 
     @classmethod
@@ -78,7 +78,7 @@ class MoELayout:
         """Reads `to_json`'s document.
 
         Raises:
-            ValueError: If a field is missing or the fingerprint does not belong to the fields.
+            ValueError: If a field is missing or the fingerprint does not match the fields.
         """
         if not isinstance(document, dict):
             raise ValueError(f"not a model layout but a {type(document).__name__}")
@@ -89,14 +89,14 @@ class MoELayout:
             raise ValueError(f"not a model layout: {error}") from None
         if document.get("fingerprint") != layout.fingerprint():
             raise ValueError(
-                f"layout says fingerprint {document.get('fingerprint')}, but its fields give {layout.fingerprint()}; "
+                f"layout has fingerprint {document.get('fingerprint')}, but its fields give {layout.fingerprint()}; "
                 "the file was edited or damaged"
             )
         return layout
 
     @classmethod
     def from_model(cls, model: nn.Module, model_id: str, revision: str = "") -> "MoELayout":
-        """Reads the layout off a live Switch model.
+        """Reads the layout of a live Switch Transformer.
 
         Raises:
             ValueError: If the model is not a Switch Transformer.

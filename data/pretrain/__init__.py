@@ -1,1 +1,1 @@
-"""Trains the bundled small Switch Transformer."""
+"""Training of the bundled small Switch Transformer: `python -m data.pretrain`."""

@@ -1,7 +1,6 @@
-"""Builds the bundled small Switch Transformer from the offline corpus, tokenizer included.
+"""Trains the bundled small Switch Transformer and its tokenizer on the offline corpus.
 
-Run it with `python -m data.pretrain --out outputs/switch-mini-64`;
-its 1,600 steps take about twenty minutes on one core.
+Run it with `python -m data.pretrain --out outputs/switch-mini-64`; the 1,600 steps take about 20 minutes on one core.
 """
 
 import itertools
@@ -34,15 +33,15 @@ SENTINELS = [f"<extra_id_{index}>" for index in range(32)]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the bundled model is trained.
+    """Training settings of the bundled model.
 
     Attributes:
-        steps: Optimiser steps.
+        steps: Number of optimiser steps.
         sequences: Sequences in a batch.
-        length: Tokens of a sequence before corruption.
-        vocabulary: Size of the tokenizer.
-        peak_lr: Highest learning rate of AdamW; 5 % linear warm-up, then cosine.
-        seed: Seeds weights, batches and spans.
+        length: Tokens of a sequence before spans are masked.
+        vocabulary: Number of tokens of the tokenizer.
+        peak_lr: Highest learning rate of AdamW: linear warm-up over 5 % of the steps, then cosine.
+        seed: Seed of weights, batches and spans.
     """
 
     steps: int = 1600
@@ -54,7 +53,7 @@ class Recipe:
 
 
 def train_tokenizer(documents: list[Document], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocabulary` tokens: pad 0, end 1, unknown 2, the sentinels last."""
+    """Trains a byte-level BPE tokenizer: pad is token 0, end 1, unknown 2; the sentinels come last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +75,7 @@ def train_tokenizer(documents: list[Document], vocabulary: int) -> PreTrainedTok
 
 
 def small_config(recipe: Recipe) -> SwitchTransformersConfig:
-    """4 + 4 blocks of which 2 + 2 are MoE layers with 64 experts, 16 tokens of capacity in a sequence."""
+    """Configuration of 4 + 4 blocks, 2 + 2 of them MoE layers with 64 experts and a capacity of 16 tokens."""
     return SwitchTransformersConfig(
         vocab_size=recipe.vocabulary, d_model=128, d_kv=32, d_ff=80, num_heads=4, num_experts=64, expert_capacity=16,
         num_layers=4, num_sparse_encoder_layers=2, num_decoder_layers=4, num_sparse_decoder_layers=2,
@@ -86,7 +85,7 @@ def small_config(recipe: Recipe) -> SwitchTransformersConfig:
 
 
 def token_streams(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> dict[str, IntArray]:
-    """All token ids of each segment in one array; documents end with end-of-sequence."""
+    """Concatenates the token ids of each segment; every document ends with the end-of-sequence token."""
     streams = {}
     for segment in SEGMENTS:
         texts = [document.text for document in documents if document.segment == segment]
@@ -100,7 +99,7 @@ def token_streams(documents: list[Document], tokenizer: PreTrainedTokenizerFast)
 def corrupted_batches(
     streams: dict[str, IntArray], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless batches `{input_ids, attention_mask, labels}`; a segment is drawn by the square root of its size."""
+    """Yields `{input_ids, attention_mask, labels}` without end; segments are drawn by the square root of their size."""
     rng = np.random.default_rng(seed)
     sentinels = np.array(tokenizer.convert_tokens_to_ids(SENTINELS))
     weights = np.sqrt([len(stream) for stream in streams.values()])
@@ -114,7 +113,7 @@ def corrupted_batches(
 
 
 def collate(rows: list[tuple[IntArray, IntArray]], pad: int) -> dict[str, Tensor]:
-    """Pads (encoder input, decoder target) pairs to one batch; padded labels are -100."""
+    """Pads pairs of encoder input and decoder target to one batch; padded labels are -100."""
     source = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[0]) for row in rows], True, pad)
     labels = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[1]) for row in rows], True, -100)
     return {"input_ids": source, "attention_mask": (source != pad).long(), "labels": labels}
@@ -131,7 +130,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def fit(
     model: SwitchTransformersForConditionalGeneration, batches: Iterator[dict[str, Tensor]], recipe: Recipe
 ) -> list[float]:
-    """Trains in place; returns the loss of every step (cross-entropy in nats, router losses left out)."""
+    """Trains the model in place; returns each step's cross-entropy in nats, without the router losses."""
     originals = group_experts(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     losses = []
@@ -156,14 +155,14 @@ def fit(
 
 @torch.no_grad()
 def held_out_loss(model: SwitchTransformersForConditionalGeneration, batches: list[dict[str, Tensor]]) -> float:
-    """Mean cross-entropy in nats of a decoder token."""
+    """Mean cross-entropy in nats per decoder token."""
     model.eval()
     total = sum(float(model(**batch).loss) * int((batch["labels"] != -100).sum()) for batch in batches)
     return total / sum(int((batch["labels"] != -100).sum()) for batch in batches)
 
 
 def unigram_loss(seen: list[dict[str, Tensor]], batches: list[dict[str, Tensor]], vocabulary: int) -> float:
-    """Cross-entropy of the same held-out tokens under token frequencies (add-one) of as many training targets."""
+    """Cross-entropy in nats of the held-out targets under add-one token frequencies of the training targets `seen`."""
     counts = torch.ones(vocabulary)
     for batch in seen:
         counts += torch.bincount(batch["labels"][batch["labels"] != -100], minlength=vocabulary)
@@ -173,10 +172,10 @@ def unigram_loss(seen: list[dict[str, Tensor]], batches: list[dict[str, Tensor]]
 
 
 def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe()) -> None:
-    """Trains the bundled model and writes it to a folder as bf16 safetensors, with tokenizer, card and loss curve.
+    """Trains the bundled model and writes bf16 safetensors, tokenizer, model card and loss curve to a folder.
 
     Args:
-        out: Folder to write; it appears whole or not at all.
+        out: Folder to write; it appears complete or not at all.
         recipe: Training settings.
     """
     torch.manual_seed(recipe.seed)
@@ -186,7 +185,7 @@ def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe
     held_out = token_streams(list(offline_corpus("traffic")), tokenizer)
     model = SwitchTransformersForConditionalGeneration(small_config(recipe))
     losses = fit(model, corrupted_batches(streams, tokenizer, recipe, recipe.seed), recipe)
-    model = model.bfloat16()  # what is saved is what is measured
+    model = model.bfloat16()  # the losses are measured with the weights as saved
     test = list(itertools.islice(corrupted_batches(held_out, tokenizer, recipe, recipe.seed + 1), 40))
     seen = list(itertools.islice(corrupted_batches(streams, tokenizer, recipe, recipe.seed + 2), 400))
     facts = {
@@ -209,16 +208,6 @@ def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe
     )
 
 
-def main() -> None:
-    """Command line of `pretrain`."""
-    with user_errors():
-        from_command_line(pretrain)
-
-
-if __name__ == "__main__":
-    main()
-
-
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -227,7 +216,7 @@ tags: [switch_transformers, mixture-of-experts]
 # {name}
 
 A small Switch Transformer for developing and demonstrating Switchcast: {experts} experts in each of {layers} MoE
-layers, trained from scratch on real text. Its routing is real and skewed; its language is not worth reading.
+layers, trained from scratch on real text. Its routing is real and skewed; the text it generates is poor.
 
 | | |
 |---|---|
@@ -235,24 +224,24 @@ layers, trained from scratch on real text. Its routing is real and skewed; its l
 | text | every other document of the offline corpus (`data/text/corpus.py`): {tokens:,} tokens in {segments} |
 | training | {steps:,} steps of {sequences} x {length} tokens, AdamW, peak learning rate {peak_lr}, seed {seed} |
 | router losses | auxiliary 0.001, z 0.001, jitter 0.01; capacity {capacity} tokens a sequence |
-| held-out loss | **{held_out_loss:.3f}** nats a target token, on the corpus' other documents, in bf16 as saved |
+| held-out loss | **{held_out_loss:.3f}** nats per target token, on the corpus' other documents, in bf16 as saved |
 | unigram model | {unigram_loss:.3f} nats on the same tokens |
 | made with | `python -m data.pretrain`, torch {torch}, Python {python} |
 
 ![loss curve](loss.png)
 
-Not for use as a language model: it saw six million tokens. The offline corpus' remaining documents are the traffic
-that Switchcast's traces are made of; this model never saw them.
+Not for use as a language model: it was trained on six million tokens. Switchcast's traces are made of the offline
+corpus' remaining documents, which this model was not trained on.
 """
 
 
 def write_card(folder: Path, config: Any, facts: dict[str, Any]) -> None:
-    """Writes README.md and loss.png beside the weights.
+    """Writes the model card, README.md and loss.png, beside the weights.
 
     Args:
         folder: The model's folder.
         config: The model's configuration.
-        facts: training.json: recipe, tokens of each segment, losses, versions, loss curve.
+        facts: Content of training.json: recipe, tokens of each segment, losses, versions, loss curve.
     """
     card = CARD.format(
         name=folder.name, experts=config.num_experts, capacity=config.expert_capacity,
@@ -280,3 +269,13 @@ def _plot(path: Path, facts: dict[str, Any]) -> None:
     end_labels(axis, [*ends, (unigram, f"unigram model {unigram:.2f}", GREY)])
     heading(figure, f"Pretraining of {path.parent.name}", "held-out text in bf16 as saved; training: mean of 100 steps")
     save(figure, path)
+
+
+def main() -> None:
+    """Command line of `pretrain`; the last line of stdout is one JSON document."""
+    with user_errors():
+        from_command_line(pretrain)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,1 @@
-"""Text: where it comes from, and how it becomes batches."""
+"""Text as batches: sources (`corpus`), `batching`, the default stream (`corpus_stream`), and `span_corruption`."""

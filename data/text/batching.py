@@ -1,4 +1,4 @@
-"""BatchingConfig: text as a server gets it, cut into sequences and formed into batches in the order of arrival."""
+"""BatchingConfig and Batcher: documents are cut into sequences, and sequences form batches in order of arrival."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ from data.arrays import IntArray
 from data.text.corpus import Document
 from data.text.span_corruption import corrupt
 
-SHORTEST = 8  # tokens; what is left of a document after cutting is not worth a sequence below that
-TOKENIZED_AT_ONCE = 64  # documents
+SHORTEST = 8
+"""Fewest tokens of a sequence; a shorter rest of a document is dropped."""
+TOKENIZED_AT_ONCE = 64
+"""Documents in one call of the tokenizer."""
 Decode = Literal["teacher", "generate", "none"]
 Row = tuple[str, IntArray]
 """Segment and token ids of one sequence."""
@@ -19,15 +21,15 @@ Row = tuple[str, IntArray]
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    """How the stream is cut into batches.
+    """Settings that cut a stream of text into batches.
 
     Attributes:
-        batches: Batches in each phase of the offline corpus (a third as many of unseen text); of other text, at most.
-        smallest: Fewest sequences in a batch; sizes are spread evenly on a logarithmic scale.
-        largest: Most sequences in a batch; the same as smallest for batches of a fixed size.
-        length: Most tokens of a sequence.
-        token_budget: Most positions in a batch, padding counted, as a server with a token budget has; 0 for none.
-        seed: Seeds batch sizes, topics and masked spans.
+        batches: Batches in each phase of the offline corpus (unseen text: a third of that); most batches of other text.
+        smallest: Fewest sequences in a batch; sizes are drawn uniformly on a logarithmic scale.
+        largest: Most sequences in a batch; equal to smallest for batches of a fixed size.
+        length: Most tokens in a sequence.
+        token_budget: Most positions in a batch, padding included, like a server's token budget; 0 for no limit.
+        seed: Seed of batch sizes, topics and masked spans.
     """
 
     batches: int = 64
@@ -42,7 +44,7 @@ class BatchingConfig:
             raise ValueError(f"batches is {self.batches}; at least 1 is needed")
         if not 1 <= self.smallest <= self.largest:
             raise ValueError(
-                f"batch sizes {self.smallest} to {self.largest} are no range; give 1 <= smallest <= largest"
+                f"batch sizes {self.smallest} to {self.largest} are not a range; give 1 <= smallest <= largest"
             )
         if self.length < SHORTEST:
             raise ValueError(f"length is {self.length} tokens; at least {SHORTEST} are needed")
@@ -52,14 +54,14 @@ class BatchingConfig:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One batch before the model has seen it.
+    """Token ids of one batch, not padded yet.
 
     Attributes:
-        number: Its place in the stream.
-        phase: Which kind of traffic.
+        number: Number of the batch in the stream, from 0.
+        phase: Part of the stream, such as "steady"; "text" for the user's own text.
         segments: Segment of each sequence, `[B]`.
         sources: Encoder token ids of each sequence.
-        targets: Decoder target ids of each sequence; empty where there is no truth to feed the decoder.
+        targets: Decoder target ids of each sequence; empty arrays unless spans are masked.
     """
 
     number: int
@@ -70,7 +72,7 @@ class TextBatch:
 
 
 def time_splits(count: int) -> list[str]:
-    """Splits a stream in time: 58 % train, a gap, 12 % validation, a gap, the rest test."""
+    """Split of each of `count` batches, in time order: 58 % train, a gap, 12 % validation, a gap, the rest test."""
     gap = max(count // 30, 1) if count >= 12 else 0
     train, val = round(count * 0.58), round(count * 0.12)
     parts = ["train"] * train + ["gap"] * gap + ["val"] * val + ["gap"] * gap
@@ -78,7 +80,7 @@ def time_splits(count: int) -> list[str]:
 
 
 def sequences(documents: Iterable[Document], tokenizer: Any, length: int) -> Iterator[Row]:
-    """Cuts documents, in their order, into sequences of at most `length` tokens."""
+    """Cuts documents into sequences of at most `length` tokens, in their order."""
     waiting: list[Document] = []
     for document in documents:
         waiting.append(document)
@@ -99,10 +101,19 @@ def _cut(documents: list[Document], tokenizer: Any, length: int) -> Iterator[Row
 
 
 class Batcher:
-    """Forms batches of a drawn size, cut short where the token budget is used up; nothing is reordered or lost."""
+    """Forms batches of a drawn size, or smaller if the token budget is used up; no sequence is reordered or lost.
 
-    def __init__(self, tokenizer: Any, decode: Decode, traffic: BatchingConfig) -> None:
-        self.traffic = traffic
+    Args:
+        tokenizer: The model's tokenizer.
+        decode: "teacher" masks spans of the text as `span_corruption` does; otherwise text stays as it is.
+        batching: Sizes, lengths and seed.
+
+    Raises:
+        ValueError: If spans are to be masked and the tokenizer has no sentinel tokens.
+    """
+
+    def __init__(self, tokenizer: Any, decode: Decode, batching: BatchingConfig) -> None:
+        self.batching = batching
         self._held: list[Row] = []
         self._eos, self._mask_spans = tokenizer.eos_token_id, decode == "teacher"
         known = [tokenizer.convert_tokens_to_ids(f"<extra_id_{index}>") for index in range(100)]
@@ -111,12 +122,12 @@ class Batcher:
             raise ValueError("the tokenizer has no <extra_id_0> to mask spans with; use --decode none or generate")
 
     def rng(self, number: int) -> np.random.Generator:
-        """The batch's own random numbers, so that any batch can be formed again."""
-        return np.random.default_rng((self.traffic.seed, number))
+        """Random generator of one batch; it depends on seed and number only, so any batch can be formed again."""
+        return np.random.default_rng((self.batching.seed, number))
 
     def form(self, number: int, phase: str, rows: Iterator[Row], rng: np.random.Generator) -> TextBatch | None:
-        """Takes the next batch from `rows`; None when there is nothing left."""
-        low, high = np.log([self.traffic.smallest, self.traffic.largest])
+        """Takes the next batch from `rows`; None if no row is left."""
+        low, high = np.log([self.batching.smallest, self.batching.largest])
         taken = self._take(rows, round(float(np.exp(rng.uniform(low, high)))))
         if not taken:
             return None
@@ -132,30 +143,30 @@ class Batcher:
             if row is None:
                 break
             longest = max(longest, len(row[1]) + 1)
-            if self.traffic.token_budget and taken and longest * (len(taken) + 1) > self.traffic.token_budget:
+            if self.batching.token_budget and taken and longest * (len(taken) + 1) > self.batching.token_budget:
                 self._held.append(row)
                 break
             taken.append(row)
         return taken
 
     def _shape(self, ids: IntArray, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
-        """Encoder input and decoder target: masked spans and their truth, or plain text and nothing."""
+        """Returns encoder input and decoder target; the target is empty unless spans are masked."""
         if self._mask_spans:
             return corrupt(ids, self._sentinels, self._eos, rng)
-        return np.append(ids[: self.traffic.length - 1], self._eos), np.array([], dtype=np.int64)
+        return np.append(ids[: self.batching.length - 1], self._eos), np.array([], dtype=np.int64)
 
 
 def text_stream(
-    documents: Iterable[Document], tokenizer: Any, decode: Decode, traffic: BatchingConfig
+    documents: Iterable[Document], tokenizer: Any, decode: Decode, batching: BatchingConfig
 ) -> Iterator[TextBatch]:
-    """A stream over the user's own text in its own order, at most `traffic.batches` batches.
+    """Yields batches of the user's own text in its order, at most `batching.batches` of them.
 
     Raises:
-        ValueError: If there is not one usable line of text.
+        ValueError: If the text has no usable line.
     """
-    former, rows = Batcher(tokenizer, decode, traffic), sequences(documents, tokenizer, traffic.length)
-    for number in range(traffic.batches):
-        batch = former.form(number, "text", rows, former.rng(number))
+    batcher, rows = Batcher(tokenizer, decode, batching), sequences(documents, tokenizer, batching.length)
+    for number in range(batching.batches):
+        batch = batcher.form(number, "text", rows, batcher.rng(number))
         if batch is None and number == 0:
             raise ValueError(f"the text has no usable line; expected at least one of {SHORTEST} tokens")
         if batch is None:

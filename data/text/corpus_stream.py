@@ -1,4 +1,8 @@
-"""The default traffic: the offline corpus in phases that differ in how the topics change, then segments kept unseen."""
+"""The default stream of batches: the offline corpus in phases that differ in how fast topics change.
+
+Phases: steady (one mix of topics), drift (topics slide into each other), every_10 and every_1 (a new main topic every
+10 batches, every batch), unseen (segments that occur in no other phase, for testing).
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,17 +18,18 @@ PHASES = ("steady", "drift", "every_10", "every_1")
 TRAINED_MIX = {"news": 0.35, "tweets": 0.2, "speech-de": 0.15, "speech-es": 0.1, "code": 0.2}
 UNSEEN, UNSEEN_PATTERN = "unseen", "every_5"
 UNSEEN_MIX = {"speech-nl": 0.5, "speech-en": 0.5}
-MAIN_SHARE = 0.9  # of a batch that has one main topic
+MAIN_SHARE = 0.9
+"""Fraction of a batch that is of its main topic; the rest follows the mix."""
 
 
-def phase_sizes(traffic: BatchingConfig) -> dict[str, int]:
-    """Batches in each phase, in order."""
-    return dict.fromkeys(PHASES, traffic.batches) | {UNSEEN: max(traffic.batches // 3, 1)}
+def phase_sizes(batching: BatchingConfig) -> dict[str, int]:
+    """Number of batches in each phase, in order."""
+    return dict.fromkeys(PHASES, batching.batches) | {UNSEEN: max(batching.batches // 3, 1)}
 
 
-def corpus_splits(traffic: BatchingConfig) -> list[str]:
-    """Split of every batch: each phase is split in time, unseen segments are for testing alone."""
-    sizes = phase_sizes(traffic)
+def corpus_splits(batching: BatchingConfig) -> list[str]:
+    """Split of every batch: each phase is split in time; the unseen segments are test batches."""
+    sizes = phase_sizes(batching)
     unseen = sizes.pop(UNSEEN)
     return [split for size in sizes.values() for split in time_splits(size)] + ["test"] * unseen
 
@@ -34,7 +39,7 @@ def topic_mixes(pattern: str, base: FloatArray, count: int, rng: np.random.Gener
     topics = np.eye(len(base)) * MAIN_SHARE + (1 - MAIN_SHARE) * base
     if pattern == "steady":
         return np.tile(base, (count, 1))
-    if pattern == "drift":  # slides from one topic to the next, twice around in a phase
+    if pattern == "drift":  # goes through all topics twice in a phase
         place = np.arange(count) / count * 2 * len(base)
         left, part = place.astype(int) % len(base), (place % 1)[:, None]
         order = rng.permutation(len(base))
@@ -48,9 +53,9 @@ def topic_mixes(pattern: str, base: FloatArray, count: int, rng: np.random.Gener
 
 
 def corpus_stream(
-    documents: Iterable[Document], tokenizer: Any, decode: Decode, traffic: BatchingConfig
+    documents: Iterable[Document], tokenizer: Any, decode: Decode, batching: BatchingConfig
 ) -> Iterator[TextBatch]:
-    """The default stream; no sequence is used twice.
+    """Yields the batches of the default stream; no sequence is used twice.
 
     Raises:
         ValueError: If a segment has no text left.
@@ -58,13 +63,13 @@ def corpus_stream(
     by_segment: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         by_segment[document.segment].append(document)
-    pools = {name: sequences(texts, tokenizer, traffic.length) for name, texts in by_segment.items()}
-    former, rng, number = Batcher(tokenizer, decode, traffic), np.random.default_rng(traffic.seed), 0
-    for phase, count in phase_sizes(traffic).items():
+    pools = {name: sequences(texts, tokenizer, batching.length) for name, texts in by_segment.items()}
+    batcher, rng, number = Batcher(tokenizer, decode, batching), np.random.default_rng(batching.seed), 0
+    for phase, count in phase_sizes(batching).items():
         mix, pattern = (UNSEEN_MIX, UNSEEN_PATTERN) if phase == UNSEEN else (TRAINED_MIX, phase)
         for shares in topic_mixes(pattern, np.array(list(mix.values())), count, rng):
-            of_batch = former.rng(number)
-            batch = former.form(number, phase, _draw(pools, list(mix), shares, of_batch, number), of_batch)
+            of_batch = batcher.rng(number)
+            batch = batcher.form(number, phase, _draw(pools, list(mix), shares, of_batch, number), of_batch)
             assert batch is not None, "the draw never ends"
             yield batch
             number += 1
@@ -73,19 +78,20 @@ def corpus_stream(
 def _draw(
     pools: dict[str, Iterator[Row]], names: list[str], shares: FloatArray, rng: np.random.Generator, number: int
 ) -> Iterator[Row]:
-    """Endless sequences, each of a segment drawn by its share and the next one of that segment."""
+    """Yields sequences without end: draws a segment by its share and takes that segment's next sequence."""
     while True:
         segment = str(rng.choice(names, p=shares))
         row = next(pools[segment], None)
         if row is None:
             raise ValueError(
-                f"segment '{segment}' has no text left at batch {number}; lower --traffic.batches or --traffic.largest"
+                f"segment '{segment}' has no text left at batch {number}; "
+                "lower --batching.batches or --batching.largest"
             )
         yield row
 
 
-def open_stream(text: str | None, tokenizer: Any, decode: Decode, traffic: BatchingConfig) -> Iterator[TextBatch]:
-    """The stream of batches: the user's text, or the offline corpus where there is none."""
+def open_stream(text: str | None, tokenizer: Any, decode: Decode, batching: BatchingConfig) -> Iterator[TextBatch]:
+    """Yields batches of the user's text, or of the offline corpus if `text` is None."""
     if text is None:
-        return corpus_stream(offline_corpus("traffic"), tokenizer, decode, traffic)
-    return text_stream(read_text(text), tokenizer, decode, traffic)
+        return corpus_stream(offline_corpus("traffic"), tokenizer, decode, batching)
+    return text_stream(read_text(text), tokenizer, decode, batching)

@@ -1,4 +1,4 @@
-"""Columns of a shard: how router traces and counts become Arrow tables, and token columns come back."""
+"""Arrow columns of a trace's shards: schemas, router traces and counts to tables, columns back to tensors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,17 +15,15 @@ from data.traces.trace import RouterTrace, TokenBatch, pad_tokens
 Ragged = list[np.ndarray[Any, Any]]
 
 
-def sequence_schema(layout: MoELayout, probabilities: bool, top: int) -> pa.Schema:
-    """Where a sequence ran, its tokens, and one column of expert ids for each MoE layer.
+def sequence_schema(layout: MoELayout, top: int) -> pa.Schema:
+    """Columns of one sequence: its batch, its tokens, and the expert ids of each MoE layer.
 
-    With `probabilities` one more for each of them; with `top` two more for each MoE layer of the encoder.
+    With `top`, each MoE layer of the encoder has two more columns: likeliest experts and their probabilities.
     """
     expert = pa.uint8() if layout.num_experts <= 256 else pa.int16()
     fields = [("batch", pa.int32()), ("phase", pa.string()), ("segment", pa.string()), ("length", pa.int32())]
     fields += [("tokens", pa.list_(pa.int32())), ("decoder_tokens", pa.list_(pa.int32()))]
     fields += [(name, pa.list_(expert)) for name in layout.layer_names]
-    if probabilities:
-        fields += [(f"{name}_probability", pa.list_(pa.float16())) for name in layout.layer_names]
     if top:
         for name in layout.layer_names[: layout.num_encoder_layers]:
             fields += [(f"{name}_top", pa.list_(expert)), (f"{name}_top_probability", pa.list_(pa.float16()))]
@@ -33,9 +31,9 @@ def sequence_schema(layout: MoELayout, probabilities: bool, top: int) -> pa.Sche
 
 
 def sequence_table(traces: list[RouterTrace], layout: MoELayout) -> pa.Table:
-    """Some batches as a table, one row a sequence; padding is left out."""
+    """Converts batches to a table with one row per sequence; padding is left out."""
     top = traces[0].encoder_top_experts
-    schema = sequence_schema(layout, traces[0].encoder_probabilities is not None, 0 if top is None else top.shape[-1])
+    schema = sequence_schema(layout, 0 if top is None else top.shape[-1])
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for trace in traces:
         size = len(trace.segments)
@@ -47,9 +45,6 @@ def sequence_table(traces: list[RouterTrace], layout: MoELayout) -> pa.Table:
         columns["decoder_tokens"] += _ragged(trace.decoder_tokens.input_ids, trace.decoder_tokens)
         for name, rows in zip(layout.layer_names, _layers(trace), strict=True):
             columns[name] += rows
-        if trace.encoder_probabilities is not None:
-            for name, rows in zip(layout.layer_names, _layer_probabilities(trace), strict=True):
-                columns[f"{name}_probability"] += rows
         for name, experts, probabilities in _top_entries(trace, layout):
             columns[f"{name}_top"] += experts
             columns[f"{name}_top_probability"] += probabilities
@@ -61,15 +56,8 @@ def _layers(trace: RouterTrace) -> list[Ragged]:
     return encoder + [_ragged(layer, trace.decoder_tokens) for layer in trace.decoder_experts]
 
 
-def _layer_probabilities(trace: RouterTrace) -> list[Ragged]:
-    assert trace.encoder_probabilities is not None
-    assert trace.decoder_probabilities is not None
-    encoder = [_ragged(layer, trace.tokens) for layer in trace.encoder_probabilities]
-    return encoder + [_ragged(layer, trace.decoder_tokens) for layer in trace.decoder_probabilities]
-
-
 def _top_entries(trace: RouterTrace, layout: MoELayout) -> Iterator[tuple[str, Ragged, Ragged]]:
-    """Of each encoder layer its name, likeliest experts and their probabilities, token after token."""
+    """Yields each encoder layer's name, likeliest experts, and their probabilities, token after token."""
     if trace.encoder_top_experts is None or trace.encoder_top_probabilities is None:
         return
     for name, *pair in zip(
@@ -84,7 +72,7 @@ def _ragged(values: Tensor, tokens: TokenBatch) -> Ragged:
 
 
 def tokens_column(rows: pa.Table, name: str, pad: int = 0) -> TokenBatch:
-    """A list column of one batch, right-padded to `[B, T]`."""
+    """Reads a list column of one batch, right-padded to `[B, T]`."""
     chunk = rows[name].combine_chunks()
     if chunk.null_count or chunk.values.null_count:
         raise ValueError(f"column {name} has missing values; expected a number for every token")
@@ -93,20 +81,20 @@ def tokens_column(rows: pa.Table, name: str, pad: int = 0) -> TokenBatch:
 
 
 def entries_column(rows: pa.Table, name: str, tokens: TokenBatch, entries: int) -> Tensor:
-    """A list column with `entries` numbers for each token of one batch, `[B, T, entries]`; 0 on padding."""
+    """Reads a list column with `entries` numbers per token of one batch, `[B, T, entries]`; 0 on padding."""
     values = torch.from_numpy(rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
     result = values.new_zeros((*tokens.mask.shape, entries))
-    result[tokens.mask] = values.view(-1, entries)  # both run through sequences, then through positions
+    result[tokens.mask] = values.view(-1, entries)  # both are ordered by sequence, then by position
     return result
 
 
 def counts_schema() -> pa.Schema:
-    """One row is one MoE layer of one batch."""
+    """Columns of a counts shard: one row is one MoE layer of one batch."""
     return pa.schema([("batch", pa.int32()), ("layer", pa.int32()), ("counts", pa.list_(pa.int64()))])
 
 
 def counts_table(first: int, loads: IntArray) -> pa.Table:
-    """Loads `[steps, L, E]` of the batches from number `first` on."""
+    """Converts loads `[steps, L, E]` to a table; the first step is batch number `first`."""
     steps, layers, _ = loads.shape
     columns = {
         "batch": np.repeat(np.arange(first, first + steps), layers),

@@ -1,6 +1,7 @@
-"""TraceSample and TraceSamples: the batches of a stored trace to learn from, each with the loads before it.
+"""TraceSamples: a torch dataset over a stored trace; each sample is a batch with the loads of the batches before it.
 
-Only the loads are held whole (a few kilobytes a batch); tokens and routes pass through a bounded shuffle pool.
+Loads of all batches are kept in memory (a few kilobytes each); tokens and routes are read as they are needed and pass
+through a bounded shuffle pool.
 Shape suffixes: K past batches, L MoE layers, E logical experts.
 """
 
@@ -19,16 +20,16 @@ from data.traces.store import StoredTrace
 from data.traces.trace import RouterTrace, TokenBatch
 
 POOL = 1024
-"""Training batches in memory while shuffling."""
+"""Most training batches in memory while shuffling."""
 
 
 @dataclass(frozen=True)
 class TraceSample:
-    """One batch to learn from.
+    """One batch to train or evaluate on.
 
     Attributes:
-        trace: Its tokens and where they were routed.
-        load: Its dispatched tokens per expert, float32 `[L, E]`.
+        trace: The batch's tokens and their experts.
+        load: Dispatched tokens of each expert in this batch, float32 `[L, E]`.
         history: Loads of the batches before it, oldest first, float32 `[K, L, E]`.
     """
 
@@ -37,7 +38,7 @@ class TraceSample:
     history: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TraceSample":
-        """The same sample on another device."""
+        """Copies the sample to another device."""
         trace = self.trace
         tokens = replace(trace.tokens, input_ids=trace.tokens.input_ids.to(device), mask=trace.tokens.mask.to(device))
         tensors: dict[str, Any] = {
@@ -48,10 +49,10 @@ class TraceSample:
 
 
 def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
-    """Dispatched tokens per sequence, `[B, L, E]`: their sum over sequences is the batch's load.
+    """Dispatched tokens of each sequence, `[B, L, E]`; their sum over sequences is the batch's load.
 
-    Capacity counts per sequence, so its dispatched tokens are its demand cut off there: much cheaper than to find out
-    which tokens were dropped, as `RouterTrace.load` does.
+    Capacity applies per sequence, so a sequence's dispatched tokens are min(demand, capacity). This is much cheaper
+    than `RouterTrace.load`, which determines the dropped tokens.
     """
     size, num_experts = len(trace.segments), layout.num_experts
     layers = []
@@ -64,7 +65,7 @@ def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
 
 
 def part(trace: RouterTrace, rows: Tensor) -> RouterTrace:
-    """Some of a batch's sequences as a batch of their own, padding trimmed."""
+    """Makes a batch of some of a batch's sequences and trims its padding."""
     width, decoder_width = (int(t.mask[rows].sum(1).max()) for t in (trace.tokens, trace.decoder_tokens))
 
     def tokens(batch: TokenBatch, columns: int) -> TokenBatch:
@@ -77,27 +78,25 @@ def part(trace: RouterTrace, rows: Tensor) -> RouterTrace:
         decoder_tokens=tokens(trace.decoder_tokens, decoder_width),
         encoder_experts=trace.encoder_experts[:, rows, :width],
         decoder_experts=trace.decoder_experts[:, rows, :decoder_width],
-        encoder_probabilities=None,
-        decoder_probabilities=None,
         encoder_top_experts=None if (top := trace.encoder_top_experts) is None else top[:, rows, :width],
         encoder_top_probabilities=None if (p := trace.encoder_top_probabilities) is None else p[:, rows, :width],
     )
 
 
 class TraceSamples(IterableDataset[TraceSample]):
-    """The batches of one split, in order or shuffled by seed and epoch; every rank gets as many as the others.
+    """Batches of one split, in order or shuffled by seed and epoch; every rank gets the same number of them.
 
     Args:
         trace: The stored trace.
-        loads: Loads of all its batches, `[steps, L, E]`.
-        sizes: Split and sequences of each of its batches.
-        split: "train", "val" or "test": the batches wanted.
-        window: Most past loads to give with a batch.
-        epoch: Tells the current epoch where batches are to be cut and shuffled, None where they stay as they came.
-        sequences: About how many sequences a batch is cut into.
+        loads: Loads of all batches of the trace, `[steps, L, E]`.
+        sizes: Split and number of sequences of each batch of the trace.
+        split: "train", "val" or "test".
+        window: Most past loads K in a sample's history.
+        epoch: Function that returns the current epoch; batches are then cut and shuffled. None keeps them as recorded.
+        sequences: Approximate number of sequences in each part that a batch is cut into.
         seed: Seed of cuts and shuffle.
-        rank: This process, 0..world - 1.
-        world: Processes that share the batches.
+        rank: Rank of this process, 0..world - 1.
+        world: Number of processes that share the batches.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class TraceSamples(IterableDataset[TraceSample]):
     def __iter__(self) -> Iterator[TraceSample]:
         samples = self._in_order() if self.epoch is None else self._shuffled(self.epoch())
         turn = []
-        for sample in samples:  # whole turns only, so that no rank waits for a batch that another one lacks
+        for sample in samples:  # complete turns only: every rank must run the same number of steps
             turn.append(sample)
             if len(turn) == self.world:
                 yield turn[self.rank]

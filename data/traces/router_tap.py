@@ -1,7 +1,13 @@
-"""RouterTap: forward hooks on a Switch model's routers; the same one logs traces offline and feeds the runtime."""
+"""RouterTap: forward hooks that record the routing decisions of a Hugging Face Switch Transformer.
+
+    with RouterTap(model, MoELayout.from_model(model, "my-model")) as tap:
+        model.generate(**inputs)
+    experts = [[call.experts for call in layer] for layer in tap.take()]
+
+`python -m data.collect` logs traces with it. The runtime does not use it: its dispatch sees the routing anyway.
+"""
 
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,14 +18,14 @@ from data.models.layout import MoELayout
 
 @dataclass(frozen=True)
 class RouterCall:
-    """What a router did once; padding is routed like any token.
+    """Routing decisions of one forward call of one router; padding is routed like any token.
 
     Attributes:
         experts: Expert of each position, int16 `[B, T]`.
-        kept: Whether the position fitted into its expert's capacity, bool `[B, T]`.
+        kept: True for positions within their expert's capacity, bool `[B, T]`.
         probability: Router probability of that expert, `[B, T]`.
-        top_experts: The likeliest experts, likeliest first, int16 `[B, T, K]`; K is 0 where they were not asked for.
-        top_probability: Their router probabilities, `[B, T, K]`.
+        top_experts: The K likeliest experts, likeliest first, int16 `[B, T, K]`; K is 0 by default.
+        top_probability: Router probabilities of these experts, `[B, T, K]`.
     """
 
     experts: Tensor
@@ -30,14 +36,17 @@ class RouterCall:
 
 
 class RouterTap:
-    """Records where every token goes, layer by layer, without copying anything off the device.
+    """Context manager that records the experts of every token, layer by layer; results stay on the model's device.
 
-    Used as a context manager; hooks are removed at the end. `take` empties it.
+    The hooks are removed when the context ends. Outputs of the model do not change.
 
     Args:
-        model: The model.
-        layout: Its MoE layers.
-        top: K, how many of a token's likeliest experts are kept with their probabilities.
+        model: A `SwitchTransformersForConditionalGeneration`.
+        layout: The model's MoE layers.
+        top: Number K of likeliest experts recorded for each token with their probabilities.
+
+    Raises:
+        ValueError: If `top` is negative or above the number of experts.
     """
 
     def __init__(self, model: nn.Module, layout: MoELayout, top: int = 0) -> None:
@@ -53,16 +62,14 @@ class RouterTap:
             self._handles.append(router.register_forward_hook(self._hook(layer)))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
     def _hook(self, layer: int) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
             one_hot_BTE, probability_BT1, logits_BTE = (tensor.detach() for tensor in output)
-            # The router takes the argmax of probabilities in the dtype of its input, where ties can hide.
+            # The router takes the argmax in the dtype of its input, where rounding can make two experts equal.
             share_BTE = logits_BTE.softmax(-1).to(probability_BT1.dtype)
             experts_BT = share_BTE.argmax(-1).to(torch.int16)
             top = share_BTE.topk(self.top, -1)
@@ -73,6 +80,6 @@ class RouterTap:
         return record
 
     def take(self) -> list[list[RouterCall]]:
-        """What was recorded since the last take: for each MoE layer, its router's calls."""
+        """Returns the calls recorded since the last `take`, a list for each MoE layer, and forgets them."""
         calls, self._calls = self._calls, [[] for _ in self.layout.layers]
         return calls

@@ -1,4 +1,4 @@
-"""What a trace says about its traffic: how skewed the experts' loads are and how much they change from batch to batch.
+"""TraceStatistics: how skewed the expert loads of a trace are, and how much they change from batch to batch.
 
 Shape suffixes: N batches, L MoE layers, E logical experts.
 """
@@ -14,17 +14,17 @@ from data.traces.store import StoredTrace
 
 @dataclass(frozen=True)
 class TraceStatistics:
-    """Figures of a trace; arrays have one entry a MoE layer.
+    """Statistics of a trace; arrays have one entry per MoE layer.
 
     Attributes:
         loads: Dispatched tokens, `[N, L, E]`.
-        tokens: Dispatched tokens in all.
-        hottest: Load of the hottest expert over the mean, median over batches.
-        dropped: Share of demand that was dropped for capacity; None where only counts were logged.
-        padding: Share of encoder positions that were padding; None where only counts were logged.
-        step_tv: Total variation between the shares of a batch and of the one before it, mean over batches.
-        floor_tv: The same if every batch were drawn from one and the same distribution: what sampling alone makes.
-        phases: Phase of traffic of each batch; None where only counts were logged.
+        tokens: Dispatched tokens, summed over batches.
+        hottest: Load of the hottest expert divided by the mean load, median over batches.
+        dropped: Fraction of demand that was dropped for capacity; None if only counts were logged.
+        padding: Fraction of encoder positions that were padding; None if only counts were logged.
+        step_tv: Total variation distance (0 to 1) between the shares of consecutive batches, mean over batches.
+        floor_tv: `step_tv` if every batch were drawn from the same distribution: the part that sampling alone causes.
+        phases: Phase of the stream that each batch belongs to; None if only counts were logged.
     """
 
     loads: IntArray
@@ -44,7 +44,7 @@ def step_variation(loads: IntArray) -> FloatArray:
 
 
 def shuffled(loads: IntArray, rng: np.random.Generator) -> IntArray:
-    """The same tokens dealt to batches at random: each batch keeps its size, each expert its sum."""
+    """Distributes the same tokens over batches at random; each batch keeps its size, each expert its sum."""
     dealt = np.empty_like(loads)
     for layer in range(loads.shape[1]):
         left = loads[:, layer].sum(0)
@@ -55,7 +55,7 @@ def shuffled(loads: IntArray, rng: np.random.Generator) -> IntArray:
 
 
 def measure(trace: StoredTrace) -> TraceStatistics:
-    """Reads a trace once and measures it."""
+    """Computes the statistics of a trace, reading it once."""
     demand, positions, real = None, 0, 0
     phases: list[str] = []
     if trace.about["granularity"] == "tokens":

@@ -1,7 +1,10 @@
-"""A trace on disk: Parquet shards and trace.json. The only file that knows the format (see docs/trace-format.md).
+"""StoredTrace: a router trace on disk, Parquet shards and trace.json; reading and writing (docs/trace-format.md).
 
-One row of a shard is one sequence; one column holds the expert of each of its tokens in one MoE layer. Where only
-counts are known, one row is one MoE layer of one batch.
+    trace = open_trace(Path("outputs/traces/switch-mini-64"))
+    loads = trace.loads()  # [steps, L, E]
+
+One row of a shard is one sequence; one column holds the experts of its tokens in one MoE layer. In a trace of counts,
+one row is one MoE layer of one batch.
 """
 
 from collections.abc import Iterator
@@ -36,7 +39,7 @@ Shard = dict[str, Any]
 
 
 def write_shard(path: Path, traces: list[RouterTrace], layout: MoELayout) -> Shard:
-    """Writes some batches as one Parquet file, whole or not at all; returns its entry for trace.json."""
+    """Writes batches to one Parquet file, completely or not at all; returns its entry for trace.json."""
     _write(path, sequence_table(traces, layout))
     tokens = sum(trace.tokens.num_tokens for trace in traces)
     sequences = sum(len(trace.segments) for trace in traces)
@@ -46,7 +49,7 @@ def write_shard(path: Path, traces: list[RouterTrace], layout: MoELayout) -> Sha
 
 
 def write_counts_shard(path: Path, first: int, loads: IntArray) -> Shard:
-    """Writes loads `[steps, L, E]` of the batches from number `first` on; returns the entry for trace.json."""
+    """Writes loads `[steps, L, E]`, the first of batch number `first`; returns the file's entry for trace.json."""
     _write(path, counts_table(first, loads))
     return {"file": path.name, "batches": len(loads), "sha256": sha256(path)}
 
@@ -59,15 +62,15 @@ def _write(path: Path, table: pa.Table) -> None:
 def write_about(
     folder: Path, layout: MoELayout, shards: list[Shard], splits: list[str], granularity: Granularity, **facts: Any
 ) -> None:
-    """Writes trace.json, which makes a folder of shards a trace.
+    """Writes trace.json, which turns a folder of shards into a trace.
 
     Args:
-        folder: The trace.
+        folder: Folder of the trace.
         layout: The model that was traced.
         shards: What `write_shard` or `write_counts_shard` returned, in order.
         splits: Split of each batch: "train", "gap", "val" or "test".
-        granularity: Whether tokens were logged or only counts.
-        facts: Whatever else is to be kept: where the text came from, settings, versions.
+        granularity: "tokens" if every token was logged, "counts" if only the loads are known.
+        facts: Further entries: the source of the text, settings, versions.
     """
     runs, start = [], 0
     for split, run in groupby(splits):
@@ -80,12 +83,12 @@ def write_about(
 
 @dataclass(frozen=True)
 class StoredTrace:
-    """A trace folder that was opened: its description checked, its shards not read yet.
+    """An opened trace folder: trace.json is checked, the shards are read on request.
 
     Attributes:
         path: The folder.
         layout: The model that was traced.
-        about: trace.json as it stands.
+        about: Content of trace.json.
     """
 
     path: Path
@@ -94,7 +97,7 @@ class StoredTrace:
 
     @property
     def num_batches(self) -> int:
-        """Batches in all shards."""
+        """Number of batches in all shards."""
         return sum(shard["batches"] for shard in self.about["shards"])
 
     @property
@@ -106,12 +109,12 @@ class StoredTrace:
         """Yields the batches in order, one shard in memory at a time.
 
         Raises:
-            ValueError: On a shard that is missing, damaged, or not this trace's; the message names it. Also where only
-                counts were logged.
+            ValueError: If a shard is missing, damaged, or of another trace; the message names it. Also if the trace
+                holds counts only.
         """
         if self.about["granularity"] != "tokens":
             raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
-        schema = sequence_schema(self.layout, bool(self.about.get("probabilities")), self.about.get("top", 0))
+        schema = sequence_schema(self.layout, self.about.get("top", 0))
         for path, table in self._tables(schema):
             for number, rows in _by_batch(table):
                 try:
@@ -149,7 +152,7 @@ class StoredTrace:
             try:
                 table = pq.read_table(path)
             except pa.ArrowInvalid as error:
-                raise ValueError(f"{path} is no Parquet file: {error}") from None
+                raise ValueError(f"{path} is not a Parquet file: {error}") from None
             if table.schema != schema:
                 raise ValueError(f"{path} has columns {table.schema.names}, expected {schema.names}")
             yield path, table
@@ -178,7 +181,7 @@ class StoredTrace:
         )
 
     def _top(self, rows: pa.Table, tokens: TokenBatch, names: list[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Likeliest experts of each encoder token and their probabilities, `[L_enc, B, T, K]`, if they were logged."""
+        """Reads likeliest experts and their probabilities, `[L_enc, B, T, K]`; None if they were not logged."""
         if not (top := self.about.get("top", 0)):
             return None, None
         experts = [entries_column(rows, f"{name}_top", tokens, top).to(torch.int16) for name in names]
@@ -191,7 +194,7 @@ def _stack(layers: list[Tensor], tokens: TokenBatch) -> Tensor:
 
 
 def _by_batch(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
-    """Cuts a shard into its batches."""
+    """Yields the number and the rows of each batch of a shard."""
     numbers = table["batch"].to_numpy()
     edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
     for start, stop in pairwise(edges):
@@ -202,7 +205,7 @@ def open_trace(path: Path) -> StoredTrace:
     """Opens a trace folder.
 
     Raises:
-        ValueError: If there is no whole trace of a format this version reads.
+        ValueError: If the folder holds no complete trace in a format version that this code reads.
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; expected a trace written by `python -m data.collect`")

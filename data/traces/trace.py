@@ -1,4 +1,4 @@
-"""What one batch looks like to a forecaster, what the routers did with it, and the loads that follow from that.
+"""TokenBatch and RouterTrace: the tokens of one batch, the expert of every token, and the loads derived from them.
 
 Shape suffixes: B sequences, T encoder positions, U decoder positions, L MoE layers (encoder first), E logical experts.
 """
@@ -19,7 +19,7 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The tokens of one batch, known before it runs.
+    """The encoder tokens of one batch, known before it runs.
 
     Attributes:
         input_ids: Token ids, int64 `[B, T]`.
@@ -66,7 +66,7 @@ class TokenBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens in the batch, padding left out."""
+        """Number of tokens in the batch; padding is not counted."""
         return int(self.mask.sum())
 
 
@@ -89,12 +89,15 @@ def pad_tokens(rows: list[IntArray], pad: int) -> TokenBatch:
 
 
 def dispatched_mask(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """Which routed tokens fit into their expert's capacity, which counts per sequence and in order of position.
+    """True for routed tokens within their expert's capacity, bool `[..., T]`.
+
+    An expert accepts the first `capacity` tokens of each sequence: with experts [2, 0, 2, 2] and capacity 2, the last
+    token is dropped.
 
     Args:
         experts: Expert of each token, `[..., T]`; `PADDING` on padding, which must come last (right padding).
         num_experts: E.
-        capacity: Tokens of one sequence an expert accepts.
+        capacity: Tokens of one sequence that an expert accepts.
     """
     one_hot = torch.nn.functional.one_hot(experts.long() + 1, num_experts + 1)[..., 1:]
     rank = (one_hot.cumsum(-2) * one_hot).sum(-1)
@@ -103,23 +106,21 @@ def dispatched_mask(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterTrace:
-    """One batch and where its tokens were routed.
+    """One batch and the experts that its tokens were routed to.
 
     Attributes:
-        batch: Number of the batch in the stream.
-        phase: Which traffic it belongs to.
+        batch: Number of the batch in the stream, from 0.
+        phase: Part of the stream that the batch belongs to, such as "steady".
         split: "train", "gap", "val" or "test".
         segments: Segment (topic, language, source) of each sequence, `[B]`.
         tokens: Encoder tokens `[B, T]`.
-        decoder_tokens: Decoder input tokens `[B, U]`; U is 0 where the decoder did not run.
+        decoder_tokens: Decoder input tokens `[B, U]`; U is 0 if the decoder did not run.
         encoder_experts: Expert of each encoder token, int16 `[L_enc, B, T]`, `PADDING` on padding.
         decoder_experts: Expert of each decoder token, int16 `[L_dec, B, U]`, `PADDING` on padding.
-        stepwise: Whether the decoder ran token by token, so that its capacity counted for each token alone.
-        encoder_probabilities: Router probability of that expert, float16 `[L_enc, B, T]`, where it was logged.
-        decoder_probabilities: The same for the decoder, float16 `[L_dec, B, U]`.
-        encoder_top_experts: The K likeliest experts of each encoder token, likeliest first, int16 `[L_enc, B, T, K]`,
-            where they were logged.
-        encoder_top_probabilities: Their router probabilities, float16 `[L_enc, B, T, K]`.
+        stepwise: Whether the decoder ran token by token; its capacity then never drops a token.
+        encoder_top_experts: The K likeliest experts of each encoder token, likeliest first, int16 `[L_enc, B, T, K]`;
+            None if they were not logged.
+        encoder_top_probabilities: Router probabilities of these experts, float16 `[L_enc, B, T, K]`.
     """
 
     batch: int
@@ -131,8 +132,6 @@ class RouterTrace:
     encoder_experts: Tensor
     decoder_experts: Tensor
     stepwise: bool = False
-    encoder_probabilities: Tensor | None = None
-    decoder_probabilities: Tensor | None = None
     encoder_top_experts: Tensor | None = None
     encoder_top_probabilities: Tensor | None = None
 
@@ -148,29 +147,16 @@ class RouterTrace:
                 )
 
     def demand(self, layout: MoELayout) -> IntArray:
-        """Tokens whose router chose each expert, padding left out, `[L, E]`."""
+        """Tokens whose router chose each expert, `[L, E]`; padding is not counted."""
         layers = [_count(ids, ids >= 0, layout) for ids in (*self.encoder_experts, *self.decoder_experts)]
         return torch.stack(layers).numpy()
 
     def load(self, layout: MoELayout) -> IntArray:
-        """Dispatched tokens of each expert: demand less the tokens dropped for capacity, `[L, E]`."""
+        """Dispatched tokens of each expert, `[L, E]`: demand minus the tokens dropped for capacity."""
         layers = [_count(ids, _kept(ids, layout), layout) for ids in self.encoder_experts]
         for ids in self.decoder_experts:
             layers.append(_count(ids, ids >= 0 if self.stepwise else _kept(ids, layout), layout))
         return torch.stack(layers).numpy()
-
-    def step_loads(self, layout: MoELayout) -> IntArray:
-        """Load of each decoder step on the decoder's layers, `[U, L_dec, E]`; only where it ran token by token.
-
-        Raises:
-            ValueError: If the decoder ran all tokens at once.
-        """
-        if not self.stepwise:
-            raise ValueError(f"batch {self.batch}: the decoder ran all its tokens at once; there are no steps")
-        steps = self.decoder_experts.unbind(2)
-        counts = [torch.stack([_count(ids, ids >= 0, layout) for ids in step]) for step in steps]
-        shape = (0, len(self.decoder_experts), layout.num_experts)
-        return torch.stack(counts).numpy() if counts else np.zeros(shape, dtype=np.int64)
 
 
 def _kept(experts: Tensor, layout: MoELayout) -> Tensor:
@@ -178,5 +164,5 @@ def _kept(experts: Tensor, layout: MoELayout) -> Tensor:
 
 
 def _count(experts: Tensor, keep: Tensor, layout: MoELayout) -> Tensor:
-    """Tokens of each expert among those to keep, `[E]`."""
+    """Tokens of each expert at the positions to keep, `[E]`."""
     return torch.bincount(experts[keep].long(), minlength=layout.num_experts)

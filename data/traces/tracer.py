@@ -1,9 +1,8 @@
-"""Tracer: runs batches through a tapped Switch model and says where every token went.
+"""Tracer: runs batches through a Switch model and records the expert of every token as a RouterTrace.
 
 Shape suffixes: B sequences, T encoder positions, U decoder positions, L MoE layers.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +10,15 @@ from torch import Tensor
 
 from data.models.switch import LoadedSwitch
 from data.text.batching import Decode, TextBatch
-from data.traces.router_tap import RouterCall, RouterTap
+from data.traces.router_tap import RouterTap
 from data.traces.trace import PADDING, RouterTrace, TokenBatch, pad_tokens
 
 
 def model_inputs(batch: TextBatch, config: Any) -> tuple[TokenBatch, TokenBatch]:
-    """Encoder tokens `[B, T]` and, where there are targets, the decoder's inputs for them `[B, U]`, else `[B, 0]`."""
+    """Pads a batch to encoder tokens `[B, T]` and decoder inputs `[B, U]`; U is 0 if the batch has no targets.
+
+    Decoder inputs are the targets shifted right: targets [7, 8, 1] are predicted from [start, 7, 8].
+    """
     targets = pad_tokens(batch.targets, config.pad_token_id)
     start = torch.full_like(targets.input_ids[:, :1], config.decoder_start_token_id or config.pad_token_id)
     decoder = TokenBatch(torch.cat([start, targets.input_ids[:, :-1]], 1), targets.mask)
@@ -28,24 +30,20 @@ class Tracer:
 
     Args:
         switch: The model.
-        tap: A tap on it that is in place.
-        decode: "teacher" feeds the decoder the truth, "generate" lets it write greedily, "none" leaves it out.
-        max_new_tokens: Most tokens the decoder writes.
-        probabilities: Whether router probabilities are kept.
+        tap: A `RouterTap` on the model, entered as a context.
+        decode: "teacher" feeds the decoder the true targets, "generate" decodes greedily, "none" skips the decoder.
+        max_new_tokens: Most tokens the decoder generates.
     """
 
-    def __init__(
-        self, switch: LoadedSwitch, tap: RouterTap, decode: Decode, max_new_tokens: int, probabilities: bool
-    ) -> None:
-        self.switch, self.tap, self.decode = switch, tap, decode
-        self.max_new_tokens, self.probabilities = max_new_tokens, probabilities
+    def __init__(self, switch: LoadedSwitch, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
+        self.switch, self.tap, self.decode, self.max_new_tokens = switch, tap, decode, max_new_tokens
 
     @torch.inference_mode()
     def trace(self, batch: TextBatch) -> RouterTrace:
         """Runs one batch.
 
         Raises:
-            ValueError: If it holds no real token.
+            ValueError: If it holds only padding.
         """
         tokens, decoder = model_inputs(batch, self.switch.model.config)
         if not tokens.mask.any():
@@ -69,7 +67,7 @@ class Tracer:
         return device
 
     def _generate(self, ids: Tensor, attention: Tensor) -> TokenBatch:
-        """Greedy decoding; the decoder's inputs `[B, U]`, padding from a sequence's end on."""
+        """Decodes greedily; returns the decoder's inputs `[B, U]`, padded after each sequence's end."""
         model = self.switch.model
         written = model.generate(
             input_ids=ids, attention_mask=attention, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
@@ -79,7 +77,6 @@ class Tracer:
 
     def _assemble(self, batch: TextBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
         calls, split = self.tap.take(), self.switch.layout.num_encoder_layers
-
         top: dict[str, Tensor] = {}
         if self.tap.top:
             top = {
@@ -88,31 +85,21 @@ class Tracer:
                     [call.top_probability.half() for layer in calls[:split] for call in layer], tokens
                 ),
             }
-
-        def gather(read: Callable[[RouterCall], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            layers = [
-                torch.cat([read(call) for call in layer], 1).cpu().to(dtype) if layer else None for layer in calls
-            ]
-            return _stack(layers[:split], tokens, dtype), _stack(layers[split:], decoder, dtype)
-
-        encoder_experts, decoder_experts = gather(lambda call: call.experts, torch.int16)
-        encoder_p, decoder_p = (
-            gather(lambda call: call.probability, torch.float16) if self.probabilities else (None, None)
-        )
+        layers = [torch.cat([call.experts for call in layer], 1).cpu() if layer else None for layer in calls]
         return RouterTrace(
-            batch.number, batch.phase, "", batch.segments, tokens, decoder, encoder_experts, decoder_experts,
-            self.decode == "generate", encoder_p, decoder_p, **top,
+            batch.number, batch.phase, "", batch.segments, tokens, decoder,
+            _stack(layers[:split], tokens), _stack(layers[split:], decoder), self.decode == "generate", **top,
         )  # fmt: skip
 
 
 def _top(layers: list[Tensor], tokens: TokenBatch) -> Tensor:
-    """`[L_enc, B, T, K]` with padding marked; an encoder's routers run once a batch."""
+    """Stacks values to `[L_enc, B, T, K]` with padding marked; each encoder router runs once per batch."""
     return torch.stack(layers).cpu().masked_fill(~tokens.mask[..., None], PADDING)
 
 
-def _stack(layers: list[Tensor | None], tokens: TokenBatch, dtype: torch.dtype) -> Tensor:
-    """`[L, B, T]` with padding marked; all padding for layers that did not run."""
+def _stack(layers: list[Tensor | None], tokens: TokenBatch) -> Tensor:
+    """Stacks expert ids to `[L, B, T]` with padding marked; a layer that did not run is all padding."""
     shape = tokens.mask.shape
-    rows = [torch.zeros(shape, dtype=dtype) if layer is None else layer for layer in layers]
-    stacked = torch.stack(rows) if rows else torch.zeros((0, *shape), dtype=dtype)
+    rows = [torch.zeros(shape, dtype=torch.int16) if layer is None else layer for layer in layers]
+    stacked = torch.stack(rows) if rows else torch.zeros((0, *shape), dtype=torch.int16)
     return stacked.masked_fill(~tokens.mask, PADDING)

@@ -32,15 +32,15 @@ from runtime.telemetry.recorder import Telemetry
 
 
 def text_batches(
-    engine: Engine, text: str | None, traffic: BatchingConfig, count: int
+    engine: Engine, text: str | None, batching: BatchingConfig, count: int
 ) -> Iterator[tuple[str, ModelBatch]]:
     """Phase and inputs of each batch of the user's text.
 
     By default they are the offline corpus' held-out batches from where the topic always changes.
     """
-    stream = open_stream(text, engine.switch.tokenizer, "teacher", traffic)
+    stream = open_stream(text, engine.switch.tokenizer, "teacher", batching)
     if text is None:
-        splits = corpus_splits(traffic)
+        splits = corpus_splits(batching)
         stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
     for batch in islice(stream, count):
         yield batch.phase, ModelBatch(*model_inputs(batch, engine.switch.model.config))
@@ -54,7 +54,7 @@ def infer(
     redundant: int = 16,
     max_moves: int | None = None,
     batches: int = 24,
-    traffic: BatchingConfig = BatchingConfig(),
+    batching: BatchingConfig = BatchingConfig(),
     check: bool = True,
     device_memory: str | None = None,
     host_memory: str | None = None,
@@ -75,7 +75,7 @@ def infer(
         redundant: Replica slots of each MoE layer over all devices.
         max_moves: Most experts copied before one batch, over all layers; no limit by default.
         batches: Most batches to run.
-        traffic: How text is cut into batches.
+        batching: How text is cut into batches.
         check: Whether answers are compared with the plain model's, which every process then holds as well.
         device_memory: Bytes that experts may take where they are computed, such as 2GiB; the others are fetched ahead.
         host_memory: Bytes of host memory below that, where computing is done on an accelerator.
@@ -98,11 +98,11 @@ def infer(
         engine = Engine(
             model, predictor, devices, redundant, max_moves=max_moves, device_memory=device_memory,
             host_memory=host_memory, timeout_s=timeout,
-            must_agree={"text": str(text), "batches": str(batches), "traffic": str(traffic), "check": str(check)},
+            must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
         plain = load_switch(model).model.to(engine.ranks.device) if check else None
         with engine:
-            checks, costs = run(engine, plain, text_batches(engine, text, traffic, batches), batches, telemetry)
+            checks, costs = run(engine, plain, text_batches(engine, text, batching, batches), batches, telemetry)
             report = summarise(checks, costs, engine)
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})

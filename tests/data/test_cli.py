@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import data.collect
+import data.convert
+import data.pretrain.__main__
+import data.show
 from data.cli import OneLineParser, from_command_line, user_errors
 
 
@@ -96,3 +100,33 @@ def test_ctrl_c_prints_how_to_go_on(capsys):
             raise KeyboardInterrupt
         assert stop.value.code == 130
         assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (data.collect, ["Collects the router trace", "--batching.batches", "--top", "Seed of batch sizes"]),
+        (data.convert, ["Converts recorded expert loads", "SGLang", "--model_id"]),
+        (data.show, ["Prints how skewed the loads", "--out"]),
+        (data.pretrain.__main__, ["Trains the bundled model", "--recipe.steps"]),
+    ],
+)
+def test_help_of_every_command_of_this_package(module, words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.err) == (0, "")
+    for part in words:
+        assert part in " ".join(printed.out.split())
+
+
+def test_an_interrupted_collection_says_that_it_resumes(monkeypatch, capsys):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.collect.load_switch", interrupted)
+    monkeypatch.setattr("sys.argv", ["collect"])
+    with pytest.raises(SystemExit):
+        data.collect.main()
+    assert capsys.readouterr().err == "interrupted; run the same command again to resume at the last finished shard\n"

@@ -1,4 +1,4 @@
-"""A made-up trace, small enough for tests: experts follow from a token, its right neighbour and the topic."""
+"""A small made-up trace for tests: experts are a function of the token, its right neighbour and the topic."""
 
 from pathlib import Path
 
@@ -51,5 +51,5 @@ def write_trace(folder: Path, layout: MoELayout, splits: list[str], shard: int =
 
 
 def time_splits(train: int, val: int, test: int) -> list[str]:
-    """Two phases, each split in time with a gap."""
+    """Splits of two phases, each divided in time with gaps."""
     return (["train"] * train + ["gap"] + ["val"] * val + ["gap"] + ["test"] * test) * 2

@@ -8,7 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from data.models.switch import check_is_switch, load_dense, load_switch, read_embedding
+from data.models.layout import MoELayout
+from data.models.switch import LoadedSwitch, check_is_switch, load_dense, load_switch, read_embedding
 from data.models.weights import BUNDLED, ModelWeights
 from data.pretrain.grouped_experts import group_experts, ungroup_experts
 from tests.conftest import small_switch
@@ -139,3 +140,26 @@ def test_grouped_experts_train_like_the_models_own():
     for ours, theirs in zip(grouped.get_submodule(name).children(), plain.get_submodule(name).children(), strict=True):
         assert torch.equal(ours.wi.weight, 2 * theirs.wi.weight)
         assert torch.equal(ours.wo.weight, theirs.wo.weight)
+
+
+def test_a_live_model_is_wrapped_as_it_is():
+    model = small_switch().train()
+    switch = LoadedSwitch.of(model, "its tokenizer")
+    assert switch.model is model
+    assert not model.training
+    assert switch.tokenizer == "its tokenizer"
+    assert switch.layout == MoELayout.from_model(model, "SwitchTransformersForConditionalGeneration")
+
+
+def test_a_live_model_keeps_the_name_it_was_loaded_by(switch_folder):
+    model = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(switch_folder)
+    assert LoadedSwitch.of(model).layout == load_switch(str(switch_folder)).layout
+    assert LoadedSwitch.of(model).tokenizer is None
+
+
+def test_live_objects_that_are_no_switch_model_are_refused():
+    encoder = transformers.SwitchTransformersEncoderModel(small_switch().config)
+    for wrong in (encoder, torch.nn.Linear(2, 2), "google/switch-base-8"):
+        expected = f"^got a {type(wrong).__name__}, expected a SwitchTransformersForConditionalGeneration$"
+        with pytest.raises(TypeError, match=expected):
+            LoadedSwitch.of(wrong)

@@ -78,7 +78,7 @@ def test_local_files_of_every_kind_in_their_order(tmp_path):
     ("name", "content", "message"),
     [
         ("broken.jsonl", b'{"text": ', "no text could be read from .*broken.jsonl"),
-        ("model.bin", b"\0\0", "holds no text this reads; expected .txt"),
+        ("model.bin", b"\0\0", "holds no text in a known format; expected .txt"),
         (None, b"", "missing.csv does not exist; expected a text file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The default traffic: what each phase promises, and nothing read twice."""
+"""The default stream: what each phase promises, and nothing read twice."""
 
 from collections import Counter
 
@@ -43,17 +43,17 @@ def test_splits_are_in_order_with_gaps_between(count):
 
 def test_stream(switch_folder):
     """Every phase in order, unseen segments only at the end and only for testing, no sequence twice."""
-    traffic = BatchingConfig(batches=8, smallest=2, largest=4, length=128)
+    batching = BatchingConfig(batches=8, smallest=2, largest=4, length=128)
     words = [f"word{n} is number {n} of many words that follow" for n in range(3000)]
     documents = [Document(segment, f"{segment} {word}") for segment in SEGMENTS for word in words[:300]]
     tokenizer = load_switch(str(switch_folder)).tokenizer
-    batches = list(corpus_stream(documents, tokenizer, "none", traffic))
-    assert list(Counter(batch.phase for batch in batches).items()) == list(phase_sizes(traffic).items())
-    assert len(corpus_splits(traffic)) == len(batches)
+    batches = list(corpus_stream(documents, tokenizer, "none", batching))
+    assert list(Counter(batch.phase for batch in batches).items()) == list(phase_sizes(batching).items())
+    assert len(corpus_splits(batching)) == len(batches)
     assert [batch.number for batch in batches] == list(range(len(batches)))
     seen_twice = [row for row, times in Counter(tuple(s) for b in batches for s in b.sources).items() if times > 1]
     assert not seen_twice
-    for batch, split in zip(batches, corpus_splits(traffic), strict=True):
+    for batch, split in zip(batches, corpus_splits(batching), strict=True):
         assert 2 <= len(batch.segments) <= 4
         assert (batch.phase == UNSEEN) == (set(batch.segments) <= set(UNSEEN_MIX))
         assert split == "test" or batch.phase != UNSEEN
@@ -62,5 +62,5 @@ def test_stream(switch_folder):
 def test_a_segment_that_runs_dry_says_so(switch_folder):
     documents = [Document(segment, f"only document of segment {segment} with some words") for segment in SEGMENTS]
     tokenizer = load_switch(str(switch_folder)).tokenizer
-    with pytest.raises(ValueError, match=r"segment '.*' has no text left at batch \d+; lower --traffic.batches"):
+    with pytest.raises(ValueError, match=r"segment '.*' has no text left at batch \d+; lower --batching.batches"):
         list(corpus_stream(documents, tokenizer, "none", BatchingConfig(batches=8)))

@@ -121,19 +121,6 @@ def test_expert_out_of_range_is_refused(folder):
         list(open_trace(folder).traces())
 
 
-def test_probabilities_are_kept_as_float16_beside_the_experts(tmp_path):
-    plain = trace(0)
-    encoder = torch.rand(plain.encoder_experts.shape).half().masked_fill(~plain.tokens.mask, PADDING)
-    decoder = torch.rand(plain.decoder_experts.shape).half().masked_fill(~plain.decoder_tokens.mask, PADDING)
-    full = dataclasses.replace(plain, encoder_probabilities=encoder, decoder_probabilities=decoder)
-    write_about(
-        tmp_path, LAYOUT, [write_shard(tmp_path / "p.parquet", [full], LAYOUT)], ["test"], "tokens", probabilities=True
-    )
-    column = pq.read_table(tmp_path / "p.parquet")["encoder_1_probability"]
-    assert np.array_equal(np.array(column[1].as_py(), dtype=np.float16), encoder[0, 1].numpy())
-    assert torch.equal(next(open_trace(tmp_path).traces()).encoder_experts, plain.encoder_experts)
-
-
 def test_more_than_256_experts_take_two_bytes(tmp_path):
     wide = dataclasses.replace(LAYOUT, num_experts=2048)
     big = dataclasses.replace(trace(0), encoder_experts=trace(0).encoder_experts * 200)

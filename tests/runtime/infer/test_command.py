@@ -46,7 +46,7 @@ def command(switch_folder, predictor, tmp_path, monkeypatch, capsys):
 
     def call(**changes):
         options = {"model": switch_folder, "predictor": predictor, "text": text, "devices": 4, "redundant": 4,
-                   "batches": 5, "traffic.smallest": 3, "traffic.largest": 3, "out": tmp_path / "out"}  # fmt: skip
+                   "batches": 5, "batching.smallest": 3, "batching.largest": 3, "out": tmp_path / "out"}  # fmt: skip
         words = [word for name, value in (options | changes).items() for word in (f"--{name}", str(value))]
         monkeypatch.setattr("sys.argv", ["infer", *words])
         runtime.infer.__main__.main()
@@ -161,7 +161,7 @@ def start(switch_folder, predictor, tmp_path):
 
     def call(**changes) -> subprocess.Popen:
         options = {"model": switch_folder, "predictor": predictor, "text": tmp_path / "words.txt", "redundant": 4,
-                   "traffic.smallest": 3, "traffic.largest": 3, "traffic.batches": 100_000,
+                   "batching.smallest": 3, "batching.largest": 3, "batching.batches": 100_000,
                    "metrics-file": tmp_path / "metrics.jsonl", "out": tmp_path / "out"}  # fmt: skip
         words = [word for name, value in (options | changes).items() for word in (f"--{name}", str(value))]
         torchrun = [
