@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -36,6 +35,8 @@ def model_file(model: str, revision: str, name: str) -> Path:
         FileNotFoundError: If the model's folder has no such file.
         ValueError: If the hub does not give it.
     """
+    from huggingface_hub import hf_hub_download  # only here: local folders load without it
+
     place = locate(model)
     path = Path(place) / name if Path(place).is_dir() else None
     try:
