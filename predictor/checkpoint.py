@@ -1,6 +1,10 @@
-"""A trained predictor as a folder: model.safetensors, config.json, and for people README.md and run.yaml.
+"""Saving and loading a trained predictor: the folder with model.safetensors and config.json.
 
-docs/checkpoint-format.md describes it. Loading needs torch and safetensors only.
+    from predictor import load_predictor
+
+    predictor = load_predictor("outputs/predictor")
+
+docs/checkpoint-format.md describes the folder. Loading needs torch, numpy and safetensors only.
 """
 
 from dataclasses import asdict
@@ -14,28 +18,27 @@ from torch import Tensor
 
 from data.files import read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
+from data.models.weights import ModelWeights
 from predictor.familiarity import Familiarity
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-BEFORE = {"decoder": "pooled"}
-"""What an architecture was that does not say: folders written before there was a choice."""
 SPREAD, KNOWN, USUAL = "spread", "known_tokens", "usual_share_known"
 
 
 def save_predictor(folder: Path, forecaster: NeuralForecaster, about: dict[str, Any] | None = None) -> None:
-    """Writes weights and config.json; the host model's embedding table stays where it is.
+    """Writes model.safetensors and config.json; the host model's embedding table is not saved.
 
     Args:
         folder: Folder to write into.
         forecaster: The trained predictor.
-        about: Further entries of config.json: metrics, provenance.
+        about: Further entries of config.json: metrics, segments, provenance.
     """
     state = {name: value.contiguous() for name, value in forecaster.network.state_dict().items()}
     with whole_file(folder / WEIGHTS) as aside:
-        aside.write_bytes(save(state | {SPREAD: forecaster.spread} | _familiar_tensors(forecaster.familiarity)))
+        aside.write_bytes(save(state | {SPREAD: forecaster.spread} | _familiarity_tensors(forecaster.familiarity)))
     config = {
         "format_version": FORMAT_VERSION,
         "layout": forecaster.layout.to_json(),
@@ -45,7 +48,7 @@ def save_predictor(folder: Path, forecaster: NeuralForecaster, about: dict[str, 
     write_json(folder / CONFIG, config | (about or {}))
 
 
-def _familiar_tensors(familiarity: Familiarity | None) -> dict[str, Tensor]:
+def _familiarity_tensors(familiarity: Familiarity | None) -> dict[str, Tensor]:
     return {} if familiarity is None else {KNOWN: familiarity.known, USUAL: torch.tensor(familiarity.usual)}
 
 
@@ -53,17 +56,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads and checks config.json.
 
     Raises:
-        ValueError: If the folder holds no predictor of a format this version reads.
+        ValueError: If the folder holds no predictor of this format.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; expected a predictor written by `python train.py`")
+        raise ValueError(
+            f"{folder} is not a folder; expected a predictor written by `python train.py`, or the hub id 'owner/name' "
+            "of one"
+        )
     config = read_json(folder / CONFIG)
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / CONFIG} has format version {config.get('format_version')}; this version reads {FORMAT_VERSION}"
+            f"{folder / CONFIG} has format version {config.get('format_version')}; this version reads "
+            f"{FORMAT_VERSION}; train the predictor again"
         )
     if missing := {"layout", "architecture", "weights_sha256"} - config.keys():
-        raise ValueError(f"{folder / CONFIG} lacks {sorted(missing)}")
+        raise ValueError(f"{folder / CONFIG} lacks {sorted(missing)}; train the predictor again")
     return config
 
 
@@ -72,7 +79,8 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is missing; train the predictor again")
     if (digest := sha256(path)) != expected:
         raise ValueError(
-            f"{path} has sha256 {digest[:12]}, {CONFIG} says {expected[:12]}; it was cut short, edited or swapped"
+            f"{path} has sha256 {digest[:12]}, {CONFIG} expects {expected[:12]}; the file was cut short, edited or "
+            "swapped"
         )
     try:
         with safe_open(path, framework="pt") as weights:
@@ -81,43 +89,57 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
-def load_predictor(path: Path, layout: MoELayout | None = None, embedding: Tensor | None = None) -> NeuralForecaster:
-    """Loads a predictor folder.
+def load_predictor(
+    folder_or_hub_id: str | Path,
+    layout: MoELayout | None = None,
+    embedding: Tensor | None = None,
+    revision: str | None = None,
+) -> NeuralForecaster:
+    """Loads a predictor from a folder or from the Hugging Face hub.
 
     Args:
-        path: The folder.
-        layout: The model it is to forecast for; None accepts the model it was trained for.
-        embedding: That model's token embeddings `[V, D]`; read from the model by its stored name by default.
+        folder_or_hub_id: A local folder, or a hub id "owner/name" as a string.
+        layout: Layout of the model to forecast for; None means the model that the predictor was trained for.
+        embedding: Token embeddings `[V, D]` of that model; None reads them from the model that `layout` names.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
-        ValueError: If the folder is damaged, of another format, or was trained for another model.
+        ValueError: If there is no such predictor, or it is damaged, of another format, or trained for another model.
+
+    Example:
+        >>> predictor = load_predictor("tests/predictor/fixtures/v1", embedding=torch.zeros(60, 16))
+        >>> forecast = predictor.forecast({"input_ids": [[3, 14, 15]], "attention_mask": [[1, 1, 1]]})
+        >>> forecast.load.shape  # MoE layers, experts
+        (3, 8)
     """
-    path = Path(path)
-    config = read_config(path)
+    folder = Path(folder_or_hub_id)
+    if not folder.is_dir():
+        from predictor.hub import download_predictor, is_hub_id  # only here: local folders need no hub
+
+        if is_hub_id(folder_or_hub_id):
+            folder = download_predictor(str(folder_or_hub_id), revision)
+    config = read_config(folder)
     trained = MoELayout.from_json(config["layout"])
     if layout is not None and layout.fingerprint() != trained.fingerprint():
         raise ValueError(
-            f"{path} was trained for {trained.model_id} (fingerprint {trained.fingerprint()}), "
+            f"{folder} was trained for {trained.model_id} (fingerprint {trained.fingerprint()}), "
             f"the model is {layout.model_id} (fingerprint {layout.fingerprint()}); train a predictor for it"
         )
-    weights = _read_weights(path / WEIGHTS, config["weights_sha256"])
+    weights = _read_weights(folder / WEIGHTS, config["weights_sha256"])
     try:
-        network = LoadNetwork(trained, Architecture(**BEFORE | config["architecture"]))
+        network = LoadNetwork(trained, Architecture(**config["architecture"]))
         spread = weights.pop(SPREAD)
-        spread = torch.nn.functional.pad(spread, (0, 3 - spread.shape[-1]))  # two weights before there was a third
         familiarity = Familiarity(weights.pop(KNOWN), float(weights.pop(USUAL))) if KNOWN in weights else None
         network.load_state_dict(weights)
     except (TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path / CONFIG} and {WEIGHTS} do not fit together: {error}") from None
+        raise ValueError(f"{folder / CONFIG} and {WEIGHTS} do not fit together: {error}") from None
+    if (expected := (2, trained.num_layers, 3)) != tuple(spread.shape):
+        raise ValueError(f"{folder / WEIGHTS} has a spread of shape {tuple(spread.shape)}, expected {expected}")
     if embedding is None:
-        from data.models.switch import (
-            read_embedding,  # only here: it knows the hub, which a runtime with a model needs not
-        )
-
-        place = layout or trained
-        embedding = read_embedding(place.model_id, place.revision)
+        model = layout or trained
+        embedding = ModelWeights(model.model_id, model.revision).read("shared.weight")
     if embedding.shape != (trained.vocab_size, trained.d_model):
         raise ValueError(
-            f"the embedding table is {tuple(embedding.shape)}, {path} needs {(trained.vocab_size, trained.d_model)}"
+            f"the embedding table is {tuple(embedding.shape)}, {folder} needs {(trained.vocab_size, trained.d_model)}"
         )
     return NeuralForecaster(trained, network, embedding.float(), spread, familiarity)

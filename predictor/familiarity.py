@@ -1,7 +1,8 @@
-"""Whether a batch's text is of a kind that the network was trained on: by how many of its tokens it met in training.
+"""Familiarity: how far a batch's text resembles the training text, by the share of its tokens seen in training.
 
-On text it does not know, a network that reads tokens can be wrong in the same way batch after batch, while past loads
-are right until the topic changes. So trust passes from tokens to history as unfamiliar tokens grow more than usual.
+On unfamiliar text a network that reads tokens can be wrong in the same way batch after batch, while past loads are
+right until the topic changes. The weight of the token forecast therefore falls, and the weight of history rises, as
+the share of unknown tokens exceeds the usual one.
 """
 
 from collections.abc import Iterable
@@ -12,19 +13,19 @@ from torch import Tensor
 
 from data.traces.trace import TokenBatch
 
-OFTEN = 5
-"""Occurrences in training from which a token counts as known."""
+MIN_OCCURRENCES = 5
+"""Occurrences in the training batches that make a token known."""
 STEEPNESS = 12
-"""How fast trust falls: (share of known tokens / the usual share) to this power."""
+"""Exponent of the trust: (share of known tokens / usual share) ** STEEPNESS."""
 
 
 @dataclass(frozen=True)
 class Familiarity:
-    """Known tokens, and how many of them a batch usually has.
+    """The known tokens, and the share of a batch that they usually make up.
 
     Attributes:
-        known: Whether the network met a token often in training, bool `[V]`.
-        usual: Smallest share of known tokens among validation batches.
+        known: Whether a token occurred at least `MIN_OCCURRENCES` times in training, bool `[V]`.
+        usual: Smallest share of known tokens (0 to 1) among the validation batches.
     """
 
     known: Tensor
@@ -32,20 +33,23 @@ class Familiarity:
 
     @classmethod
     def fit(cls, vocabulary: int, train: Iterable[TokenBatch], val: Iterable[TokenBatch]) -> "Familiarity":
-        """Counts the tokens of training batches, then the known ones of validation batches."""
+        """Finds the known tokens in the training batches and their usual share in the validation batches."""
         counts = torch.zeros(vocabulary, dtype=torch.int64)
         for batch in train:
             counts += torch.bincount(batch.input_ids[batch.mask], minlength=vocabulary)
-        known = counts >= OFTEN
-        return cls(known, min(_share(known, batch) for batch in val))
+        known = counts >= MIN_OCCURRENCES
+        return cls(known, min(_known_share(known, batch) for batch in val))
 
     def trust(self, upcoming: TokenBatch) -> float:
-        """Weight of the forecast from tokens, 0 to 1; the rest is history's."""
+        """Weight of the forecast from tokens, 0 to 1; the remainder is the weight of history.
+
+        With a usual share of 0.8, a batch with half of its tokens known gets (0.5 / 0.8) ** 12 = 0.004.
+        """
         if self.usual == 0:
             return 1.0
-        return min(1.0, _share(self.known, upcoming) / self.usual) ** STEEPNESS
+        return min(1.0, _known_share(self.known, upcoming) / self.usual) ** STEEPNESS
 
 
-def _share(known: Tensor, batch: TokenBatch) -> float:
-    """Share of a batch's real tokens that are known."""
+def _known_share(known: Tensor, batch: TokenBatch) -> float:
+    """Share of known tokens among a batch's tokens, padding left out."""
     return float(known[batch.input_ids[batch.mask]].float().mean())

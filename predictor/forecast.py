@@ -1,4 +1,7 @@
-"""The word between predictor and runtime: a forecast of the load a batch will put on each expert.
+"""LoadForecast: the predicted load of every expert in the coming batch, and Forecaster, the protocol that makes one.
+
+A forecaster of your own needs a `name` and a method `forecast(upcoming, history)`; `forecast_from_load` turns the
+loads that it predicts into a `LoadForecast`. No torch is needed.
 
 Shape suffixes: K past batches, L MoE layers, E logical experts.
 """
@@ -12,7 +15,7 @@ import numpy.typing as npt
 from data.arrays import FloatArray
 from data.traces.loads import share_of
 
-if TYPE_CHECKING:  # forecasts need no torch
+if TYPE_CHECKING:  # it imports torch
     from data.traces.trace import TokenBatch
 
 LoadHistory = npt.NDArray[np.int64]
@@ -21,17 +24,25 @@ LoadHistory = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LoadForecast:
-    """A predicted load `[L, E]` for a batch that has not run yet.
+    """The predicted load `[L, E]` of a batch that has not run yet.
 
     Attributes:
-        share: Predicted load divided by its sum, `[L, E]`; every row sums to 1.
-        tokens: Predicted dispatched tokens in each layer, `[L]`.
-        spread: One standard deviation of each share, `[L, E]`; zeros where the forecaster does not know.
+        share: Predicted load divided by its sum over experts, `[L, E]`; every row sums to 1.
+        tokens: Predicted dispatched tokens of each layer, `[L]`.
+        spread: One standard deviation of each share, `[L, E]`; zeros if the forecaster does not estimate it.
         made_at: Number of batches that had run when the forecast was made.
         source: Name of the forecaster.
 
     Raises:
         ValueError: On shapes that disagree, NaN, infinite or negative numbers, or rows that do not sum to 1.
+
+    Example:
+        >>> share = np.array([[0.5, 0.25, 0.25], [0.0, 0.125, 0.875]])
+        >>> forecast = LoadForecast(share, np.array([8.0, 16.0]), np.zeros((2, 3)), made_at=0, source="example")
+        >>> forecast.load.tolist()
+        [[4.0, 2.0, 2.0], [0.0, 2.0, 14.0]]
+        >>> forecast.hottest(k=2)
+        [(1, 2, 14.0), (0, 0, 4.0)]
     """
 
     share: FloatArray
@@ -63,20 +74,26 @@ class LoadForecast:
         """Predicted dispatched tokens of each expert, `[L, E]`."""
         return self.share * self.tokens[:, None]
 
+    def hottest(self, k: int = 16) -> list[tuple[int, int, float]]:
+        """The `k` experts of all layers with the most predicted tokens: (layer, expert, tokens), most tokens first."""
+        load = self.load
+        layers, experts = np.unravel_index(np.argsort(-load, axis=None, kind="stable")[:k], load.shape)
+        return list(zip(layers.tolist(), experts.tolist(), load[layers, experts].tolist(), strict=True))
+
 
 class Forecaster(Protocol):
-    """Anything that forecasts the coming batch's load; networks and baselines alike."""
+    """Forecasts the coming batch's load: the trained network and the baselines alike."""
 
     @property
     def name(self) -> str:
-        """What tables and forecasts call it."""
+        """Name in tables, and `source` of its forecasts."""
         ...
 
     def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         """Forecasts the load of the coming batch.
 
         Args:
-            upcoming: The coming batch's own tokens, or None when the queue is empty.
+            upcoming: The coming batch's tokens, or None if they are not known.
             history: Loads of the batches that have run, oldest first, `[K, L, E]`.
         """
         ...
@@ -85,6 +102,6 @@ class Forecaster(Protocol):
 def forecast_from_load(
     load: FloatArray, *, made_at: int, source: str, spread: FloatArray | None = None
 ) -> LoadForecast:
-    """Turns a predicted load `[L, E]` in tokens into a forecast; a layer with no load becomes uniform."""
+    """Turns a predicted load `[L, E]` in tokens into a forecast; the shares of a layer without load are uniform."""
     share = share_of(load)
     return LoadForecast(share, load.sum(-1), np.zeros_like(share) if spread is None else spread, made_at, source)

@@ -1,28 +1,32 @@
-"""The network as a Forecaster: what the runtime holds. Needs torch alone.
+"""NeuralForecaster: a trained network that forecasts the load of the coming batch. Needs torch and numpy only.
 
-Shape suffixes: K past batches, L MoE layers, E logical experts.
+Shape suffixes: V vocabulary, D host width, K past batches, L MoE layers, E logical experts.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from data.arrays import IntArray
 from data.models.layout import MoELayout
 from data.traces.trace import TokenBatch
 from predictor.familiarity import Familiarity
-from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
+from predictor.forecast import LoadForecast, forecast_from_load
 from predictor.layers import WINDOW
 from predictor.network import LoadNetwork, Prediction
 
 
 class Estimate(NamedTuple):
-    """A load and what its squared error may come from.
+    """A predicted load and three terms of its squared error.
 
     Attributes:
         load: Expected dispatched tokens, `[L, E]`.
-        terms: Chance in the tokens' choices, the squared load (a bias that grows with it), and the squared distance to
-            what past loads say (to the last load, where past loads are all there is): news are less sure, `[3, L, E]`.
+        terms: Each `[L, E]`, stacked to `[3, L, E]`: the variance of independent choices; the squared load, for a bias
+            proportional to it; and the squared difference between this forecast and the history-based one (the last
+            load, if there is only history): the more a forecast departs from history, the larger its error tends to be.
     """
 
     load: Tensor
@@ -33,12 +37,12 @@ class NeuralForecaster:
     """Forecasts from the coming batch's tokens and past loads, or from past loads alone.
 
     Args:
-        layout: The host model.
+        layout: Layout of the host model.
         network: The trained network.
         embedding: The host model's token embeddings, `[V, D]`.
-        spread: Calibration of the spread: weights of the `Estimate`'s three terms in the squared error of a load, with
-            tokens known (0) and unknown (1), `[2, L, 3]`.
-        familiarity: Tells text of the kind the network was trained on; None trusts it on any text.
+        spread: Weights of the three terms of `Estimate` in the squared error of a load, for forecasts with tokens (0)
+            and without (1), `[2, L, 3]`.
+        familiarity: Lowers the weight of the token forecast on unfamiliar text; None leaves it at 1.
     """
 
     name = "learned"
@@ -54,38 +58,73 @@ class NeuralForecaster:
         self.layout, self.network, self.embedding, self.spread = layout, network.eval(), embedding, spread
         self.familiarity = familiarity
 
-    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`."""
-        past = torch.from_numpy(history[-WINDOW:]).float()
+    def forecast(
+        self,
+        upcoming: TokenBatch | Mapping[str, Any] | None,
+        history: IntArray | Tensor | Sequence[Any] | None = None,
+    ) -> LoadForecast:
+        """Forecasts the load of the coming batch.
+
+        Args:
+            upcoming: The coming batch: a `TokenBatch` or the output of a Hugging Face tokenizer; None if it is not
+                known.
+            history: Loads of the batches that have run, oldest first: an array or tensor `[K, L, E]` or a list of
+                `[L, E]`; None if no batch has run.
+
+        Raises:
+            TypeError: If `upcoming` is neither a `TokenBatch` nor the output of a tokenizer.
+            ValueError: If sequences are not padded, a token id has no embedding, or the history is of another model.
+        """
+        made_at = 0 if history is None else len(history)
+        past_KLE = self._past(history)
+        tokens = None if upcoming is None else TokenBatch.of(upcoming)
         load, square = (
-            self._from_tokens(upcoming, past) if upcoming is not None and upcoming.num_tokens else self._weighed(past)
+            self._from_tokens(tokens, past_KLE)
+            if tokens is not None and tokens.num_tokens
+            else self._weighted(past_KLE)
         )
-        tokens = load.sum(-1, keepdim=True).clamp(min=1e-9)
-        spread = (square.sqrt() / tokens).double().numpy()
-        return forecast_from_load(load.double().numpy(), made_at=len(history), source=self.name, spread=spread)
+        total = load.sum(-1, keepdim=True).clamp(min=1e-9)
+        spread = (square.sqrt() / total).double().numpy()
+        return forecast_from_load(load.double().numpy(), made_at=made_at, source=self.name, spread=spread)
+
+    def _past(self, history: IntArray | Tensor | Sequence[Any] | None) -> Tensor:
+        """The last `WINDOW` past loads, float32 `[K, L, E]`."""
+        shape = self.layout.num_layers, self.layout.num_experts
+        if history is None or not len(history):
+            return torch.zeros(0, *shape)
+        expected = f"history: expected [K, L, E] = [K, {shape[0]}, {shape[1]}], past loads of {self.layout.model_id}"
+        try:
+            if isinstance(history, Sequence):
+                past = torch.stack([torch.as_tensor(load) for load in history[-WINDOW:]])
+            else:
+                past = torch.as_tensor(history[-WINDOW:])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{expected}, got no array of loads ({error})") from None
+        if past.dim() != 3 or past.shape[1:] != shape:
+            raise ValueError(f"{expected}, got shape {[len(history), *past.shape[1:]]}")
+        return past.to("cpu", torch.float32)
 
     def _from_tokens(self, upcoming: TokenBatch, past_KLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Load and its squared error, `[L, E]`: the network's, mixed with history's where the text is unfamiliar."""
-        load, square = self._weighed(past_KLE, upcoming)
+        """Load and its squared error, `[L, E]`: the network's, mixed with history's if the text is unfamiliar."""
+        load, square = self._weighted(past_KLE, upcoming)
         trust = 1.0 if self.familiarity is None or not len(past_KLE) else self.familiarity.trust(upcoming)
         if trust == 1.0:
             return load, square
-        history, history_square = self._weighed(past_KLE)
+        history, history_square = self._weighted(past_KLE)
         factor = load.sum(-1, keepdim=True) / history.sum(-1, keepdim=True).clamp(min=1e-9)
         history = history * factor
-        doubt = (
-            trust * (1 - trust) * (load - history) ** 2
-        )  # the variance of a mixture is theirs, and that of its means
-        mixed_square = trust * square + (1 - trust) * factor**2 * history_square + doubt
+        # the variance of a mixture is the mean of the variances plus the variance of the means
+        between = trust * (1 - trust) * (load - history) ** 2
+        mixed_square = trust * square + (1 - trust) * factor**2 * history_square + between
         return trust * load + (1 - trust) * history, mixed_square
 
-    def _weighed(self, past_KLE: Tensor, upcoming: TokenBatch | None = None) -> tuple[Tensor, Tensor]:
+    def _weighted(self, past_KLE: Tensor, upcoming: TokenBatch | None = None) -> tuple[Tensor, Tensor]:
         """Load and its squared error, `[L, E]`."""
         load, terms = self.estimate(upcoming, past_KLE)
         return load, torch.einsum("ls,sle->le", self.spread[1 if upcoming is None else 0], terms)
 
     def estimate(self, upcoming: TokenBatch | None, past_KLE: Tensor) -> Estimate:
-        """Load and what its error may come from, with the batch's tokens or without."""
+        """The load, from tokens if they are given, and the terms of its squared error."""
         from_past, variance = self.from_history(past_KLE)
         if upcoming is None:
             load, other = from_past, past_KLE[-1] if len(past_KLE) else from_past
@@ -98,20 +137,24 @@ class NeuralForecaster:
 
     @torch.inference_mode()
     def predict(self, upcoming: TokenBatch, past_KLE: Tensor) -> Prediction:
-        """What the network says about a batch, given the loads `[K, L, E]` of those before it.
+        """The network's output for a batch, given the loads `[K, L, E]` of the batches before it.
 
         Raises:
             ValueError: If a token id has no row in the embedding table.
         """
-        if (highest := int(upcoming.input_ids.max())) >= len(self.embedding):
-            raise ValueError(f"token id {highest} has no row in the table of {len(self.embedding)} embeddings")
-        x_BTD = nn.functional.embedding(upcoming.input_ids, self.embedding)
+        ids, rows = upcoming.input_ids, len(self.embedding)
+        if wrong := [number for number in (int(ids.max()), int(ids.min())) if not 0 <= number < rows]:
+            raise ValueError(
+                f"token id {wrong[0]} has no row in the table of {rows} embeddings; use the tokenizer of "
+                f"{self.layout.model_id}"
+            )
+        x_BTD = nn.functional.embedding(ids, self.embedding)
         prediction: Prediction = self.network(x_BTD, upcoming.mask, past_KLE)
         return prediction
 
     @torch.inference_mode()
     def from_history(self, past_KLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Load and variance `[L, E]` from past loads alone; with no past at all, no load."""
+        """Load and variance `[L, E]` from past loads alone; zeros without any."""
         if not len(past_KLE):
             empty = torch.zeros(self.layout.num_layers, self.layout.num_experts)
             return empty, empty
@@ -120,6 +163,27 @@ class NeuralForecaster:
         return load, load * (1 - share)
 
     def route(self, upcoming: TokenBatch) -> Tensor:
-        """The likeliest expert of each token in each encoder layer, int64 `[L_enc, B, T]`."""
+        """The most likely expert of each token in each encoder layer, int64 `[L_enc, B, T]`."""
         none = torch.zeros(0, self.layout.num_layers, self.layout.num_experts)
         return self.predict(upcoming, none).token_logits.argmax(-1).permute(2, 0, 1)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the folder that `predictor.load_predictor` reads."""
+        from predictor.checkpoint import save_predictor  # only here: that module imports this one
+
+        save_predictor(Path(folder), self)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the predictor to the Hugging Face hub, where `load_predictor(repo_id)` finds it.
+
+        Args:
+            repo_id: Repository, "owner/name"; created if it does not exist.
+            private: Whether a new repository is private; None follows the owner's default.
+            token: Access token; None uses the one of `hf auth login`.
+
+        Returns:
+            Address of the commit.
+        """
+        from predictor.hub import upload_predictor  # only here: it needs huggingface_hub
+
+        return upload_predictor(self, repo_id, private=private, token=token)

@@ -1,49 +1,53 @@
-"""A predictor on the Hugging Face hub: `from_pretrained` and `push_to_hub` for the folder of `predictor.checkpoint`."""
+"""Predictors on the Hugging Face hub: upload and download of the folder described in docs/checkpoint-format.md.
 
+    load_predictor("owner/name")             # predictor.load_predictor downloads it
+    predictor.push_to_hub("owner/name")      # NeuralForecaster.push_to_hub uploads it
+
+huggingface_hub is imported on use, so that local folders load without it.
+"""
+
+import re
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelHubMixin, snapshot_download
+from predictor.checkpoint import CONFIG, WEIGHTS, save_predictor
 
-from predictor.checkpoint import load_predictor, save_predictor
-from predictor.forecaster import NeuralForecaster
+if TYPE_CHECKING:
+    from predictor.forecaster import NeuralForecaster
 
 
-class HubForecaster(NeuralForecaster, ModelHubMixin, library_name="switchcast"):
-    """A `NeuralForecaster` that knows the hub.
+def is_hub_id(place: str | Path) -> bool:
+    """Whether `place` has the form "owner/name"; a `Path` never has."""
+    return isinstance(place, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place) is not None
 
-    `HubForecaster.from_pretrained("owner/name")` or a local folder; `.push_to_hub("owner/name")`.
+
+def download_predictor(repo_id: str, revision: str | None = None) -> Path:
+    """Downloads weights and configuration of a predictor, or finds them in the hub's cache; returns their folder.
+
+    Raises:
+        ValueError: If the hub does not have them, or cannot be reached.
     """
+    from huggingface_hub import snapshot_download
 
-    @classmethod
-    def of(cls, forecaster: NeuralForecaster) -> "HubForecaster":
-        """The same predictor, with the hub's methods."""
-        return cls(
-            forecaster.layout, forecaster.network, forecaster.embedding, forecaster.spread, forecaster.familiarity
-        )
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # huggingface_hub raises its own errors and those of its HTTP client
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{repo_id} is not a folder, and the Hugging Face hub did not provide it ({reason}); expected a folder "
+            "written by `python train.py` or the hub id 'owner/name' of a predictor"
+        ) from None
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save_predictor(save_directory, self)
 
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **settings: Any,
-    ) -> "HubForecaster":
-        """Loads from a folder or the hub; `settings` go to `load_predictor`."""
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
-                    local_files_only=local_files_only, token=token,
-                )
-            )  # fmt: skip
-        return cls.of(load_predictor(folder, **settings))
+def upload_predictor(
+    forecaster: "NeuralForecaster", repo_id: str, *, private: bool | None = None, token: str | None = None
+) -> str:
+    """Uploads weights and configuration of a predictor; returns the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name="switchcast")
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with TemporaryDirectory() as folder:
+        save_predictor(Path(folder), forecaster)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the predictor"))

@@ -1,10 +1,16 @@
-"""Simple Recurrent Units in plain torch: one matrix product for all steps, then a cheap elementwise recurrence.
+"""Layers of the network: SRU and LSTM stack, sparsemax attention, and moving averages of past loads. Plain torch.
 
-    f = sigmoid(W_f x + v_f * c' + b_f)        c = f * c' + (1 - f) * (W x)
-    r = sigmoid(W_r x + v_r * c' + b_r)        h = r * c + (1 - r) * a * x          (c': the c before)
+`Recurrent` stacks `SRULayer`s (or torch's LSTM). A Simple Recurrent Unit takes one matrix product for all positions,
+followed by an elementwise recurrence, with c' the state at the position before:
 
-Source of the method: Lei, Zhang, Wang, Dai and Artzi, "Simple Recurrent Units for Highly Parallelizable Recurrence"
-(EMNLP 2018), equations 3 to 7. Shape suffixes: T positions, B sequences, H hidden width.
+    f = sigmoid(W_f x + v_f * c' + b_f)        c = f * c' + (1 - f) * (W x + b)
+    r = sigmoid(W_r x + v_r * c' + b_r)        h = r * c + (1 - r) * a * x
+
+Source: Lei, Zhang, Wang, Dai and Artzi, "Simple Recurrent Units for Highly Parallelizable Recurrence" (EMNLP 2018),
+equations 3 to 7. `SparseAttention` weights positions by `sparsemax` (Martins and Astudillo, ICML 2016), which sets most
+weights to exactly 0. `HistoryMix` forecasts from past loads.
+
+Shape suffixes: B sequences, T positions, H hidden width, K past batches, R moving averages, L MoE layers, E experts.
 """
 
 import math
@@ -14,17 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+RATES = (1.0, 0.5, 0.2, 0.08, 0.03)
+"""Weight of the last batch in each moving average; 1 is the last batch alone."""
+WINDOW = 64
+"""Most past batches that a forecast uses."""
+
 
 class Recurrence(torch.autograd.Function):
-    """States c of all steps from candidates, forget gates before their sigmoid and v_f; three operations a step.
+    """The states c of all positions, from W x + b, the forget gates before their sigmoid, and v_f.
 
-    Its gradient needs one operation a step: with g the gradient of c, g(t) = dc(t) + g(t+1) * dc(t+1)/dc(t), and all
-    else follows from g for all steps together.
+    The forward pass takes three operations a position, the backward pass one: with g the gradient of c,
+    g(t) = dc(t) + g(t+1) * dc(t+1)/dc(t), and all other gradients follow from g for all positions together.
     """
 
     @staticmethod
     def forward(ctx: Any, candidate_TBH: Tensor, forget_TBH: Tensor, peephole_H: Tensor) -> Tensor:
-        """Returns the states `[T, B, H]`, from an empty state on."""
+        """Returns the states `[T, B, H]`; the state before the first position is zero."""
         gate_TBH, state_TBH = torch.empty_like(forget_TBH), torch.empty_like(candidate_TBH)
         state = torch.zeros_like(candidate_TBH[0])
         for candidate, forget, gate, out in zip(
@@ -37,7 +48,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the three inputs."""
+        """Returns the gradients of the three inputs."""
         candidate_TBH, gate_TBH, state_TBH, peephole_H = ctx.saved_tensors
         before_TBH = shifted(state_TBH)
         through_gate_TBH = (before_TBH - candidate_TBH) * gate_TBH * (1 - gate_TBH)
@@ -51,7 +62,7 @@ class Recurrence(torch.autograd.Function):
 
 
 def unrolled(candidate_TBH: Tensor, forget_TBH: Tensor, peephole_H: Tensor) -> Tensor:
-    """The states that `Recurrence` gives, in operations that `torch.export` can follow, `[T, B, H]`."""
+    """The states of `Recurrence`, `[T, B, H]`, in operations that `torch.export` can trace."""
     states = [torch.zeros_like(candidate_TBH[0])]
     for candidate, forget in zip(candidate_TBH.unbind(), forget_TBH.unbind(), strict=True):
         gate = torch.addcmul(forget, peephole_H, states[-1]).sigmoid()
@@ -60,12 +71,12 @@ def unrolled(candidate_TBH: Tensor, forget_TBH: Tensor, peephole_H: Tensor) -> T
 
 
 def shifted(state_TBH: Tensor) -> Tensor:
-    """The state before each step: empty, then all but the last."""
+    """The state before each position: zeros, then all states but the last."""
     return torch.cat([torch.zeros_like(state_TBH[:1]), state_TBH[:-1]])
 
 
 class SRULayer(nn.Module):
-    """One layer; input and output have the same width, so the highway connection needs no projection.
+    """One SRU layer; input and output have the same width, so the highway connection needs no projection.
 
     Args:
         width: H, input and output width.
@@ -79,30 +90,64 @@ class SRULayer(nn.Module):
         self.forward_width = width // 2 if bidirectional else width
         self.project = nn.Linear(width, 3 * width)
         self.peephole = nn.Parameter(torch.zeros(2, width))
-        self.scale = math.sqrt(3.0)  # keeps the variance of the highway at the start of training (section 3.2 there)
+        self.scale = math.sqrt(3.0)  # keeps the variance of the highway at initialisation (their section 3.2)
         nn.init.uniform_(self.project.weight, -math.sqrt(3 / width), math.sqrt(3 / width))
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x_TBH: Tensor, mask_TB: Tensor) -> Tensor:
-        """Maps `[T, B, H]` to the same shape; padding must come last and does not influence the other positions."""
-        exact = self.peephole.dtype  # under mixed precision the products alone are rounded, never the state
+        """Maps `[T, B, H]` to the same shape; padding must come last and does not affect the other positions."""
+        exact = self.peephole.dtype  # mixed precision rounds the matrix product only, never the state
         candidate, forget, reset = self.project(x_TBH).to(exact).chunk(3, -1)
-        candidate = candidate * mask_TB[..., None]  # an empty state stays empty until the first real token
+        candidate = candidate * mask_TB[..., None]  # right to left, the state stays zero until the first real token
         recurrence: Any = unrolled if torch.compiler.is_exporting() else Recurrence.apply
         state: Tensor = recurrence(self._turned(candidate), self._turned(forget), self.peephole[0])
         gate = torch.addcmul(reset, self.peephole[1], self._turned(shifted(state))).sigmoid()
         return torch.lerp(self.scale * x_TBH.to(exact), self._turned(state), gate)
 
     def _turned(self, value_TBH: Tensor) -> Tensor:
-        """The right-to-left channels turned round in time."""
+        """The value with its right-to-left channels reversed in time."""
         if self.forward_width == value_TBH.shape[-1]:
             return value_TBH
         ahead, back = value_TBH[..., : self.forward_width], value_TBH[..., self.forward_width :]
         return torch.cat([ahead, back.flip(0)], -1)
 
 
+class Recurrent(nn.Module):
+    """A stack of recurrent layers, `[B, T, H]` to `[B, T, H]`; padding does not affect the real tokens.
+
+    Args:
+        cell: "sru" or "lstm".
+        width: H.
+        depth: Number of layers.
+        bidirectional: Whether half of the channels reads from right to left.
+    """
+
+    def __init__(self, cell: str, width: int, depth: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.layers: nn.ModuleList | None = None
+        if cell == "sru":
+            self.layers = nn.ModuleList(SRULayer(width, bidirectional) for _ in range(depth))
+        else:
+            half = width // 2 if bidirectional else width
+            self.stack = nn.LSTM(width, half, depth, batch_first=True, bidirectional=bidirectional)
+
+    def forward(self, x_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+        """Runs all layers; the output at padded positions is undefined."""
+        if self.layers is not None:
+            x_TBH, mask_TB = x_BTH.transpose(0, 1), mask_BT.T
+            for layer in self.layers:
+                x_TBH = layer(x_TBH, mask_TB)
+            return x_TBH.transpose(0, 1)
+        packed = pack_padded_sequence(x_BTH, mask_BT.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        output: Tensor = pad_packed_sequence(self.stack(packed)[0], batch_first=True, total_length=x_BTH.shape[1])[0]
+        return output
+
+
 def sparsemax(scores: Tensor) -> Tensor:
-    """The point of the probability simplex nearest to the scores, over the last dimension; same shape."""
+    """The point of the probability simplex nearest to the scores, over the last dimension; same shape.
+
+    Scores (0.1, 1.1, 0.2) give (0, 0.95, 0.05): all scores are lowered by 0.15, and negative values become 0.
+    """
     ordered = scores.sort(-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
     rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
@@ -122,52 +167,17 @@ class SparseAttention(nn.Module):
         """Maps `[B, T, H]` to `[B, T, H]`."""
         query, key, value = self.query_key_value(x_BTH).chunk(3, -1)
         scores_BTT = query @ key.transpose(1, 2) / math.sqrt(x_BTH.shape[-1])
-        lowest = torch.finfo(scores_BTT.dtype).min / x_BTH.shape[1]  # its sum over a row is still finite
+        lowest = torch.finfo(scores_BTT.dtype).min / x_BTH.shape[1]  # the sum of a row of these is still finite
         weights_BTT = sparsemax(scores_BTT.masked_fill(~mask_BT[:, None], lowest).float())
         attended: Tensor = weights_BTT @ value
         return attended
 
 
-class Recurrent(nn.Module):
-    """A stack of recurrent layers, `[B, T, H]` to `[B, T, H]`; padding does not influence the real tokens.
-
-    Args:
-        cell: "sru", "lstm" or "gru".
-        width: H.
-        depth: Layers.
-        bidirectional: Whether half of the channels reads from right to left.
-    """
-
-    def __init__(self, cell: str, width: int, depth: int, bidirectional: bool) -> None:
-        super().__init__()
-        self.layers: nn.ModuleList | None = None
-        if cell == "sru":
-            self.layers = nn.ModuleList(SRULayer(width, bidirectional) for _ in range(depth))
-            return
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU}[cell]
-        half = width // 2 if bidirectional else width
-        self.stack = kind(width, half, depth, batch_first=True, bidirectional=bidirectional)
-
-    def forward(self, x_BTH: Tensor, mask_BT: Tensor) -> Tensor:
-        """Runs all layers; values at padded positions mean nothing."""
-        if self.layers is not None:
-            x_TBH, mask_TB = x_BTH.transpose(0, 1), mask_BT.T
-            for layer in self.layers:
-                x_TBH = layer(x_TBH, mask_TB)
-            return x_TBH.transpose(0, 1)
-        packed = pack_padded_sequence(x_BTH, mask_BT.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-        output: Tensor = pad_packed_sequence(self.stack(packed)[0], batch_first=True, total_length=x_BTH.shape[1])[0]
-        return output
-
-
-RATES = (1.0, 0.5, 0.2, 0.08, 0.03)
-"""Weight of the last batch in each moving average; 1 is the last batch alone."""
-WINDOW = 64
-"""Batches looked back at."""
-
-
 def moving_averages(history_KLE: Tensor) -> Tensor:
-    """Exponential moving averages of load shares, `[R, L, E]`; no load and no history count as uniform."""
+    """Exponential moving averages of load shares, one for each of `RATES`, `[R, L, E]`.
+
+    The shares of a layer without load, and of an empty history, count as uniform.
+    """
     if not len(history_KLE):
         return history_KLE.new_full((len(RATES), *history_KLE.shape[1:]), 1 / history_KLE.shape[-1])
     total = history_KLE.sum(-1, keepdim=True)
@@ -178,11 +188,11 @@ def moving_averages(history_KLE: Tensor) -> Tensor:
 
 
 class HistoryMix(nn.Module):
-    """A forecast from history alone, and its blend with the forecast from tokens.
+    """A forecast from past loads, and its blend with the forecast from tokens.
 
     Args:
         num_layers: L.
-        blends: Whether history has a say where tokens are known.
+        blends: Whether past loads are blended into the forecast from tokens.
     """
 
     def __init__(self, num_layers: int, blends: bool) -> None:
@@ -195,7 +205,7 @@ class HistoryMix(nn.Module):
         return torch.einsum("lr,rle->le", self.rate_logits.softmax(-1), moving_averages(history_KLE[-WINDOW:]))
 
     def blend(self, load_LE: Tensor, history_KLE: Tensor) -> Tensor:
-        """Pulls a load forecast from tokens towards history, by a learned weight for each layer; its sums stay."""
+        """Moves a load forecast from tokens towards history, by a learned weight per layer; layer sums are kept."""
         if self.trust_logits is None:
             return load_LE
         trust = self.trust_logits.sigmoid()[:, None] * (len(history_KLE) > 0)

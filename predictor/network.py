@@ -1,9 +1,10 @@
-"""The network: token embeddings of the coming batch and past loads in, load of every expert out. Pure torch.
+"""LoadNetwork: token embeddings of the coming batch and past loads in, predicted load of every expert out. Plain torch.
 
-Encoder layers: a head per MoE layer gives every token a distribution over experts, and their sum under the expert
-capacity is the load. Decoder layers: what will be written is not known yet, so every encoder token tells how many
-tokens it brings about there and where they go: at a masked span, the words that are missing.
-Both are blended with the history of loads, which is all there is when the queue is empty.
+Encoder layers: one head per MoE layer gives every token a distribution over experts. The distributions are summed per
+sequence, limited to the expert capacity, and summed over sequences.
+Decoder layers: the decoder's tokens are not known ahead. Each encoder token predicts how many decoder tokens it causes
+and which experts they go to (at a masked span: the missing words).
+The forecast can be blended with past loads; without tokens, past loads alone give the forecast.
 
 Shape suffixes: B sequences, T positions, D host width, H hidden width, K past batches, L MoE layers, E experts.
 """
@@ -18,22 +19,20 @@ from torch import Tensor, nn
 from data.models.layout import MoELayout
 from predictor.layers import HistoryMix, Recurrent, SparseAttention
 
-Cell = Literal["sru", "lstm", "gru"]
-DecoderHead = Literal["tokens", "pooled"]
+Cell = Literal["sru", "lstm"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of the network; the defaults are what measured best (docs/log.md).
+    """Shape of the network; the defaults measured best (docs/log.md).
 
     Attributes:
-        cell: Recurrent cell: "sru" (the paper's), "lstm" (SiDA's) or "gru".
-        width: H.
-        depth: Recurrent layers.
+        cell: Recurrent cell: "sru" (the paper's) or "lstm" (SiDA's).
+        width: H, an even number.
+        depth: Number of recurrent layers.
         bidirectional: Whether half of each layer's channels reads from right to left.
-        sparse_attention: Whether a sparsemax attention with a residual follows the recurrence.
-        history: Whether past loads are blended into the forecast from tokens too; without tokens they always decide.
-        decoder: What the decoder's load is read from: each token's state, or one mean state for each sequence.
+        sparse_attention: Whether a sparsemax attention with a residual connection follows the recurrent layers.
+        history: Whether past loads are blended into forecasts from tokens; forecasts without tokens always use them.
     """
 
     cell: Cell = "sru"
@@ -42,25 +41,22 @@ class Architecture:
     bidirectional: bool = True
     sparse_attention: bool = False
     history: bool = False
-    decoder: DecoderHead = "tokens"
 
     def __post_init__(self) -> None:
-        if self.cell not in ("sru", "lstm", "gru"):
-            raise ValueError(f"cell is {self.cell!r}, expected 'sru', 'lstm' or 'gru'")
-        if self.decoder not in ("tokens", "pooled"):
-            raise ValueError(f"decoder is {self.decoder!r}, expected 'tokens' or 'pooled'")
+        if self.cell not in ("sru", "lstm"):
+            raise ValueError(f"cell is {self.cell!r}, expected 'sru' or 'lstm'")
         if self.width < 2 or self.width % 2 or self.depth < 1:
             raise ValueError(f"width {self.width} and depth {self.depth}: expected an even width and depth 1 or more")
 
 
 class Prediction(NamedTuple):
-    """What the network says about one batch.
+    """The network's output for one batch.
 
     Attributes:
-        token_logits: Score of each expert for each token and encoder layer, `[B, T, L_enc, E]`.
+        token_logits: Logits over experts of each token in each encoder layer, `[B, T, L_enc, E]`.
         load: Expected dispatched tokens, `[L, E]`.
-        variance: Variance of the load if tokens chose independently, `[L, E]`; carries no gradient.
-        sequence_load: Expected tokens of each sequence in the decoder, before history is blended in, `[B, L_dec, E]`.
+        variance: Variance of the load if tokens choose their experts independently, `[L, E]`; without gradient.
+        sequence_load: Expected decoder tokens of each sequence, before history is blended in, `[B, L_dec, E]`.
     """
 
     token_logits: Tensor
@@ -70,7 +66,10 @@ class Prediction(NamedTuple):
 
 
 def capped(mean: Tensor, variance: Tensor, capacity: int) -> Tensor:
-    """Expected value of min(N, capacity) for a count N with this mean and variance, taken as normal; same shape."""
+    """Expected value of min(N, capacity) for a normally distributed count N; same shape as `mean`.
+
+    A mean of 10 with variance 4 and a capacity of 10 gives 9.2: half of the distribution lies above the capacity.
+    """
     deviation = (variance + 1e-6).sqrt()
     z = (mean - capacity) / deviation
     density = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
@@ -104,13 +103,13 @@ class LoadNetwork(nn.Module):
         hidden = self.context(hidden, mask_BT)
         if self.attention is not None:
             hidden = hidden + self.attention(hidden, mask_BT)
-        with torch.autocast(hidden.device.type, enabled=False):  # sums over thousands of tokens stay exact
+        with torch.autocast(hidden.device.type, enabled=False):  # sums over thousands of tokens need full precision
             return self._forecast(hidden.to(self.enter.weight.dtype), mask_BT, history_KLE)
 
     def _forecast(self, hidden: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
-        """What follows from the state of every token, `[B, T, H]`."""
+        """The prediction from the hidden state of every token, `[B, T, H]`."""
         logits = self.encoder_heads(hidden).unflatten(-1, (self.num_encoder_layers, self.num_experts))
-        load_BLE, variance_BLE = self._counted(logits, mask_BT[..., None].to(logits.dtype))
+        load_BLE, variance_BLE = self._expected_load(logits, mask_BT[..., None].to(logits.dtype))
         sequence_load = load_BLE[:, :0]
         if self.num_decoder_layers:
             sequence_load, decoder_variance = self._decoder_load(hidden, mask_BT)
@@ -120,23 +119,20 @@ class LoadNetwork(nn.Module):
         return Prediction(logits, load, variance_BLE.sum(0), sequence_load)
 
     def _decoder_load(self, hidden_BTH: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected load of each sequence in the decoder and its variance, `[B, L_dec, E]` each."""
-        weight_BT1 = mask_BT[..., None].to(hidden_BTH.dtype)
-        if self.architecture.decoder == "pooled":  # a sequence counts as one position that brings about all its tokens
-            weight_BT1 = weight_BT1.sum(1, keepdim=True)
-            hidden_BTH = (hidden_BTH * mask_BT[..., None]).sum(1, keepdim=True) / weight_BT1.clamp(min=1)
+        """Expected decoder load of each sequence and its variance, `[B, L_dec, E]` each."""
         logits = self.decoder_heads(hidden_BTH).unflatten(-1, (self.num_decoder_layers, self.num_experts))
-        return self._counted(logits, nn.functional.softplus(self.decoder_length(hidden_BTH)) * weight_BT1)
+        tokens_BT1 = nn.functional.softplus(self.decoder_length(hidden_BTH)) * mask_BT[..., None].to(hidden_BTH.dtype)
+        return self._expected_load(logits, tokens_BT1)
 
-    def _counted(self, logits_BTLE: Tensor, tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected load under the capacity and its variance, `[B, L, E]` each.
+    def _expected_load(self, logits_BTLE: Tensor, tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected load, limited by the capacity, and its variance before that limit, `[B, L, E]` each.
 
         Args:
-            logits_BTLE: Score of each expert for each position and layer.
-            tokens_BT1: Tokens that each position stands for; 0 on padding.
+            logits_BTLE: Logits over experts of each position and layer.
+            tokens_BT1: Number of tokens that each position contributes; 0 on padding.
         """
         share_BTM, tokens_B1T = logits_BTLE.softmax(-1).flatten(2), tokens_BT1.transpose(1, 2)
         mean_BLE = (tokens_B1T @ share_BTM).view(logits_BTLE.shape[0], *logits_BTLE.shape[2:])
-        with torch.no_grad():  # it only smooths the capacity; its gradient costs a tenth of a step
+        with torch.no_grad():  # it only smooths the capacity limit; its gradient would add 10 % to a step
             variance_BLE = mean_BLE - (tokens_B1T @ share_BTM.square()).view_as(mean_BLE)
         return capped(mean_BLE, variance_BLE, self.capacity), variance_BLE

@@ -1,6 +1,11 @@
-"""Forecasters that cost next to nothing: what a learned predictor has to beat.
+"""Baselines that forecast from past loads: last batch, moving average, running mean; uniform, stationary and oracle.
 
-All of them follow `predictor.forecast.Forecaster` and need numpy alone, so the runtime can fall back on them.
+All of them follow `predictor.forecast.Forecaster` and need numpy only, so the runtime can fall back on them.
+
+    from predictor import Ema
+
+    forecast = Ema(rate=0.3).forecast(None, history=past_loads)  # past loads int64 [K, L, E], oldest first
+
 Shape suffixes: K past batches, N training batches, L MoE layers, E logical experts.
 """
 
@@ -19,21 +24,20 @@ if TYPE_CHECKING:  # history needs no torch
     from data.traces.trace import TokenBatch
 
 SPREAD_STEPS = 8
-"""Steps back that tell persistence how far one batch is from the next."""
+"""Most recent differences between consecutive batches from which `LastBatch` estimates its spread."""
 EMA_RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
-"""Rates tried on validation batches."""
+"""Rates that `Ema.fit` tries."""
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every expert gets the same."""
+    """The same share for every expert; the tokens of the last batch, or none without a past batch."""
 
     num_layers: int
     num_experts: int
     name: str = "uniform"
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`; without history no tokens are expected."""
         tokens = history[-1].sum(-1) if len(history) else np.zeros(self.num_layers)
         load = np.repeat(tokens[:, None] / self.num_experts, self.num_experts, axis=1)
         return forecast_from_load(load, made_at=len(history), source=self.name)
@@ -41,24 +45,23 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Stationary:
-    """The mean load `[L, E]` of the training batches, whatever comes."""
+    """The mean load `[L, E]` of the training batches, for every batch."""
 
     load: FloatArray
     name: str = "stationary"
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`."""
         return forecast_from_load(self.load, made_at=len(history), source=self.name)
 
 
 @dataclass(frozen=True)
 class LastBatch:
-    """Persistence: the coming batch is taken to load the experts as the last one did."""
+    """Persistence: the load of the last batch is the forecast of the next."""
 
     name: str = "last"
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`; history must hold at least one batch."""
+        history = at_least_one(history, self.name)
         steps = share_of(history[-SPREAD_STEPS - 1 :])
         spread = _deviation(steps[1:], steps[:-1], np.ones(len(steps) - 1)) if len(steps) > 1 else steps[-1]
         return forecast_from_load(history[-1].astype(np.float64), made_at=len(history), source=self.name, spread=spread)
@@ -66,30 +69,33 @@ class LastBatch:
 
 @dataclass(frozen=True)
 class RunningMean:
-    """The mean load of every batch so far."""
+    """The mean load of all past batches."""
 
     name: str = "mean"
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`; history must hold at least one batch."""
+        history = at_least_one(history, self.name)
         return _average(history, np.ones(len(history)), self.name)
 
 
 @dataclass(frozen=True)
 class Ema:
-    """Exponential moving average of loads: weight `rate` on the last batch, `rate * (1 - rate)` on the one before..."""
+    """Exponential moving average of loads.
+
+    The last batch has weight `rate`, the batch before it `rate * (1 - rate)`, and so on, scaled to a sum of 1.
+    """
 
     rate: float = 0.3
     name: str = "ema"
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`; history must hold at least one batch."""
+        history = at_least_one(history, self.name)
         age = np.arange(len(history))[::-1].astype(np.float64)
         return _average(history, (1 - self.rate) ** age, self.name)
 
     @classmethod
     def fit(cls, loads: IntArray, steps: list[int]) -> Ema:
-        """The rate with the least total variation on the given steps of loads `[N, L, E]`; step 0 has no past."""
+        """Picks the rate with the least total variation on some steps of loads `[N, L, E]`; step 0 has no past."""
 
         def error(rate: float) -> float:
             distances = [
@@ -104,18 +110,30 @@ class Ema:
 
 @dataclass(frozen=True)
 class Oracle:
-    """The control arm: told the true loads `[N, L, E]`, it must score perfectly wherever the measuring is right."""
+    """The true loads `[N, L, E]` as forecasts: the upper bound, and a check that each metric is perfect for them.
+
+    The length of the history is the number of the coming batch.
+    """
 
     loads: IntArray
     name: str = "oracle"
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`; the length of the history tells which batch comes."""
         return forecast_from_load(self.loads[len(history)].astype(np.float64), made_at=len(history), source=self.name)
 
 
+def at_least_one(history: LoadHistory | None, source: str) -> LoadHistory:
+    """The history, refused if it holds no batch."""
+    if history is None or not len(history):
+        raise ValueError(
+            f"forecaster '{source}' needs the load of at least one past batch, got none; run a batch first, or use a "
+            "trained predictor"
+        )
+    return history
+
+
 def _average(history: LoadHistory, weight: FloatArray, source: str) -> LoadForecast:
-    """The weighted mean of past loads; its spread is how far they lie from it, and all of a share after one batch."""
+    """Weighted mean of past loads; its spread is their deviation from it, or the whole share after one batch."""
     mean = np.tensordot(weight / weight.sum(), history, axes=1)
     forecast = forecast_from_load(mean, made_at=len(history), source=source)
     spread = _deviation(share_of(history), forecast.share, weight) if len(history) > 1 else forecast.share
@@ -123,6 +141,6 @@ def _average(history: LoadHistory, weight: FloatArray, source: str) -> LoadForec
 
 
 def _deviation(share: FloatArray, centre: FloatArray, weight: FloatArray) -> FloatArray:
-    """Root of the weighted mean square of `share - centre` `[K, L, E]` over K: `[L, E]`."""
+    """Weighted root mean square of `share - centre` `[K, L, E]` over the K batches, `[L, E]`."""
     deviation: FloatArray = np.sqrt(np.tensordot(weight / weight.sum(), (share - centre) ** 2, axes=1))
     return deviation

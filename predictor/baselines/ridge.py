@@ -1,4 +1,4 @@
-"""Ridge regression on load history: the best linear forecaster that never looks at a token. Needs scikit-learn.
+"""RidgeForecaster: linear regression from past loads to the coming load, without tokens. Needs scikit-learn.
 
 Shape suffixes: K past batches, F features, L MoE layers, E logical experts.
 """
@@ -9,21 +9,22 @@ from sklearn.linear_model import Ridge
 from data.arrays import FloatArray, IntArray
 from data.traces.loads import share_of
 from data.traces.trace import TokenBatch
+from predictor.baselines.history import at_least_one
 from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
 
 LAGS = 4
-"""Last batches whose shares are features of their own."""
+"""Number of last batches whose shares are features, one each."""
 LONG = 32
-"""Batches in the long mean that is a feature too."""
+"""Batches in the mean that is a further feature."""
 
 
 class RidgeForecaster:
-    """For each layer, an expert's coming share is linear in its last shares, their long mean and its training mean.
+    """In each layer, the coming share of an expert is linear in its last shares, their mean and its training mean.
 
     Args:
         loads: Loads of all batches of the trace, `[N, L, E]`.
-        steps: The ones to learn from.
-        strength: Ridge penalty, on shares scaled by the number of experts.
+        steps: Training batches among them.
+        strength: Ridge penalty, for shares multiplied by the number of experts.
     """
 
     name = "ridge"
@@ -42,13 +43,13 @@ class RidgeForecaster:
         ]
 
     def _features(self, history: LoadHistory) -> FloatArray:
-        """Features `[L, E, F]`; where history is shorter than the lags its first batch stands in."""
+        """Features `[L, E, F]`; if the history is shorter than the lags, its first batch is repeated."""
         shares = np.stack([share_of(load) for load in history[-LONG:]])
         lags = [shares[max(len(shares) - lag, 0)] for lag in range(1, LAGS + 1)]
         return np.stack([*lags, shares.mean(0), self.mean], axis=-1)
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`; history must hold at least one batch."""
+        history = at_least_one(history, self.name)
         features = self._features(history)
         scale = features.shape[1]
         share = np.stack([model.predict(scale * row) / scale for model, row in zip(self.models, features, strict=True)])

@@ -1,4 +1,4 @@
-"""The token table: which expert a token id went to in training, context ignored; the strongest cheap rival.
+"""TokenTable: counts of which expert each token id went to in training, context ignored; the strongest baseline.
 
 Shape suffixes: V vocabulary, B sequences, T positions, L MoE layers, E logical experts.
 """
@@ -16,16 +16,16 @@ from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
 from predictor.network import capped
 
 BACK_OFF = 1.0
-"""Pseudo-counts spread over experts as the layer's prior; they decide for tokens never seen."""
+"""Pseudo-counts per token id, distributed as the layer's mean share; tokens not seen in training get that share."""
 
 
 class TokenTable:
-    """P(expert | token id, layer) in the encoder; decoder tokens are unknown, so decoder layers follow `Ema`.
+    """P(expert | token id, layer) for encoder layers; `Ema` for decoder layers, whose tokens are not known ahead.
 
     Args:
         layout: The host model.
         traces: Training batches.
-        ema: What forecasts the decoder layers.
+        ema: Forecaster of the decoder layers.
     """
 
     name = "token_table"
@@ -43,7 +43,6 @@ class TokenTable:
         self.table_LVE = counts_LVE / counts_LVE.sum(-1, keepdim=True)
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
-        """See `Forecaster`; history must hold at least one batch."""
         load = self.ema.forecast(upcoming, history).load
         if upcoming is not None:
             for layer, table_VE in enumerate(self.table_LVE):
@@ -54,5 +53,5 @@ class TokenTable:
         return forecast_from_load(load, made_at=len(history), source=self.name)
 
     def route(self, upcoming: TokenBatch) -> Tensor:
-        """The likeliest expert of each token in each encoder layer, `[L_enc, B, T]`."""
+        """The most likely expert of each token in each encoder layer, `[L_enc, B, T]`."""
         return self.table_LVE.argmax(-1)[:, upcoming.input_ids]

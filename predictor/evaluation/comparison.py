@@ -1,4 +1,4 @@
-"""The ladder: every forecaster on the same test batches, through the same metrics, one table.
+"""compare_forecasters: scores the trained predictor and all baselines on the same test batches.
 
 Shape suffixes: N batches, L MoE layers, E logical experts.
 """
@@ -21,11 +21,11 @@ BalancednessOf = Callable[[LoadForecast, IntArray, IntArray], float]
 """Balancedness of a batch: its forecast, its load `[L, E]` and the loads before it `[K, L, E]` in; keeps its plan."""
 
 Comparison = dict[str, dict[str, Scores]]
-"""Stream, then forecaster."""
+"""Stream -> forecaster -> scores."""
 
 
 def rivals(data: RouterTraceModule) -> list[Forecaster]:
-    """The baselines, fitted on training batches (the moving average's rate on validation batches), and the oracle."""
+    """The baselines, fitted on training batches (the rate of `Ema` on validation batches), and the oracle."""
     layout, loads = data.layout, data.loads
     steps = {split: [step for step, name in enumerate(data.splits) if name == split] for split in ("train", "val")}
     ema = Ema.fit(loads, steps["val"])
@@ -48,8 +48,8 @@ def compare_forecasters(
     """Scores forecasters on all test batches.
 
     Args:
-        forecasters: What to score.
-        data: A module that was set up.
+        forecasters: The forecasters; regrets need the oracle among them.
+        data: The trace, set up.
         new_balancers: Number of redundant experts -> function that makes the `BalancednessOf` of one forecaster on
             one stream.
     """
@@ -85,13 +85,13 @@ def _add_regrets(comparison: Comparison) -> None:
 
 
 def test_steps(data: RouterTraceModule) -> Iterable[tuple[int, TraceSample]]:
-    """Each test batch with its place in the trace; the first batch of all has no past and is left out."""
+    """Each test batch with its number in the trace; batch 0 is left out because it has no past."""
     steps = [step for step, split in enumerate(data.splits) if split == "test"]
     return ((step, sample) for step, sample in zip(steps, data.samples("test"), strict=True) if step > 0)
 
 
 def _top1(forecaster: Any, sample: TraceSample) -> FloatArray | None:
-    """Right tokens of each encoder layer, or None for a forecaster of loads alone; the oracle knows them all."""
+    """Token top-1 of each encoder layer, `[L_enc]`; None for a forecaster of loads alone, 1 for the oracle."""
     experts = sample.trace.encoder_experts
     if isinstance(forecaster, Oracle):
         return token_top1(experts, experts).double().numpy()

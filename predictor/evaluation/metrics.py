@@ -1,4 +1,4 @@
-"""How good a forecast is: torchmetrics over batches, each an average over MoE layers that carried load.
+"""Metrics of one forecast against the true load, one value per MoE layer: total variation, recall, NLL, top-1.
 
 Shape suffixes: L MoE layers, E logical experts.
 """
@@ -8,17 +8,20 @@ from torch import Tensor
 from torchmetrics import Metric
 
 HOT = 16
-"""Experts that count as hot: as many as there are redundant experts in the standard setting."""
+"""Number of experts that count as hot: the redundant experts of the default setting."""
 
 
 def shares(load_LE: Tensor) -> Tensor:
-    """Load divided by its sum; a layer without load is uniform."""
+    """Load divided by its sum over experts; uniform in a layer without load."""
     total = load_LE.sum(-1, keepdim=True)
     return torch.where(total > 0, load_LE / total.clamp(min=1e-9), 1 / load_LE.shape[-1])
 
 
 def load_tv(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
-    """Total variation distance of predicted and true share, 0 to 1, `[L]`; NaN where a layer carried no load."""
+    """Total variation distance (0 to 1) between predicted and true share, `[L]`; NaN in a layer without load.
+
+    Shares (0.5, 0.5) and (0.75, 0.25) are 0.25 apart: a quarter of the tokens was expected at another expert.
+    """
     distance = 0.5 * (shares(predicted_LE) - shares(load_LE)).abs().sum(-1)
     return torch.where(load_LE.sum(-1) > 0, distance, torch.nan)
 
@@ -26,7 +29,7 @@ def load_tv(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
 def hot_recall(predicted_LE: Tensor, load_LE: Tensor, hot: int = HOT) -> Tensor:
     """Share of the `hot` most loaded experts that are among the `hot` highest forecasts, `[L]`.
 
-    Experts tied with the last hot one count as hot, so that ties neither help nor harm. NaN as in `load_tv`.
+    Experts with as much load as the least hot expert count as hot too. NaN as in `load_tv`.
     """
     hot = min(hot, load_LE.shape[-1])
     chosen = torch.zeros_like(load_LE).scatter(-1, predicted_LE.topk(hot).indices, 1.0)
@@ -38,17 +41,17 @@ def hot_recall(predicted_LE: Tensor, load_LE: Tensor, hot: int = HOT) -> Tensor:
 def nll(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
     """Negative log-likelihood of a dispatched token's expert under the forecast share, in nats, `[L]`.
 
-    One token in a thousand is taken to go anywhere, so that no forecast is infinitely wrong. NaN as in `load_tv`.
+    A share of 0.001 is spread over all experts, so that the result is finite. NaN as in `load_tv`.
     """
     guess = 0.999 * shares(predicted_LE) + 0.001 / load_LE.shape[-1]
     return torch.where(load_LE.sum(-1) > 0, -(shares(load_LE) * guess.log()).sum(-1), torch.nan)
 
 
 def sampling_floor(load_LE: Tensor) -> Tensor:
-    """Total variation that is left if the true shares were known but tokens drew their experts from them, `[L]`.
+    """Expected total variation of a forecast of the true shares, if tokens draw their experts from them, `[L]`.
 
-    The mean absolute deviation of a binomial count, taken as normal, halved and summed over experts. A forecaster that
-    sees the tokens may go below it; one that knows only how experts are used on average cannot.
+    Half the mean absolute deviation of binomial counts (normal approximation), summed over experts. A forecaster that
+    reads the tokens can be below it; a forecaster that knows only average shares cannot.
     """
     tokens = load_LE.sum(-1, keepdim=True)
     share = shares(load_LE)
@@ -56,13 +59,18 @@ def sampling_floor(load_LE: Tensor) -> Tensor:
 
 
 def token_top1(chosen: Tensor, experts: Tensor) -> Tensor:
-    """Share of real tokens whose expert was named, `[L_enc]`; both `[L_enc, B, T]`, `experts` negative on padding."""
+    """Share of real tokens whose expert was predicted, `[L_enc]`.
+
+    Args:
+        chosen: Predicted expert of each token, `[L_enc, B, T]`.
+        experts: True expert, negative on padding, `[L_enc, B, T]`.
+    """
     real = experts >= 0
     return ((chosen == experts) & real).sum((1, 2)) / real.sum((1, 2)).clamp(min=1)
 
 
 class LayerMean(Metric):
-    """Running mean of a value per layer, `[L]`; NaN values are left out."""
+    """Running mean of a value per layer, `[L]`; NaN values are skipped."""
 
     full_state_update = False
     total: Tensor
@@ -80,5 +88,5 @@ class LayerMean(Metric):
         self.count += known
 
     def compute(self) -> Tensor:
-        """Mean of each layer, `[L]`; NaN where there was nothing."""
+        """Mean of each layer, `[L]`; NaN without values."""
         return self.total / self.count

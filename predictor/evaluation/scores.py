@@ -1,4 +1,4 @@
-"""How one forecaster did on one stream, batch by batch, and what that says with how much certainty.
+"""Scores: the metrics of one forecaster on one stream, batch by batch; their means and 95 % confidence intervals.
 
 Shape suffixes: N batches, L MoE layers, E logical experts.
 """
@@ -19,20 +19,20 @@ from predictor.forecast import LoadForecast
 
 @dataclass
 class Scores:
-    """One forecaster on one stream.
+    """The metrics of one forecaster on one stream.
 
     Attributes:
-        load_tv: Total variation of predicted and true share, `[N][L]`.
-        floor: Total variation that chance alone leaves to a forecaster that does not see the tokens, `[N][L]`.
+        load_tv: Total variation between predicted and true share, `[N][L]`.
+        floor: `sampling_floor` of the true load, `[N][L]`.
         hot_recall: Share of the hot experts found, `[N][L]`.
         nll: Negative log-likelihood of a token's expert, nats, `[N][L]`.
-        token_top1: Share of tokens whose expert was named, `[N][L_enc]`; empty where tokens are not forecast.
+        token_top1: Share of tokens whose expert was predicted, `[N][L_enc]`; empty for forecasters of loads alone.
         balancedness: Number of redundant experts -> balancedness, mean over layers, `[N]`.
         regret: Number of redundant experts -> balancedness with the oracle's forecast less `balancedness`, `[N]`.
-        milliseconds: Time of one forecast, `[N]`.
+        milliseconds: Duration of one forecast, `[N]`.
         share: Forecast shares, `[N][L, E]`.
-        spread: One standard deviation of each, `[N][L, E]`.
-        true_share: What came, `[N][L, E]`.
+        spread: Forecast standard deviations of the shares, `[N][L, E]`.
+        true_share: True shares, `[N][L, E]`.
     """
 
     load_tv: list[FloatArray] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Scores:
     true_share: list[FloatArray] = field(default_factory=list)
 
     def add(self, forecast: LoadForecast, load: IntArray) -> None:
-        """Scores one forecast against the load that came, `[L, E]`."""
+        """Scores one forecast against the true load, `[L, E]`."""
         predicted, truth = torch.from_numpy(forecast.load).float(), torch.from_numpy(load).float()
         self.load_tv.append(load_tv(predicted, truth).numpy())
         self.floor.append(sampling_floor(truth).numpy())
@@ -59,7 +59,7 @@ class Scores:
         self.true_share.append(share_of(load).astype(np.float32))
 
     def coverage(self, nominal: FloatArray) -> FloatArray:
-        """Share of experts whose true share lies in the interval of each nominal coverage; same shape as `nominal`."""
+        """Share of experts whose true share lies in the forecast interval, for each nominal coverage (0 to 1)."""
         error = np.abs(np.stack(self.share) - np.stack(self.true_share))
         width = torch.special.ndtri(torch.from_numpy((1 + nominal) / 2)).numpy()
         spread = np.stack(self.spread)
@@ -84,19 +84,19 @@ class Scores:
         """Share of the regret of `last` (persistence) that this forecaster avoids, and its 95 % interval."""
         own, its = np.array(self.regret[num_redundant_experts]), np.array(last.regret[num_redundant_experts])
         rows = resampled(len(own))
-        its_mean = np.maximum(its[rows].mean(1), 1e-9)  # a draw in which persistence is perfect leaves nothing to close
+        its_mean = np.maximum(its[rows].mean(1), 1e-9)  # persistence may be perfect in a draw
         low, high = np.quantile(1 - own[rows].mean(1) / its_mean, [0.025, 0.975])
         return float(1 - own.mean() / max(its.mean(), 1e-9)), (float(low), float(high))
 
     def summary(self) -> dict[str, float | None]:
-        """The figures of the contract: means over layers and batches."""
+        """Means over layers and batches of the metrics in `reported`, None for metrics not measured."""
         return {
             name: round(float(np.nanmean(values)), 4) if len(values) else None
             for name, values in self.reported().items()
         }
 
     def details(self) -> dict[str, Any]:
-        """The contract's figures with their intervals, and all the others."""
+        """`summary` with intervals, and the values per layer, NLL, coverage and forecast time."""
         result: dict[str, Any] = dict(self.summary())
         for name, values in self.reported().items():
             if len(values):

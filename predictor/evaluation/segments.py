@@ -1,7 +1,7 @@
-"""How well single segments of the text (topics, languages) are forecast, those met in training and those that were not.
+"""segment_errors: forecast errors per segment of the text (topic, language), seen in training or not.
 
-Of each test batch the sequences of one segment are taken for a batch of their own and forecast from their tokens alone,
-in the encoder's layers; history, which is of whole batches, has no say.
+The sequences of one segment in a test batch are forecast as a batch of their own, in the encoder's layers. A trained
+predictor gets their tokens only, because past loads are of whole batches, not of one segment.
 """
 
 from collections import defaultdict
@@ -18,19 +18,19 @@ from predictor.evaluation.metrics import load_tv, token_top1
 from predictor.evaluation.scores import Scores
 from predictor.forecaster import NeuralForecaster
 
-FEWEST = 4
-"""Sequences of a segment from which it counts as a batch."""
+MIN_SEQUENCES = 4
+"""Fewest sequences of a segment in a batch that are scored."""
 
 
 def segment_errors(forecasters: list[NeuralForecaster | TokenTable], data: RouterTraceModule) -> dict[str, Any]:
-    """Of each segment: whether it was met in training, and each forecaster's figures with intervals."""
+    """Segment -> whether it was in the training batches (`seen`), and each forecaster's metrics with intervals."""
     layout, split = data.layout, data.layout.num_encoder_layers
     scores: dict[str, dict[str, Scores]] = defaultdict(lambda: defaultdict(Scores))
     for step, sample in test_steps(data):
         names = np.array(sample.trace.segments)
         for segment in np.unique(names):
             rows = torch.from_numpy(np.flatnonzero(names == segment))
-            if len(rows) < FEWEST:
+            if len(rows) < MIN_SEQUENCES:
                 continue
             piece = part(sample.trace, rows)
             truth = sequence_loads(piece, layout)[:, :split].sum(0).float()

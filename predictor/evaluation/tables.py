@@ -1,22 +1,22 @@
-"""The comparison of forecasters as Markdown, the same for a terminal, a model card and the docs."""
+"""Markdown tables of the comparison of forecasters, for the terminal, the model card and the docs."""
 
 from typing import Any
 
 Details = dict[str, dict[str, dict[str, Any]]]
-"""Stream, then forecaster, then figure: what config.json of a predictor folder keeps as `metrics`."""
+"""Stream -> forecaster -> metric: `metrics` in config.json of a predictor folder."""
 REDUNDANT = (16, 8)
-"""Redundant experts, over 8 devices, with which forecasters are compared by balancedness."""
+"""Numbers of redundant experts, over 8 devices, with which forecasters are compared by balancedness."""
 CAPTIONS = {
-    "load_tv": "Total variation of forecast and true load (lower is better)",
+    "load_tv": "Total variation between forecast and true load (lower is better)",
     "hot_recall": "Share of the 16 hottest experts found",
-    "token_top1": "Share of tokens whose expert was named",
+    "token_top1": "Share of tokens whose expert was predicted",
     "balancedness_r16": "Balancedness, 8 devices, 16 redundant experts (1 is perfect)",
     "regret_r16": "Regret: balancedness of the oracle's forecast less this one's, 16 redundant experts",
-    "gap_closed_r16": "Share of the gap from last batch to oracle that is closed, 16 redundant experts",
+    "gap_closed_r16": "Share of the gap between last batch and oracle that is closed, 16 redundant experts",
     "balancedness_r8": "Balancedness, 8 devices, 8 redundant experts (1 is perfect)",
     "regret_r8": "Regret: balancedness of the oracle's forecast less this one's, 8 redundant experts",
-    "gap_closed_r8": "Share of the gap from last batch to oracle that is closed, 8 redundant experts",
-    "coverage_80": "Share of experts whose true share lies in the forecast's 80 % interval",
+    "gap_closed_r8": "Share of the gap between last batch and oracle that is closed, 8 redundant experts",
+    "coverage_80": "Share of experts whose true share lies in the 80 % interval of the forecast",
 }
 
 
@@ -27,7 +27,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def figure(values: dict[str, Any], metric: str) -> str:
-    """A figure with its 95 % interval; nothing where the forecaster has no such figure."""
+    """A metric with its 95 % interval as text; empty if the forecaster does not have it."""
     if (value := values.get(metric)) is None:
         return ""
     interval = values.get(f"{metric}_interval")
@@ -42,7 +42,7 @@ def comparison_table(details: Details, metric: str) -> str:
 
 
 def layers_table(details: Details, layer_names: list[str], names: list[str]) -> str:
-    """Load error of some forecasters layer by layer, a row for each stream."""
+    """Total variation per layer of some forecasters, a row for each stream and forecaster."""
     rows = [
         [stream, name, *(f"{tv:.3f}" for tv in forecasters[name]["load_tv_layers"])]
         for stream, forecasters in details.items()

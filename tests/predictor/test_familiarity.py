@@ -6,7 +6,7 @@ import torch
 
 from data.traces.trace import pad_tokens
 from predictor.checkpoint import load_predictor, save_predictor
-from predictor.familiarity import OFTEN, STEEPNESS, Familiarity
+from predictor.familiarity import MIN_OCCURRENCES, STEEPNESS, Familiarity
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 
@@ -18,7 +18,7 @@ def batch(*ids):
 @pytest.fixture
 def familiarity():
     """Tokens 0 to 9 are known; a usual batch knows four of its five tokens."""
-    train = [batch(*range(10), 40)] * OFTEN + [batch(50)] * (OFTEN - 1)
+    train = [batch(*range(10), 40)] * MIN_OCCURRENCES + [batch(50)] * (MIN_OCCURRENCES - 1)
     return Familiarity.fit(60, train, [batch(1, 2, 3, 4, 50), batch(1, 2, 3)])
 
 

@@ -11,7 +11,7 @@ ARCHITECTURES = [
     Architecture(width=8, history=True),
     Architecture(width=8, bidirectional=False, sparse_attention=True, history=False),
     Architecture(cell="lstm", width=8, sparse_attention=True),
-    Architecture(cell="gru", width=8, depth=1),
+    Architecture(cell="lstm", width=8, depth=1),
 ]
 
 

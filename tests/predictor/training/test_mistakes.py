@@ -35,7 +35,7 @@ def refused(run, capsys):
     ("mistake", "says"),
     [
         (["--nonsense=1"], "unrecognized arguments: --nonsense=1"),
-        (["--model.architecture.cell=rnn"], "Expected a typing.Literal['sru', 'lstm', 'gru']"),
+        (["--model.architecture.cell=rnn"], "Expected a typing.Literal['sru', 'lstm']"),
         (["--data.model=other/model"], "the configuration names other/model"),
         (["--data.trace=/nowhere", "--data.model=/nowhere"], "/nowhere is not a folder"),
         (["--predictor=."], ". exists and is not a predictor folder"),
