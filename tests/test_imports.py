@@ -117,9 +117,8 @@ def loaded_by(statements: str, names: Iterable[str], path: Path = ROOT) -> set[s
     """Which of some packages a fresh interpreter has loaded after the statements; `path` is searched first."""
     script = f"import sys\n{statements}\nprint([name for name in {tuple(names)} if name in sys.modules])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(path), str(ROOT)))}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
     return set(ast.literal_eval(done.stdout.strip().splitlines()[-1]))
 
 
