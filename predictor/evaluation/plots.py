@@ -93,7 +93,7 @@ def error_panels(errors: dict[str, dict[str, tuple[float, float, float]]]) -> Fi
 @drawing()
 def calibration_curve(nominal: FloatArray, covered: dict[str, FloatArray]) -> Figure:
     """How often intervals of a nominal coverage hold the truth, a panel per stream; the diagonal is perfect."""
-    figure, axes = panels(8.6, 2.9, 1, len(covered), sharex=True, sharey=True)
+    figure, axes = panels(8.6, 2.6, 1, len(covered), sharex=True, sharey=True)
     for (stream, values), axis in zip(covered.items(), axes[0], strict=True):
         axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (1, 2)))
         axis.plot(nominal, values, color=OURS, marker="o", markersize=3, linewidth=2.4)
