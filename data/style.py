@@ -1,7 +1,8 @@
 """Colours, names and shapes that all pictures of the project share.
 
 A colour means the same in every picture: ours is blue and thick, rivals are grey, the oracle is green and dashed,
-running without replicas is light grey. Lines carry their names at their ends in place of a legend.
+running without replicas is light grey; pale blue is our planner fed by a rival's forecast. Lines carry their names at
+their ends in place of a legend.
 
     with drawing():
         figure, axes = panels(8.3, 3)
@@ -33,6 +34,7 @@ INK = "#1b1f24"
 GREY = "#8b949e"
 LIGHT = "#d0d7de"
 OURS = "#1f6feb"
+OURS_PALE = "#8ab4f8"
 ORACLE = "#2da44e"
 BAD = "#cf222e"
 HOT = "#e8590c"

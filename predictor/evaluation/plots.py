@@ -10,10 +10,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data.arrays import FloatArray
-from data.style import GREY, INK, LIGHT, OURS, SMALL, drawing, end_labels, heading, human, panels
+from data.style import GREY, INK, OURS, drawing, heading, human, panels
 
 MOST_MAPS = 6
 """MoE layers in one picture of heat maps; of more, some are chosen evenly."""
+IDLE = 0.05
+"""Mean load, as a share of the mean over experts, from which an expert has a row in a heat map."""
 LEFT_OUT = ("uniform", "oracle")
 """Forecasters that the picture of errors leaves out: one would set the scale, the other's error is 0."""
 
@@ -25,28 +27,30 @@ def heat_maps(forecast_NLE: FloatArray, truth_NLE: FloatArray, layer_names: list
     Experts are sorted by mean load. Forecast and truth of a layer share one scale; blue means too low a forecast.
     """
     chosen = np.unique(np.linspace(0, len(layer_names) - 1, MOST_MAPS).round().astype(int))
-    figure, axes = panels(0.6 + 2.2 * len(chosen), 5.6, 3, len(chosen), sharex=True, sharey=True)
+    figure, axes = panels(0.9 + 2.1 * len(chosen), 5.2, 3, len(chosen), sharex=True)
     for column, layer in enumerate(chosen):
-        order = np.argsort(-truth_NLE[:, layer].mean(0), kind="stable")
+        mean = truth_NLE[:, layer].mean(0)
+        order = np.argsort(-mean, kind="stable")[: max(int((mean > IDLE / len(mean)).sum()), 1)]
         forecast, truth = 100 * forecast_NLE[:, layer, order].T, 100 * truth_NLE[:, layer, order].T
         top = max(float(np.quantile(truth, 0.995)), 1e-9)
         scale: dict[str, Any] = {"aspect": "auto", "vmin": 0, "vmax": top, "cmap": "magma"}
         axes[0, column].imshow(forecast, **scale)
         image = axes[1, column].imshow(truth, **scale)
         difference = axes[2, column].imshow(forecast - truth, aspect="auto", vmin=-top, vmax=top, cmap="RdBu_r")
-        bars = ((image, list(axes[:2, column]), "% of tokens"), (difference, [axes[2, column]], "% points"))
-        for shown, beside, label in bars:
-            bar = figure.colorbar(shown, ax=beside, pad=0.02, aspect=20 * len(beside), extend="max")
+        bars = [(image, list(axes[:2, column]), "max"), (difference, [axes[2, column]], "both")]
+        for (shown, beside, extend), label in zip(bars, ("% of tokens", "% points"), strict=True):
+            bar = figure.colorbar(shown, ax=beside, pad=0.02, aspect=20 * len(beside), extend=extend)
             bar.outline.set_visible(False)
-            bar.ax.set_title(label, fontsize=SMALL - 1, loc="left", pad=3)
+            if column == len(chosen) - 1:
+                bar.set_label(label)
         axes[0, column].set_title(layer_names[layer].replace("_", " "))
         axes[2, column].set(xlabel="batch")
     for axis in axes.flat:
         axis.grid(False)
         axis.set(yticks=[])
-    for axis, name in zip(axes[:, 0], ("forecast", "what came", "forecast - what came"), strict=True):
+    for axis, name in zip(axes[:, 0], ("forecast", "what came", "difference"), strict=True):
         axis.set_ylabel(name)
-    note = "rows: experts of a MoE layer, the most loaded on top; test batches in their order"
+    note = "rows: experts of a MoE layer, the most loaded on top, idle ones left out; red: the forecast is too high"
     heading(figure, f"Expert load, {human(stream)}: forecast beside what came", note)
     return figure
 
@@ -88,14 +92,14 @@ def error_panels(errors: dict[str, dict[str, tuple[float, float, float]]]) -> Fi
 
 @drawing()
 def calibration_curve(nominal: FloatArray, covered: dict[str, FloatArray]) -> Figure:
-    """How often intervals of a nominal coverage hold the truth, a line per stream; the diagonal is perfect."""
-    figure, axes = panels(5.6, 4.2)
-    axis = axes[0, 0]
-    axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (1, 2)))
-    for values in covered.values():
-        axis.plot(nominal, values, color=OURS, marker="o", markersize=3, linewidth=1.4, alpha=0.75)
-    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="coverage that the forecast states", ylabel="share of experts within it")
-    ends = [(float(values[-1]), human(name), INK) for name, values in covered.items()]
-    end_labels(axis, [*ends, (1.0, "", LIGHT)])
-    heading(figure, "Are the stated intervals right?", "on the dotted diagonal they are; above it they are too wide")
+    """How often intervals of a nominal coverage hold the truth, a panel per stream; the diagonal is perfect."""
+    figure, axes = panels(8.6, 2.6, 1, len(covered), sharex=True, sharey=True)
+    for (stream, values), axis in zip(covered.items(), axes[0], strict=True):
+        axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (1, 2)))
+        axis.plot(nominal, values, color=OURS, marker="o", markersize=3, linewidth=2.4)
+        axis.set_title(human(stream).replace(" every ", "\nevery "))
+        axis.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], aspect="equal")
+    axes[0, 0].set(ylabel="share of experts within")
+    figure.supxlabel("coverage that the forecast states", fontsize=9)
+    heading(figure, "Are the stated intervals right?", "dotted diagonal: perfect; above it the intervals are too wide")
     return figure

@@ -34,14 +34,14 @@ body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-
 main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem;overflow-wrap:anywhere}
 h1{font-size:1.5rem;margin:.5rem 0}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1.8rem 0 .5rem;font-size:1rem}
 .finding{font-size:1.2rem;border-left:4px solid var(--ours);padding-left:.8rem;margin:1rem 0 1.5rem}
-figure{margin:1.2rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.5rem}
-img{display:block;max-width:100%;height:auto;margin:auto}
+figure{margin:1.2rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.5rem;overflow-x:auto}
+img{display:block;width:100%;min-width:40rem;height:auto}
 .box{overflow-x:auto;border:1px solid var(--line);border-radius:8px}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{padding:.35rem .7rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);overflow-wrap:normal}
-thead th{border-top:0;color:var(--soft);font-weight:600}
+th,td{padding:.3rem .7rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);overflow-wrap:normal}
+thead th{border-top:0;color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left}
-small{color:var(--soft)}.ours td{color:var(--ours);font-weight:600}
+small{display:block;font-weight:400;color:var(--soft)}.ours td{color:var(--ours);font-weight:600}
 """
 
 

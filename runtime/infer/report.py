@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -82,9 +83,12 @@ def show(report: dict[str, Any], console: Console, details: bool = False) -> Non
     lines = [_what_ran(report), _comparison(report)]
     lines += _balance(report) if report["devices"] > 1 else []
     lines += _caching(report) if report["cache"] else []
-    lines += [Text("Next:"), *(Text(f"  {command}", style="cyan") for command in _commands(report))]
+    lines.append(Text(f"Picture: {report['out']}/balancedness.png; all figures: report.json beside it"))
     title = f"[bold]{report['model']} with Switchcast[/bold]"
-    console.print(Panel(Text("\n").join(lines), title=title, title_align="left", expand=False, padding=(0, 1)))
+    console.print(Panel(Text("\n").join(lines), title=title, title_align="left", expand=False))
+    for number, (command, why) in enumerate(_commands(report)):  # outside the frame, so that they can be copied
+        start = "next" if number == 0 else "    "
+        console.print(f"{start}  [bold]{escape(command)}[/bold]  [dim]# {why}[/dim]", soft_wrap=True, highlight=False)
 
 
 def _what_ran(report: dict[str, Any]) -> Text:
@@ -101,14 +105,12 @@ def _comparison(report: dict[str, Any]) -> Text:
     equal = same == 1 and difference <= EQUAL
     text = "Outputs equal the plain model's" if equal else "Outputs differ from the plain model's"
     share = "100 %" if same == 1 else f"{100 * same:.3f} %"
-    return Text.assemble(
-        (text, "bold green" if equal else "bold red"),
-        f": logits within {difference:.1e}, likeliest token the same for {share}",
-    )
+    colour = "bold green" if equal else "bold red"
+    return Text.assemble((text, colour), f" (logits to {difference:.1e}, likeliest tokens {share})")
 
 
 def _balance(report: dict[str, Any]) -> list[Text]:
-    lines = [Text("Balancedness (mean device load / largest; 1 is perfect), replicas planned from")]
+    lines = [Text("Balancedness (mean device load / largest device load, 1 is perfect):")]
     for name, label in POLICIES.items():
         value = report["balancedness"][name]
         if name == "replicated" and report["predictor"] is None:
@@ -127,19 +129,18 @@ def _caching(report: dict[str, Any]) -> list[Text]:
     ]
 
 
-def _commands(report: dict[str, Any]) -> list[str]:
-    """What to type next, for the model and the predictor of this run."""
-    model = "" if report["model"] == BUNDLED else f" --model {report['model']}"
-    command = f"-m runtime.infer{model}"
-    shown = [f"open {report['out']}/balancedness.png   # all figures: report.json beside it"]
+def _commands(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What to type next, for the model and the predictor of this run, and what it does."""
     if report["predictor"] is None:
-        return [*shown, "python train.py   # then give this command --predictor outputs/predictor"]
-    command += f" --predictor {report['predictor']}"
-    shown.append(f"python -m predictor.show {report['predictor']}")
+        return [("python train.py", "trains a predictor; then run this again with --predictor outputs/predictor")]
+    model = "" if report["model"] == BUNDLED else f" --model {report['model']}"
+    command = f"-m runtime.infer{model} --predictor {report['predictor']}"
+    shown = [(f"python -m predictor.show {report['predictor']}", "how good the forecasts are")]
     if report["processes"] == 1:
-        shown.append(f"torchrun --nproc-per-node 2 {command}")
+        shown.append((f"torchrun --nproc-per-node 2 {command}", "two processes"))
     if report["cache"] is None:
-        shown.append(f"python {command} --device-memory {max(round(report['expert_mib'] / 2), 1)}MiB")
+        half = max(round(report["expert_mib"] / 2), 1)
+        shown.append((f"python {command} --device-memory {half}MiB", "half the experts in memory"))
     return shown
 
 
@@ -202,5 +203,6 @@ def plot(checks: list[BatchCheck], path: Path) -> None:
     )
     end_labels(axis, ends)
     title = f"Switchcast balances to {means['replicated']:.2f}, running without replicas to {means['contiguous']:.2f}"
-    heading(figure, title, "mean device load / largest device load, 1 is perfect; names with means over all batches")
+    note = "mean device load / largest, 1 is perfect; means of all batches; the first has none before it"
+    heading(figure, title, note)
     save(figure, path)

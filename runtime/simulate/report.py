@@ -7,12 +7,25 @@ import numpy as np
 from rich.table import Table
 
 from data.arrays import FloatArray
-from data.style import GREY, INK, LIGHT, LINES, ORACLE, OURS, SMALL, canvas, drawing, end_labels, heading, human, save
+from data.style import (
+    GREY,
+    INK,
+    LIGHT,
+    LINES,
+    ORACLE,
+    OURS,
+    OURS_PALE,
+    SMALL,
+    canvas,
+    drawing,
+    end_labels,
+    heading,
+    human,
+    save,
+)
 from runtime.simulate.cost_model import TRUTHS
 from runtime.simulate.replay import Replay
 
-Policy = dict[str, str]
-"""Names of a policy's forecast, planner and split."""
 DRAWN = {
     ("none", "contiguous", "even"),
     ("last", "eplb", "even"),
@@ -118,40 +131,52 @@ def plot(replays: list[Replay], start: int, path: Path) -> None:
         start: Number of the first step.
         path: The PNG to write.
     """
+    best = _best(replays)
     rows = list(dict.fromkeys((item.forecast, item.planner) for item in replays))
     figure = canvas(10.5, max(1.3 + 0.24 * len(rows), 4))
     mosaic = [["means", "steps"], ["means", "moves"]]
     axes = figure.subplot_mosaic(mosaic, width_ratios=[4, 5], height_ratios=[3, 1])
-    _draw_means(axes["means"], replays, rows)
+    _draw_means(axes["means"], replays, rows, best)
     width = max(1, len(replays[0].plan_ms) // 60) if replays else 1
-    _draw_steps(axes["steps"], axes["moves"], replays, start, width)
+    _draw_steps(axes["steps"], axes["moves"], replays, best, start, width)
     note = "mean device load / largest, 1 is perfect; filled: split by quota, hollow: split evenly"
     note += f"; right: means over layers and {width} steps" if width > 1 else "; right: means over layers"
     heading(figure, "Balancedness of each policy, and the moves it costs", note)
     save(figure, path)
 
 
-def _colour(forecast: str, planner: str) -> str:
+def _name(item: Replay) -> tuple[str, str, str]:
+    return item.forecast, item.planner, item.split
+
+
+def _best(replays: list[Replay]) -> tuple[str, str, str]:
+    """The policy of highest balancedness among those that do not know the future."""
+    honest = [item for item in replays if item.forecast not in TRUTHS] or replays
+    return max(((float(item.balancedness.mean()), _name(item)) for item in honest), default=(0, ("", "", "")))[1]
+
+
+def _colour(forecast: str, planner: str, best: tuple[str, str, str]) -> str:
     if planner != "home":
         return LIGHT if planner == "contiguous" else GREY
-    return ORACLE if forecast in TRUTHS else OURS
+    if forecast in TRUTHS:
+        return ORACLE
+    return OURS if (forecast, planner) == best[:2] else OURS_PALE
 
 
-def _draw_means(axes: Any, replays: list[Replay], rows: list[tuple[str, str]]) -> None:
+def _draw_means(axes: Any, replays: list[Replay], rows: list[tuple[str, str]], best: tuple[str, str, str]) -> None:
     """Two marks a row, filled for quotas and hollow for even splits; the best policy's number in bold."""
-    means = {(item.forecast, item.planner, item.split): float(item.balancedness.mean()) for item in replays}
-    honest = [row for row in rows if row[0] not in TRUTHS]
-    best = max(honest, key=lambda row: max(means.get((*row, split), 0) for split in ("even", "quota")), default=None)
+    means = {_name(item): float(item.balancedness.mean()) for item in replays}
     for place, row in enumerate(rows):
         found = {split: means[*row, split] for split in ("even", "quota") if (*row, split) in means}
-        colour = _colour(*row)
+        colour = _colour(*row, best)
         axes.plot(list(found.values()), [place] * len(found), color=colour, linewidth=1.2, zorder=2)
         for split, mean in found.items():
             fill = "white" if split == "even" else colour
             axes.plot([mean], [place], "o", color=colour, markerfacecolor=fill, markersize=6, zorder=3)
+        bold = row == best[:2]
         axes.text(
             1.02, place, f"{max(found.values()):.3f}", transform=axes.get_yaxis_transform(), va="center",
-            fontsize=SMALL, fontweight="bold" if row == best else "normal", color=OURS if row == best else INK,
+            fontsize=SMALL, fontweight="bold" if bold else "normal", color=OURS if bold else INK,
         )  # fmt: skip
     labels = []
     for place, (forecast, planner) in enumerate(rows):
@@ -165,13 +190,15 @@ def _draw_means(axes: Any, replays: list[Replay], rows: list[tuple[str, str]]) -
     axes.set(xlabel="balancedness, mean over steps and layers")
 
 
-def _draw_steps(balance: Any, moves: Any, replays: list[Replay], start: int, width: int) -> None:
+def _draw_steps(
+    balance: Any, moves: Any, replays: list[Replay], best: tuple[str, str, str], start: int, width: int
+) -> None:
     """Balancedness step after step, and below it the experts that each policy moves."""
-    shown = [item for item in replays if (item.forecast, item.planner, item.split) in DRAWN]
+    shown = [item for item in replays if _name(item) in DRAWN | {best}]
     ends, moved = [], []
     for item in shown:
-        colour = _colour(item.forecast, item.planner)
-        style = LINES.get(item.forecast, {}) | {"color": colour}
+        colour = _colour(item.forecast, item.planner, best)
+        style = LINES["oracle"] if colour == ORACLE else {"color": colour, "linewidth": 2.4 if colour == OURS else 1.1}
         values = _smooth(item.balancedness.mean(-1), width)
         steps = np.arange(start + width - 1, start + width - 1 + len(values))
         balance.plot(steps, values, **style)
@@ -181,7 +208,8 @@ def _draw_steps(balance: Any, moves: Any, replays: list[Replay], start: int, wid
         ends.append((float(values[-1]), policy, GREY if colour == LIGHT else colour))
         if item.planner != "contiguous" and item.forecast not in TRUTHS:
             moves.plot(steps, _smooth(item.arrivals.sum(-1) / item.phy2log.shape[1], width), **style)
-            moved.append((item.moves_per_layer, f"{item.moves_per_layer:.1f} {human(item.planner)}", colour))
+            short = human(item.planner if item.planner == "eplb" else item.forecast)
+            moved.append((item.moves_per_layer, f"{item.moves_per_layer:.1f} {short}", colour))
     balance.set(ylabel="balancedness", ylim=(min([0.4, *(end[0] - 0.05 for end in ends)]), 1.02))
     balance.tick_params(labelbottom=False)
     moves.set_yscale("symlog", linthresh=1)

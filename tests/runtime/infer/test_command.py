@@ -56,12 +56,15 @@ def command(switch_folder, predictor, tmp_path, monkeypatch, capsys):
 
 
 def test_contract(command, tmp_path):
-    report = json.loads(command().out.splitlines()[-1])
+    shown = command().out
+    assert "Outputs equal the plain model's" in shown
+    assert len(shown.splitlines()) <= 16
+    report = json.loads(shown.splitlines()[-1])
     assert report["batches"] == 5
     assert report["tokens"] > 0
     assert report["max_logit_difference"] <= 1e-5
     assert report["same_argmax"] == 1.0
-    assert set(report["balancedness"]) == {"contiguous", "replicated", "oracle"}
+    assert set(report["balancedness"]) == {"contiguous", "last", "replicated", "oracle"}
     assert report["balancedness"]["contiguous"] < report["balancedness"]["oracle"]
     assert 0 < report["load_tv"] < 1
     assert report["bytes"] == report["moves"] * 2 * 32 * 48 * 4
