@@ -22,6 +22,8 @@ Balancer = Callable[[LoadForecast, IntArray, IntArray], float]
 REGRETS = {"balancedness": "regret", "balancedness_8": "regret_8"}
 """Each balancedness of `Scores`, and where its distance to the oracle's goes."""
 
+Track = Callable[[Iterable[tuple[int, TraceSample]]], Iterable[tuple[int, TraceSample]]]
+
 Ladder = dict[str, dict[str, Scores]]
 """Stream, then forecaster."""
 
@@ -46,6 +48,7 @@ def compare_forecasters(
     forecasters: list[Forecaster],
     data: RouterTraceModule,
     new_balancers: Mapping[str, Callable[[], Balancer]] | None = None,
+    track: Track = iter,
 ) -> Ladder:
     """Scores forecasters on all test batches.
 
@@ -53,10 +56,11 @@ def compare_forecasters(
         forecasters: What to score.
         data: A module that was set up.
         new_balancers: For each balancedness of `Scores` what makes the balancer of one forecaster on one stream.
+        track: Iterates over the test batches and shows the progress.
     """
     ladder: Ladder = {}
     balancers: dict[tuple[str, str, str], Balancer] = {}
-    for step, sample in test_steps(data):
+    for step, sample in track(test_steps(data)):
         stream = ladder.setdefault(sample.trace.phase, {})
         for forecaster in forecasters:
             scores = stream.setdefault(forecaster.name, Scores())

@@ -17,20 +17,26 @@ from predictor.evaluation.tables import Details, ladder_table
 from predictor.forecaster import NeuralForecaster
 
 
-def check_target(folder: Path) -> None:
-    """Refuses to replace a folder that is not a predictor.
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Checks that a predictor may be written to a folder.
 
     Raises:
-        ValueError: Naming the folder.
+        ValueError: If the folder exists and is not a predictor, or is one and `overwrite` is false.
     """
-    if folder.exists() and not ((folder / CONFIG).exists() and (folder / WEIGHTS).exists()):
+    if not folder.exists():
+        return
+    if not ((folder / CONFIG).exists() and (folder / WEIGHTS).exists()):
         raise ValueError(f"{folder} exists and is not a predictor folder; name another one with --predictor")
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds a predictor already; name another folder with --predictor, or replace it with --overwrite"
+        )
 
 
 @contextmanager
-def predictor_folder(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into; it replaces `folder`, and a predictor there, when the block ends well."""
-    check_target(folder)
+def predictor_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a folder to write to; it becomes `folder` if the block ends without an error."""
+    check_target(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
