@@ -162,7 +162,8 @@ def main() -> None:
     with user_errors("run the same command again"), RunLog() as run_log:
         cli = TrainCLI(
             ForecasterModule, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
-            auto_configure_optimizers=False, trainer_defaults={"callbacks": [BaselineCurve()]}, parser_class=TrainParser,
+            auto_configure_optimizers=False, parser_class=TrainParser,
+            trainer_defaults={"callbacks": [BaselineCurve()]},
             parser_kwargs={"default_config_files": [str(DEFAULTS)], "usage": "python train.py [options]"},
         )  # fmt: skip
         with redirect_stdout(sys.stderr):

@@ -66,7 +66,11 @@ class ForecasterModule(LightningModule):
         self.weights = {"token": token_weight, "load": encoder_load_weight, "distillation": distillation_weight}
 
     def setup(self, stage: str) -> None:
-        """Builds the network for the trace's model and reads that model's embedding table."""
+        """Builds the network for the trace's model and reads that model's embedding table.
+
+        Raises:
+            ValueError: If the embedding table does not fit the trace, or has values that are not finite.
+        """
         if hasattr(self, "network"):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -77,10 +81,10 @@ class ForecasterModule(LightningModule):
         if len(self.embedding) < self.layout.vocab_size:
             raise ValueError(
                 f"{self.layout.model_id} has {len(self.embedding)} embeddings, the trace was made with a vocabulary of "
-                f"{self.layout.vocab_size}; they are not the same model"
+                f"{self.layout.vocab_size}; collect the trace again"
             )
         if not self.embedding.isfinite().all():
-            raise ValueError(f"the embedding table of {self.layout.model_id} holds NaN or infinite numbers")
+            raise ValueError(f"the embedding table of {self.layout.model_id} contains NaN or infinite numbers")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the fingerprint of the trace's model and the id of the W&B run, which a resumed training continues."""
