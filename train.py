@@ -1,10 +1,19 @@
-"""Trains a predictor of next-batch expert load and leaves it in a folder that the runtime loads.
+"""Trains a predictor of next-batch expert load and exports it as a folder that the runtime loads.
 
     python train.py                                        # the bundled model, offline, configs/default.yaml
-    python train.py --config configs/smoke.yaml            # some seconds, for a look
-    python train.py --ckpt_path last                       # go on where a run was stopped
+    python train.py --config configs/smoke.yaml            # some seconds, to see the whole path
+    python train.py --ckpt_path last                       # resumes an interrupted run
 
-Every setting is an option (`--help`). The last line of stdout is one JSON document; all else goes to stderr.
+Options that most runs need:
+    --predictor FOLDER       where the predictor is written; its checkpoints and log go to FOLDER.run
+    --overwrite              replaces a predictor in that folder
+    --data.trace FOLDER      the router trace to learn from; collected first where there is none
+    --data.model MODEL       the model of the trace: a hub id or a local folder
+    --trainer.max_epochs N   passes over the training batches
+    --config FILE            settings from a file, such as configs/paper.yaml; options after it win
+    --ckpt_path last         resumes the run of this predictor where it was interrupted
+
+The last line of stdout is one JSON document; everything else goes to stderr and to FOLDER.run/train.log.
 """
 
 import json
@@ -16,27 +25,33 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from jsonargparse import ActionYesNo
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.progress import track
 
 from data.arrays import IntArray
-from data.cli import user_errors
+from data.cli import OneLine, user_errors
 from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
+from data.models.weights import BUNDLED
 from predictor.baselines.token_table import TokenTable
 from predictor.checkpoint import load_predictor, save_predictor
 from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import details, summarise, write_report
 from predictor.evaluation.segments import segment_errors
-from predictor.evaluation.tables import CAPTIONS, REDUNDANT, comparison_table
+from predictor.evaluation.tables import REDUNDANT
 from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast
 from predictor.training.calibration import calibrate_spread
 from predictor.training.export import check_target, git_revision, model_card, predictor_folder, provenance
 from predictor.training.module import ForecasterModule
-from predictor.training.resume import checkpoint_to_resume
-from predictor.training.wandb_logging import track_results, track_settings, track_trace
+from predictor.training.result_table import result_table
+from predictor.training.run_folder import RunFolder
+from predictor.training.run_log import RunLog
+from predictor.training.wandb_logging import BaselineCurve, name_run, track_results, track_settings
 from runtime.balancing.balancer import Balancer
 from runtime.balancing.plan import contiguous_homes
 from runtime.balancing.scenarios import RECENT
@@ -44,27 +59,29 @@ from runtime.balancing.split import balancedness, split_load
 
 DEFAULTS = Path(__file__).parent / "configs" / "default.yaml"
 DEVICES = 8
+log = logging.getLogger(__name__)
 
 
-class OneLineParser(LightningArgumentParser):
-    """Says what is wrong in one line, without the usage of a hundred options."""
+class TrainParser(OneLine, LightningArgumentParser):
+    """Lightning's parser; its help begins with the options that most runs need."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Hands the message to `user_errors`."""
-        raise ValueError(message)
+    def format_help(self, *args: Any) -> str:
+        """This module's docstring, then all options."""
+        return f"{__doc__}\nAll options:\n{super().format_help(*args)}"
 
 
 class TrainCLI(LightningCLI):
-    """LightningCLI with the two paths that belong neither to the trainer nor to model or data."""
+    """LightningCLI with the options that belong neither to the trainer nor to model or data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds --predictor and --ckpt_path."""
-        parser.add_argument("--predictor", type=Path, help="folder to leave the trained predictor in")
+        """Adds --predictor, --overwrite and --ckpt_path."""
+        parser.add_argument("--predictor", type=Path, help="folder the trained predictor is written to")
+        parser.add_argument("--overwrite", action=ActionYesNo, nargs="?", help="replace a predictor in that folder")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume, or 'last'")
 
 
 def balancedness_of(layout: MoELayout, redundant: int) -> Callable[[LoadForecast, IntArray, IntArray], float]:
-    """A function of a batch's forecast, its load `[L, E]` and the loads before it; it keeps the plan between batches."""
+    """A function of a batch's forecast, its load `[L, E]` and the loads before it; keeps the plan between batches."""
     homes = contiguous_homes(layout.num_layers, layout.num_experts)
     balancer = Balancer(DEVICES, redundant, homes=homes)
 
@@ -75,57 +92,80 @@ def balancedness_of(layout: MoELayout, redundant: int) -> Callable[[LoadForecast
     return of_batch
 
 
-def train(cli: TrainCLI) -> dict[str, Any] | None:
-    """Fit, test on the best, export, report; returns the last line, on the main process only."""
-    started, folder = time.perf_counter(), Path(cli.config["predictor"])
+def train(cli: TrainCLI, run_log: RunLog) -> dict[str, Any] | None:
+    """Fits, tests the best checkpoint, exports, reports; returns the last line, on the main process only."""
+    started, folder, config = time.perf_counter(), Path(cli.config["predictor"]), cli.config
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    check_target(folder)
-    checkpoint = checkpoint_to_resume(trainer, model, cli.config["ckpt_path"])
-    track_settings(trainer, cli.config.as_dict() | {"git_revision": git_revision()})
-    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    track_trace(trainer, data.path)
+    check_target(folder, config["overwrite"])
+    run = RunFolder(folder, trainer)
+    checkpoint, wandb_run = run.checkpoint(config["ckpt_path"], model)
+    run_log.write_to(run.log)
+    name_run(folder, model.architecture, wandb_run)
+    with run.interruptible():
+        address = track_settings(trainer, config.as_dict() | {"git_revision": git_revision()})
+        log.info("training; checkpoints and log are in %s%s", run.path, f", curves at {address}" * bool(address))
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if not trainer.is_global_zero:
+            return None
+        line = export(cli, folder)
+    return line | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
+    """Calibrates and scores the best network, and writes the predictor folder."""
+    model, data, bar = cli.model, cli.datamodule, partial(track, console=Console(stderr=True))
+    model.load_best()
     about: dict[str, Any] = {"provenance": provenance(model.seconds, model.cpu_seconds)}
-    trainer.test(model, datamodule=data, ckpt_path="best", weights_only=True, verbose=False)
-    if not trainer.is_global_zero:
-        return None
     learned = model.forecaster()
-    learned.spread = calibrate_spread(learned, data.samples("val"))
+    learned.spread = calibrate_spread(learned, bar(data.samples("val"), "Calibrating"))
     learned.familiarity = Familiarity.fit(data.layout.vocab_size, data.tokens("train"), data.tokens("val"))
     divides = data.layout.num_experts % DEVICES == 0
     replicators = {count: partial(balancedness_of, data.layout, count) for count in REDUNDANT if divides}
-    others = rivals(data)
-    ladder = compare_forecasters([*others, learned], data, replicators)
+    others, count = rivals(data), data.splits.count("test")
+    ladder = compare_forecasters(
+        [*others, learned], data, replicators, partial(bar, description="Testing", total=count)
+    )
     about["metrics"] = details(ladder)
     table = next(rival for rival in others if isinstance(rival, TokenTable))
-    about["segments"] = segment_errors([table, learned], data)
-    with predictor_folder(folder) as new:
+    about["segments"] = segment_errors(
+        [table, learned], data, partial(bar, description="Testing segments", total=count)
+    )
+    with predictor_folder(folder, cli.config["overwrite"]) as new:
         save_predictor(new, learned, about)
-        (new / "run.yaml").write_text(cli.parser.dump(cli.config))
+        (new / "run.yaml").write_text(settings(cli))
         (new / "README.md").write_text(model_card(learned, about["metrics"], about["provenance"]))
         write_report(new, f"Expert load of {data.layout.model_id}", ladder, data.layout.layer_names)
         load_predictor(new, data.layout)
-    track_results(trainer, ladder, data.layout.layer_names, folder)
-    for metric in ("load_tv", "balancedness_r16", "balancedness_r8"):
-        print(f"\n{CAPTIONS[metric]}\n\n{comparison_table(about['metrics'], metric)}")
-    print(f"\nMore: python -m predictor.show {folder}, or open {folder / 'report.html'}")
-    seconds = round(time.perf_counter() - started, 1)
-    return {"predictor": str(folder), "trace": str(data.path), "seconds": seconds, "test": summarise(ladder)}
+    track_results(cli.trainer, ladder, data.layout.layer_names, folder)
+    host = "" if data.model == BUNDLED else f" --model {data.model}"
+    print(f"\n{result_table(about['metrics'])}")
+    print(f"More: {folder / 'report.html'}, python -m predictor.show {folder}")
+    print(f"Next: python -m runtime.infer{host} --predictor {folder}")
+    return {"predictor": str(folder), "trace": str(data.path), "test": summarise(ladder)}
+
+
+def settings(cli: TrainCLI) -> str:
+    """The resolved configuration as YAML; `--config` with it repeats the run."""
+    config = cli.config.clone()
+    for once in ("overwrite", "ckpt_path"):
+        config.pop(once)
+    return str(cli.parser.dump(config))
 
 
 def main() -> None:
-    """Command line: everything but the last line goes to stderr."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """Command line: only --help and the last line go to stdout."""
     for kind in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # nothing of W&B's outside outputs/
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path("outputs/wandb").absolute()))
-    about = (__doc__ or "").splitlines()[0]
-    with user_errors():
-        cli = TrainCLI(  # --help goes to stdout
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
+    with user_errors("run the same command again"), RunLog() as run_log:
+        cli = TrainCLI(
             ForecasterModule, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
-            auto_configure_optimizers=False, parser_class=OneLineParser,
-            parser_kwargs={"default_config_files": [str(DEFAULTS)], "description": about},
+            auto_configure_optimizers=False, parser_class=TrainParser,
+            trainer_defaults={"callbacks": [BaselineCurve()]},
+            parser_kwargs={"default_config_files": [str(DEFAULTS)], "usage": "python train.py [options]"},
         )  # fmt: skip
         with redirect_stdout(sys.stderr):
-            line = train(cli)
+            line = train(cli, run_log)
         if line is not None:
             print(json.dumps(line))
 

@@ -20,6 +20,8 @@ from predictor.forecast import Forecaster, LoadForecast
 BalancednessOf = Callable[[LoadForecast, IntArray, IntArray], float]
 """Balancedness of a batch: its forecast, its load `[L, E]` and the loads before it `[K, L, E]` in; keeps its plan."""
 
+Track = Callable[[Iterable[tuple[int, TraceSample]]], Iterable[tuple[int, TraceSample]]]
+"""Iterates over batches and shows the progress."""
 Comparison = dict[str, dict[str, Scores]]
 """Stream -> forecaster -> scores."""
 
@@ -44,6 +46,7 @@ def compare_forecasters(
     forecasters: list[Forecaster],
     data: RouterTraceModule,
     new_balancers: Mapping[int, Callable[[], BalancednessOf]] | None = None,
+    track: Track = iter,
 ) -> Comparison:
     """Scores forecasters on all test batches.
 
@@ -52,10 +55,11 @@ def compare_forecasters(
         data: The trace, set up.
         new_balancers: Number of redundant experts -> function that makes the `BalancednessOf` of one forecaster on
             one stream.
+        track: Iterates over the test batches and shows the progress.
     """
     comparison: Comparison = {}
     balancers: dict[tuple[str, str, int], BalancednessOf] = {}
-    for step, sample in test_steps(data):
+    for step, sample in track(test_steps(data)):
         stream = comparison.setdefault(sample.trace.phase, {})
         for forecaster in forecasters:
             scores = stream.setdefault(forecaster.name, Scores())

@@ -13,7 +13,7 @@ import torch
 from data.datamodule import RouterTraceModule
 from data.traces.dataset import part, sequence_loads
 from predictor.baselines.token_table import TokenTable
-from predictor.evaluation.comparison import test_steps
+from predictor.evaluation.comparison import Track, test_steps
 from predictor.evaluation.metrics import load_tv, token_top1
 from predictor.evaluation.scores import Scores
 from predictor.forecaster import NeuralForecaster
@@ -22,11 +22,13 @@ MIN_SEQUENCES = 4
 """Fewest sequences of a segment in a batch that are scored."""
 
 
-def segment_errors(forecasters: list[NeuralForecaster | TokenTable], data: RouterTraceModule) -> dict[str, Any]:
+def segment_errors(
+    forecasters: list[NeuralForecaster | TokenTable], data: RouterTraceModule, track: Track = iter
+) -> dict[str, Any]:
     """Segment -> whether it was in the training batches (`seen`), and each forecaster's metrics with intervals."""
     layout, split = data.layout, data.layout.num_encoder_layers
     scores: dict[str, dict[str, Scores]] = defaultdict(lambda: defaultdict(Scores))
-    for step, sample in test_steps(data):
+    for step, sample in track(test_steps(data)):
         names = np.array(sample.trace.segments)
         for segment in np.unique(names):
             rows = torch.from_numpy(np.flatnonzero(names == segment))

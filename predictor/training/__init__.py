@@ -1,1 +1,1 @@
-"""Training a predictor with Lightning, and exporting it."""
+"""Training of a load predictor with Lightning: module, losses, calibration, resuming, W&B logging, export."""

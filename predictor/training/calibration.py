@@ -1,8 +1,8 @@
-"""How far a forecast may be off: fits the spread to what the errors were on validation batches.
+"""Calibration of the forecast's uncertainty: fits the spread to the errors on validation batches.
 
-The squared error of a load is taken as a weighted sum of what it may come from (`predictor.forecaster.Estimate`):
-chance, a bias that grows with the load, and the distance to what past loads say. Ratios are picked by likelihood;
-their size then makes 80 % intervals cover 80 %.
+The squared error of a load is modelled as a weighted sum of three sources (`predictor.forecaster.Estimate`): chance, a
+bias that grows with the load, and the difference to the forecast from past loads. The ratios of the weights maximise
+the likelihood; their scale is then set so that 80 % intervals cover 80 % of the true loads.
 Shape suffixes: N batches, S the three sources of error, L MoE layers, E logical experts.
 """
 
@@ -17,13 +17,13 @@ from predictor.evaluation.metrics import shares
 from predictor.forecaster import NeuralForecaster
 
 Z80 = 1.2816
-"""Standard deviations to either side of the mean that hold 80 % of a normal distribution."""
+"""Half-width, in standard deviations, of the interval that contains 80 % of a normal distribution."""
 RATIOS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Weights tried for the second and the third source, where the first one's is 1."""
+"""Candidate weights of the second and the third source; the weight of the first source is 1."""
 
 
 def fit_spread(load_NLE: Tensor, terms_NSLE: Tensor, truth_NLE: Tensor) -> Tensor:
-    """Weights of the sources in each layer, `[L, S]`; ones where a layer carried no load."""
+    """Weights of the three sources in each layer, `[L, S]`; 1 for a layer without load."""
     result = torch.ones(load_NLE.shape[1], 3)
     for layer in range(len(result)):
         carried = truth_NLE[:, layer].sum(-1) > 0
@@ -43,7 +43,7 @@ def fit_spread(load_NLE: Tensor, terms_NSLE: Tensor, truth_NLE: Tensor) -> Tenso
 
 
 def calibrate_spread(forecaster: NeuralForecaster, samples: Iterable[TraceSample]) -> Tensor:
-    """Weights with tokens known and with history alone, `[2, L, S]`."""
+    """Weights of the sources, `[2, L, S]`: for forecasts from tokens and history, then from history alone."""
     known, unknown, truth = [], [], []
     for sample in samples:
         known.append(forecaster.estimate(sample.trace.tokens, sample.history))

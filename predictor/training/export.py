@@ -1,4 +1,4 @@
-"""The folder a training run leaves, whole or not at all: predictor, card, resolved configuration, report."""
+"""Export of a trained predictor: its folder, written completely or not at all, with provenance and a model card."""
 
 import platform
 import shutil
@@ -17,20 +17,26 @@ from predictor.evaluation.tables import Details, comparison_table
 from predictor.forecaster import NeuralForecaster
 
 
-def check_target(folder: Path) -> None:
-    """Refuses to replace a folder that is not a predictor.
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Checks that a predictor may be written to a folder.
 
     Raises:
-        ValueError: Naming the folder.
+        ValueError: If the folder exists and is not a predictor, or is one and `overwrite` is false.
     """
-    if folder.exists() and not ((folder / CONFIG).exists() and (folder / WEIGHTS).exists()):
+    if not folder.exists():
+        return
+    if not ((folder / CONFIG).exists() and (folder / WEIGHTS).exists()):
         raise ValueError(f"{folder} exists and is not a predictor folder; name another one with --predictor")
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds a predictor already; name another folder with --predictor, or replace it with --overwrite"
+        )
 
 
 @contextmanager
-def predictor_folder(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into; it replaces `folder`, and a predictor there, when the block ends well."""
-    check_target(folder)
+def predictor_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a folder to write to; it becomes `folder` if the block ends without an error."""
+    check_target(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -52,7 +58,7 @@ def git_revision() -> str | None:
 
 
 def provenance(seconds: float, cpu_seconds: float) -> dict[str, Any]:
-    """Where a predictor comes from: command, time, git revision, seconds of the fit alone, library versions."""
+    """Origin of a predictor: command, time, git revision, seconds of the fit, library versions."""
     libraries = ("torch", "lightning", "transformers", "numpy")
     return {
         "command": ["train.py", *sys.argv[1:]],
@@ -75,22 +81,22 @@ tags: [mixture-of-experts, switch-transformers, expert-load-forecasting]
 ---
 # Expert load predictor for {layout.model_id}
 
-Forecasts how many tokens of the coming batch each of {layout.num_experts} experts gets, in all {layout.num_layers} MoE
-layers of `{layout.model_id}` (layout fingerprint `{layout.fingerprint()}`), from the batch's own encoder tokens and the
-loads of the batches before it. It never changes what the model answers.
+Forecasts how many tokens of the next batch are dispatched to each of {layout.num_experts} experts, in all
+{layout.num_layers} MoE layers of `{layout.model_id}` (layout fingerprint `{layout.fingerprint()}`), from the batch's
+encoder tokens and the loads of the batches before it. It never changes the model's outputs.
 
 - Network: {architecture.depth} {direction} {architecture.cell.upper()} layers of width {architecture.width}, \
 {parameters:,} parameters. The host model's embedding table is read from the host model.
 - Training: {about["training_seconds"]} s, command `python {" ".join(about["command"])}`; settings in run.yaml.
-- Load it with `predictor.checkpoint.load_predictor(folder)`: torch and safetensors only.
+- Load it with `predictor.load_predictor(folder)`, which needs torch and safetensors only.
 
 ## Load error on held-out batches
-Total variation of forecast and true share, mean over MoE layers and batches, with 95 % intervals; lower is better.
+Total variation of forecast and true share (0 to 1, lower is better): mean over MoE layers and batches, 95 % interval.
 
 {comparison_table(details, "load_tv")}
 
 ## Limits
-A predictor fits one model's routers: another checkpoint is refused. Text unlike the training trace is forecast worse
-(stream `unseen`, where the trace has one). Decoder tokens are not known ahead: decoder layers are forecast from the
-encoder's tokens and from history.
+A predictor fits the routers of one model; another model is refused. Forecasts are worse for text unlike the training
+trace (stream `unseen`, where the trace has one). Decoder tokens are not known before the batch runs: decoder layers are
+forecast from the encoder's tokens and from history.
 """

@@ -1,4 +1,4 @@
-"""What training minimises: errors of the load as a whole, and of each token's and each sequence's experts.
+"""Training losses: errors of a batch's load, of each token's expert, and of each sequence's experts.
 
 Shape suffixes: B sequences, T encoder positions, U decoder positions, K top entries, L MoE layers, E logical experts.
 """
@@ -11,13 +11,13 @@ from predictor.evaluation.metrics import shares
 from predictor.network import Prediction
 
 LEAST_SHARE = 1e-6
-"""Taken as the least forecast share of an expert in a sequence, so that no token is infinitely surprising."""
+"""Lower bound of an expert's forecast share in a sequence; it keeps the logarithm finite."""
 
 
 def load_loss(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
-    """Total variation plus cross-entropy excess of the shares, plus the relative error of the tokens in all.
+    """Total variation plus Kullback-Leibler divergence of the shares, plus 0.1 times the log error of the token count.
 
-    Averaged over the layers that carried load; the cross-entropy keeps a gradient where total variation has none.
+    The mean over the layers with load. The divergence has a gradient where that of the total variation vanishes.
     """
     carried = (load_LE.sum(-1) > 0).float()
     guess, truth = shares(predicted_LE), shares(load_LE)
@@ -28,22 +28,22 @@ def load_loss(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
 
 
 def token_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
-    """Cross-entropy of the encoder tokens' experts, in nats."""
+    """Cross-entropy of the experts of encoder tokens, nats per token."""
     experts_BTL = trace.encoder_experts.permute(1, 2, 0).long()  # negative on padding
     return cross_entropy(prediction.token_logits.flatten(0, 2), experts_BTL.flatten(), ignore_index=-1)
 
 
 def distillation_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
-    """Cross-entropy of the forecast with the router's own probabilities, cut to its likeliest experts, in nats.
+    """Cross-entropy of the forecast under the router's probabilities of its likeliest experts, nats per token.
 
-    Truncated knowledge distillation as in SiDA-MoE: beyond its first few entries a router's softmax is noise.
+    This is the truncated knowledge distillation of SiDA-MoE: after the first few entries a router's softmax is noise.
 
     Raises:
-        ValueError: If the trace does not hold the likeliest experts.
+        ValueError: If the trace does not contain the likeliest experts.
     """
     if trace.encoder_top_experts is None or trace.encoder_top_probabilities is None:
         raise ValueError(
-            "the trace holds no likeliest experts to distil from; collect one with --top 4, or give "
+            "the trace contains no likeliest experts to distil from; collect one with --top 4, or set "
             "--model.distillation_weight 0"
         )
     teacher_LBTK = shares(trace.encoder_top_probabilities.float())
@@ -53,7 +53,7 @@ def distillation_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
 
 
 def sequence_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
-    """Cross-entropy of the decoder tokens' experts, all of a sequence forecast by its one share, in nats."""
+    """Cross-entropy of the experts of decoder tokens, nats per token; one forecast share serves a whole sequence."""
     log_share_LBE = shares(prediction.sequence_load).clamp(min=LEAST_SHARE).log().transpose(0, 1)
     experts_LBU = trace.decoder_experts.long()
     real = experts_LBU >= 0

@@ -1,4 +1,4 @@
-"""ForecasterModule: the network in training, with a loss on tokens and one on the batch's load.
+"""ForecasterModule: the LightningModule that trains a `LoadNetwork` on a router trace: losses, metrics, optimizer.
 
 Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from data.datamodule import RouterTraceModule
@@ -23,7 +24,7 @@ from predictor.training.losses import distillation_loss, load_loss, sequence_los
 
 
 def one_cycle(step: int, steps: int) -> float:
-    """Factor of the learning rate: linear warm-up over the first tenth, then a cosine to zero."""
+    """Factor (0 to 1) of the learning rate: linear warm-up over the first tenth of the steps, then a cosine to zero."""
     warm_up = max(steps // 10, 1)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -36,9 +37,9 @@ class ForecasterModule(LightningModule):
     Args:
         architecture: Shape of the network.
         learning_rate: Peak of AdamW's one-cycle schedule.
-        token_weight: Weight of the loss on encoder tokens; the losses on decoder and history count once.
+        token_weight: Weight of the loss on encoder tokens; the losses on decoder and history have weight 1.
         encoder_load_weight: Weight of the load loss of the encoder's layers.
-        distillation_weight: Weight of the loss on the routers' likeliest experts, which the trace must hold.
+        distillation_weight: Weight of the loss on the routers' likeliest experts; above 0 the trace must contain them.
         weight_decay: AdamW's decoupled weight decay.
     """
 
@@ -65,7 +66,11 @@ class ForecasterModule(LightningModule):
         self.weights = {"token": token_weight, "load": encoder_load_weight, "distillation": distillation_weight}
 
     def setup(self, stage: str) -> None:
-        """Builds the network for the trace's model and reads that model's embedding table."""
+        """Builds the network for the trace's model and reads that model's embedding table.
+
+        Raises:
+            ValueError: If the embedding table does not fit the trace, or has values that are not finite.
+        """
         if hasattr(self, "network"):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -76,17 +81,23 @@ class ForecasterModule(LightningModule):
         if len(self.embedding) < self.layout.vocab_size:
             raise ValueError(
                 f"{self.layout.model_id} has {len(self.embedding)} embeddings, the trace was made with a vocabulary of "
-                f"{self.layout.vocab_size}; they are not the same model"
+                f"{self.layout.vocab_size}; collect the trace again"
             )
         if not self.embedding.isfinite().all():
-            raise ValueError(f"the embedding table of {self.layout.model_id} holds NaN or infinite numbers")
+            raise ValueError(f"the embedding table of {self.layout.model_id} contains NaN or infinite numbers")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps which model the run was for."""
+        """Adds the fingerprint of the trace's model and the id of the W&B run, which a resumed training continues."""
         checkpoint["fingerprint"] = self.layout.fingerprint()
+        ids = (logger.version for logger in self.loggers if isinstance(logger, WandbLogger))
+        checkpoint["wandb_run"] = next(ids, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a run that was for another model."""
+        """Refuses the checkpoint of a run for another model.
+
+        Raises:
+            ValueError: Naming both fingerprints.
+        """
         if (found := checkpoint.get("fingerprint")) != self.layout.fingerprint():
             raise ValueError(
                 f"the checkpoint is of a run for a model with fingerprint {found}, the trace's model has "
@@ -116,29 +127,28 @@ class ForecasterModule(LightningModule):
         return losses
 
     def on_fit_start(self) -> None:
-        """One thread: steps are too small to share, and threads that wait for each other stall on a busy machine."""
+        """Uses one thread: a step is too small to split, and waiting threads stall on a busy machine."""
         torch.set_num_threads(1)
         self.began = time.perf_counter(), time.process_time()
 
     def on_fit_end(self) -> None:
-        """Keeps what the fit took: seconds on the clock, and of the processor, which other work does not lengthen."""
+        """Measures the fit: seconds of wall time, and of processor time, which other programs do not lengthen."""
         self.seconds = time.perf_counter() - self.began[0]
         self.cpu_seconds = time.process_time() - self.began[1]
 
     def training_step(self, sample: TraceSample, step: int) -> Tensor:
-        """One batch of the trace is one training batch."""
+        """Loss of one training batch: the weighted sum of its losses, each of which is logged."""
         loss = self.losses(self(sample), sample)
         self.log_dict({f"train/{name}_loss": value for name, value in loss.items()}, batch_size=1)
         return torch.stack([self.weights.get(name, 1.0) * value for name, value in loss.items()]).sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the length of the gradient before it is clipped.
+        """Logs the norm of the gradient before it is clipped.
 
         Raises:
             ValueError: If it is NaN or infinite.
         """
-        norms = [value.grad.norm() for value in self.network.parameters() if value.grad is not None]
-        norm = torch.stack(norms).norm()
+        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         if not norm.isfinite():
             raise ValueError(
                 f"the gradient of step {self.global_step} is {float(norm)}; lower --model.learning_rate, or raise "
@@ -147,12 +157,20 @@ class ForecasterModule(LightningModule):
         self.log("train/gradient_norm", norm)
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the means anew."""
+        """Resets the means."""
         self.means: dict[str, LayerMean] = {}
 
     def validation_step(self, sample: TraceSample, step: int) -> None:
-        """Adds a batch to the means over the validation batches."""
-        self._score(sample, "val")
+        """Adds load error and token top-1 of a batch to the means over the validation batches."""
+        prediction = self(sample)
+        chosen = prediction.token_logits.argmax(-1).permute(2, 0, 1)
+        values = {
+            "load_tv": load_tv(prediction.load, sample.load),
+            "token_top1": token_top1(chosen, sample.trace.encoder_experts),
+        }
+        for name, value in values.items():
+            mean = self.means.setdefault(f"val/{name}", LayerMean(len(value)).to(value.device))
+            mean.update(value)
 
     def on_validation_epoch_end(self) -> None:
         """Logs load error (its mean picks the best checkpoint) and token top-1, overall and of each layer."""
@@ -162,31 +180,13 @@ class ForecasterModule(LightningModule):
             for layer, value in zip(self.layout.layer_names, layers.float(), strict=False):
                 self.log(f"layers/{name}/{layer}", value)
 
-    def on_test_epoch_start(self) -> None:
-        """As in validation."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, sample: TraceSample, step: int) -> None:
-        """Adds a batch to the means of its phase."""
-        self._score(sample, f"test/{sample.trace.phase}")
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end()
-
-    def _score(self, sample: TraceSample, prefix: str) -> None:
-        prediction = self(sample)
-        chosen = prediction.token_logits.argmax(-1).permute(2, 0, 1)
-        values = {
-            "load_tv": load_tv(prediction.load, sample.load),
-            "token_top1": token_top1(chosen, sample.trace.encoder_experts),
-        }
-        for name, value in values.items():
-            mean = self.means.setdefault(f"{prefix}/{name}", LayerMean(len(value)).to(value.device))
-            mean.update(value)
+    def load_best(self) -> None:
+        """Loads the weights of the checkpoint with the lowest validation error; keeps the present ones without one."""
+        if best := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
+            self.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
 
     def forecaster(self) -> NeuralForecaster:
-        """The network as it is now, on the CPU, with a spread that is not calibrated yet."""
+        """A forecaster with the present weights, on the CPU; its spread is not calibrated yet."""
         network = LoadNetwork(self.layout, self.architecture)
         network.load_state_dict({name: value.cpu() for name, value in self.network.state_dict().items()})
         return NeuralForecaster(self.layout, network, self.embedding.cpu(), torch.ones(2, self.layout.num_layers, 3))

@@ -1,51 +1,121 @@
-"""What a run tells Weights & Biases beyond its curves; any other logger is left alone."""
+"""What Weights & Biases gets beyond Lightning's curves: settings, trace, baselines, tables, pictures, the predictor.
+
+Every predictor has a run of its own, named after its folder; a resumed training goes on under the same run id. Other
+loggers are left alone.
+"""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from data.datamodule import RouterTraceModule
+from data.files import sha256
 from data.style import to_png
 from data.traces.store import TRACE_JSON
+from predictor.baselines.history import Ema, LastBatch
 from predictor.evaluation.comparison import Comparison
+from predictor.evaluation.metrics import load_tv
 from predictor.evaluation.report import details, figures, layer_rows, summarise
 from predictor.evaluation.tables import CAPTIONS
+from predictor.network import Architecture
+
+CURVE = "val/load_tv"
+SUMMARISED = ("load_tv", "balancedness_r16")
+"""Test figures in a run's summary, by the beginning of their names."""
 
 
-def _wandb(trainer: Trainer) -> WandbLogger | None:
-    return next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+def wandb_logger(trainer: Trainer) -> WandbLogger | None:
+    """The trainer's W&B logger; None on other processes than the first, and where there is none."""
+    loggers = (logger for logger in trainer.loggers if isinstance(logger, WandbLogger))
+    return next(loggers, None) if trainer.is_global_zero else None
 
 
-def track_settings(trainer: Trainer, settings: dict[str, Any]) -> None:
-    """Logs the settings as the run's configuration."""
-    if logger := _wandb(trainer):
-        logger.experiment.config.update(settings, allow_val_change=True)
+def name_run(predictor: Path, architecture: Architecture, resumed: str | None) -> None:
+    """Names the W&B run that is about to start, and gives it the id of the run that is resumed."""
+    os.environ["WANDB_NAME"] = f"{predictor.name} {architecture.cell}-{architecture.depth}x{architecture.width}"
+    if resumed:
+        os.environ |= {"WANDB_RUN_ID": resumed, "WANDB_RESUME": "allow"}
 
 
-def track_trace(trainer: Trainer, trace: Path) -> None:
-    """Names the trace as the run's input artifact, by its description, not its shards; online only."""
-    logger = _wandb(trainer)
-    if logger is None or logger.experiment.offline:
-        return
-    import wandb
+def track_settings(trainer: Trainer, settings: dict[str, Any]) -> str | None:
+    """Logs the settings as the run's configuration; returns the address of an online run."""
+    if (logger := wandb_logger(trainer)) is None:
+        return None
+    logger.experiment.config.update(settings, allow_val_change=True)
+    return getattr(logger.experiment, "url", None)
 
-    artifact = wandb.Artifact(trace.name, type="trace", metadata={"path": str(trace)})
-    artifact.add_file(str(trace / TRACE_JSON))
-    logger.experiment.use_artifact(artifact)
+
+class BaselineCurve(Callback):
+    """After each validation, draws the load errors so far and those of two baselines into one chart of the W&B run.
+
+    The run's configuration names the trace and the model by their fingerprints; online, the trace is an input artifact
+    (its description, not its shards).
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.errors: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "errors": self.errors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps, self.errors = list(state_dict["steps"]), list(state_dict["errors"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (logger := wandb_logger(trainer)) is None:
+            return
+        data: RouterTraceModule = trainer.datamodule  # type: ignore[attr-defined]
+        run, trace = logger.experiment, data.path / TRACE_JSON
+        facts = {"trace_sha256": sha256(trace), "layout_fingerprint": data.layout.fingerprint()}
+        run.config.update(facts, allow_val_change=True)
+        self.baselines = validation_errors(data)
+        run.summary.update({f"reference/{CURVE}/{name}": value for name, value in self.baselines.items()})
+        if not run.offline:
+            import wandb
+
+            artifact = wandb.Artifact(data.path.name, type="trace", metadata={"path": str(data.path)})
+            artifact.add_file(str(trace))
+            run.use_artifact(artifact)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (logger := wandb_logger(trainer)) is None or trainer.sanity_checking:
+            return
+        import wandb
+
+        self.steps.append(trainer.global_step)
+        self.errors.append(float(trainer.callback_metrics[CURVE]))
+        lines = {"this run": self.errors} | {n: [v] * len(self.steps) for n, v in self.baselines.items()}
+        title = "Load error on validation batches (lower is better)"
+        chart = wandb.plot.line_series([self.steps] * len(lines), list(lines.values()), list(lines), title, "step")
+        logger.experiment.log({"curves/load_tv": chart})
+
+
+def validation_errors(data: RouterTraceModule) -> dict[str, float]:
+    """load_tv of last batch and moving average on the validation batches: mean over batches, then over layers."""
+    steps = [step for step, split in enumerate(data.splits) if split == "val" and step > 0]
+    result = {}
+    for forecaster in (LastBatch(), Ema.fit(data.loads, steps)):
+        forecasts = [forecaster.forecast(None, data.loads[:step]).load for step in steps]
+        errors = load_tv(torch.from_numpy(np.stack(forecasts)), torch.from_numpy(data.loads[steps]))
+        result[forecaster.name] = float(errors.nanmean(0).nanmean())
+    return result
 
 
 def track_results(trainer: Trainer, ladder: Comparison, layer_names: list[str], folder: Path) -> None:
-    """Logs the ladder and per-layer tables, the pictures, and the predictor folder as output artifact; ends the run."""
-    logger = _wandb(trainer)
-    if logger is None:
+    """Logs test figures as summary, tables and pictures, and the predictor as output artifact; ends the run."""
+    if (logger := wandb_logger(trainer)) is None:
         return
     import wandb
     from PIL import Image
 
     run = logger.experiment
-    summaries = summarise(ladder)
     rows = [
         [stream, name, *(end for metric in CAPTIONS for end in (values.get(metric), *_ends(values, metric)))]
         for stream, forecasters in details(ladder).items()
@@ -56,8 +126,10 @@ def track_results(trainer: Trainer, ladder: Comparison, layer_names: list[str], 
     run.log({"tables/layers": wandb.Table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names))})
     for name, figure in figures(ladder, layer_names).items():
         run.log({f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(to_png(figure))))})
-    for stream, forecasters in summaries.items():
-        run.summary.update({f"test/{stream}/{name}/load_tv": v["load_tv"] for name, v in forecasters.items()})
+    for stream, forecasters in summarise(ladder).items():
+        for name, values in forecasters.items():
+            chosen = {metric: value for metric, value in values.items() if metric.startswith(SUMMARISED)}
+            run.summary.update({f"test/{stream}/{name}/{metric}": value for metric, value in chosen.items()})
     artifact = wandb.Artifact(folder.name, type="predictor")
     artifact.add_dir(str(folder))
     run.log_artifact(artifact, aliases=["latest", "best"])

@@ -1,4 +1,4 @@
-"""Fixtures around the made-up trace."""
+"""Fixtures of the predictor's tests: a made-up trace, its model, and `train.py` run on them."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from tests.helpers.made_up_trace import VOCABULARY, WIDTH, make_batch, make_layo
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory) -> Path:
-    """The folder of a model that has an embedding table and nothing else."""
+    """The folder of a model that consists of an embedding table alone."""
     folder = tmp_path_factory.mktemp("host")
     table = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))
     save_file({"shared.weight": table}, folder / "model.safetensors")
@@ -40,6 +40,9 @@ def upcoming() -> TokenBatch:
 
 
 ROOT = Path(__file__).parents[2]
+WANDB = ["WANDB_NAME", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SILENT", "WANDB_CONSOLE"] + [
+    f"WANDB_{kind}_DIR" for kind in ("DATA", "CACHE", "CONFIG", "ARTIFACT")
+]
 
 
 @pytest.fixture
@@ -52,12 +55,17 @@ def arguments(trace, layout) -> list[str]:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys, arguments):
-    """Runs `train.py` in an empty folder; returns the last line of stdout, parsed."""
+    """Runs `train.py` in an empty folder; returns the last line of stdout, parsed. `run.stderr` is what it printed."""
 
     def call(*more):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        for name in WANDB:  # set by main; a first setenv makes pytest remove them at the end
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
         train.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        captured = capsys.readouterr()
+        call.stderr = captured.err
+        return json.loads(captured.out.splitlines()[-1])
 
     return call

@@ -1,4 +1,4 @@
-"""A user's mistakes when training: each ends with one clear line and exit code 2."""
+"""User errors of `train.py`: each ends with one line and exit code 2."""
 
 import json
 import shutil
@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from data.files import sha256
+from predictor.checkpoint import CONFIG, WEIGHTS
+from predictor.training.export import check_target
 from tests.helpers.made_up_trace import VOCABULARY, WIDTH, make_layout, time_splits, write_trace
 
 
@@ -34,7 +36,13 @@ def refused(run, capsys):
 @pytest.mark.parametrize(
     ("mistake", "says"),
     [
-        (["--nonsense=1"], "unrecognized arguments: --nonsense=1"),
+        (["--nonsense=1"], "unrecognized arguments: --nonsense=1; see --help"),
+        (["--trainer.max_epoch=1"], "unrecognized arguments: --trainer.max_epoch=1; see --help"),
+        (["--trainer.max_epoch", "1"], "unrecognized arguments: --trainer.max_epoch 1; see --help"),
+        (["--over"], "unrecognized arguments: --over; see --help"),
+        (["--data.batching.batche=3"], "unrecognized arguments: --data.batching.batche=3; see --help"),
+        (["--model.architecture.cel=lstm"], "unrecognized arguments: --model.architecture.cel=lstm; see --help"),
+        (["--trainer.logger.init_args.save_di=x"], "Option 'save_di' is not accepted"),
         (["--model.architecture.cell=rnn"], "Expected a typing.Literal['sru', 'lstm']"),
         (["--data.model=other/model"], "the configuration names other/model"),
         (["--data.trace=/nowhere", "--data.model=/nowhere"], "/nowhere is not a folder"),
@@ -44,8 +52,8 @@ def refused(run, capsys):
             ["--ckpt_path=foreign.ckpt"],
             "foreign.ckpt is no checkpoint that can be resumed: no run of train.py wrote it",
         ),
-        (["--ckpt_path=last"], "last.ckpt does not exist; there is no run to resume"),
-        (["--model.distillation_weight=1"], "the trace holds no likeliest experts to distil from"),
+        (["--ckpt_path=last"], "outputs/smoke/predictor.run/last.ckpt does not exist; there is no run to resume"),
+        (["--model.distillation_weight=1"], "the trace contains no likeliest experts to distil from"),
         (["--model.learning_rate=1e30"], "is nan; lower --model.learning_rate"),
     ],
 )
@@ -53,6 +61,18 @@ def test_settings(refused, tmp_path, mistake, says):
     (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 cut short")
     torch.save({"weights": torch.zeros(2)}, tmp_path / "foreign.ckpt")
     assert says in refused(*mistake)
+
+
+def test_a_predictor_is_not_replaced_unasked(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / "mine" / name).touch()
+    says = refused("--predictor=mine")
+    assert "mine holds a predictor already; name another folder with --predictor, or replace it with --over" in says
+    assert "mine holds a predictor already" in refused("--predictor=mine", "--ckpt_path=last")
+    assert "mine holds a predictor already" in refused("--predictor=mine", "--overwrite=false")
+    assert not (tmp_path / "mine.run").exists(), "nothing has begun"
+    check_target(tmp_path / "mine", overwrite=True)
 
 
 def test_damaged_shard_is_named(refused, tmp_path, trace):
@@ -87,7 +107,7 @@ def test_too_few_batches(refused, tmp_path, layout, splits, says):
 @pytest.mark.parametrize(
     ("rows", "value", "says"),
     [(VOCABULARY - 5, 1.0, f"has {VOCABULARY - 5} embeddings, the trace was made with a vocabulary of {VOCABULARY}"),
-     (VOCABULARY, torch.nan, "holds NaN or infinite numbers")],
+     (VOCABULARY, torch.nan, "contains NaN or infinite numbers")],
 )  # fmt: skip
 def test_a_model_whose_embeddings_do_not_fit(refused, tmp_path, rows, value, says):
     (tmp_path / "m").mkdir()
@@ -104,11 +124,11 @@ def test_tokens_beyond_the_vocabulary(refused, tmp_path, layout):
 
 def test_a_checkpoint_of_another_run(run, refused, tmp_path, host):
     run("--trainer.max_epochs=1")
-    last = "outputs/smoke/checkpoints/last.ckpt"
-    says = refused("--model.architecture.width=16", f"--ckpt_path={last}")
+    last = "outputs/smoke/predictor.run/last.ckpt"
+    says = refused("--overwrite", "--model.architecture.width=16", f"--ckpt_path={last}")
     assert "is of architecture" in says
     assert "'width': 32" in says
     assert "'width': 16" in says
     other = write_trace(tmp_path / "t", make_layout(str(host), routers="x"), time_splits(6, 2, 2))
-    says = refused(f"--data.trace={other}", f"--ckpt_path={last}", "--trainer.max_epochs=2")
+    says = refused(f"--data.trace={other}", f"--ckpt_path={last}", "--trainer.max_epochs=2", "--overwrite")
     assert "the checkpoint is of a run for a model with fingerprint" in says
