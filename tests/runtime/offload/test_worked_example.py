@@ -1,5 +1,6 @@
 """The example of docs/tiers.md, "How eviction and prefetch decide": 3 MoE layers of 4 experts, 3 buffers."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,9 @@ def test_the_page_has_the_forecast_and_the_next_uses():
     distance_L, _, _ = policy.layer_order.distances()
     for layer, next_use_E in enumerate(policy.next_use()):
         assert f"| {layer} | " + " | ".join(f"{load:g}" for load in LOAD[layer]) + " |" in PAGE
-        row = f"| {layer} | {distance_L[layer]:.0f} | " + " | ".join(f"{next_use:.1f}" for next_use in next_use_E) + " |"
+        row = (
+            f"| {layer} | {distance_L[layer]:.0f} | " + " | ".join(f"{next_use:.1f}" for next_use in next_use_E) + " |"
+        )
         assert row in PAGE
     assert policy.prefetch_candidates() == [(1, 0), (1, 2), (2, 1)]
     assert policy.current()[1, 2] == pytest.approx(0.80, abs=0.005)
@@ -64,31 +67,31 @@ def test_the_page_has_the_forecast_and_the_next_uses():
 
 
 def test_the_tier_prefetches_and_evicts_as_the_page_says():
-    source, policy = InstantSource(), ForecastPolicy(3, 4)
-    tier = Tier("test", BufferPool(ExpertShape(2, 3, torch.float32), 3, torch.device("cpu")), source, loaders=1)
-    for key in [(0, 0), (0, 3), (1, 0)]:
-        tier.request([key])
-        list(tier.acquire([key]))
+    source = InstantSource()
+    pool = BufferPool(ExpertShape(2, 3, torch.float32), 3, torch.device("cpu"))
+    with closing(Tier("test", pool, source, loaders=1)) as tier:
+        for key in [(0, 0), (0, 3), (1, 0)]:
+            tier.request([key])
+            list(tier.acquire([key]))
 
-    policy = policy_after_layer_0()
-    tier.plan(policy.next_use(), policy.prefetch_candidates())
-    wait_until_loaded(tier, and_no_candidates=True)
-    assert source.loaded[3:] == [(1, 2)]  # step 1; and not (2, 1), which is step 2
-    assert resident(tier) == {(0, 0), (1, 0), (1, 2)}
+        policy = policy_after_layer_0()
+        tier.plan(policy.next_use(), policy.prefetch_candidates())
+        wait_until_loaded(tier, and_no_candidates=True)
+        assert source.loaded[3:] == [(1, 2)]  # step 1; and not (2, 1), which is step 2
+        assert resident(tier) == {(0, 0), (1, 0), (1, 2)}
 
-    needed, hits = [(1, 0), (1, 2), (1, 3)], tier.stats.hits
-    tier.request(needed)
-    policy.observe(1, [0, 2, 3], costs=0)
-    tier.plan(policy.next_use(), policy.prefetch_candidates())
-    wait_until_loaded(tier, and_no_candidates=False)
-    assert tier.stats.hits - hits == 2
-    assert source.loaded[4:] == [(1, 3)]  # step 3
-    assert resident(tier) == set(needed)
+        needed, hits = [(1, 0), (1, 2), (1, 3)], tier.stats.hits
+        tier.request(needed)
+        policy.observe(1, [0, 2, 3], costs=0)
+        tier.plan(policy.next_use(), policy.prefetch_candidates())
+        wait_until_loaded(tier, and_no_candidates=False)
+        assert tier.stats.hits - hits == 2
+        assert source.loaded[4:] == [(1, 3)]  # step 3
+        assert resident(tier) == set(needed)
 
-    list(tier.acquire(needed))
-    wait_until_loaded(tier, and_no_candidates=True)
-    assert policy.next_use()[1, [0, 2, 3]].round(1).tolist() == [9.2, 9.2, 9.2]
-    assert policy.prefetch_candidates() == [(2, 1)]
-    assert f"(2, 1) is {policy.next_use()[2, 1]:.1f} away" in PAGE
-    assert source.loaded[5:] == []  # step 4
-    tier.close()
+        list(tier.acquire(needed))
+        wait_until_loaded(tier, and_no_candidates=True)
+        assert policy.next_use()[1, [0, 2, 3]].round(1).tolist() == [9.2, 9.2, 9.2]
+        assert policy.prefetch_candidates() == [(2, 1)]
+        assert f"(2, 1) is {policy.next_use()[2, 1]:.1f} away" in PAGE
+        assert source.loaded[5:] == []  # step 4
