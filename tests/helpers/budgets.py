@@ -1,4 +1,4 @@
-"""Byte budgets in numbers of experts."""
+"""Memory budgets for a given number of experts of the random test model."""
 
 import torch
 
@@ -7,6 +7,6 @@ from runtime.offload.memory import PAGE, ExpertShape
 
 
 def budget(experts: int) -> int:
-    """Bytes for so many experts of the random model, and the buffers they are read through."""
-    room = ExpertShape(48, 32, torch.float32).room
-    return 2 * experts * room + LOADERS * room + PAGE
+    """Bytes of these many expert buffers and of the loader threads' read buffers."""
+    padded = ExpertShape(48, 32, torch.float32).padded_bytes
+    return 2 * experts * padded + LOADERS * padded + PAGE

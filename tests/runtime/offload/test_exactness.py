@@ -1,4 +1,4 @@
-"""Answers never change where experts do not fit: against the plain model at every budget, with random evictions."""
+"""Outputs of offloaded experts equal the unmodified model's: every policy, several budgets, random evictions."""
 
 import os
 import threading
@@ -7,41 +7,45 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.support.policies import CosinePolicy, LastBatchPolicy, LfuPolicy, OraclePolicy
 from data.models.layout import MoELayout
 from data.models.switch import LoadedSwitch, load_dense, load_switch
 from data.models.weights import ModelWeights
 from data.traces.trace import pad_tokens
 from predictor.baselines.history import LastBatch
+from runtime.balancing.plan import ReplicationPlan, contiguous_homes
+from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import ModelBatch, forward, needed_positions
+from runtime.engine.model import ReplicatedModel
 from runtime.offload.cache import LOADERS, ExpertCache
 from runtime.offload.expert_files import ExpertFiles
 from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
 from runtime.offload.memory import PAGE
-from runtime.offload.policy import CosinePolicy, LastBatchPolicy, LfuPolicy, LruPolicy, NextUsePolicy, OraclePolicy
-from runtime.offload.slots import install
+from runtime.offload.policy import LruPolicy, NextUsePolicy
 
 
 class Random(NextUsePolicy):
-    """Evicts and fetches whatever comes to its mind."""
+    """Evicts and prefetches experts at random."""
 
     def __init__(self, layers, experts):
         super().__init__(layers, experts)
         self.rng = np.random.default_rng(0)
 
     def next_use(self):
-        return self.rng.uniform(0, 9, self.usual_LE.shape)
+        return self.rng.uniform(0, 9, self.frequency_LE.shape)
 
     def prefetch_candidates(self):
-        keys = [(layer, expert) for layer in range(len(self.usual_LE)) for expert in range(self.usual_LE.shape[1])]
+        layers, experts = self.frequency_LE.shape
+        keys = [(layer, expert) for layer in range(layers) for expert in range(experts)]
         return [keys[index] for index in self.rng.permutation(len(keys))]
 
 
-def oracle_of_nothing(layers, experts):
+def oracle_without_passes(layers, experts):
     return OraclePolicy(np.zeros((1, layers, experts), dtype=bool))
 
 
-def guarded(layers, experts):
-    return LruFallback(Random(layers, experts), layers, experts, places=3)
+def random_with_fallback(layers, experts):
+    return LruFallback(Random(layers, experts), layers, experts, buffers=3)
 
 
 POLICIES = [
@@ -52,14 +56,14 @@ POLICIES = [
     CosinePolicy,
     ForecastPolicy,
     Random,
-    oracle_of_nothing,
-    guarded,
+    oracle_without_passes,
+    random_with_fallback,
 ]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """With more, kernels may add up rows in another order from one call to the next."""
+    """With more threads, kernels may sum in another order from one call to the next."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -72,7 +76,7 @@ def plain(switch_folder):
 
 
 def batches(count=5):
-    """Ragged batches, long enough for tokens to drop (capacity 6 a sequence)."""
+    """Batches of sequences of unequal length, long enough to exceed the expert capacity of 6."""
     rng = np.random.default_rng(0)
 
     def rows(size, longest):
@@ -85,54 +89,59 @@ def open_files(folder, layout: MoELayout, direct=True):
     return ExpertFiles(ModelWeights(str(folder)).files, layout, torch.float32, direct)
 
 
-def tiered(folder, share, policy=LruPolicy, host_share=None):
-    """A model with its experts under a share of their bytes: the loaded model, its layers and the cache."""
+def replicated_over(switch, cache):
+    home = contiguous_homes(switch.layout.num_layers, switch.layout.num_experts)
+    return ReplicatedModel(switch, ReplicationPlan.at_home(home, 1, 0), Ranks(), cache)
+
+
+def offloaded(folder, share, policy=LruPolicy, host_share=None):
+    """A model whose cache holds a share of the experts: the loaded model, its MoE layers and the cache."""
     switch: LoadedSwitch = load_dense(str(folder))
     layout, files = switch.layout, open_files(folder, switch.layout)
-    whole, reserve = len(files) * 2 * files.shape.room, LOADERS * files.reader_bytes
+    whole, reserve = len(files) * 2 * files.shape.padded_bytes, LOADERS * files.reader_bytes
     device = int(share * whole) + PAGE + (reserve if host_share is None else 0)
     host = None if host_share is None else int(host_share * whole) + PAGE + reserve
     cache = ExpertCache(files, policy(layout.num_layers, layout.num_experts), device, host)
-    return switch, install(switch.model, layout, cache), cache
+    return switch, replicated_over(switch, cache).layers, cache
 
 
-def assert_same_answers(plain, switch, cache):
+def assert_same_outputs(plain, switch, cache):
     for number, batch in enumerate(batches()):
         history = np.ones((number + 1, switch.layout.num_layers, switch.layout.num_experts), dtype=np.int64)
         cache.expect(LastBatch().forecast(None, history))
         cache.begin()
-        # not to the bit: how some kernels add up depends on where in memory a matrix lies
+        # not equal to the bit: some kernels sum in an order that depends on the alignment of the matrix in memory
         torch.testing.assert_close(forward(switch.model, batch), forward(plain.model, batch), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.07, 0.1, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_answers_are_the_plain_models(switch_folder, plain, policy, share):
-    switch, _, cache = tiered(switch_folder, share, policy)
+def test_outputs_equal_the_unmodified_models(switch_folder, plain, policy, share):
+    switch, _, cache = offloaded(switch_folder, share, policy)
     with cache:
         tier = cache.tiers[0]
-        assert len(tier.pool.places) == int(share * 16)
-        assert_same_answers(plain, switch, cache)
-        assert tier.stats.peak_bytes <= share * 16 * 2 * tier.pool.shape.room
+        assert len(tier.pool.buffers) == int(share * 16)
+        assert_same_outputs(plain, switch, cache)
+        assert tier.stats.peak_bytes <= share * 16 * 2 * tier.pool.shape.padded_bytes
         if share < 0.5 and policy is LruPolicy:
             assert tier.stats.misses > 50
 
 
-def test_the_same_with_host_memory_in_between(switch_folder, plain):
-    switch, _, cache = tiered(switch_folder, 0.13, Random, host_share=0.4)
+def test_outputs_are_equal_with_a_tier_of_host_memory(switch_folder, plain):
+    switch, _, cache = offloaded(switch_folder, 0.13, Random, host_share=0.4)
     with cache:
-        assert [len(tier.pool.places) for tier in cache.tiers] == [2, 6]
-        assert_same_answers(plain, switch, cache)
+        assert [len(tier.pool.buffers) for tier in cache.tiers] == [2, 6]
+        assert_same_outputs(plain, switch, cache)
         device, host = (tier.stats for tier in cache.tiers)
         assert host.hits + host.late + host.misses >= device.demands
         assert 0 < cache.loads == host.demands + host.prefetches
 
 
-def test_padding_after_the_last_token_fetches_nothing(switch_folder, plain):
-    switch, (encoder, _), cache = tiered(switch_folder, 1.0)
+def test_padding_after_the_last_token_loads_no_experts(switch_folder, plain):
+    switch, (encoder, _), cache = offloaded(switch_folder, 1.0)
     ids = torch.zeros(2, 30, dtype=torch.int64)
     mask = torch.zeros(2, 30, dtype=torch.bool)
-    mask[0, 3:5] = mask[1, :2] = True  # padding before, between and after
+    mask[0, 3:5] = mask[1, :2] = True  # padding before, between and after tokens
     ids[mask] = torch.tensor([7, 9, 9, 7])
     encoder.needed = needed_positions(mask).reshape(-1)
     assert encoder.needed.sum() == 7
@@ -147,21 +156,21 @@ def test_padding_after_the_last_token_fetches_nothing(switch_folder, plain):
 
 
 def test_greedy_text_is_identical(switch_folder, plain):
-    switch, _, cache = tiered(switch_folder, 0.2, ForecastPolicy)
+    switch, _, cache = offloaded(switch_folder, 0.2, ForecastPolicy)
     tokens = batches(1)[0].tokens
     settings = {"input_ids": tokens.input_ids, "attention_mask": tokens.mask.long(), "max_new_tokens": 12}
     with cache:
         assert torch.equal(switch.model.generate(**settings), plain.model.generate(**settings))
 
 
-def test_two_caches_share_a_folder(switch_folder, plain):
-    first, second = tiered(switch_folder, 0.2, Random), tiered(switch_folder, 0.1)
+def test_two_caches_read_one_folder_at_the_same_time(switch_folder, plain):
+    first, second = offloaded(switch_folder, 0.2, Random), offloaded(switch_folder, 0.1)
     failures = []
 
     def run(switch, cache):
         try:
             with torch.inference_mode():
-                assert_same_answers(plain, switch, cache)
+                assert_same_outputs(plain, switch, cache)
         except BaseException as error:
             failures.append(error)
 
@@ -174,19 +183,19 @@ def test_two_caches_share_a_folder(switch_folder, plain):
     assert not failures
 
 
-def test_a_batch_fails_with_the_files_name_and_others_go_on(tmp_path, plain):
+def test_a_damaged_file_fails_the_batch_and_is_named(tmp_path, plain):
     plain.model.save_pretrained(tmp_path)
     plain.tokenizer.save_pretrained(tmp_path)
     switch = load_dense(str(tmp_path))
     first, other = batches(2)
     with ExpertCache.open(ModelWeights(str(tmp_path)).files, switch.layout, torch.float32, "1MiB") as cache:
-        install(switch.model, switch.layout, cache)
-        few = ModelBatch(pad_tokens([first.tokens.input_ids[0, :2].numpy()], pad=0))
-        torch.testing.assert_close(forward(switch.model, few), forward(plain.model, few), rtol=0, atol=1e-5)
+        replicated_over(switch, cache)
+        short = ModelBatch(pad_tokens([first.tokens.input_ids[0, :2].numpy()], pad=0))
+        torch.testing.assert_close(forward(switch.model, short), forward(plain.model, short), rtol=0, atol=1e-5)
         os.truncate(tmp_path / "model.safetensors", 20_000)
-        with pytest.raises(OSError, match=r"model\.safetensors has 20000 bytes where \d+ are needed"):
+        with pytest.raises(OSError, match=r"model\.safetensors has 20000 bytes, but \d+ are needed"):
             forward(switch.model, other)
-        torch.testing.assert_close(forward(switch.model, few), forward(plain.model, few), rtol=0, atol=1e-5)
+        torch.testing.assert_close(forward(switch.model, short), forward(plain.model, short), rtol=0, atol=1e-5)
         report = cache.report()
         assert report["device"]["failed"] > 0
         assert (report["policy"], report["fallbacks"]) == ("forecast", 0)
@@ -194,13 +203,13 @@ def test_a_batch_fails_with_the_files_name_and_others_go_on(tmp_path, plain):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_answers_stay_on_a_gpu_while_experts_come_and_go(switch_folder, plain):
+def test_outputs_are_equal_on_a_gpu_while_experts_are_evicted(switch_folder, plain):
     switch = load_dense(str(switch_folder))
     layout, files = switch.layout, open_files(switch_folder, switch.layout)
-    policy, expert = Random(layout.num_layers, layout.num_experts), 3 * files.shape.room
+    policy, expert = Random(layout.num_layers, layout.num_experts), 3 * files.shape.padded_bytes
     switch.model.to("cuda")
     with ExpertCache(files, policy, 3 * expert, 6 * expert + LOADERS * files.reader_bytes, "cuda") as cache:
-        install(switch.model, layout, cache)
+        replicated_over(switch, cache)
         for batch in batches():
             cache.begin()
             real = batch.decoder.mask

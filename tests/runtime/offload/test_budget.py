@@ -1,4 +1,4 @@
-"""The engine within a byte budget: the plain model's answers alone and on several ranks, whatever is resident."""
+"""An engine with a memory budget: outputs equal the unmodified model's, alone and on several ranks."""
 
 import numpy as np
 import pytest
@@ -19,14 +19,14 @@ SETTINGS = {"max_new_tokens": 12, "do_sample": False}
 
 
 class Absurd(Noise):
-    """Forecasts more tokens than a number of tokens can be."""
+    """Forecasts an impossible number of tokens."""
 
     def forecast(self, upcoming, history):
         return forecast_from_load(np.full(self.shape, 1e300), made_at=0, source=self.name)
 
 
-def answers(rank: int, folder: str, experts: int) -> dict[str, object]:
-    """Logits and greedy text within a budget of so many of the model's sixteen experts."""
+def compare_outputs(rank: int, folder: str, experts: int) -> dict[str, object]:
+    """Compares logits and greedy text with the unmodified model's; the budget holds `experts` of its 16 experts."""
     plain = load_switch(folder).model
     found: dict[str, object] = {}
     with Engine.from_pretrained(folder, redundant=4, device_memory=budget(experts)) as engine:
@@ -44,27 +44,27 @@ def answers(rank: int, folder: str, experts: int) -> dict[str, object]:
         ids = engine.generate(tokens, 2, **SETTINGS)
         found["text"] = torch.equal(ids, expected[rows][:, : ids.shape[1]])
         tier = engine.replicated.cache.tiers[0]
-        found["places"] = len(tier.pool.places)
+        found["buffers"] = len(tier.pool.buffers)
         found["misses"] = tier.stats.misses
     return found
 
 
 @pytest.mark.parametrize(("world", "experts"), [(1, 1), (1, 4), (1, 16), (2, 2)])
-def test_answers_are_the_plain_models_within_a_budget(switch_folder, world, experts):
-    for found in on_ranks(world, answers, str(switch_folder), experts):
+def test_outputs_within_a_budget_equal_the_unmodified_models(switch_folder, world, experts):
+    for found in on_ranks(world, compare_outputs, str(switch_folder), experts):
         assert isinstance(found, dict), found
         assert found.pop("text")
-        assert found.pop("places") == experts
+        assert found.pop("buffers") == experts
         assert found.pop("misses") > (0 if experts == 16 else 20)
         assert len(found) == (4 if world == 1 else 5)
         assert max(found.values()) <= 1e-5, found
 
 
-def test_a_budget_that_holds_no_expert_is_refused_with_the_least_that_does(switch_folder, monkeypatch):
+def test_a_budget_below_one_expert_is_refused_with_the_smallest_that_works(switch_folder, monkeypatch):
     with pytest.raises(ValueError, match=rf"device_memory is .* too little .* give at least {budget(1)} bytes"):
         Engine.from_pretrained(str(switch_folder), device_memory=budget(1) - 1).__enter__()
     monkeypatch.setattr("runtime.offload.memory.free_bytes", lambda: 1000.0)
-    with pytest.raises(ValueError, match=r"for experts, but 1000 B are free; lower the budget"):
+    with pytest.raises(ValueError, match=r"experts need .*, but only 1000 B are free; lower the memory budget"):
         Engine.from_pretrained(str(switch_folder), device_memory=budget(2)).__enter__()
-    with pytest.raises(ValueError, match="'lots' is no number of bytes; write it like 2GiB"):
+    with pytest.raises(ValueError, match="'lots' is not a number of bytes; write it like 2GiB"):
         Engine.from_pretrained(str(switch_folder), device_memory="lots").__enter__()
