@@ -42,7 +42,7 @@ def generate(
     with ResidentPeak() as peak, ExpertCache.open(files, switch.layout, torch.float32, budget) as cache:
         for layer, experts in enumerate(install(switch.model, switch.layout, cache)):
             if layer < switch.layout.num_encoder_layers:
-                experts.needed = needed_positions(tokens.mask).reshape(-1)
+                experts.begin_step(needed_positions(tokens.mask).reshape(-1))
         cache.begin()
         began = time.perf_counter()
         ids: Tensor = switch.model.generate(

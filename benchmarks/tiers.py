@@ -137,7 +137,7 @@ class Bench:
             router.batch, router.step = batch, 0 if decoding and self.mode == "generate" else None
             if layers is not None:
                 stepwise = router.step is not None
-                layers[layer].needed = (
+                layers[layer].begin_step(
                     None if stepwise else needed_positions(batch.mask(layer, self.layout)).reshape(-1)
                 )
         if self.mode == "generate":

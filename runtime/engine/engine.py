@@ -205,7 +205,10 @@ class Engine:
         read = torch.zeros(len(own.tokens.mask)).bool() if own.decoder is None else own.decoder.mask.any(1)
         self.replicated.begin(own.tokens, own.decoder, read, preparation is not None)
         start = time.perf_counter()
-        logits = forward(self.switch.model, own)
+        try:
+            logits = forward(self.switch.model, own)
+        finally:
+            self.replicated.end()
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         elapsed_ms = 1e3 * (time.perf_counter() - start)
@@ -241,9 +244,14 @@ class Engine:
             preparation = self.controller.commit(wait=True)
             self.replicated.begin(own, None, torch.full((len(own.mask),), not idle), preparation is not None)
             encoder = self.switch.layout.num_encoder_layers
-            with DecoderSteps(model, self.replicated.layers, encoder, self.controller, replan_every, idle, settings):
-                ids: Tensor = model.generate(
-                    input_ids=own.input_ids.to(device), attention_mask=own.mask.long().to(device),
-                    synced_gpus=self.ranks.world > 1, **settings,
-                )  # fmt: skip
+            try:
+                with DecoderSteps(
+                    model, self.replicated.layers, encoder, self.controller, replan_every, idle, settings
+                ):
+                    ids: Tensor = model.generate(
+                        input_ids=own.input_ids.to(device), attention_mask=own.mask.long().to(device),
+                        synced_gpus=self.ranks.world > 1, **settings,
+                    )  # fmt: skip
+            finally:
+                self.replicated.end()
         return ids[: each * (rows.stop - rows.start)]

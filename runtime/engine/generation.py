@@ -69,7 +69,7 @@ class DecoderSteps:
             self._observe()
             self._controller.commit()
             for experts, phy2log in zip(self._layers, self._controller.transfer.plan.phy2log, strict=True):
-                experts.phy2log = phy2log
+                experts.change_plan(phy2log)
             self._controller.prepare(None)
         ids = kwargs["input_ids"]
         if self._done is None:
@@ -78,14 +78,14 @@ class DecoderSteps:
             self._done = self._done | torch.isin(ids[:, -1], self._ends.to(ids.device))
         needed = (~self._done)[:, None].expand(ids.shape).reshape(-1)
         for experts in self._written:
-            experts.needed = needed
+            experts.begin_step(needed)
         self._step += 1
 
     def _observe(self) -> None:
         """Adds the loads since the last call to the history: the decoder's of these steps beside the encoder's."""
         self._controller.observe(np.stack([experts.load for experts in self._layers]))
         for experts in self._written:
-            experts.reset()
+            experts.reset_counters()
 
 
 def sequences_each(settings: dict[str, Any], config: Any) -> int:

@@ -56,8 +56,8 @@ class ReplicatedModel:
             ReplicatedExperts(each, phy2log, ranks, home.num_devices)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
         ]
-        for name, layer in zip(self._names, self.layers, strict=True):
-            switch.model.set_submodule(name, layer)
+        for name, layer, before in zip(self._names, self.layers, self._before, strict=True):
+            switch.model.set_submodule(name, layer.train(before.training))
 
     def _resident(self, source: ExpertSource) -> tuple[Sequence[Slots], Transfer]:
         layout, own = self.switch.layout, self._home.num_devices // self._ranks.world
@@ -94,12 +94,16 @@ class ReplicatedModel:
                 self.cache.expect(None)
             self.cache.begin()
         for layer, experts in enumerate(self.layers):
-            experts.phy2log = self.transfer.plan.phy2log[layer]
-            experts.reset()
             needed: Tensor | None = encoder
             if layer >= self.switch.layout.num_encoder_layers:
                 needed = None if decoder is None else needed_positions(decoder.mask)
-            experts.needed = None if needed is None else needed.reshape(-1).to(self.switch.model.device)
+            flat = None if needed is None else needed.reshape(-1).to(self.switch.model.device)
+            experts.begin(self.transfer.plan.phy2log[layer], flat)
+
+    def end(self) -> None:
+        """Ends the batch: until the next one begins, a plain call of the model computes all tokens."""
+        for experts in self.layers:
+            experts.end()
 
     def cost(self, elapsed_ms: float, exposed_ms: float, preparation: Preparation | None) -> BatchStats:
         """What the batch that began last took, over all ranks."""
