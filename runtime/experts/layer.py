@@ -133,9 +133,8 @@ class ReplicatedExperts(nn.Module):
             return self._compute_without_dispatch(hidden_TD, token_T, weight_T1, counts_SE[0], routed_E)
         quota_SP = self.split(counts_SE)
         np.add(self.device_load, device_load(quota_SP, self.num_devices), out=self.device_load)
-        reference_Q = routed_E[
-            self.phy2log[self.slots.span]
-        ]  # empty slots, -1, read the last expert's; they get no rows
+        # an empty slot, -1, reads the last expert's count, which does not matter: it gets no rows
+        reference_Q = routed_E[self.phy2log[self.slots.span]]
         return self.dispatch_and_combine(hidden_TD, token_T, weight_T1, quota_SP, reference_Q)
 
     def split(self, counts_SE: IntArray) -> IntArray:
