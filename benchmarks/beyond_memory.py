@@ -45,9 +45,9 @@ def generate(
     with (
         ResidentPeak() as peak,
         closing(ReplicatedModel(switch, home, Ranks(), MemoryBudget(budget, None, files))) as replicated,
+        replicated.batch(tokens, None, tokens.mask.any(1), prepared=True),
     ):
         assert replicated.cache is not None
-        replicated.begin(tokens, None, tokens.mask.any(1), prepared=True)
         began = time.perf_counter()
         ids: Tensor = switch.model.generate(
             input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), max_new_tokens=new, do_sample=False

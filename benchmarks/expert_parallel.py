@@ -1,12 +1,13 @@
-"""One MoE layer over several ranks: what placement and split make of recorded skew, on real kernels and a real network.
+"""Step time of one MoE layer over several ranks under skewed loads: contiguous, EPLB, ours, oracle, perfect balance.
 
-    python -m benchmarks.expert_parallel                               # 2 gloo ranks with a thread each
+    python -m benchmarks.expert_parallel                               # 2 gloo ranks of one thread each
     python -m benchmarks.expert_parallel --loads counts.npz --experts 64
-    python -m benchmarks.expert_parallel --emulate 8                   # 8 ranks' work in turn, in one process
+    python -m benchmarks.expert_parallel --emulate 8                   # one process computes 8 devices' work in turn
 
-Routing is injected: each step's tokens go to experts as a recorded or Zipf load says, so that skew is real whatever
-the weights are. All arms run in turn within each step, with the same tokens. Ours forecast, plan and move beside the
-step before, as in the engine; EPLB's plan and moves are free. Prints a table and, as the last line, one JSON document.
+Kernels and network are real, routing is injected: the tokens of each step go to experts as a recorded or Zipf load
+prescribes. All arms run in turn within each step, with the same tokens. Our arms forecast, plan and copy weights during
+the step before, as in the engine; EPLB's plans and copies cost nothing. Prints a table and, as the last line, one JSON
+document.
 """
 
 import argparse
@@ -44,18 +45,18 @@ from runtime.experts.transfer import WeightTransfer
 
 D_MODEL, D_FF = 768, 3072
 WARM = 4
-"""Steps that are run but not counted: history begins, kernels compile."""
+"""Steps that run but are not counted, while the history fills and kernels compile."""
 
 
 class Arm:
-    """One way to place and split, with slots of its own where weights move.
+    """One way to place experts and to split tokens.
 
     Args:
-        name: What tables call it.
-        experts: Slots that run it.
+        name: Its name in tables.
+        experts: The layer that runs it; arms that copy weights need one of their own.
         home: The plan without replicas.
         ranks: The ranks.
-        forecaster: What ours plan from; None leaves the placement as `place` puts it.
+        forecaster: Forecasts the loads that plans are made from; None changes no plan.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Arm:
             self.controller = Controller(forecaster, planner, transfer, ranks)
 
     def run(self, step: int, hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> None:
-        """Runs a step and keeps what it took."""
+        """Runs a step and records its times and loads."""
         experts, exposed = self.experts, 0.0
         if self.ranks.world > 1:
             dist.barrier()
@@ -82,8 +83,7 @@ class Arm:
             prepared = self.controller.commit(wait=step == 0)
             exposed = time.perf_counter() - began
             self.plan = self.controller.transfer.plan.phy2log[0]
-        experts.phy2log = self.plan
-        experts.reset()
+        experts.begin(self.plan, None)
         spent: list[float] = []
         experts.split = self._timed_split(spent)  # type: ignore[method-assign]
         if self.forecaster is not None:
@@ -113,37 +113,37 @@ class Arm:
         return split
 
 
-def slots(home: ReplicationPlan, ranks: Ranks, expert_overhead_tokens: int) -> ReplicatedExperts:
-    """Slots with random weights on this rank's devices."""
+def layer(home: ReplicationPlan, ranks: Ranks) -> ReplicatedExperts:
+    """A layer with random weights on this rank's devices."""
     own = home.num_devices // ranks.world
     devices = range(ranks.rank * own, (ranks.rank + 1) * own)
     weights = ResidentSlots(home, 0, devices, (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
     generator = torch.Generator().manual_seed(ranks.rank)
     weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
     weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
-    return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices, expert_overhead_tokens)
+    return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices)
 
 
-def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks, expert_overhead_tokens: int) -> list[Arm]:
-    """The rivals, and ours, whose homes are flat over the steps not counted; what never moves shares slots."""
+def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks) -> list[Arm]:
+    """All arms. Our homes are balanced over the uncounted steps. Arms that never copy weights share one layer."""
     flat = flat_homes(stream.loads[:WARM].mean(0, keepdims=True), home.num_devices)
     ours = ReplicationPlan.at_home(flat, home.num_devices, home.num_redundant_experts)
-    shared = slots(home, ranks, expert_overhead_tokens)
+    shared = layer(home, ranks)
     eplb = Arm("eplb", shared, home, ranks)
     eplb.even = True
     return [
         Arm("contiguous", shared, home, ranks),
         eplb,
-        Arm("history", slots(ours, ranks, expert_overhead_tokens), ours, ranks, Ema()),
-        Arm("oracle", slots(ours, ranks, expert_overhead_tokens), ours, ranks, Upcoming()),
+        Arm("history", layer(ours, ranks), ours, ranks, Ema()),
+        Arm("oracle", layer(ours, ranks), ours, ranks, Upcoming()),
         Arm("perfect", shared, home, ranks),
     ]
 
 
 @torch.inference_mode()
-def measure(stream: Stream, home: ReplicationPlan, ranks: Ranks, expert_overhead_tokens: int) -> dict[str, Any]:
+def measure(stream: Stream, home: ReplicationPlan, ranks: Ranks) -> dict[str, Any]:
     """Runs all arms over all steps, in turn within each."""
-    arms = arms_of(stream, home, ranks, expert_overhead_tokens)
+    arms = arms_of(stream, home, ranks)
     console = Console(stderr=True, quiet=ranks.rank > 0)
     torch.manual_seed(ranks.rank)
     for step in track(range(len(stream.loads)), "steps", console=console):
@@ -160,7 +160,7 @@ def measure(stream: Stream, home: ReplicationPlan, ranks: Ranks, expert_overhead
 
 
 def summary(arm: Arm, ranks: Ranks) -> dict[str, Any]:
-    """Medians over the counted steps; a step takes as long as its slowest rank, emulated ones included."""
+    """Medians over the counted steps; a step takes as long as its slowest rank or emulated device."""
     kept = arm.steps[WARM:]
     own = torch.tensor([[row["step_ms"], row["waited_ms"], *row["busy_ms"]] for row in kept], dtype=torch.float64)
     ranks = ranks.gather(own).numpy()  # [S, steps, 2 + devices of a rank]
@@ -180,10 +180,10 @@ def summary(arm: Arm, ranks: Ranks) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], title: str) -> None:
-    """The arms as a table, and how far each is from perfect balance."""
+    """Prints the arms as a table, with each step time over that of perfect balance."""
     table = Table(title=title)
     for name in ("arm", "step ms", "quartiles", "x perfect", "busy ms", "balancedness", "moves", "split ms",
-                 "forecast + plan ms", "held up ms"):  # fmt: skip
+                 "forecast + plan ms", "exposed ms"):  # fmt: skip
         table.add_column(name, justify="right")
     for name, arm in found.items():
         table.add_row(
@@ -196,7 +196,7 @@ def show(found: dict[str, Any], title: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The options."""
+    """Reads the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--loads", type=Path, help="trace folder or counts file; Zipf loads by default")
     parser.add_argument("--layer", type=int, default=0, help="which layer of --loads")
@@ -206,13 +206,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step over all ranks")
     parser.add_argument("--steps", type=int, default=34)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--emulate", type=int, default=0, metavar="DEVICES", help="run so many ranks' work in turn")
-    parser.add_argument("--expert-overhead-tokens", type=int, default=0, help="price of an active expert, in tokens")
+    parser.add_argument("--emulate", type=int, default=0, metavar="DEVICES", help="emulated by one process")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Starts the ranks, unless torchrun has, and prints what rank 0 found."""
+    """Starts the ranks, unless torchrun has started them, and prints rank 0's results."""
     options = parse()
     if not options.emulate and "RANK" not in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -225,10 +224,10 @@ def main() -> None:
         else:
             loads = recorded(options.loads, options.layer, options.tokens, options.steps)
         if len(loads) <= WARM:
-            raise ValueError(f"{len(loads)} steps; expected more than {WARM}, the first of which are not counted")
+            raise ValueError(f"{len(loads)} steps; expected more than {WARM}, because the first {WARM} are not counted")
         devices = options.emulate or ranks.world
         home = ReplicationPlan.at_home(contiguous_homes(1, loads.shape[1]), devices, options.redundant)
-        found = measure(Stream(loads, ranks.world), home, ranks, options.expert_overhead_tokens)
+        found = measure(Stream(loads, ranks.world), home, ranks)
         if ranks.rank == 0:
             where = f"{devices} emulated devices" if options.emulate else f"{devices} gloo ranks, a thread each"
             show(found, f"{where}; {loads.shape[1]} experts, {options.redundant} redundant, {options.tokens} tokens")

@@ -1,10 +1,10 @@
-"""One process, one device, no replicas: the slots beside the model's own loop, and beside grouped products alone.
+"""Overhead on a single device: ReplicatedExperts against the model's own loop over experts and a bare grouped GEMM.
 
     python -m benchmarks.one_device
 
-Switch-base geometry, routing by Zipf shares. Three arms in turn, same tokens: the model's own experts module (`loop`),
-two `grouped_mm` with sorting and nothing else (`grouped`), and `ReplicatedExperts` (`slots`). `padded` batches hold a
-quarter of padding, which only the slots leave out. Prints a table and, as the last line, one JSON document.
+Switch-base geometry, Zipf loads, one process without replicas. Three arms run in turn on the same tokens: the model's
+own experts module (`loop`), sorting and two `grouped_mm` (`grouped`), and `ReplicatedExperts` (`slots`). `padded`
+batches contain a quarter of padding, which only the slots skip. Prints a table and, as the last line, a JSON document.
 """
 
 import argparse
@@ -35,33 +35,33 @@ Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def in_slots(loop: SwitchTransformersExperts, experts: int) -> ReplicatedExperts:
-    """The loop's experts in slots of one device."""
+    """The loop's experts in the slots of one device."""
     home = ReplicationPlan.at_home(contiguous_homes(1, experts), 1, 0)
     weights = ResidentSlots(home, 0, range(1), (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
-    for place, expert in enumerate(loop.children()):
-        weights.wi_NFD[place].copy_(expert.wi.weight)
-        weights.wo_NDF[place].copy_(expert.wo.weight)
-        expert.wi.weight.data, expert.wo.weight.data = weights.wi_NFD[place], weights.wo_NDF[place]
+    for slot, expert in enumerate(loop.children()):
+        weights.wi_NFD[slot].copy_(expert.wi.weight)
+        weights.wo_NDF[slot].copy_(expert.wo.weight)
+        expert.wi.weight.data, expert.wo.weight.data = weights.wi_NFD[slot], weights.wo_NDF[slot]
     return ReplicatedExperts(weights, home.phy2log[0], Ranks(), 1)
 
 
 def grouped(slots: ReplicatedExperts) -> Layer:
-    """Two grouped products over the same weights, sorting and scattering included."""
+    """Two grouped GEMMs over the same weights, with sorting and scattering."""
     assert isinstance(slots.slots, ResidentSlots)
-    block = slots.slots.blocks[0]
+    weights = slots.slots.experts[0]
 
     def layer(hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         order = one_hot[:, 0].argmax(-1).argsort(stable=True)
         offsets = one_hot.sum((0, 1)).cumsum(0).int()
-        inner = grouped_mm(hidden[order], block.wi_NDF, offs=offsets).relu()
-        outer = grouped_mm(inner, block.wo_NFD, offs=offsets) * weight[order]
+        inner = grouped_mm(hidden[order], weights.wi_NDF, offs=offsets).relu()
+        outer = grouped_mm(inner, weights.wo_NFD, offs=offsets) * weight[order]
         return torch.empty_like(hidden).index_copy_(0, order, outer)
 
     return layer
 
 
 def milliseconds(layer: Layer, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
-    """One call; the best of four where it is short, so that it matters little which arm came first."""
+    """Time of one call; of short calls the best of four, so that the order of the arms matters little."""
     times = []
     for _ in range(1 if len(inputs[0]) >= 512 else 4):
         began = time.perf_counter()
@@ -72,7 +72,7 @@ def milliseconds(layer: Layer, inputs: tuple[torch.Tensor, torch.Tensor, torch.T
 
 @torch.inference_mode()
 def measure(experts: int, repeats: int) -> list[dict[str, Any]]:
-    """Ratios pair by pair, for every size, with and without padding."""
+    """Ratios of times, pair by pair, for every size, with and without padding."""
     torch.manual_seed(0)
     config = SwitchTransformersConfig(d_model=D_MODEL, d_ff=D_FF, num_experts=experts, dropout_rate=0.0)
     loop = SwitchTransformersExperts(config).eval()
@@ -82,9 +82,9 @@ def measure(experts: int, repeats: int) -> list[dict[str, Any]]:
     rng, results = np.random.default_rng(0), []
     cases = [(size, padded) for size in SIZES for padded in (False, True) if not padded or size >= 4]
     for size, padded in track(cases, "sizes", console=Console(stderr=True)):
-        slots.needed = torch.arange(size) < size * 3 // 4 if padded else None
+        slots.begin_step(torch.arange(size) < size * 3 // 4 if padded else None)
         times: dict[str, list[float]] = {name: [] for name in arms}
-        for turn in range(repeats * (1 if size >= 512 else 5 if size >= 16 else 40)):  # the shorter, the noisier
+        for turn in range(repeats * (1 if size >= 512 else 5 if size >= 16 else 40)):  # short calls are noisier
             expert = torch.from_numpy(rng.choice(experts, size, p=share / share.sum()))
             one_hot = torch.nn.functional.one_hot(expert, experts)[:, None]
             inputs = (torch.randn(size, D_MODEL), one_hot, torch.rand(size, 1))
@@ -100,7 +100,7 @@ def measure(experts: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """A table, then one JSON document."""
+    """Prints a table, then one JSON document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)

@@ -113,10 +113,10 @@ class Bench:
                 ready.result()
                 own = self.own_sequences(batch)
                 decoder = None if self.mode == "generate" else own.decoder
-                replicated.begin(own.tokens, decoder, own.decoder.mask.any(1), prepared=True)
-                if number + 1 < len(self.batches):
-                    ready = forecasting.submit(self._forecast, arm, cache, number + 1)
-                self.run(own)
+                with replicated.batch(own.tokens, decoder, own.decoder.mask.any(1), prepared=True):
+                    if number + 1 < len(self.batches):
+                        ready = forecasting.submit(self._forecast, arm, cache, number + 1)
+                    self.run(own)
                 if number >= warm:
                     turn.seconds.append(time.perf_counter() - began)
                     turn.tokens.append(self.tokens(batch))

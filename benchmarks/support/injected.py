@@ -1,4 +1,4 @@
-"""Routing to inject: loads, recorded or Zipf, and tokens that go where they say."""
+"""Routing to inject into a layer: recorded or Zipf loads, and tokens that are routed to match them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,18 @@ from predictor.forecast import forecast_from_load
 
 
 class Stream:
-    """Loads of one layer, step by step, and the tokens they stand for.
+    """Loads of one layer, step by step, with one routed token for each unit of load.
 
     Args:
         loads: Tokens of each expert, `[steps, E]`.
-        ranks: Ranks the tokens are spread over at random.
+        ranks: Number of ranks; tokens are assigned to them at random.
     """
 
     def __init__(self, loads: IntArray, ranks: int) -> None:
         self.loads, self.ranks = loads, ranks
 
     def routed(self, step: int, rank: int, uniform: bool, devices: int) -> torch.Tensor:
-        """One-hot choices `[T / ranks, 1, E]` of a rank's tokens; `uniform` spreads each expert's over all devices."""
+        """One-hot experts `[T / ranks, 1, E]` of a rank's tokens; `uniform` spreads each expert's tokens evenly."""
         size = self.loads.shape[1]
         expert = np.repeat(np.arange(size), self.loads[step])
         if uniform:
@@ -33,13 +33,13 @@ class Stream:
 
 
 def zipf(experts: int, tokens: int, steps: int, exponent: float) -> IntArray:
-    """A steady stream: the i-th expert's share falls as i to the `exponent`, and tokens are drawn from the shares."""
+    """Loads of a steady stream: expert i has a share proportional to 1 / i^exponent; tokens are drawn."""
     share = np.arange(1.0, experts + 1) ** -exponent
     return np.random.default_rng(0).multinomial(tokens, share / share.sum(), size=steps)
 
 
 def recorded(path: Path, layer: int, tokens: int, steps: int) -> IntArray:
-    """A layer's recorded loads, drawn anew so that each step has `tokens`."""
+    """A layer's recorded loads, resampled to `tokens` tokens a step."""
     loads = read_loads(path).loads
     if not 0 <= layer < loads.shape[1]:
         raise ValueError(f"layer is {layer}; {path} has layers 0 to {loads.shape[1] - 1}")
@@ -49,7 +49,7 @@ def recorded(path: Path, layer: int, tokens: int, steps: int) -> IntArray:
 
 
 class Upcoming:
-    """The oracle as a forecaster: it is told the next load."""
+    """The oracle as a forecaster; `load` must be set to the next step's load."""
 
     name = "oracle"
 
@@ -57,6 +57,5 @@ class Upcoming:
         self.load: IntArray | None = None
 
     def forecast(self, upcoming: object, history: IntArray) -> Any:
-        """See `predictor.forecast.Forecaster`."""
         assert self.load is not None
         return forecast_from_load(self.load[None].astype(np.float64), made_at=len(history), source=self.name)

@@ -1,59 +1,54 @@
-"""Ranks: the processes that share one model, one for each device; or this process alone.
+"""Ranks: the processes that share one model, their process groups and collectives.
 
-NCCL carries what lies on CUDA devices, gloo the rest. Start them with torchrun; alone, nothing is opened.
+Under torchrun each process is one rank with one device. A process started without torchrun is a single rank: it opens
+no process group, and the collectives below return their input. NCCL carries CUDA tensors, gloo all others.
 """
 
 import atexit
 import json
 import os
 import resource
-import signal
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-EMULATED = 8
-"""Devices of one process by itself."""
-BEAT_S = 0.2
-"""Seconds between two signs of life."""
+from data.arrays import IntArray
+from runtime.distributed.device import local_device
+from runtime.distributed.heartbeat import Heartbeat, RankLostError
+
+EMULATED_DEVICES = 8
+"""Devices that a single rank emulates unless told otherwise."""
 _opened = 0
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends this process without waiting for any other."""
+    """Ends this process without waiting for other ranks or threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-class RankLostError(RuntimeError):
-    """Another rank is gone or hangs; the message names it."""
-
-
 class Ranks:
-    """The ranks of a job.
+    """The ranks of a job; `with ranks:` opens the process groups and starts the heartbeat.
 
     Args:
-        timeout_s: Seconds after which a rank that does not answer counts as lost.
+        timeout_s: Seconds after which a rank that does not respond counts as lost.
 
     Raises:
-        ValueError: If that is no time at all.
+        ValueError: If `timeout_s` is not positive.
 
     Attributes:
-        rank: 0..world - 1.
+        rank: This rank, 0..world - 1.
         world: Number of ranks.
-        moves: The process group for whatever runs beside the model: plans and weights.
+        background: Process group for plans and weights, which are sent while the model runs.
     """
 
     def __init__(self, timeout_s: float = 60.0) -> None:
@@ -61,31 +56,29 @@ class Ranks:
         if timeout_s <= 0:
             raise ValueError(f"the timeout is {timeout_s} seconds, expected more than 0")
         self.timeout_s = timeout_s
-        self.moves: Any = None
-        self._stop = threading.Event()
-        self._on_sigterm: Any = signal.SIG_DFL
+        self.background: Any = None
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("cpu")
+        """The device this rank computes on."""
+        return local_device()
 
     def devices(self, asked: int | None) -> int:
-        """How many devices experts are spread over: as many as asked for, else one a process; emulated if alone.
+        """Number of devices that experts are spread over: one for each rank; a single rank emulates as many as asked.
 
         Raises:
-            ValueError: If there are several processes, but not one for each device asked for.
+            ValueError: If there are several ranks, but not one for each device asked for.
         """
         if self.world > 1 and asked not in (None, self.world):
-            raise ValueError(f"devices is {asked}, but {self.world} processes run; leave it out, or start as many")
+            raise ValueError(
+                f"{asked} devices, but {self.world} processes run: leave the number of devices out, or start {asked}"
+            )
         if asked is None:
-            return self.world if self.world > 1 else EMULATED
+            return self.world if self.world > 1 else EMULATED_DEVICES
         return asked
 
     def peak_gib(self) -> list[float]:
-        """Most memory each rank has held so far, in GiB."""
+        """Peak host memory of each rank so far, in GiB."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # Linux counts in KiB
         rows: list[list[float]] = self.gather(torch.tensor([peak])).tolist()
         return [row[0] for row in rows]
@@ -93,46 +86,37 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         if self.world > 1:
             global _opened
-            _opened += 1  # every rank counts alike; names of an earlier group must not come back
+            _opened += 1  # equal on all ranks; gives each opening its own keys in the store
             try:
-                self._meet()
+                self._open_groups()
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise RankLostError(f"{self.world} processes did not meet in {self.timeout_s} s ({reason})") from None
-            self._told = ""
-            self._watches = self._clones(2)
-            self._stop.clear()
-            with suppress(ValueError):  # not the main thread
-                self._on_sigterm = signal.signal(signal.SIGTERM, self._end)
-                signal.siginterrupt(signal.SIGTERM, False)
-            threading.Thread(target=self._beat, daemon=True, name="switchcast-beat").start()
+            self._heartbeat = Heartbeat(self._store, self.rank, self.world)
+            self._heartbeat.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if self.world > 1:
-            self._stop.set()
-            with suppress(ValueError):
-                signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._heartbeat.stop()
             if kind is None:
                 dist.destroy_process_group()
-            else:  # closing a group waits for what is under way in it, which now may never end
+            else:  # closing a group waits for its unfinished collectives, which may never finish now
                 atexit.register(exit_now, 1)
 
-    def _meet(self) -> None:
-        """Opens the store and the groups, once all ranks are there."""
-        patience = timedelta(seconds=self.timeout_s)
-        store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=patience))
+    def _open_groups(self) -> None:
+        """Opens the store and the process groups once all ranks have connected."""
+        timeout = timedelta(seconds=self.timeout_s)
+        store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=timeout))
         self._store: Any = dist.PrefixStore(f"switchcast/{_opened}", store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world, timeout=patience)
-        self.moves = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
+        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world, timeout=timeout)
+        self.background = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
 
     def check_alike(self, facts: dict[str, str]) -> None:
-        """Refuses ranks that differ in what they run.
+        """Refuses ranks that run different models, versions or options.
 
         Raises:
             ValueError: Naming the fact, the rank and both values.
@@ -142,22 +126,22 @@ class Ranks:
         self._store.set(f"facts/{self.rank}", json.dumps(facts))
         first = json.loads(self._store.get("facts/0"))
         for rank in range(1, self.world):
-            theirs = json.loads(self._store.get(f"facts/{rank}"))
-            for name in first | theirs:
-                if theirs.get(name) != first.get(name):
-                    raise ValueError(f"{name} is {first.get(name)} on rank 0 and {theirs.get(name)} on rank {rank}")
+            other = json.loads(self._store.get(f"facts/{rank}"))
+            for name in first | other:
+                if other.get(name) != first.get(name):
+                    raise ValueError(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}")
 
     def gather(self, row: Tensor) -> Tensor:
-        """Every rank's row `[...]`, which must be of the same shape: `[world, ...]`."""
+        """All-gather: every rank's `row`, of the same shape `[...]` on all ranks, stacked to `[world, ...]`."""
         if self.world == 1:
             return row[None]
         rows = row.new_empty((self.world, *row.shape))
         dist.all_gather(list(rows), row)
         return rows
 
-    def all_to_all(self, rows: Tensor, to: list[int], out: Tensor, sizes: list[int]) -> Any:
-        """Starts sending rows to every rank in order, and receiving theirs into `out`; the answer has `wait()`."""
-        return dist.all_to_all_single(out, rows, sizes, to, async_op=True)
+    def all_to_all(self, rows: Tensor, send_sizes: list[int], out: Tensor, receive_sizes: list[int]) -> Any:
+        """Starts an all-to-all of `rows`, sorted by destination rank, into `out`; returns a handle with `wait()`."""
+        return dist.all_to_all_single(out, rows, receive_sizes, send_sizes, async_op=True)
 
     def all_ready(self, ready: bool) -> bool:
         """Whether all ranks are ready."""
@@ -167,68 +151,26 @@ class Ranks:
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag.item())
 
-    def broadcast(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """What rank 0 holds, told to all beside the model; the others give an array of that shape."""
+    def broadcast(self, array: IntArray) -> IntArray:
+        """Rank 0's array, in the background group; the other ranks pass an array of the same shape."""
         if self.world == 1:
             return array
-        told = torch.from_numpy(np.array(array))
-        dist.broadcast(told, 0, group=self.moves)
-        return np.asarray(told.numpy())
+        tensor = torch.from_numpy(np.array(array))
+        dist.broadcast(tensor, 0, group=self.background)
+        return np.asarray(tensor.numpy())
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Gives a collective's failure the name of the rank that is gone.
+        """Turns a collective's failure into a `RankLostError` that names the lost rank.
 
         Raises:
-            RankLostError: If some rank shows no sign of life; other errors pass unchanged.
+            RankLostError: If a rank has no heartbeat; other errors pass unchanged.
         """
         try:
             yield
         except RuntimeError as error:
             if self.world == 1 or isinstance(error, RankLostError):
                 raise
-            if lost := self._lost():
+            if lost := self._heartbeat.lost():
                 raise RankLostError(f"{lost}; rank {self.rank} stops ({str(error).splitlines()[0]})") from None
             raise
-
-    def _end(self, number: int, frame: Any) -> None:
-        """A launcher that sees one rank die ends all others at once: the name of that rank comes first."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if lost := self._lost():
-            raise RankLostError(f"{lost}; rank {self.rank} stops")
-        raise SystemExit(128 + number)
-
-    def _clones(self, count: int) -> list[Any]:
-        """Connections of their own to the store: one serves one thread at a time."""
-        return [self._store.clone() for _ in range(count)]
-
-    def _beat(self) -> None:
-        (store,), count = self._clones(1), 0
-        with suppress(RuntimeError):
-            while not self._stop.wait(BEAT_S):
-                count += 1
-                store.set(f"beat/{self.rank}", str(count))
-                if not self._told and store.check(["lost"]):
-                    self._told = store.get("lost").decode()
-
-    def _lost(self) -> str:
-        """Which ranks show no sign of life; "" if all do."""
-        for store in self._watches:
-            with suppress(RuntimeError):  # a signal may break a call to the store off
-                return self._told or self._without_beat(store)
-        return self._told or "rank 0 is lost, and the store with it"
-
-    def _without_beat(self, store: Any) -> str:
-        before = self._beats(store)
-        self._stop.wait(10 * BEAT_S)
-        now = self._beats(store)
-        gone = [str(rank) for rank in range(self.world) if rank != self.rank and before[rank] == now[rank]]
-        lost = f"rank {', '.join(gone)} is lost" if gone else ""
-        if lost:
-            store.set("lost", lost)
-            self._stop.wait(4 * BEAT_S)  # until all have heard: whoever leaves now looks lost as well
-        return self._told or lost
-
-    def _beats(self, store: Any) -> list[bytes]:
-        keys = [f"beat/{rank}" for rank in range(self.world)]
-        return [store.get(key) if store.check([key]) else b"" for key in keys]

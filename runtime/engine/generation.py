@@ -130,14 +130,14 @@ class DecoderSteps:
             self._ended = self._ended | torch.isin(ids[:, -1], self._ends.to(ids.device))
         needed_T = (~self._ended)[:, None].expand(ids.shape).reshape(-1)
         for experts in self._replicated.decoder_layers:
-            experts.needed = needed_T
+            experts.begin_step(needed_T)
         self._step += 1
 
     def _observe(self) -> None:
         """Adds the loads since the last call to the history: the decoder's of these steps beside the encoder's."""
         self._controller.observe(np.stack([experts.load for experts in self._replicated.layers]))
         for experts in self._replicated.decoder_layers:
-            experts.reset()
+            experts.reset_counters()
 
 
 def ended(ids: Tensor, scores: Tensor, **settings: Any) -> Tensor:

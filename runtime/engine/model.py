@@ -64,8 +64,8 @@ class ReplicatedModel:
             ReplicatedExperts(each, phy2log, ranks, home.num_devices)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
         ]
-        for name, layer in zip(self._names, self.layers, strict=True):
-            switch.model.set_submodule(name, layer)
+        for name, layer, before in zip(self._names, self.layers, self._before, strict=True):
+            switch.model.set_submodule(name, layer.train(before.training))
 
     def _resident(self, source: ExpertSource) -> tuple[Sequence[Slots], Transfer]:
         layout, own = self.switch.layout, self._home.num_devices // self._ranks.world
@@ -110,21 +110,20 @@ class ReplicatedModel:
             if not prepared:  # the last expectations were for a batch that has run
                 self.cache.expect(None)
             self.cache.begin()
-        self.follow_plan()
         for layer, experts in enumerate(self.layers):
             needed = encoder_BT if layer < self.switch.layout.num_encoder_layers else decoder_BU
-            experts.reset()
-            experts.needed = None if needed is None else needed.reshape(-1).to(self.switch.model.device)
+            needed_T = None if needed is None else needed.reshape(-1).to(self.switch.model.device)
+            experts.begin(self.transfer.plan.phy2log[layer], needed_T)
         try:
             yield
         finally:
             for experts in self.layers:
-                experts.needed = None
+                experts.end()
 
     def follow_plan(self) -> None:
-        """Has every layer split by the active plan."""
+        """Has every layer follow the active plan, within a batch."""
         for experts, phy2log in zip(self.layers, self.transfer.plan.phy2log, strict=True):
-            experts.phy2log = phy2log
+            experts.change_plan(phy2log)
 
     def stats(self, elapsed_ms: float, exposed_ms: float, preparation: Preparation | None) -> BatchStats:
         """What the last batch took, over all ranks."""

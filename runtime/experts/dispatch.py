@@ -1,42 +1,68 @@
-"""TokenDispatch: some of a layer's tokens on their way to their slots and back.
+"""Token dispatch and combine: tokens travel to the ranks that hold their expert's slots, and the outputs come back.
 
-Shape suffixes: T tokens of this rank, A rows that arrive, M rows computed, D model width.
+    token_T, counts_2E = sort_by_expert(one_hot_TE, needed_T)
+    quota_SP = split_by_quota(all ranks' counts, ...)
+    plan = plan_dispatch(quota_SP, first_token_of_slots(quota_SP[rank], phy2log_P), rank, slots)
+    dispatch = TokenDispatch(hidden_TD, token_T, plan, ranks)     # sends
+    rows_MD = dispatch.received()                                 # rows sorted by slot, plan.slot_sizes of each
+    dispatch.send_back(output_MD)
+    dispatch.combine(output_TD, weight_T1)
+
+An example with 2 ranks of 6 tokens each and 4 experts. Rank 0 holds the homes of experts 0 and 1 and an empty replica
+slot, rank 1 holds the homes of 2 and 3 and a replica of 0: phy2log is [0, 1, -1 | 2, 3, 0].
+
+                            rank 0                      rank 1
+    expert of each token    [0, 2, 0, 0, 1, 0]          [0, 3, 0, 2, 0, 0]
+    tokens by expert        [0, 2, 3, 5, 4, 1]          [0, 2, 4, 5, 3, 1]
+    counts                  [4, 1, 1, 0]                [4, 0, 1, 1]
+    quotas                  [4, 1, 0 | 1, 0, 0]         [1, 0, 0 | 1, 1, 3]
+    first token of slot     [0, 4, - | 5, -, -]         [0, -, - | 4, 5, 1]
+    positions               [0, 1, 2, 3, 4,  5]         [4, 5, 1, 2, 3,  0]
+    num_local               5, sends 1, receives 1      5, sends 1, receives 1
+
+Either rank computes six rows. Rank 1 sends one token of the hot expert 0 (its token 0) to slot 0 and receives rank 0's
+token 1 for slot 3. A rank's own rows come first, so rank 0 holds tokens 0, 2, 3, 5 (slot 0) and 4 (slot 1), then the
+row from rank 1, which belongs to slot 0: slot_order is [0, 1, 2, 3, 5, 4], and slot_sizes are [5, 1, 0].
+
+Shape suffixes: T tokens of this rank, E experts, S ranks, P slots of all ranks, Q slots of this rank, M rows this rank
+computes, D model width.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.arrays import IntArray
+from runtime.distributed.device import upload
 from runtime.distributed.ranks import Ranks
 
 
-def choices(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sorts tokens by the expert that computes them.
+def sort_by_expert(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sorts tokens by expert, then by position, and counts them.
 
     Args:
-        one_hot_TE: A one in the column of the expert; none where a token was dropped.
-        needed_T: Which tokens must be computed; None means all.
+        one_hot_TE: 1 in the column of the token's expert; a dropped token has an all-zero row.
+        needed_T: Whether the token must be computed; None means all tokens.
 
     Returns:
-        Tokens sorted by expert and then by position, int64; those that are left out come last, or not at all.
-        Counts of the tokens that are computed and of all that were routed, int64 `[2, E]`, on the same device.
+        Indices of the tokens, int64. Tokens that are dropped or not needed come last on a device, and are left out on
+        the CPU.
+        Counts `[2, E]`, int64 on the same device: the tokens to compute, and all routed tokens.
     """
-    return (_on_host if one_hot_TE.is_cpu else _on_device)(one_hot_TE, needed_T)
+    return (_sort_on_host if one_hot_TE.is_cpu else _sort_on_device)(one_hot_TE, needed_T)
 
 
-def _on_device(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Nothing here waits for the device."""
+def _sort_on_device(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """No call in here waits for the device, so the number of left-out tokens stays unknown to the host."""
     needed_TE = one_hot_TE if needed_T is None else one_hot_TE * needed_T.unsqueeze(1)
     expert_T = torch.where(needed_TE.any(-1), needed_TE.argmax(-1), one_hot_TE.shape[-1])
     return expert_T.argsort(stable=True), torch.stack([needed_TE.sum(0), one_hot_TE.sum(0)])
 
 
-def _on_host(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """With few tokens calls are what takes time, and numpy's are the shorter ones."""
+def _sort_on_host(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """In numpy, because with few tokens the overhead of the calls dominates, and numpy's is smaller than torch's."""
     rows_TE = one_hot_TE.numpy()
     tokens, experts = rows_TE.shape
     expert_T = rows_TE.argmax(-1)
@@ -52,127 +78,139 @@ def _on_host(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """One rank's way through a layer, or through some of its slots.
+    """Index arithmetic of one rank's dispatch, for all slots of a layer or for some of them.
 
     Attributes:
-        pick: Of the rank's tokens sorted by expert, the ones on this route: those it computes itself, by slot, then
-            those for the other ranks, by slot.
-        kept: How many of them it computes itself.
-        to: Rows sent to each rank, `[S]`; none to itself.
-        arriving: Rows received from each rank, `[S]`; none from itself.
-        row: The row each one is computed in, in order of arrival.
+        positions: Positions among the rank's tokens sorted by expert: first the tokens it computes itself, by slot,
+            then the tokens it sends, by slot.
+        num_local: Number of tokens it computes itself.
+        send_sizes: Rows sent to each rank, `[S]`; 0 for this rank.
+        receive_sizes: Rows received from each rank, `[S]`; 0 for this rank.
+        slot_order: For each row, own rows first and then received rows, its position among the rows sorted by slot,
+            `[M]`.
+        slot_sizes: Rows of each slot of this rank, `[Q]`; they sum to M.
+        exchanged: Rows that all ranks together send to other ranks.
     """
 
-    pick: IntArray
-    kept: int
-    to: list[int]
-    arriving: list[int]
-    row: IntArray
+    positions: IntArray
+    num_local: int
+    send_sizes: list[int]
+    receive_sizes: list[int]
+    slot_order: IntArray
+    slot_sizes: IntArray
+    exchanged: int
 
     @property
-    def straight(self) -> bool:
-        """Whether rows are computed just as they arrive."""
-        return self.kept == len(self.row)
+    def needs_exchange(self) -> bool:
+        """Whether any rank sends a row; equal on all ranks, because it decides whether the collective is called."""
+        return self.exchanged > 0
+
+    @property
+    def sorted_by_slot(self) -> bool:
+        """Whether `slot_order` changes nothing: own rows are sorted by slot, received rows may interleave them."""
+        return self.num_local == len(self.slot_order)
 
 
-def route(quota_SP: IntArray, start_P: IntArray, rank: int, slots: slice) -> DispatchPlan:
-    """The route of one rank under the quotas of some slots.
+def plan_dispatch(quota_SP: IntArray, first_P: IntArray, rank: int, slots: slice) -> DispatchPlan:
+    """Plans one rank's dispatch under the quotas of all ranks.
 
     Args:
-        quota_SP: Tokens from each rank to each slot on the route.
-        start_P: Where the slot's tokens begin among the rank's own, sorted by expert: see `starts`.
-        rank: Which rank this is.
-        slots: Its slots in the plan.
+        quota_SP: Tokens from each rank to each slot; 0 for slots that this dispatch leaves out.
+        first_P: Position of each slot's first token among the rank's sorted tokens; see `first_token_of_slots`.
+        rank: This rank.
+        slots: Its slots.
     """
-    ranks = [rank, *(other for other in range(len(quota_SP)) if other != rank)]
+    world = len(quota_SP)
     away_P = quota_SP[rank].copy()
     away_P[slots] = 0
-    kept = runs(start_P[slots], quota_SP[rank, slots])
-    arriving_SQ = quota_SP[:, slots]
-    size_Q = arriving_SQ.sum(0)
-    first_SQ = size_Q.cumsum() - size_Q + arriving_SQ.cumsum(0) - arriving_SQ
-    arriving = arriving_SQ.sum(1)
-    arriving[rank] = 0
+    local = _ranges(first_P[slots], quota_SP[rank, slots])
+    incoming_SQ = quota_SP[:, slots]
+    slot_sizes_Q = incoming_SQ.sum(0)
+    # rows of a slot lie together; inside a slot, rank 0's rows come first
+    start_SQ = slot_sizes_Q.cumsum() - slot_sizes_Q + incoming_SQ.cumsum(0) - incoming_SQ
+    own_first = [rank, *(other for other in range(world) if other != rank)]
+    receive_S = incoming_SQ.sum(1)
+    receive_S[rank] = 0
+    rows_SS = quota_SP.reshape(world, world, -1).sum(-1)
     return DispatchPlan(
-        pick=np.concatenate([kept, runs(start_P, away_P)]),
-        kept=len(kept),
-        to=away_P.reshape(len(quota_SP), -1).sum(1).tolist(),
-        arriving=arriving.tolist(),
-        row=runs(first_SQ[ranks].ravel(), arriving_SQ[ranks].ravel()),
+        positions=np.concatenate([local, _ranges(first_P, away_P)]),
+        num_local=len(local),
+        send_sizes=away_P.reshape(world, -1).sum(1).tolist(),
+        receive_sizes=receive_S.tolist(),
+        slot_order=_ranges(start_SQ[own_first].ravel(), incoming_SQ[own_first].ravel()),
+        slot_sizes=slot_sizes_Q,
+        exchanged=int(rows_SS.sum() - rows_SS.trace()),
     )
 
 
-def starts(quota_P: IntArray, phy2log_P: IntArray) -> IntArray:
-    """Where each slot's tokens begin among a rank's own, sorted by expert, `[P]`; an expert's slots take turns."""
+def first_token_of_slots(quota_P: IntArray, phy2log_P: IntArray) -> IntArray:
+    """Position of each slot's first token among a rank's tokens sorted by expert, `[P]`.
+
+    An expert's tokens are divided among its slots in the order of the slots.
+    """
     order = np.argsort(phy2log_P, kind="stable")
     first_P = np.empty_like(quota_P)
     first_P[order] = quota_P[order].cumsum() - quota_P[order]
     return first_P
 
 
-def runs(first: IntArray, size: IntArray) -> IntArray:
-    """first[0], first[0] + 1, ... (size[0] of them), then the same for the next."""
+def _ranges(first: IntArray, size: IntArray) -> IntArray:
+    """Concatenated ranges: first [7, 2] and size [3, 2] give [7, 8, 9, 2, 3]."""
     total = int(size.sum())
     return np.arange(total) + np.repeat(first - (size.cumsum() - size), size)
 
 
 class TokenDispatch:
-    """Takes off when made; `rows` are to be computed, `land` sends the results back, `deliver` writes them out.
+    """One all-to-all of tokens and the one back; call `received`, `send_back` and `combine` in this order.
 
-    Between these steps other work may be done: rows travel meanwhile.
+    The constructor starts sending. Other work may run between the calls, while rows travel.
 
     Args:
         hidden_TD: This rank's hidden states.
         token_T: Its tokens sorted by expert.
-        route: Which of them go where.
+        plan: Rows that stay, leave and arrive.
         ranks: The ranks.
-        crowded: Whether any rank sends another one anything on this route; all ranks must say the same.
     """
 
-    def __init__(self, hidden_TD: Tensor, token_T: Tensor, route: DispatchPlan, ranks: Ranks, crowded: bool) -> None:
-        self.route, self._ranks, self._crowded = route, ranks, crowded
-        token = token_T.index_select(0, upload(route.pick, token_T.device))
-        self._staying = token.narrow(0, 0, route.kept)
-        self._leaving = token.narrow(0, route.kept, len(route.pick) - route.kept)
-        self._arrived_AD = hidden_TD.new_empty((len(route.row), hidden_TD.shape[-1]))
-        if crowded:
-            self._sent = hidden_TD.index_select(0, self._leaving)
-            from_others = self._arrived_AD.narrow(0, route.kept, len(route.row) - route.kept)
-            self._work = ranks.all_to_all(self._sent, route.to, from_others, route.arriving)
-        torch.index_select(hidden_TD, 0, self._staying, out=self._arrived_AD.narrow(0, 0, route.kept))
+    def __init__(self, hidden_TD: Tensor, token_T: Tensor, plan: DispatchPlan, ranks: Ranks) -> None:
+        self.plan, self._ranks = plan, ranks
+        token = token_T.index_select(0, upload(plan.positions, token_T.device))
+        self._local = token.narrow(0, 0, plan.num_local)
+        self._remote = token.narrow(0, plan.num_local, len(plan.positions) - plan.num_local)
+        self._rows_MD = hidden_TD.new_empty((len(plan.slot_order), hidden_TD.shape[-1]))
+        if plan.needs_exchange:
+            self._sent = hidden_TD.index_select(0, self._remote)
+            incoming = self._rows_MD.narrow(0, plan.num_local, len(plan.slot_order) - plan.num_local)
+            self._work = ranks.all_to_all(self._sent, plan.send_sizes, incoming, plan.receive_sizes)
+        torch.index_select(hidden_TD, 0, self._local, out=self._rows_MD.narrow(0, 0, plan.num_local))
 
     def received(self) -> Tensor:
-        """The rows to compute, place by place, `[M, D]`; waits for those that come from other ranks."""
-        if self._crowded:
+        """Rows to compute, sorted by slot, `[M, D]`; waits for the rows of other ranks."""
+        if self.plan.needs_exchange:
             self._work.wait()
-        if self.route.straight:
-            return self._arrived_AD
-        order = np.empty_like(self.route.row)
-        order[self.route.row] = np.arange(len(order))
-        return self._arrived_AD.index_select(0, upload(order, self._arrived_AD.device))
+        if self.plan.sorted_by_slot:
+            return self._rows_MD
+        order = np.empty_like(self.plan.slot_order)
+        order[self.plan.slot_order] = np.arange(len(order))
+        return self._rows_MD.index_select(0, upload(order, self._rows_MD.device))
 
-    def send_back(self, result_MD: Tensor) -> None:
-        """Sends results back to where their tokens came from."""
-        route = self.route
-        if not route.straight:
-            result_MD = result_MD.index_select(0, upload(route.row, result_MD.device))
-        self._done = result_MD.narrow(0, 0, route.kept)
-        if self._crowded:
-            self._returning = result_MD.narrow(0, route.kept, len(route.row) - route.kept)
-            self._returned = torch.empty_like(self._sent)
-            self._work = self._ranks.all_to_all(self._returning, route.arriving, self._returned, route.to)
+    def send_back(self, output_MD: Tensor) -> None:
+        """Starts sending the outputs of received rows back to their ranks."""
+        plan = self.plan
+        if not plan.sorted_by_slot:
+            output_MD = output_MD.index_select(0, upload(plan.slot_order, output_MD.device))
+        self._local_output = output_MD.narrow(0, 0, plan.num_local)
+        if plan.needs_exchange:
+            # kept as an attribute: the collective reads it until `combine` has waited
+            self._outgoing = output_MD.narrow(0, plan.num_local, len(plan.slot_order) - plan.num_local)
+            self._remote_output = torch.empty_like(self._sent)
+            self._work = self._ranks.all_to_all(
+                self._outgoing, plan.receive_sizes, self._remote_output, plan.send_sizes
+            )
 
     def combine(self, output_TD: Tensor, weight_T1: Tensor) -> None:
-        """Writes results times their router weights to where the tokens are; waits for those from other ranks."""
-        output_TD.index_copy_(0, self._staying, self._done * weight_T1.index_select(0, self._staying))
-        if self._crowded:
+        """Writes outputs times router weights to the tokens' rows; waits for the outputs of other ranks."""
+        output_TD.index_copy_(0, self._local, self._local_output * weight_T1.index_select(0, self._local))
+        if self.plan.needs_exchange:
             self._work.wait()
-            output_TD.index_copy_(0, self._leaving, self._returned * weight_T1.index_select(0, self._leaving))
-
-
-def upload(index: IntArray, device: torch.device) -> Tensor:
-    """Positions on a device; from pinned memory where that lets the host go on."""
-    tensor: Any = torch.from_numpy(index)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)  # type: ignore[no-any-return]
-    return tensor  # type: ignore[no-any-return]
+            output_TD.index_copy_(0, self._remote, self._remote_output * weight_T1.index_select(0, self._remote))

@@ -1,9 +1,14 @@
-"""ResidentSlots: the expert weights of one MoE layer that this process holds, slot by slot and device by device.
+"""ResidentSlots: the expert weights of one MoE layer in this process, when all of them fit into memory.
 
-Home slots have one place each. A replica slot has two, of which one is in force: a move writes the other one while the
-model computes, and a commit switches over. Places of a device are contiguous, so one grouped product serves them all.
+A home slot has one buffer. A replica slot has two: the active copy computes, while a transfer writes the next expert
+into the standby copy; `commit` swaps the two. The buffers of a device lie next to each other, so that one grouped
+product serves all its slots:
 
-Shape suffixes: G devices, P slots of this process, N places of this process, F inner width, D model width.
+    slots of a device        home A, home B, replica, replica
+    its buffers              [A, B, active, standby, standby, active]      here the second replica slot was swapped
+
+Shape suffixes: G devices of this process, P slots of this process, N buffers of this process, M rows, F inner width,
+D model width.
 """
 
 from collections.abc import Iterable
@@ -15,27 +20,27 @@ from torch import Tensor, nn
 from data.arrays import IntArray
 from runtime.balancing.plan import ReplicationPlan
 from runtime.distributed.device import Stopwatch
-from runtime.experts.grouped_mm import Block
+from runtime.experts.grouped_mm import GroupedExperts
 from runtime.experts.weights import ExpertSource
 
 
 class ResidentSlots:
-    """Places of one layer on the devices of this process.
+    """The slots of one layer on the devices of this process.
 
     Args:
-        plan: A plan without replicas, which says where homes are.
-        layer: Which row of the plan is this layer's.
-        devices: The devices of this process, out of all of the plan's.
+        plan: A plan without replicas; it says which slots are homes, and of which experts.
+        layer: Row of the plan.
+        devices: The devices of this process, out of all the plan's devices.
         shape_FD: Inner width and model width of an expert.
-        like: Any tensor with the dtype and device that the places are to have.
-        activation: Between the two products of an expert.
+        like: Any tensor with the dtype and device of the weights.
+        activation: Applied between the two products of an expert.
 
     Attributes:
-        span: This process' slots among all of the plan's.
-        blocks: What each device here computes with.
+        span: This process' slots among all slots of the plan.
+        experts: The weights of each device here, ready to compute.
     """
 
-    whole = False
+    can_overlap = True
 
     def __init__(
         self,
@@ -50,21 +55,21 @@ class ResidentSlots:
         self.span = slice(devices.start * plan.slots_per_device, devices.stop * plan.slots_per_device)
         self._home_P = plan.is_home_slot[self.span]
         self._expert_P = plan.phy2log[layer, self.span]
-        sizes = np.where(self._home_P, 1, 2)
-        self._first_P = np.cumsum(sizes) - sizes
-        self._active_P = np.zeros_like(self._first_P)
-        self.wi_NFD = like.new_zeros((int(sizes.sum()), *shape_FD))
-        self.wo_NDF = like.new_zeros((int(sizes.sum()), *reversed(shape_FD)))
-        stacks = (stacked.chunk(len(devices)) for stacked in (self.wi_NFD, self.wo_NDF))
-        self.blocks = [Block(wi_NFD, wo_NDF, activation) for wi_NFD, wo_NDF in zip(*stacks, strict=True)]
+        buffers_P = np.where(self._home_P, 1, 2)
+        self._first_P = np.cumsum(buffers_P) - buffers_P
+        self._swapped_P = np.zeros_like(self._first_P)
+        self.wi_NFD = like.new_zeros((int(buffers_P.sum()), *shape_FD))
+        self.wo_NDF = like.new_zeros((int(buffers_P.sum()), *reversed(shape_FD)))
+        by_device = (stacked.chunk(len(devices)) for stacked in (self.wi_NFD, self.wo_NDF))
+        self.experts = [GroupedExperts(wi_NFD, wo_NDF, activation) for wi_NFD, wo_NDF in zip(*by_device, strict=True)]
         self._busy = [Stopwatch(like.device) for _ in devices]
 
     @torch.no_grad()
     def fill(self, source: ExpertSource) -> None:
-        """Reads the experts at home here."""
+        """Reads the experts of the home slots."""
         for slot in np.flatnonzero(self._home_P):
-            place = int(self._first_P[slot])
-            source.fill(self.layer, int(self._expert_P[slot]), self.wi_NFD[place], self.wo_NDF[place])
+            buffer = int(self._first_P[slot])
+            source.fill(self.layer, int(self._expert_P[slot]), self.wi_NFD[buffer], self.wo_NDF[buffer])
 
     @property
     def expert_bytes(self) -> int:
@@ -72,51 +77,51 @@ class ResidentSlots:
         return self.wi_NFD[0].nbytes + self.wo_NDF[0].nbytes
 
     @property
-    def places(self) -> IntArray:
-        """The place in force of each slot here, `[P]`."""
-        return np.asarray(self._first_P + self._active_P)
+    def active_buffers(self) -> IntArray:
+        """Index of each slot's active copy among the buffers, `[P]`."""
+        return np.asarray(self._first_P + self._swapped_P)
 
-    def compute(self, rows_MD: Tensor, size_P: IntArray, plain_P: IntArray) -> Tensor:
-        """Runs each device's rows, which lie next to each other, through its slots."""
-        size_GN, plain_GN = self._by_place(size_P), self._by_place(plain_P)
-        parts_MD = [rows_MD] if len(self.blocks) == 1 else rows_MD.split_with_sizes(size_GN.sum(-1).tolist())
-        results_MD = []
+    def compute(self, rows_MD: Tensor, size_P: IntArray, reference_P: IntArray) -> Tensor:
+        """Computes rows sorted by slot, device after device; see `runtime.experts.layer.Slots`."""
+        size_GN, reference_GN = self._by_buffer(size_P), self._by_buffer(reference_P)
+        parts_MD = [rows_MD] if len(self.experts) == 1 else rows_MD.split_with_sizes(size_GN.sum(-1).tolist())
+        outputs_MD = []
         for device, part_MD in enumerate(parts_MD):
             if part_MD.shape[0]:
                 with self._busy[device]:
-                    results_MD.append(self.blocks[device].answer(part_MD, size_GN[device], plain_GN[device]))
-        return results_MD[0] if len(results_MD) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *results_MD])
+                    outputs_MD.append(self.experts[device].compute(part_MD, size_GN[device], reference_GN[device]))
+        return outputs_MD[0] if len(outputs_MD) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *outputs_MD])
 
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds each device here computed since the last take."""
-        return [watch.take_ms() for watch in self._busy]
+        """Milliseconds each device here computed since the last call of this method."""
+        return [stopwatch.take_ms() for stopwatch in self._busy]
 
-    def _by_place(self, value_P: IntArray) -> IntArray:
-        """Values of the slots here, at the places in force, device by device, `[G, N / G]`; 0 at all others."""
+    def _by_buffer(self, value_P: IntArray) -> IntArray:
+        """A value of each slot at its active buffer, 0 at standby buffers, device by device: `[G, N / G]`."""
         value_N = value_P
-        if len(value_P) < self.wi_NFD.shape[0]:  # without replica slots, places are slots
+        if len(value_P) < self.wi_NFD.shape[0]:  # without replica slots there is one buffer for each slot
             value_N = np.zeros(self.wi_NFD.shape[0], dtype=np.int64)
-            value_N[self.places] = value_P
+            value_N[self.active_buffers] = value_P
         return value_N.reshape(len(self.devices), -1)
 
     def holds(self, slot: int) -> bool:
-        """Whether a slot of the plan is one of this process'."""
+        """Whether a slot of the plan belongs to this process."""
         return self.span.start <= slot < self.span.stop
 
     def active(self, slot: int) -> tuple[Tensor, Tensor]:
-        """The weights that one of the plan's slots computes with now."""
-        place = int(self.places[slot - self.span.start])
-        return self.wi_NFD[place], self.wo_NDF[place]
+        """The active copy of a slot of the plan."""
+        buffer = int(self.active_buffers[slot - self.span.start])
+        return self.wi_NFD[buffer], self.wo_NDF[buffer]
 
     def standby(self, slot: int) -> tuple[Tensor, Tensor]:
-        """The other place of a replica slot, to be written to; it takes effect at `commit`."""
+        """The standby copy of a replica slot of the plan; what is written to it takes effect at `commit`."""
         local = slot - self.span.start
-        assert not self._home_P[local], f"slot {slot} is a home"
-        place = int(self._first_P[local] + 1 - self._active_P[local])
-        return self.wi_NFD[place], self.wo_NDF[place]
+        assert not self._home_P[local], f"slot {slot} is a home slot and has no standby copy"
+        buffer = int(self._first_P[local] + 1 - self._swapped_P[local])
+        return self.wi_NFD[buffer], self.wo_NDF[buffer]
 
     def commit(self, slots: Iterable[int]) -> None:
-        """Switches written slots over to their other place; those of other processes are none of its business."""
+        """Makes the standby copy of each written slot active. Slots of other processes are ignored."""
         for slot in slots:
             if self.holds(slot):
-                self._active_P[slot - self.span.start] ^= 1
+                self._swapped_P[slot - self.span.start] ^= 1

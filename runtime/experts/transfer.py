@@ -1,11 +1,10 @@
-"""WeightTransfer: moves expert weights into spare places while the model computes, and switches over between batches.
+"""WeightTransfer: copies expert weights into standby buffers while the model computes; a commit makes them active.
 
-Weights come from the expert's home, over a process group of their own where that is another rank's. On CUDA, copies run
-on a stream of their own; elsewhere on the thread that calls `start`.
+Weights are copied from the expert's home. If another rank holds it, they are sent over the background process group.
+On CUDA the copies run on a stream of their own, on a CPU on the thread that calls `start`.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,76 +13,69 @@ from torch import Tensor
 
 from predictor.forecast import LoadForecast
 from runtime.balancing.plan import ReplicationPlan, SlotMove
+from runtime.distributed.device import BackgroundCopies
 from runtime.distributed.ranks import Ranks
 from runtime.experts.slots import ResidentSlots
 
 
 class WeightTransfer:
-    """Carries out the moves from one plan to the next; all ranks call its methods in the same order.
+    """Carries out the moves from one plan to the next; all ranks must call its methods in the same order.
 
     Args:
-        layers: The slots of each MoE layer on this rank, in order.
-        plan: The plan in force.
+        layers: This rank's slots of each MoE layer, in order.
+        plan: The active plan.
         ranks: The ranks.
     """
 
     def __init__(self, layers: Sequence[ResidentSlots], plan: ReplicationPlan, ranks: Ranks) -> None:
         self.layers, self.plan, self.ranks = layers, plan, ranks
-        self._written: list[SlotMove] = []
+        self._moves: list[SlotMove] = []
         self._target: ReplicationPlan | None = None
-        self._device = layers[0].wi_NFD.device
-        cuda = self._device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
-        self._event: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._copies = BackgroundCopies(layers[0].wi_NFD.device)
 
     @torch.inference_mode()
     def start(self, target: ReplicationPlan, forecast: LoadForecast | None = None) -> list[SlotMove]:
-        """Writes what `target` has elsewhere than the plan in force; nothing changes for running batches."""
+        """Writes the experts that differ between `target` and the active plan; running batches are not affected."""
         moves = self.plan.moves_to(target)
-        if self._stream is not None:  # the spare places were last read by batches issued before this point
-            self._stream.wait_stream(torch.cuda.default_stream(self._device))
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+        with self._copies.issue():
             self._write(moves)
-            if self._event is not None:
-                self._event.record(self._stream)
-        self._written, self._target = moves, target
+        self._moves, self._target = moves, target
         return moves
 
     def _write(self, moves: list[SlotMove]) -> None:
         calls: list[Any] = []
         for move in moves:
-            weights, rank = self.layers[move.layer], self.ranks.rank
-            here, there = weights.holds(move.slot), weights.holds(move.source)
-            if here and there:
-                for target, source in zip(weights.standby(move.slot), weights.active(move.source), strict=True):
+            slots, rank = self.layers[move.layer], self.ranks.rank
+            is_target, is_source = slots.holds(move.slot), slots.holds(move.source)
+            if is_target and is_source:
+                for target, source in zip(slots.standby(move.slot), slots.active(move.source), strict=True):
                     target.copy_(source, non_blocking=True)
-            elif here or there:
-                other = self.plan.device_of(move.source if here else move.slot)
+            elif is_target or is_source:
+                other = self.plan.device_of(move.source if is_target else move.slot)
                 assert other != rank
-                tensors = weights.standby(move.slot) if here else weights.active(move.source)
-                calls += [self._call(here, tensor, other) for tensor in tensors]
+                tensors = slots.standby(move.slot) if is_target else slots.active(move.source)
+                calls += [self._call(is_target, tensor, other) for tensor in tensors]
         if calls:
             for work in dist.batch_isend_irecv(calls):
                 work.wait()
 
-    def _call(self, here: bool, tensor: Tensor, other: int) -> Any:
-        return dist.P2POp(dist.irecv if here else dist.isend, tensor, other, group=self.ranks.moves)
+    def _call(self, is_target: bool, tensor: Tensor, other: int) -> Any:
+        return dist.P2POp(dist.irecv if is_target else dist.isend, tensor, other, group=self.ranks.background)
 
     @property
     def arrived(self) -> bool:
-        """Whether all weights of the started moves are in place on this rank."""
-        return self._event is None or bool(self._event.query())
+        """Whether this rank holds all weights of the started moves."""
+        return self._copies.finished
 
     def commit(self) -> ReplicationPlan:
-        """Puts the started target in force; to be called between batches, once all ranks say it has `arrived`."""
-        assert self._target is not None, "nothing was started"
-        if self._event is not None:  # no wait for the host: only what is issued from here on comes after the copies
-            torch.cuda.current_stream(self._device).wait_event(self._event)
-        for layer, weights in enumerate(self.layers):
-            weights.commit(move.slot for move in self._written if move.layer == layer)
-        self.plan, self._target, self._written = self._target, None, []
+        """Makes the started target the active plan; call it between batches, once it has `arrived` on all ranks."""
+        assert self._target is not None, "commit without start"
+        self._copies.before_later_work()
+        for layer, slots in enumerate(self.layers):
+            slots.commit(move.slot for move in self._moves if move.layer == layer)
+        self.plan, self._target, self._moves = self._target, None, []
         return self.plan
 
     def nbytes(self, moves: Sequence[SlotMove]) -> int:
-        """Bytes that some moves carry."""
+        """Bytes of the weights that some moves copy."""
         return sum(self.layers[move.layer].expert_bytes for move in moves)

@@ -1,4 +1,4 @@
-"""Where expert weights come from: the modules of a live model, or its files, expert by expert."""
+"""Sources of expert weights: the modules of a model in memory, or the model's files, read expert by expert."""
 
 from typing import Any, Protocol
 
@@ -9,50 +9,48 @@ from data.models.weights import ModelWeights
 
 
 class ExpertSource(Protocol):
-    """Gives one expert's weights at a time, so that nobody needs to hold all of them."""
+    """Provides the weights of one expert at a time, so that a process need not hold all experts."""
 
     def fill(self, layer: int, expert: int, wi_FD: Tensor, wo_DF: Tensor) -> None:
-        """Writes an expert's weights into the place where it lives for good."""
+        """Writes an expert's weights into the buffer of its home slot."""
         ...
 
     def release(self) -> None:
-        """Called when the places are given up."""
+        """Called when the buffers are about to be freed."""
         ...
 
 
 class ModuleWeights:
     """The experts of a model in memory.
 
-    Their weights become views of the places they are copied to, so nothing is held twice and the plain model still
-    runs; `release` gives each of them storage of its own again, bit for bit what it was.
+    After `fill` an expert's parameters are views of the buffer they were copied to, so that no weight is held twice and
+    the unmodified model still runs. `release` gives every parameter storage of its own again, with equal bits.
 
     Raises:
-        ValueError: If another engine has them.
+        ValueError: If another engine runs the model.
     """
 
     def __init__(self, model: Any, layout: MoELayout) -> None:
         self._layers = [list(model.get_submodule(f"{name}.experts").children()) for name in layout.module_names]
         if any(len(layer) != layout.num_experts for layer in self._layers):
             raise ValueError("another engine runs this model; close that one first")
-        self._moved: list[Any] = []
+        self._views: list[Any] = []
 
     def fill(self, layer: int, expert: int, wi_FD: Tensor, wo_DF: Tensor) -> None:
-        """See `ExpertSource`."""
         module = self._layers[layer][expert]
-        for parameter, place in ((module.wi.weight, wi_FD), (module.wo.weight, wo_DF)):
-            place.copy_(parameter.detach())
-            parameter.data = place
-            self._moved.append(parameter)
+        for parameter, buffer in ((module.wi.weight, wi_FD), (module.wo.weight, wo_DF)):
+            buffer.copy_(parameter.detach())
+            parameter.data = buffer
+            self._views.append(parameter)
 
     def release(self) -> None:
-        """See `ExpertSource`."""
-        while self._moved:
-            parameter = self._moved.pop()
+        while self._views:
+            parameter = self._views.pop()
             parameter.data = parameter.data.clone()
 
 
 class FileWeights:
-    """The experts in a model's files; each is read when a place wants it, and nothing else is.
+    """The experts in a model's files; only the experts that a buffer asks for are read.
 
     Args:
         weights: The model's files.
@@ -63,19 +61,19 @@ class FileWeights:
         self._weights, self._names = weights, layout.module_names
 
     def fill(self, layer: int, expert: int, wi_FD: Tensor, wo_DF: Tensor) -> None:
-        """See `ExpertSource`.
+        """Reads one expert.
 
         Raises:
-            ValueError: If the files lack the expert, or hold another shape.
+            ValueError: If the files lack the expert or store it in another shape.
         """
-        for part, place in (("wi", wi_FD), ("wo", wo_DF)):
+        for part, buffer in (("wi", wi_FD), ("wo", wo_DF)):
             name = f"{self._names[layer]}.experts.expert_{expert}.{part}.weight"
             stored = self._weights.read(name)
-            if stored.shape != place.shape:
+            if stored.shape != buffer.shape:
                 raise ValueError(
-                    f"{self._weights.files[name]}: {name} is {tuple(stored.shape)}, expected {tuple(place.shape)}"
+                    f"{self._weights.files[name]}: {name} is {tuple(stored.shape)}, expected {tuple(buffer.shape)}"
                 )
-            place.copy_(stored)
+            buffer.copy_(stored)
 
     def release(self) -> None:
-        """See `ExpertSource`."""
+        """Nothing refers to the buffers."""

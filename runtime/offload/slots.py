@@ -20,7 +20,7 @@ from predictor.forecast import LoadForecast, forecast_from_load
 from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.distributed.device import Stopwatch
 from runtime.distributed.ranks import Ranks
-from runtime.experts.grouped_mm import product
+from runtime.experts.grouped_mm import compute_expert
 from runtime.offload.cache import ExpertCache
 
 LOAD_RESOLUTION = 1000
@@ -67,7 +67,7 @@ class OffloadedSlots:
         expert_P: Logical expert in each of them under the active plan.
     """
 
-    whole = True
+    can_overlap = False
 
     def __init__(
         self, cache: ExpertCache, plan: ReplicationPlan, layer: int, device: int, activation: nn.Module, like: Tensor
@@ -87,7 +87,8 @@ class OffloadedSlots:
             start, size = int(start_P[slot]), int(size_P[slot])
             target = result_MD.narrow(0, start, size)
             with self._busy:
-                product(rows_MD.narrow(0, start, size), wi_FD.T, wo_DF.T, self._activation, int(plain_P[slot]), target)
+                part = rows_MD.narrow(0, start, size)
+                compute_expert(part, wi_FD.T, wo_DF.T, self._activation, int(plain_P[slot]), target)
         return result_MD
 
     def take_busy_ms(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: real processes over gloo, forked from a server that has everything imported."""
+"""Runs a function on several ranks: processes with gloo, forked from a server that has imported the slow modules."""
 
 import multiprocessing
 import os
@@ -14,9 +14,9 @@ PRELOAD = ["torch", "transformers", "numba", "tests.conftest", "runtime.engine.e
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """What the function returns on each rank, or its error's text; None for a rank that was killed.
+    """The function's result on each rank, or the text of its error; None for a rank that was killed.
 
-    The function is called with its rank and `args`; both must be importable or plain data.
+    The function is called as `function(rank, *args)`; it must be importable, and its arguments picklable.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -53,4 +53,4 @@ def _rank(rank: int, world: int, port: int, pipe: Any, function: Callable[..., A
     pipe.send(result)
     pipe.close()
     sys.stderr.flush()
-    os._exit(0)  # a hanging forecaster's thread must not hold a test up
+    os._exit(0)  # without joining threads, because a test's forecaster may hang

@@ -1,4 +1,4 @@
-"""Several processes answer what one plain model answers, whatever the placement, and fail with a name."""
+"""On several ranks outputs equal the unmodified model's under any plan, and a failure names the rank that caused it."""
 
 import copy
 import itertools
@@ -30,8 +30,8 @@ def model(seed: int = 0) -> LoadedSwitch:
     return LoadedSwitch(switch, None, MoELayout.from_model(switch, "random"))
 
 
-def answers(rank: int) -> dict[str, object]:
-    """Every way to place experts, over every kind of batch; greedy text; the plain model afterwards."""
+def outputs(rank: int) -> dict[str, object]:
+    """Differences from the unmodified model under several planners, its greedy text, and its weights afterwards."""
     switch = model()
     plain = copy.deepcopy(switch.model)
     found: dict[str, object] = {}
@@ -54,7 +54,7 @@ def answers(rank: int) -> dict[str, object]:
 
 
 def same_text(switch: LoadedSwitch, plain) -> bool:
-    """Greedy text of ragged rows that end at different steps, with and without placements that change on the way."""
+    """Greedy text of rows that end at different steps, with plans that stay and plans that change."""
     tokens = unusual()[0].tokens
     written = plain.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **SETTINGS)
     settings = SETTINGS | {"eos_token_id": int(written[0, 5])}
@@ -70,8 +70,8 @@ def same_text(switch: LoadedSwitch, plain) -> bool:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_answers_are_the_plain_models_on_any_number_of_ranks(world):
-    for rank, found in enumerate(on_ranks(world, answers)):
+def test_outputs_equal_the_unmodified_models_on_any_number_of_ranks(world):
+    for rank, found in enumerate(on_ranks(world, outputs)):
         assert isinstance(found, dict), found
         for name in ("none", "noise", "random", "last", "one expert"):
             assert found[name] <= 1e-5, (rank, name, found)
@@ -80,7 +80,7 @@ def test_answers_are_the_plain_models_on_any_number_of_ranks(world):
 
 
 def two_hundred(rank: int) -> tuple[float, int]:
-    """200 small batches under random plans: the largest difference, and what memory grew by after the first fifty."""
+    """200 small batches under random plans: the largest difference, and the growth of memory after the first 50."""
     switch = model()
     plain, stream = copy.deepcopy(switch.model), batches(5) * 40
     with Engine(switch, Noise(switch.layout), None, 8) as engine:
@@ -98,7 +98,7 @@ def test_two_hundred_batches_under_random_plans_neither_drift_nor_leak():
 
 
 def shards(rank: int, folder: str) -> tuple[list[int], int]:
-    """Places of each layer, and expert weights elsewhere in the model."""
+    """Number of buffers of each layer, and of expert weights elsewhere in the model."""
     with Engine.from_pretrained(folder, redundant=4) as engine:
         list(engine.run(iter(batches(2))))
         held = [len(experts.slots.wi_NFD) for experts in engine.replicated.layers]
@@ -124,20 +124,20 @@ def killed(rank: int) -> str:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_rank_that_dies_is_named_by_all_others(world):
+def test_all_other_ranks_name_a_rank_that_dies(world):
     results = on_ranks(world, killed, timeout_s=40)
     assert results.pop(1) is None
     for text in results:
         assert "rank 1 is lost" in text, results
-        assert int(text.split()[0]) >= 3, "outputs that were there stay good"
+        assert int(text.split()[0]) >= 3, "outputs before the loss are delivered"
 
 
 def interrupted(rank: int) -> str:
     switch = model()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with SIGINT ignored
     try:
         with Engine(switch, Noise(switch.layout), None, 8) as engine:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()  # as a terminal does, to all ranks
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()  # a terminal sends it to all ranks
             for _ in engine.run(itertools.cycle(batches(20))):
                 pass
     except (KeyboardInterrupt, RuntimeError) as error:
@@ -166,12 +166,12 @@ def test_ranks_with_other_models_are_refused():
 
 def lonely(rank: int) -> str:
     if rank == 1:
-        return "never came"
+        return "never connected"
     with Engine(model(), None, None, 0, timeout_s=2):
         return "started"
 
 
-def test_a_rank_that_never_comes_is_not_waited_for_longer_than_the_timeout():
+def test_a_rank_that_never_connects_times_out():
     alone, _ = on_ranks(2, lonely, timeout_s=30)
     assert alone.startswith("RankLostError: 2 processes did not meet in 2 s"), alone
 
@@ -185,7 +185,7 @@ def one_predicts(rank: int) -> str:
     return "started"
 
 
-def test_what_only_one_rank_has_is_refused_too():
+def test_a_fact_of_only_one_rank_is_refused():
     for text in on_ranks(2, one_predicts):
         assert text == "ValueError: predictor is None on rank 0 and mine on rank 1"
 
@@ -213,7 +213,7 @@ def without_forecast(rank: int, forecaster) -> tuple[float, int, int]:
         return worst, engine.controller.late, sum(engine.controller.fallbacks.values())
 
 
-def test_a_forecaster_that_never_answers_is_waited_for_once(monkeypatch):
+def test_a_forecaster_that_hangs_is_waited_for_once(monkeypatch):
     waits = []
     monkeypatch.setattr(runtime.engine.controller, "wait_for", lambda futures, seconds: waits.append(seconds))
     with Engine(model(), Hangs(), 4, 8) as engine:
@@ -222,7 +222,7 @@ def test_a_forecaster_that_never_answers_is_waited_for_once(monkeypatch):
     assert len(waits) == 1
 
 
-def test_a_forecaster_that_never_answers_holds_nobody_up():
+def test_a_forecaster_that_hangs_delays_no_rank():
     for worst, late, _ in on_ranks(2, without_forecast, Hangs()):
         assert worst <= 1e-5
         assert late == 6
@@ -237,5 +237,5 @@ def test_a_forecaster_that_raises_is_replaced_on_the_rank_that_forecasts():
 
 def test_devices_must_be_as_many_as_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="devices is 8, but 2 processes run; leave it out, or start as many"):
+    with pytest.raises(ValueError, match="8 devices, but 2 processes run: leave the number of devices out, or start 8"):
         Engine(model(), None, 8, 0)

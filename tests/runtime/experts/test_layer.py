@@ -1,4 +1,4 @@
-"""The slots compute what the model's own loop computes, whatever the plan, and give the plain model back."""
+"""Under any plan, slots compute what the model's own loop over experts computes."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from data.models.layout import MoELayout
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.device import Stopwatch
 from runtime.distributed.ranks import Ranks
-from runtime.experts.dispatch import choices
+from runtime.experts.dispatch import sort_by_expert
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
@@ -39,7 +39,7 @@ def random_plan(home: ReplicationPlan, seed: int) -> ReplicationPlan:
     return ReplicationPlan(phy2log, DEVICES)
 
 
-class InSlots:
+class SmallLayer:
     """One layer of a random model, plain and in slots."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -47,87 +47,115 @@ class InSlots:
         self.plain: SwitchTransformersExperts = model.encoder.block[1].layer[1].mlp.experts
         home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
         self.source = ModuleWeights(model, MoELayout.from_model(model, "random"))
-        self.weights = ResidentSlots(
+        self.slots = ResidentSlots(
             home, 0, range(DEVICES), (48, WIDTH), model.shared.weight, self.plain["expert_0"].act
         )
-        self.weights.fill(self.source)
-        self.slots = ReplicatedExperts(self.weights, home.phy2log[0], Ranks(), DEVICES)
-        self.transfer = WeightTransfer([self.weights], home, Ranks())
+        self.slots.fill(self.source)
+        self.layer = ReplicatedExperts(self.slots, home.phy2log[0], Ranks(), DEVICES)
+        self.transfer = WeightTransfer([self.slots], home, Ranks())
 
-    def put_in_force(self, plan: ReplicationPlan) -> None:
+    def activate(self, plan: ReplicationPlan) -> None:
         self.transfer.start(plan)
-        self.slots.phy2log = self.transfer.commit().phy2log[0]
+        self.layer.begin(self.transfer.commit().phy2log[0], None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_equals_the_models_own_loop_under_changing_plans(tokens, dtype):
-    layer = InSlots(dtype)
+    small = SmallLayer(dtype)
     for seed in range(8):
         inputs = routed(tokens, seed, dtype)
-        expected = layer.plain(*inputs)  # its weights are views of the home slots
+        expected = small.plain(*inputs)  # its weights are views of the home slots
         for _ in range(2):
             torch.testing.assert_close(
-                layer.slots(*inputs), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2
+                small.layer(*inputs), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2
             )
-            layer.put_in_force(random_plan(layer.transfer.plan, seed))
+            small.activate(random_plan(small.transfer.plan, seed))
 
 
 def test_replicas_share_the_tokens_of_a_hot_expert():
-    layer = InSlots()
+    small = SmallLayer()
     hidden, _, weight = routed(400, 0)
     one_hot = torch.nn.functional.one_hot(torch.zeros(400, dtype=torch.int64), EXPERTS)[:, None]
-    layer.slots(hidden, one_hot, weight)
-    assert layer.slots.device_load.tolist() == [400, 0, 0, 0]
-    replicated = layer.transfer.plan.phy2log.copy()
+    small.layer(hidden, one_hot, weight)
+    assert small.layer.device_load.tolist() == [400, 0, 0, 0]
+    replicated = small.transfer.plan.phy2log.copy()
     replicated[0, [6, 10, 14]] = 0  # a copy of expert 0 on each other device
-    layer.put_in_force(ReplicationPlan(replicated, DEVICES))
-    layer.slots.reset()
-    layer.slots(hidden, one_hot, weight)
-    assert layer.slots.device_load.tolist() == [100, 100, 100, 100]
-    assert layer.slots.load.tolist() == [400] + [0] * 7
+    small.activate(ReplicationPlan(replicated, DEVICES))
+    small.layer(hidden, one_hot, weight)
+    assert small.layer.device_load.tolist() == [100, 100, 100, 100]
+    assert small.layer.load.tolist() == [400] + [0] * 7
 
 
 def test_rows_that_are_not_needed_are_neither_computed_nor_counted():
-    layer = InSlots()
-    layer.put_in_force(random_plan(layer.transfer.plan, 5))
+    small = SmallLayer()
+    small.activate(random_plan(small.transfer.plan, 5))
     hidden, one_hot, weight = routed(50, 1)
-    layer.slots.needed = needed = torch.arange(50) % 3 > 0
-    expected = layer.plain(hidden, one_hot, weight) * needed[:, None]
-    torch.testing.assert_close(layer.slots(hidden, one_hot, weight), expected, rtol=0, atol=1e-5)
-    assert layer.slots.load.sum() == int(one_hot[needed].sum()) == layer.slots.device_load.sum()
+    needed = torch.arange(50) % 3 > 0
+    small.layer.begin_step(needed)
+    expected = small.plain(hidden, one_hot, weight) * needed[:, None]
+    torch.testing.assert_close(small.layer(hidden, one_hot, weight), expected, rtol=0, atol=1e-5)
+    assert small.layer.load.sum() == int(one_hot[needed].sum()) == small.layer.device_load.sum()
 
 
 def test_groups_large_and_small_split_or_not_agree_to_the_bit():
     """With one thread a row's bits depend on the size of its group only below four rows; see `MIN_STABLE_ROWS`."""
-    layer = InSlots()
+    small = SmallLayer()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for seed in range(10):
             inputs = routed(int(np.random.default_rng(seed).integers(1, 90)), seed)
-            assert torch.equal(layer.slots(*inputs), layer.plain(*inputs))
-            layer.put_in_force(random_plan(layer.transfer.plan, seed))
+            assert torch.equal(small.layer(*inputs), small.plain(*inputs))
+            small.activate(random_plan(small.transfer.plan, seed))
     finally:
         torch.set_num_threads(threads)
 
 
 def test_release_gives_the_experts_their_own_storage_bit_for_bit():
-    untouched, layer = InSlots().plain, InSlots()
-    layer.put_in_force(random_plan(layer.transfer.plan, 3))
-    layer.source.release()
-    layer.weights.wi_NFD.zero_()
-    for name, parameter in layer.plain.named_parameters():
+    untouched, small = SmallLayer().plain, SmallLayer()
+    small.activate(random_plan(small.transfer.plan, 3))
+    small.source.release()
+    small.slots.wi_NFD.zero_()
+    for name, parameter in small.plain.named_parameters():
         assert torch.equal(parameter, untouched.get_parameter(name)), name
 
 
-def test_a_move_never_touches_a_place_in_force():
-    layer = InSlots()
-    layer.put_in_force(random_plan(layer.transfer.plan, 0))
-    weights = layer.weights
-    before = weights.wi_NFD[torch.from_numpy(weights.places)].clone()
-    layer.transfer.start(random_plan(layer.transfer.plan, 1))
-    assert torch.equal(weights.wi_NFD[torch.from_numpy(weights.places)], before)
+def test_after_the_end_of_a_batch_all_tokens_are_computed():
+    small = SmallLayer()
+    small.layer.begin(small.layer.phy2log, torch.arange(50) % 3 > 0)
+    small.layer(*routed(50, 1))
+    small.layer.end()
+    inputs = routed(7, 2)
+    torch.testing.assert_close(small.layer(*inputs), small.plain(*inputs), rtol=0, atol=1e-5)
+
+
+def test_a_plan_changed_within_a_batch_keeps_counting():
+    small = SmallLayer()
+    inputs = routed(50, 1)
+    small.layer(*inputs)
+    small.transfer.start(random_plan(small.transfer.plan, 2))
+    small.layer.change_plan(small.transfer.commit().phy2log[0])
+    torch.testing.assert_close(small.layer(*inputs), small.plain(*inputs), rtol=0, atol=1e-5)
+    assert small.layer.load.sum() == 2 * inputs[1].sum() == small.layer.device_load.sum()
+
+
+def test_a_plain_call_records_no_gradients_and_a_backward_pass_is_refused():
+    small = SmallLayer()
+    hidden, one_hot, weight = routed(50, 1)
+    hidden.requires_grad_()
+    output = small.layer(hidden, one_hot, weight)
+    torch.testing.assert_close(output, small.plain(hidden, one_hot, weight), rtol=0, atol=1e-5)
+    assert output.requires_grad
+    with pytest.raises(RuntimeError, match=r"experts compute no gradients; train the model outside `with Engine\("):
+        output.sum().backward()
+
+
+def test_training_mode_is_refused():
+    small = SmallLayer()
+    small.layer.train()
+    with pytest.raises(RuntimeError, match=r"inference only; call model.eval\(\)"):
+        small.layer(*routed(5, 0))
 
 
 def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
@@ -143,8 +171,8 @@ def test_the_compute_path_runs_on_fake_cuda_tensors(monkeypatch):
         hidden, weight = like.new_empty((60, WIDTH)), like.new_empty((60, 1))
         counts = np.array([20, 5, 0, 3, 1, 1, 0, 0])
         one_hot, needed = like.new_empty((60, EXPERTS)).long(), like.new_empty(60).bool()
-        token, chosen = choices(one_hot, needed)
-        output = slots.spread(hidden, token, weight, slots.split(counts[None]), counts[home.phy2log[0]])
+        token, chosen = sort_by_expert(one_hot, needed)
+        output = slots.dispatch_and_combine(hidden, token, weight, slots.split(counts[None]), counts[home.phy2log[0]])
     assert output.shape == hidden.shape
     assert {tensor.device.type for tensor in (output, token, chosen)} == {"cuda"}
     assert (token.shape, chosen.shape) == ((60,), (2, EXPERTS))

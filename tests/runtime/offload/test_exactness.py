@@ -143,14 +143,15 @@ def test_padding_after_the_last_token_loads_no_experts(switch_folder, plain):
     mask = torch.zeros(2, 30, dtype=torch.bool)
     mask[0, 3:5] = mask[1, :2] = True  # padding before, between and after tokens
     ids[mask] = torch.tensor([7, 9, 9, 7])
-    encoder.needed = needed_positions(mask).reshape(-1)
-    assert encoder.needed.sum() == 7
+    needed = needed_positions(mask).reshape(-1)
+    assert needed.sum() == 7
+    encoder.begin_step(needed)
     with cache, torch.inference_mode():
         ours = switch.model.encoder(input_ids=ids, attention_mask=mask.long())[0]
         theirs = plain.model.encoder(input_ids=ids, attention_mask=mask.long())[0]
         torch.testing.assert_close(ours[mask], theirs[mask], rtol=0, atol=1e-5)
         few = cache.loads
-        encoder.needed = torch.zeros_like(encoder.needed)
+        encoder.begin_step(torch.zeros_like(needed))
         switch.model.encoder(input_ids=ids, attention_mask=mask.long())
         assert cache.loads == few <= 7
 

@@ -1,0 +1,88 @@
+"""Heartbeat: finds out which ranks have died or hang, so that an error names the rank that caused it."""
+
+import signal
+import threading
+from contextlib import suppress
+from typing import Any
+
+HEARTBEAT_S = 0.2
+"""Seconds between two beats of a rank."""
+SILENCE_S = 10 * HEARTBEAT_S
+"""Seconds without a beat after which a rank counts as lost."""
+ANNOUNCE_S = 4 * HEARTBEAT_S
+"""Seconds a rank stays alive after it has announced a lost one: if it left at once, it would look lost itself."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank has died or hangs; the message names it."""
+
+
+class Heartbeat:
+    """Counts up in the job's store while this rank lives, and watches the counters of the other ranks.
+
+    While it runs, SIGTERM raises `RankLostError` if a rank is lost, because a launcher that sees one rank die sends
+    SIGTERM to all others at once.
+
+    Args:
+        store: The job's store, shared by all ranks.
+        rank: This rank.
+        world: Number of ranks.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        self._store, self._rank, self._world = store, rank, world
+        self._announced = ""
+        self._stop = threading.Event()
+        # a connection serves one thread at a time; a signal may break off a call on the first one
+        self._watch_stores = [store.clone() for _ in range(2)]
+        self._on_sigterm: Any = signal.SIG_DFL
+
+    def start(self) -> None:
+        """Starts beating on a thread of its own."""
+        with suppress(ValueError):  # signals can be handled on the main thread only
+            self._on_sigterm = signal.signal(signal.SIGTERM, self._terminate)
+            signal.siginterrupt(signal.SIGTERM, False)
+        threading.Thread(target=self._beat, daemon=True, name="switchcast-heartbeat").start()
+
+    def stop(self) -> None:
+        """Ends the beat and gives SIGTERM its former handler."""
+        self._stop.set()
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def lost(self) -> str:
+        """'rank 1, 3 is lost' for the ranks without a beat, '' if there are none; takes `SILENCE_S` seconds."""
+        for store in self._watch_stores:
+            with suppress(RuntimeError):
+                return self._announced or self._silent_ranks(store)
+        return self._announced or "rank 0 is lost, and the store with it"
+
+    def _beat(self) -> None:
+        store, count = self._store.clone(), 0
+        with suppress(RuntimeError):
+            while not self._stop.wait(HEARTBEAT_S):
+                count += 1
+                store.set(f"beat/{self._rank}", str(count))
+                if not self._announced and store.check(["lost"]):
+                    self._announced = store.get("lost").decode()
+
+    def _silent_ranks(self, store: Any) -> str:
+        before = self._beats(store)
+        self._stop.wait(SILENCE_S)
+        now = self._beats(store)
+        silent = [str(rank) for rank in range(self._world) if rank != self._rank and before[rank] == now[rank]]
+        lost = f"rank {', '.join(silent)} is lost" if silent else ""
+        if lost:
+            store.set("lost", lost)
+            self._stop.wait(ANNOUNCE_S)
+        return self._announced or lost
+
+    def _beats(self, store: Any) -> list[bytes]:
+        keys = [f"beat/{rank}" for rank in range(self._world)]
+        return [store.get(key) if store.check([key]) else b"" for key in keys]
+
+    def _terminate(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if lost := self.lost():
+            raise RankLostError(f"{lost}; rank {self._rank} stops")
+        raise SystemExit(128 + number)

@@ -1,0 +1,103 @@
+"""Weights are written to standby copies, and nothing that computes changes before the commit."""
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.balancing.plan import ReplicationPlan, contiguous_homes
+from runtime.distributed.ranks import Ranks
+from runtime.experts.slots import ResidentSlots
+from runtime.experts.transfer import WeightTransfer
+from tests.helpers.processes import on_ranks
+
+DEVICES, REDUNDANT, EXPERTS, LAYERS = 2, 4, 4, 2  # slots of a device: 2 homes, 2 replicas
+
+
+class Numbered:
+    """Weights that are all the number of their layer and expert."""
+
+    def fill(self, layer, expert, wi_FD, wo_DF):
+        wi_FD.fill_(10 * layer + expert + 1)
+        wo_DF.fill_(10 * layer + expert + 1)
+
+    def release(self):
+        pass
+
+
+def transfer_of(devices: range, ranks: Ranks) -> WeightTransfer:
+    home = ReplicationPlan.at_home(contiguous_homes(LAYERS, EXPERTS), DEVICES, REDUNDANT)
+    layers = [ResidentSlots(home, layer, devices, (8, 4), torch.empty(1), torch.nn.ReLU()) for layer in range(LAYERS)]
+    for slots in layers:
+        slots.fill(Numbered())
+    return WeightTransfer(layers, home, ranks)
+
+
+def with_replicas(plan: ReplicationPlan, *replicas: tuple[int, int, int]) -> ReplicationPlan:
+    """A plan with other experts in some slots: (layer, slot, expert)."""
+    phy2log = plan.phy2log.copy()
+    for layer, slot, expert in replicas:
+        phy2log[layer, slot] = expert
+    return ReplicationPlan(phy2log, plan.num_devices)
+
+
+def active_numbers(transfer: WeightTransfer) -> list[list[int]]:
+    """The number of the expert that each slot here computes with, by layer; 0 in slots that were never written."""
+    numbers = []
+    for slots in transfer.layers:
+        numbers.append([])
+        for slot in range(slots.span.start, slots.span.stop):
+            wi_FD, wo_DF = slots.active(slot)
+            assert wi_FD.unique().tolist() == wo_DF.unique().tolist()
+            numbers[-1].append(int(wi_FD.flatten()[0]))
+    return numbers
+
+
+FIRST = ((0, 2, 3), (1, 6, 0))  # layer 0: expert 3 in device 0's first replica slot; layer 1: expert 0 in device 1's
+SECOND = ((0, 2, 2), (0, 7, 1))
+BEFORE = [[1, 2, 0, 0, 3, 4, 0, 0], [11, 12, 0, 0, 13, 14, 0, 0]]
+AFTER_FIRST = [[1, 2, 4, 0, 3, 4, 0, 0], [11, 12, 0, 0, 13, 14, 11, 0]]
+AFTER_SECOND = [[1, 2, 3, 0, 3, 4, 0, 2], [11, 12, 0, 0, 13, 14, 11, 0]]
+
+
+def steps(transfer: WeightTransfer) -> list[list[list[int]]]:
+    """What slots compute with: at first, and after each start and commit of two plans."""
+    seen = [active_numbers(transfer)]
+    for replicas in (FIRST, SECOND):
+        target = with_replicas(transfer.plan, *replicas)
+        moves = transfer.start(target)
+        assert len(moves) == len(replicas)
+        assert transfer.nbytes(moves) == len(replicas) * 2 * 8 * 4 * 4  # two float32 matrices of 8 x 4
+        seen.append(active_numbers(transfer))
+        assert transfer.arrived
+        assert transfer.commit() is transfer.plan is target
+        seen.append(active_numbers(transfer))
+    return seen
+
+
+def test_replicas_become_active_at_the_commit_and_equal_their_home():
+    assert steps(transfer_of(range(2), Ranks())) == [BEFORE, BEFORE, AFTER_FIRST, AFTER_FIRST, AFTER_SECOND]
+
+
+def on_one_rank(rank: int) -> list[list[list[int]]]:
+    with Ranks() as ranks:
+        return steps(transfer_of(range(rank, rank + 1), ranks))
+
+
+def test_weights_travel_between_ranks():
+    expected = [BEFORE, BEFORE, AFTER_FIRST, AFTER_FIRST, AFTER_SECOND]
+    for rank, seen in enumerate(on_ranks(2, on_one_rank)):
+        assert seen == [[row[4 * rank : 4 * rank + 4] for row in step] for step in expected]
+
+
+def test_a_home_slot_is_never_written():
+    slots = transfer_of(range(2), Ranks()).layers[0]
+    with pytest.raises(AssertionError, match="slot 4 is a home slot and has no standby copy"):
+        slots.standby(4)
+
+
+def test_an_emptied_slot_copies_nothing():
+    transfer = transfer_of(range(2), Ranks())
+    transfer.start(with_replicas(transfer.plan, (0, 2, 3)))
+    transfer.commit()
+    assert transfer.start(with_replicas(transfer.plan, (0, 2, -1))) == []
+    np.testing.assert_array_equal(transfer.commit().phy2log[0], [0, 1, -1, -1, 2, 3, -1, -1])
