@@ -8,7 +8,7 @@ from runtime.balancing.water_filling import score, start
 
 
 def one_layer(seed, devices, homes_each, replicas_each, scenarios):
-    """Held slots `[1, R]` all empty, homes `[1, E]`, loads `[1, E, K]` in units of the mean device load, weights `[K]`."""
+    """Empty slots `[1, R]`, homes `[1, E]`, loads `[1, E, K]` in units of the mean device load, weights `[K]`."""
     rng = np.random.default_rng(seed)
     experts = devices * homes_each
     load = rng.zipf(1.5, (experts, scenarios)).clip(max=300).astype(np.float32)
