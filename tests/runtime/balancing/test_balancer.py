@@ -88,7 +88,8 @@ def test_devices_per_node_reaches_planner_and_split():
     load = np.full((1, 8), 10)
     load[0, 6] = 90  # at home on device 3; its node is devices 2 and 3
     balancer = Balancer(4, 4, "last", homes=contiguous_homes(1, 8), max_moves=1, devices_per_node=2)
-    balancer.step(load)
+    balancer.observe(load)
+    balancer.step(load)  # two equal loads: a forecast without spread
     assert [balancer.plan.device_of(move.slot) for move in balancer.moves] == [2]
     phy2log = np.array([[0, -1, 1, -1, 2, 0, 3, -1]])
     balancer._plan = ReplicationPlan(phy2log, 4)

@@ -146,7 +146,7 @@ def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
         (["LOADS", "--forecast", "tea"], "forecast: unknown 'tea'; choose from last, mean"),
         (
             ["LOADS", "--forecast", "learned"],
-            "forecast learned needs a predictor: give a folder that train.py wrote (--predictor)",
+            "forecast learned needs a predictor: give a folder",
         ),
         (["LOADS", "--forecast", "learned", "--predictor", "nowhere"], "nowhere"),
         (["LOADS", "--start", "0"], "error: start is 0, expected 1 to 63"),
