@@ -33,7 +33,7 @@ class LoadedSwitch:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any = None) -> "LoadedSwitch":
-        """Wraps a live model, which is used as it is and set to evaluation mode.
+        """Wraps a live model, which is used as it is.
 
         Args:
             model: A `SwitchTransformersForConditionalGeneration` of transformers.
@@ -41,14 +41,17 @@ class LoadedSwitch:
 
         Raises:
             TypeError: If the model is of another class.
+            ValueError: If the model is in training mode.
         """
         from transformers import SwitchTransformersForConditionalGeneration
 
         if not isinstance(model, SwitchTransformersForConditionalGeneration):
             raise TypeError(f"got a {type(model).__name__}, expected a SwitchTransformersForConditionalGeneration")
+        if model.training:
+            raise ValueError("the model is in training mode, where routers add noise; call model.eval() first")
         _check_transformers()
         name = model.config.name_or_path or type(model).__name__
-        return cls(model.eval(), tokenizer, MoELayout.from_model(model, name))
+        return cls(model, tokenizer, MoELayout.from_model(model, name))
 
 
 def _check_transformers() -> None:

@@ -28,7 +28,7 @@ def model():
 def test_a_live_model_and_what_the_tokenizer_returns(model, inputs):
     plain = copy.deepcopy(model)
     with Engine(model, Ema(), num_devices=4, num_redundant_experts=8) as engine:
-        outputs = list(engine.run([inputs] * 3))
+        outputs = list(engine.run([inputs] * 6))
     start = torch.zeros(2, 1, dtype=torch.int64)
     expected = plain(**inputs, decoder_input_ids=start).logits
     for output in outputs:
@@ -103,6 +103,8 @@ def test_settings_may_come_as_an_object(model, inputs, config):
 def test_mistakes_say_what_to_do(model, inputs, tmp_path):
     with pytest.raises((TypeError, ValueError), match="BertModel"):
         Engine(BertModel(BertConfig(num_hidden_layers=1, hidden_size=12)))
+    with pytest.raises(ValueError, match=r"in training mode.*call model\.eval\(\) first"):
+        Engine(small_switch().train())
     with pytest.raises(ValueError, match="device_memory is 1GiB, but the model is in memory already; give its folder"):
         Engine(model, device_memory="1GiB")
     with pytest.raises(ValueError, match="nowhere"):

@@ -179,10 +179,10 @@ def test_tiers_are_told_where_experts_do_not_fit(switch_folder, tmp_path):
         with Engine.from_pretrained(str(switch_folder), device_memory=budget(4)) as engine:
             for output in engine.run(iter(batches())):
                 telemetry.record(LAYERS, output.stats)
-            tally = engine.replicated.cache.tiers[0].stats
+            counters = engine.replicated.cache.tiers[0].stats
         found = scrape(telemetry.port)
     last = json.loads(file.read_text().splitlines()[-1])["tiers"]["device"]
-    assert last["misses"] == tally.misses > 0
-    assert last["hit_rate"] == tally.hit_rate
-    assert found["tier", "misses", "device"] == tally.misses
+    assert last["misses"] == counters.misses > 0
+    assert last["hit_rate"] == counters.hit_rate
+    assert found["tier", "misses", "device"] == counters.misses
     assert found["tier", "stall_ms", "device"] == pytest.approx(last["stall_ms"])
