@@ -1,4 +1,4 @@
-"""Figures of a trace: sampling alone is told from change, and the pictures are there."""
+"""Statistics of a trace: change is distinguished from sampling noise, and the plots are written."""
 
 import json
 
