@@ -62,7 +62,7 @@ LINES: dict[str, dict[str, Any]] = {
 }
 RIVAL = {"color": GREY, "linewidth": 1.2, "zorder": 2}
 
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "font.size": 9, "font.family": "sans-serif", "text.color": INK,
     "axes.edgecolor": GREY, "axes.labelcolor": INK, "axes.linewidth": 0.8, "axes.labelsize": 9, "axes.axisbelow": True,
     "axes.titlesize": 9, "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.titlepad": 6,

@@ -84,7 +84,7 @@ def show(report: dict[str, Any], console: Console, details: bool = False) -> Non
     lines += _balance(report) if report["devices"] > 1 else []
     lines += _caching(report) if report["cache"] else []
     lines.append(Text(f"Picture: {report['out']}/balancedness.png; all figures: report.json beside it"))
-    title = f"[bold]{report['model']} with Switchcast[/bold]"
+    title = Text(f"{report['model']} with Switchcast", style="bold")
     console.print(Panel(Text("\n").join(lines), title=title, title_align="left", expand=False))
     for number, (command, why) in enumerate(_commands(report)):  # outside the frame, so that they can be copied
         start = "next" if number == 0 else "    "

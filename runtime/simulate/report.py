@@ -134,7 +134,7 @@ def plot(replays: list[Replay], start: int, path: Path) -> None:
     best = _best(replays)
     rows = list(dict.fromkeys((item.forecast, item.planner) for item in replays))
     figure = canvas(10.5, max(1.3 + 0.24 * len(rows), 4))
-    mosaic = [["means", "steps"], ["means", "moves"]]
+    mosaic: Any = [["means", "steps"], ["means", "moves"]]
     axes = figure.subplot_mosaic(mosaic, width_ratios=[4, 5], height_ratios=[3, 1])
     _draw_means(axes["means"], replays, rows, best)
     width = max(1, len(replays[0].plan_ms) // 60) if replays else 1

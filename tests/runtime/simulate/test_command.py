@@ -56,7 +56,7 @@ def test_the_json_document_and_plans_that_bear_it_out(tmp_path, monkeypatch, cap
     ours = {
         item["forecast"]: item for item in report["results"] if (item["planner"], item["split"]) == ("home", "quota")
     }
-    assert ours["oracle"]["gap_closed"] == 1
+    assert ours["oracle"]["gap_closed"] is None  # the oracle gains less than LEAST_GAP here
     assert ours["oracle"]["balancedness"] > ours["last"]["balancedness"] > 0.95
     assert (tmp_path / "balancedness.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "report.json").read_text()) == report
@@ -210,5 +210,6 @@ def test_the_adversary_defeats_history_and_not_the_oracle(tmp_path, monkeypatch,
         monkeypatch, capsys, tmp_path / "adversary.npz", "--planner", "home", "--split", "quota", "--out", tmp_path
     )
     balance = {item["forecast"]: item["balancedness"] for item in report["results"]}
+    assert {item["forecast"]: item["gap_closed"] for item in report["results"]}["oracle"] == 1
     assert balance["last"] < 0.6
     assert balance["oracle"] > 0.99
