@@ -66,7 +66,7 @@ class TrainCLI(LightningCLI):
 
 
 def balancedness_of(layout: MoELayout, redundant: int) -> Callable[[LoadForecast, IntArray, IntArray], float]:
-    """A function of a batch's forecast, its load `[L, E]` and the loads before it; it keeps the plan between batches."""
+    """The balancedness of batch after batch, from its forecast, its load `[L, E]` and the loads before it."""
     homes = contiguous_homes(layout.num_layers, layout.num_experts)
     balancer = Balancer(DEVICES, redundant, homes=homes)
 

@@ -87,7 +87,7 @@ class Ema:
         return _average(history, (1 - self.rate) ** age, self.name)
 
     @classmethod
-    def fit(cls, loads: IntArray, steps: list[int]) -> "Ema":
+    def fit(cls, loads: IntArray, steps: list[int]) -> Ema:
         """The rate with the least total variation on the given steps of loads `[N, L, E]`; step 0 has no past."""
 
         def error(rate: float) -> float:

@@ -32,8 +32,9 @@ def rebalance_experts(
     """Places expert copies by EPLB's policies, with EPLB's arguments and results.
 
     It is for engines that split an expert's tokens evenly over its copies. Where the engine can split by exact counts,
-    `Balancer` with `split_by_quota` balances better: on the recorded gpt-oss-20b loads of the tests (8 devices, 16
-    redundant experts, planned from the last batch) mean over largest device load is FIGURES.
+    `Balancer` with `split_by_quota` balances better and moves less. On the recorded gpt-oss-20b loads of the tests (8
+    devices, 16 redundant experts, planned from a moving average), balancedness is .750 with 42.7 moves a layer and step
+    for EPLB with an even split, and .966 with 0.8 moves for `Balancer`.
 
     Example:
         >>> phy2log, log2phy, logcnt = rebalance_experts(np.array([[90, 48, 10, 10]]), 6, 1, 1, 2)

@@ -135,7 +135,9 @@ class ReplicationPlan:
             ValueError: If the home slots do not hold each expert once, as in a plan made by EPLB.
         """
         slots = np.flatnonzero(self.is_home_slot)
-        homes = np.full((len(self.phy2log), self.num_experts + 1), EMPTY)  # index -1, the last column, takes empty slots
+        homes = np.full(
+            (len(self.phy2log), self.num_experts + 1), EMPTY
+        )  # index -1, the last column, takes empty slots
         np.put_along_axis(homes, self.phy2log[:, slots], slots[None], axis=-1)
         if (homes[:, :-1] == EMPTY).any():
             raise ValueError("this plan has no fixed homes: an expert is in no device's first E / G slots")

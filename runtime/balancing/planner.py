@@ -137,6 +137,6 @@ class HomePlanner:
 def _announce_compiling() -> None:
     """Logs that numba will compile the kernels, before the first plan of a process that finds no up-to-date cache."""
     source = Path(local_search.__file__)
-    stored = Path(local_search.improve.stats.cache_path).glob(f"{source.stem}.improve-*.nbi")
+    stored = Path(local_search.improve.stats.cache_path or "").glob(f"{source.stem}.improve-*.nbi")
     if not any(index.stat().st_mtime >= source.stat().st_mtime for index in stored):
         log.info("compiling the planner's kernels, once per machine; this takes some seconds")

@@ -252,12 +252,13 @@ def _switch_on(policy: dict[str, str], settings: Settings, num_experts: int) -> 
             f"num_gpus={devices})"
         )
     if policy["forecast"] == "learned" and policy["split"] == "quota":
-        command = f"python -m runtime.infer --predictor {settings.predictor} --devices {devices} --redundant {redundant}"
-        limits = {"--max-moves": settings.max_moves, "--devices-per-node": settings.devices_per_node}
-        return " ".join([command, *(f"{name} {value}" for name, value in limits.items() if value is not None)])
+        command = f"python -m runtime.infer --predictor {settings.predictor}"
+        options = {"--devices": devices, "--redundant": redundant, "--max-moves": settings.max_moves}
+        options["--devices-per-node"] = settings.devices_per_node
+        return " ".join([command, *(f"{name} {value}" for name, value in options.items() if value is not None)])
     forecaster = "load_predictor(...)" if policy["forecast"] == "learned" else repr(policy["forecast"])
-    options = {"max_moves": settings.max_moves, "devices_per_node": settings.devices_per_node}
-    more = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
+    limits = {"max_moves": settings.max_moves, "devices_per_node": settings.devices_per_node}
+    more = "".join(f", {name}={value}" for name, value in limits.items() if value is not None)
     split = "split_by_quota" if policy["split"] == "quota" else "split_evenly"
     return f"Balancer({devices}, {redundant}, {forecaster}{more}) with {split}"
 

@@ -152,7 +152,8 @@ def _split_step(load_LE: IntArray, plan: ReplicationPlan, name: str, devices_per
     counts_LSE = load_LE[:, None] if devices_per_node is None else _from_all_devices(load_LE, plan.num_devices)
     split: Split = split_evenly if name == "even" else partial(split_by_quota, devices_per_node=devices_per_node)
     began = time.perf_counter()
-    quotas = [split(counts, phy2log, plan.num_devices) for counts, phy2log in zip(counts_LSE, plan.phy2log, strict=True)]
+    layers = zip(counts_LSE, plan.phy2log, strict=True)
+    quotas = [split(counts, phy2log, plan.num_devices) for counts, phy2log in layers]
     microseconds = 1e6 * (time.perf_counter() - began) / len(load_LE)
     by_device = np.stack(quotas).reshape(len(load_LE), counts_LSE.shape[1], plan.num_devices, -1)
     near = 0

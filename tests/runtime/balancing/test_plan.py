@@ -1,5 +1,9 @@
+import json
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runtime.balancing.plan import ReplicationPlan, SlotMove, contiguous_homes, flat_homes
 
@@ -11,11 +15,44 @@ def small_plan() -> ReplicationPlan:
 
 def test_every_map_comes_from_phy2log():
     plan = small_plan()
-    assert (plan.num_experts, plan.num_redundant, plan.slots_per_device) == (4, 2, 3)
+    assert (plan.num_experts, plan.num_redundant_experts, plan.slots_per_device) == (4, 2, 3)
     assert plan.is_home_slot.tolist() == [True, True, False, True, True, False]
     assert plan.homes.tolist() == [[0, 1, 3, 4]]
-    assert plan.copies.tolist() == [[1, 1, 1, 2]]
+    assert plan.replica_count.tolist() == [[1, 1, 1, 2]]
     assert plan.device_of(3) == 1
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 3))
+def test_log2phy_and_phy2log_are_inverses(seed, replicas):
+    rng = np.random.default_rng(seed)
+    phy2log = np.stack([rng.permutation(np.r_[np.arange(6), rng.integers(-1, 6, 2 * replicas)]) for _ in range(3)])
+    plan = ReplicationPlan(phy2log, 2)
+    assert plan.log2phy.shape == (3, 6, plan.replica_count.max())
+    for layer in range(3):
+        for expert in range(6):
+            slots = plan.log2phy[layer, expert]
+            assert slots[slots >= 0].tolist() == np.flatnonzero(phy2log[layer] == expert).tolist()
+            assert (slots[plan.replica_count[layer, expert] :] == -1).all()
+
+
+def test_empty_slots_are_filled_with_the_rarest_expert_that_the_device_lacks():
+    bare = ReplicationPlan.at_home(contiguous_homes(1, 4), num_devices=2, num_redundant_experts=4)
+    assert bare.phy2log.tolist() == [[0, 1, -1, -1, 2, 3, -1, -1]]
+    assert bare.filled().phy2log.tolist() == [[0, 1, 2, 3, 2, 3, 0, 1]]
+    some = ReplicationPlan(np.array([[0, 1, 2, -1, 2, 3, -1, -1]]), num_devices=2)
+    assert some.filled().phy2log.tolist() == [[0, 1, 2, 3, 2, 3, 0, 1]]
+    assert small_plan().filled().phy2log.tolist() == [[0, 1, 3, 2, 3, 0]]
+    assert (small_plan().filled().filled().phy2log == small_plan().filled().phy2log).all()
+
+
+def test_a_device_that_holds_every_expert_is_filled_all_the_same():
+    plan = ReplicationPlan(np.array([[0, 1, -1]]), num_devices=1)
+    assert plan.filled().phy2log.tolist() == [[0, 1, 0]]
+
+
+def test_to_sglang_writes_a_map_without_empty_slots(tmp_path):
+    small_plan().to_sglang(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == {"physical_to_logical_map": [[0, 1, 3, 2, 3, 0]]}
 
 
 def test_moves_read_from_home_and_emptying_a_slot_moves_nothing():
@@ -25,7 +62,7 @@ def test_moves_read_from_home_and_emptying_a_slot_moves_nothing():
 
 
 def test_at_home_leaves_replica_slots_empty():
-    plan = ReplicationPlan.at_home(contiguous_homes(2, 4), num_devices=2, num_redundant=2)
+    plan = ReplicationPlan.at_home(contiguous_homes(2, 4), num_devices=2, num_redundant_experts=2)
     assert plan.phy2log.tolist() == [[0, 1, -1, 2, 3, -1]] * 2
 
 

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from predictor.baselines.history import Ema, LastBatch, Oracle
 from predictor.forecast import LoadForecast, forecast_from_load
+from runtime.balancing import planner
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes, flat_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.balancing.split import balancedness, device_load, split_by_quota, split_load
@@ -17,11 +21,11 @@ RECORDED = Path(__file__).parents[1] / "recorded"
 
 def run(loads, forecaster, redundant, devices=8, **options):
     """Balancedness of each step and layer, and moves a layer and step, planned from step 1 on."""
-    planner = HomePlanner(devices, redundant, **options)
+    chosen = HomePlanner(devices, redundant, **options)
     homes = flat_homes(loads[0].astype(float), devices)
     plan, balance, moves = ReplicationPlan.at_home(homes, devices, redundant), [], []
     for step in range(1, len(loads)):
-        target = planner.plan(forecaster.forecast(None, loads[:step]), plan, loads[:step])
+        target = chosen.plan(forecaster.forecast(None, loads[:step]), plan, loads[:step])
         moves.append(len(plan.moves_to(target)))
         plan = target
         balance.append(balancedness(split_load(loads[step], plan)))
@@ -45,21 +49,21 @@ cases = st.tuples(
 @given(cases, st.sampled_from([None, 0, 3]))
 @settings(deadline=None, max_examples=150)
 def test_homes_stay_no_device_holds_a_copy_twice_and_budgets_are_kept(case, budget):
-    seed, devices, room, replicas, past = case
+    seed, devices, homes_each, replicas, past = case
     rng = np.random.default_rng(seed)
-    loads = rng.zipf(1.5, (past + 3, 2, devices * room)).clip(max=900).astype(np.int64)
-    planner = HomePlanner(devices, devices * replicas, max_moves=budget)
-    plan = ReplicationPlan.at_home(contiguous_homes(2, devices * room), devices, devices * replicas)
+    loads = rng.zipf(1.5, (past + 3, 2, devices * homes_each)).clip(max=900).astype(np.int64)
+    chosen = HomePlanner(devices, devices * replicas, max_moves=budget)
+    plan = ReplicationPlan.at_home(contiguous_homes(2, devices * homes_each), devices, devices * replicas)
     for step in (past + 1, past + 2):
         forecast = LastBatch().forecast(None, loads[:step])
-        target = planner.plan(forecast, plan, loads[:step])
-        assert (target.phy2log == planner.plan(forecast, plan, loads[:step].copy()).phy2log).all()
+        target = chosen.plan(forecast, plan, loads[:step])
+        assert (target.phy2log == chosen.plan(forecast, plan, loads[:step].copy()).phy2log).all()
         assert (target.homes == plan.homes).all()
         blocks = target.phy2log.reshape(2, devices, -1)
         for block in blocks.reshape(-1, blocks.shape[-1]):
             assert len(set(block[block >= 0])) == (block >= 0).sum()
         moves = plan.moves_to(target)
-        assert len(moves) <= (planner.num_redundant * 2 if budget is None else budget)
+        assert len(moves) <= (chosen.num_redundant_experts * 2 if budget is None else budget)
         assert all(move.source == plan.homes[move.layer, move.expert] for move in moves)
         plan = target
 
@@ -121,13 +125,18 @@ def test_steady_loads_of_the_real_shape_stay_put():
     assert moves[3:].mean() < 1
 
 
-def test_one_expert_with_all_tokens_gets_a_copy_on_every_device():
+def plan_hot_expert():
     load = np.zeros((1, 16))
     load[0, 3] = 800
     bare = ReplicationPlan.at_home(contiguous_homes(1, 16), 8, 8)
-    plan = HomePlanner(8, 8).plan(forecast_from_load(load, made_at=1, source="oracle"), bare, load[None].astype(int))
-    assert plan.copies[0, 3] == 8
-    assert split_load(load.astype(int), plan).max() == 100
+    forecast = forecast_from_load(load, made_at=1, source="oracle")
+    return HomePlanner(8, 8).plan(forecast, bare, load[None].astype(int)), load.astype(int)
+
+
+def test_one_expert_with_all_tokens_gets_a_copy_on_every_device():
+    plan, load = plan_hot_expert()
+    assert plan.replica_count[0, 3] == 8
+    assert split_load(load, plan).max() == 100
 
 
 def test_no_load_and_flat_load_move_nothing():
@@ -157,12 +166,30 @@ def test_a_budget_goes_to_the_layer_that_gains_most():
 
 def test_copies_stay_within_a_node_where_that_is_enough():
     load = np.full((1, 8), 10.0)
-    load[0, 0] = 70
+    load[0, 6] = 70  # at home on device 3, whose node is devices 2 and 3
     bare = ReplicationPlan.at_home(contiguous_homes(1, 8), 4, 4)
     forecast = forecast_from_load(load, made_at=0, source="truth")
-    options = {"least_gain": 0.05, "max_moves": 1, "devices_per_node": 2, "between_nodes": 8.0}
-    moves = bare.moves_to(HomePlanner(4, 4, **options).plan(forecast, bare, np.zeros((0, 1, 8), dtype=int)))
-    assert [bare.device_of(move.slot) for move in moves] == [1]
+    devices = []
+    for node in (None, 2):
+        near = HomePlanner(4, 4, max_moves=1, devices_per_node=node)
+        moves = bare.moves_to(near.plan(forecast, bare, np.zeros((0, 1, 8), dtype=int)))
+        devices.append([bare.device_of(move.slot) for move in moves])
+    assert devices == [[0], [2]]
+
+
+def test_compiling_is_announced_once_and_only_where_no_compiled_kernels_are_stored(tmp_path, caplog):
+    script = (
+        "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "from runtime.balancing import planner\n"
+        "planner._announce_compiling(); planner._announce_compiling()"
+    )
+    empty = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=empty)
+    assert done.stderr.strip() == "compiling the planner's kernels, once per machine; this takes some seconds"
+    plan_hot_expert()  # from here on they are stored
+    with caplog.at_level("INFO"):
+        planner._announce_compiling.__wrapped__()
+    assert not caplog.records
 
 
 def test_a_forecast_that_admits_errors_is_hedged_and_a_sure_one_is_not():
@@ -197,13 +224,11 @@ def test_what_does_not_fit_together_is_refused():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"num_redundant": 3}, "3 redundant experts do not divide over 4 devices"),
+        ({"num_redundant_experts": 3}, "3 redundant experts do not divide over 4 devices"),
         ({"max_moves": -1}, "max_moves is -1"),
-        ({"least_gain": float("nan")}, "least_gain is nan"),
-        ({"horizon": 0}, "horizon is 0"),
-        ({"devices_per_node": 3}, "3 devices a node do not divide 4"),
+        ({"devices_per_node": 3}, "devices_per_node is 3, which does not divide 4 devices"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
-        HomePlanner(**{"num_devices": 4, "num_redundant": 4} | options)
+        HomePlanner(**{"num_devices": 4, "num_redundant_experts": 4} | options)

@@ -8,13 +8,13 @@ from scipy.sparse import coo_array
 from runtime.balancing.split import device_load, split_by_quota, split_evenly
 
 
-def random_layer(rng, devices, homes, room):
+def random_layer(rng, devices, homes, replicas_each):
     """Skewed counts `[E]` and a plan `[P]` with replicas of mostly hot experts, none twice on a device."""
     experts = devices * homes
     counts = rng.zipf(1.4, experts).clip(max=2000) * rng.integers(0, 9, experts)
     home = rng.permutation(experts).reshape(devices, homes)
-    hot = np.argsort(-counts)[: max(2 * devices, room + homes)]
-    replicas = [rng.choice(np.setdiff1d(hot, home[g]), room, replace=False) for g in range(devices)]
+    hot = np.argsort(-counts)[: max(2 * devices, replicas_each + homes)]
+    replicas = [rng.choice(np.setdiff1d(hot, home[g]), replicas_each, replace=False) for g in range(devices)]
     return counts.astype(np.int64), np.concatenate([home, np.stack(replicas)], axis=1).ravel()
 
 
@@ -38,7 +38,7 @@ def least_maximum(counts, phy2log, devices):
 
 
 layers = st.builds(
-    lambda seed, devices, homes, room: (np.random.default_rng(seed), devices, homes, room),
+    lambda seed, devices, homes, replicas_each: (np.random.default_rng(seed), devices, homes, replicas_each),
     st.integers(0, 2**32 - 1),
     st.sampled_from([1, 2, 4, 8]),
     st.integers(2, 6),
@@ -48,22 +48,23 @@ layers = st.builds(
 
 @given(layers, st.sampled_from([0, 5]), st.booleans())
 @settings(deadline=None, max_examples=150)
-def test_quotas_sum_to_the_counts_and_are_the_same_on_every_rank(case, wake, by_source):
-    rng, devices, homes, room = case
-    counts, phy2log = random_layer(rng, devices, homes, room)
+def test_quotas_sum_to_the_counts_and_are_the_same_on_every_rank(case, overhead, by_source):
+    rng, devices, homes, replicas_each = case
+    counts, phy2log = random_layer(rng, devices, homes, replicas_each)
     given_counts = from_sources(rng, counts, devices) if by_source else counts[None]
-    quotas = split_by_quota(given_counts, phy2log, devices, expert_overhead_tokens=wake)
+    quotas = split_by_quota(given_counts, phy2log, devices, expert_overhead_tokens=overhead)
     assert (quotas >= 0).all()
     back = np.stack([np.bincount(phy2log, weights=row, minlength=len(counts)) for row in quotas])
     assert (back == given_counts).all()
-    assert (quotas == split_by_quota(given_counts.copy(), phy2log.copy(), devices, expert_overhead_tokens=wake)).all()
+    again = split_by_quota(given_counts.copy(), phy2log.copy(), devices, expert_overhead_tokens=overhead)
+    assert (quotas == again).all()
 
 
 @given(layers)
 @settings(deadline=None, max_examples=150)
 def test_no_device_is_above_the_even_split_and_renaming_devices_changes_nothing(case):
-    rng, devices, homes, room = case
-    counts, phy2log = random_layer(rng, devices, homes, room)
+    rng, devices, homes, replicas_each = case
+    counts, phy2log = random_layer(rng, devices, homes, replicas_each)
     most = device_load(split_by_quota(counts, phy2log, devices), devices).max()
     assert most <= device_load(split_evenly(counts, phy2log, devices), devices).max()
     renamed = rng.permutation(phy2log.reshape(devices, -1)).ravel()
@@ -101,7 +102,7 @@ def test_then_on_their_own_node():
     assert quotas[3, 5] == 10
 
 
-def test_an_expert_is_not_woken_for_a_handful_of_tokens():
+def test_a_copy_is_not_made_active_for_a_handful_of_tokens():
     phy2log = np.array([0, 1, -1, 2, 3, 0])
     counts = [100, 0, 94, 0]
     assert split_by_quota(counts, phy2log, 2)[0, 5] == 3
@@ -135,5 +136,5 @@ def test_nonsense_is_refused(counts, text):
 def test_costs_and_nodes_are_checked():
     with pytest.raises(ValueError, match="expert_overhead_tokens is -1"):
         split_by_quota([1, 1], np.array([0, 1]), 2, expert_overhead_tokens=-1)
-    with pytest.raises(ValueError, match="3 devices a node do not divide 2"):
+    with pytest.raises(ValueError, match="devices_per_node is 3, which does not divide 2 devices"):
         split_by_quota([1, 1], np.array([0, 1]), 2, devices_per_node=3)

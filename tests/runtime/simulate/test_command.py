@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime.simulate import compare_policies
 from runtime.simulate.comparison import main
+from runtime.simulate.cost_model import Hardware
 from runtime.simulate.workloads import WORKLOADS
+from runtime.simulate.workloads import main as workloads
 
 RECORDED = Path(__file__).parents[1] / "recorded"
+HARDWARE = Hardware(9437184, tokens_per_second=1e5, bytes_per_second=25e9, expert_overhead_tokens=0)
 
 
 def simulate(monkeypatch, capsys, *arguments):
@@ -72,8 +76,54 @@ def test_as_a_command_the_last_line_is_json(tmp_path):
     ]
     done = subprocess.run([*command, "--redundant", "0"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout.splitlines()[-1])
+    assert "Verdict: not worth it" in done.stdout.splitlines()[0]
     assert {item["moves_per_layer"] for item in report["results"]} == {0}
     assert report["verdict"]["answer"] == "not worth it"
+
+
+def test_from_python_an_array_gives_the_same_report_as_the_command_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = RECORDED / "gptoss20b.npz"
+    choice = {"forecasts": ("last",), "planners": ("home",), "splits": ("quota",), "steps": 20, "hardware": HARDWARE}
+    report = compare_policies(np.load(path)["counts"], 8, 16, **choice)
+    assert not list(tmp_path.iterdir())
+    command = simulate(
+        monkeypatch, capsys, path, "--forecast", "last", "--planner", "home", "--split", "quota", "--steps", 20,
+        "--expert-bytes", 9437184, "--tokens-per-second", 1e5, "--link-bytes-per-second", 25e9,
+        "--expert-overhead-tokens", 0,
+    )  # fmt: skip
+    timed = {"plan_ms", "split_us"}
+    for one, other in zip(report["results"], command["results"], strict=True):
+        assert {name: one[name] for name in one.keys() - timed} == {name: other[name] for name in other.keys() - timed}
+    verdict = report["verdict"]
+    assert verdict["answer"] == command["verdict"]["answer"] == "enable"
+    assert verdict["switch_on"] == "Balancer(8, 16, 'last') with split_by_quota"
+
+
+def test_max_moves_bounds_the_moves_of_a_step():
+    balance = []
+    for most in (1, 4, None):
+        report = compare_policies(
+            RECORDED / "gptoss20b.npz", forecasts=["last"], planners=["home"], splits=["quota"], hardware=HARDWARE,
+            max_moves=most,
+        )  # fmt: skip
+        result = report["results"][0]
+        assert report["max_moves"] == most
+        assert most is None or result["moves_per_layer"] * 4 <= most  # 4 layers
+        balance.append(result["balancedness"])
+    assert balance == pytest.approx([0.866, 0.941, 0.976], abs=0.001)
+
+
+def test_devices_per_node_keeps_moves_within_a_node():
+    report = compare_policies(
+        RECORDED / "gptoss20b.npz", forecasts=["last"], planners=["eplb", "home"], splits=["quota"],
+        hardware=HARDWARE, devices_per_node=4,
+    )  # fmt: skip
+    eplb, home = report["results"]
+    assert home["near_moves"] == pytest.approx(0.651, abs=0.001)
+    assert eplb["near_moves"] < 0.5
+    assert home["near_tokens"] == pytest.approx(0.591, abs=0.001)
+    assert home["balancedness"] == pytest.approx(0.976, abs=0.001)
 
 
 def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
@@ -94,13 +144,18 @@ def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
         (["nowhere.npz"], "nowhere.npz does not exist"),
         (["LOADS", "--devices", "7"], "64 experts do not divide over 7 devices"),
         (["LOADS", "--redundant", "12"], "12 redundant experts do not divide over 8 devices"),
-        (["LOADS", "--forecast", "tea"], "unknown 'tea'; choose from last, mean"),
-        (["LOADS", "--forecast", "learned"], "--forecast learned needs --predictor"),
+        (["LOADS", "--forecast", "tea"], "forecast: unknown 'tea'; choose from last, mean"),
+        (
+            ["LOADS", "--forecast", "learned"],
+            "forecast learned needs a predictor: give a folder",
+        ),
         (["LOADS", "--forecast", "learned", "--predictor", "nowhere"], "nowhere"),
-        (["LOADS", "--start", "0"], "--start is 0, expected 1 to 63"),
-        (["LOADS", "--steps", "99"], "--steps is 99, expected 1 to 63"),
+        (["LOADS", "--start", "0"], "error: start is 0, expected 1 to 63"),
+        (["LOADS", "--steps", "99"], "error: steps is 99, expected 1 to 63"),
+        (["LOADS", "--max-moves", "-1"], "max_moves is -1, expected 0 or more"),
+        (["LOADS", "--devices-per-node", "3"], "devices_per_node is 3, which does not divide 8 devices"),
         (["LOADS", "--bandwith", "9"], "unrecognized arguments: --bandwith 9; see --help"),
-        (["LOADS", "--tokens-per-second", "0"], "tokens_per_second is 0.0, expected a figure above 0"),
+        (["LOADS", "--tokens-per-second", "0"], "tokens_per_second is 0.0, expected a finite number above 0"),
         ([], "the following arguments are required: loads; see --help"),
     ],
 )
@@ -131,6 +186,15 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch, capsys):
         assert f"{name} cannot be read as loads" in refuse(monkeypatch, capsys, tmp_path / name)
     np.savez(tmp_path / "key.npz", loads=np.ones((2, 1, 8)))
     assert "it holds ['loads'], expected the key 'counts'" in refuse(monkeypatch, capsys, tmp_path / "key.npz")
+
+
+def test_the_workloads_command_writes_them_all(tmp_path, monkeypatch, capsys):
+    small = {name: lambda rng: rng.poisson(3, (2, 1, 8)) for name in WORKLOADS}
+    monkeypatch.setattr("runtime.simulate.workloads.WORKLOADS", small)
+    monkeypatch.setattr(sys, "argv", ["workloads", str(tmp_path / "made"), "--seed", "3"])
+    workloads()
+    assert sorted(path.stem for path in (tmp_path / "made").iterdir()) == sorted(WORKLOADS)
+    assert np.load(tmp_path / "made" / "zipf.npz")["counts"].shape == (2, 1, 8)
 
 
 def test_workloads_are_the_same_for_the_same_seed_and_keep_their_tokens():

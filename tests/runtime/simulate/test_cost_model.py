@@ -6,7 +6,7 @@ from runtime.balancing.eplb import ContiguousPlanner
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.simulate.cost_model import Hardware, measure, verdict
-from runtime.simulate.replay import forecasts, replay
+from runtime.simulate.replay import forecast_steps, replay
 
 SLOW_DEVICE = Hardware(expert_bytes=1e6, tokens_per_second=1e4, bytes_per_second=1e12, expert_overhead_tokens=0)
 
@@ -19,7 +19,7 @@ def judge(share, hardware=SLOW_DEVICE, tokens=2048, steps=60, forecaster=None):
 
     def run(planner, redundant):
         first = ReplicationPlan.at_home(homes, 8, redundant)
-        made = forecasts(forecaster, loads, None, 1, steps)
+        made = forecast_steps(forecaster, loads, None, 1, steps)
         return replay(planner, made, loads, first, 1, steps, ["quota"])[0]
 
     contiguous = run(("contiguous", ContiguousPlanner()), 0)
@@ -71,7 +71,7 @@ def test_exact_re_planning_pays_moves_on_the_critical_path():
     link = Hardware(expert_bytes=1e6, tokens_per_second=1e6, bytes_per_second=1e9, expert_overhead_tokens=0)
     seconds = []
     for name in ("oracle", "exact"):
-        made = forecasts(Oracle(loads, name), loads, None, 1, 30)
+        made = forecast_steps(Oracle(loads, name), loads, None, 1, 30)
         item = replay(("home", HomePlanner(8, 8)), made, loads, first, 1, 30, ["quota"])[0]
         seconds.append(link.net_seconds(item)[0] - link.batch_seconds(item)[0])
     assert seconds[1] - seconds[0] > 1e-4
@@ -81,7 +81,7 @@ def test_without_a_policy_to_judge_it_says_so():
     assert judge(hot(), forecaster=Oracle)["why"] == "no policy with replicas and a forecast was replayed"
 
 
-def test_waking_an_expert_counts():
+def test_the_overhead_of_an_active_expert_counts():
     calm = judge(hot(), Hardware(1e6, 1e4, 1e12, expert_overhead_tokens=0))["net_gain"]
     assert judge(hot(), Hardware(1e6, 1e4, 1e12, expert_overhead_tokens=1000))["net_gain"] < calm
 

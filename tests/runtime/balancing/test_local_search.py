@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.balancing.local_search import improve
+from runtime.balancing.water_filling import score, start
+
+
+def one_layer(seed, devices, homes_each, replicas_each, scenarios):
+    """Empty slots `[1, R]`, homes `[1, E]`, loads `[1, E, K]` in units of the mean device load, weights `[K]`."""
+    rng = np.random.default_rng(seed)
+    experts = devices * homes_each
+    load = rng.zipf(1.5, (experts, scenarios)).clip(max=300).astype(np.float32)
+    load *= devices / load.sum(0)
+    held = np.full((1, devices * replicas_each), -1)
+    weight = np.full(scenarios, 1 / scenarios, dtype=np.float32)
+    return held, np.repeat(np.arange(devices), homes_each)[None], load[None], weight
+
+
+def search(held, home, load, weight, price=0.001, most=None, factor=None):
+    devices = int(home.max()) + 1
+    factor = np.ones((devices, devices), dtype=np.float32) if factor is None else factor
+    prices = np.full(len(held), price, dtype=np.float32)
+    return improve(held, home, load, weight, prices, factor, held.shape[1] if most is None else most)
+
+
+layers = st.builds(
+    one_layer,
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([2, 4, 8]),
+    st.integers(2, 6),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+
+
+@given(layers, st.sampled_from([0.0, 0.001, 0.05]))
+@settings(deadline=None, max_examples=100)
+def test_every_change_saves_more_than_its_price_and_the_gain_is_the_score_saved(layer, price):
+    held, home, load, weight = layer
+    devices = int(home.max()) + 1
+    improved, gain = search(held, home, load, weight, price)
+    changes = int((improved != held).sum())
+    assert gain[0] >= changes * price
+    before = score(start(held[0], home[0], load[0], devices).load, weight)
+    after = score(start(improved[0], home[0], load[0], devices).load, weight)
+    assert before - after == pytest.approx(gain[0], abs=0.05)  # the search relaxes from one split to the next
+    if changes == 0:
+        assert (gain == 0).all()
+
+
+@given(layers)
+@settings(deadline=None, max_examples=60)
+def test_no_copy_lies_beside_its_home_or_twice_on_a_device(layer):
+    held, home, load, weight = layer
+    devices = int(home.max()) + 1
+    improved, _ = search(held, home, load, weight)
+    for device, block in enumerate(improved[0].reshape(devices, -1)):
+        copies = block[block >= 0]
+        assert len(set(copies.tolist())) == copies.size
+        assert (home[0][copies] != device).all()
+
+
+@given(layers, st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_no_more_slots_change_than_allowed(layer, most):
+    held, home, load, weight = layer
+    improved, _ = search(held, home, load, weight, most=most)
+    assert (improved != held).sum() <= most
+
+
+def test_a_second_search_continues_from_the_first():
+    held, home, load, weight = one_layer(3, 8, 8, 2, 4)
+    first, saved = search(held, home, load, weight, most=2)
+    second, more = search(first, home, load, weight)
+    assert saved[0] > 0
+    assert more[0] > 0
+    assert (second != first).any()
+
+
+def test_layers_are_searched_apart():
+    one, two = one_layer(1, 4, 4, 1, 2), one_layer(2, 4, 4, 1, 2)
+    both = [np.concatenate(pair) for pair in zip(one[:3], two[:3], strict=True)]
+    together, gain = search(*both, one[3])
+    for i, layer in enumerate((one, two)):
+        alone, own = search(*layer)
+        assert (together[i] == alone[0]).all()
+        assert gain[i] == own[0]
+
+
+def test_a_copy_that_costs_too_much_on_one_device_goes_to_another():
+    home = np.repeat(np.arange(4), 2)[None]
+    load = np.full((1, 8, 1), 0.3, dtype=np.float32)
+    load[0, 0] = 2.2
+    factor = np.ones((4, 4), dtype=np.float32)
+    factor[0, 1] = 1000  # from device 0 to device 1
+    held, weight = np.full((1, 4), -1), np.ones(1, dtype=np.float32)
+    assert search(held, home, load, weight, price=0.01, most=1)[0].tolist() == [[-1, 0, -1, -1]]
+    assert search(held, home, load, weight, price=0.01, most=1, factor=factor)[0].tolist() == [[-1, -1, 0, -1]]
+
+
+def test_a_level_load_changes_nothing():
+    home = np.repeat(np.arange(4), 2)[None]
+    held, weight = np.full((1, 4), -1), np.ones(1, dtype=np.float32)
+    improved, gain = search(held, home, np.full((1, 8, 1), 0.5, dtype=np.float32), weight)
+    assert (improved == held).all()
+    assert gain.tolist() == [0]
