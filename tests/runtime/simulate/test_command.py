@@ -100,12 +100,13 @@ def test_from_python_an_array_gives_the_same_report_as_the_command_and_writes_no
     assert verdict["switch_on"] == "Balancer(8, 16, 'last') with split_by_quota"
 
 
-def test_max_moves_bounds_the_moves_of_a_step(tmp_path, monkeypatch, capsys):
-    arguments = ("--planner", "home", "--split", "quota", "--forecast", "last", "--out", tmp_path)
+def test_max_moves_bounds_the_moves_of_a_step():
     balance = []
     for most in (1, 4, None):
-        limit = () if most is None else ("--max-moves", most)
-        report = simulate(monkeypatch, capsys, RECORDED / "gptoss20b.npz", *arguments, *limit)
+        report = compare_policies(
+            RECORDED / "gptoss20b.npz", forecasts=["last"], planners=["home"], splits=["quota"], hardware=HARDWARE,
+            max_moves=most,
+        )  # fmt: skip
         result = report["results"][0]
         assert report["max_moves"] == most
         assert most is None or result["moves_per_layer"] * 4 <= most  # 4 layers
