@@ -91,6 +91,8 @@ class StoredTrace:
     path: Path
     layout: MoELayout
     about: dict[str, Any]
+    only: str | None = None
+    """Split whose batches `traces` reads; None reads all batches."""
 
     @property
     def num_batches(self) -> int:
@@ -112,8 +114,11 @@ class StoredTrace:
         if self.about["granularity"] != "tokens":
             raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
         schema = sequence_schema(self.layout, bool(self.about.get("probabilities")), self.about.get("top", 0))
+        splits = self.splits
         for path, table in self._tables(schema):
             for number, rows in _by_batch(table):
+                if self.only not in (None, splits[number]):
+                    continue
                 try:
                     yield self._batch(number, rows)
                 except ValueError as error:

@@ -1,4 +1,4 @@
-"""A predictor folder: what it gives back, and what it refuses."""
+"""A predictor folder: round trip, refusals, and what loading it imports."""
 
 import json
 import subprocess
