@@ -1,4 +1,4 @@
-"""ModelWeights: the tensors of a model's safetensors files, read one at a time; where those files come from."""
+"""ModelWeights: reads single tensors of a model's safetensors files, bundled, local or on the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from data.files import read_json
 
 BUNDLED = "switch-mini-64"
-"""Name of the model that comes with this package; see data/bundled/switch-mini-64/README.md."""
+"""Name of the model that this package contains (data/bundled/switch-mini-64/README.md)."""
 
 
 def locate(model: str) -> str:
-    """The folder of the bundled model or a local folder as a path; anything else is taken for a hub id.
+    """Returns the folder of the bundled model or of a local model; a hub id is returned as it is.
 
     Raises:
-        ValueError: If `model` looks like a path and no folder is there.
+        ValueError: If `model` is neither a folder nor a hub id.
     """
     if model == BUNDLED:
         return str(Path(__file__).parents[1] / "bundled" / BUNDLED)
@@ -29,28 +29,35 @@ def locate(model: str) -> str:
 
 
 def model_file(model: str, revision: str, name: str) -> Path:
-    """A file of the model, downloaded if it is on the hub.
+    """Path of a file of the model; a hub model's file is downloaded.
 
     Raises:
         FileNotFoundError: If the model's folder has no such file.
-        ValueError: If the hub does not give it.
+        ValueError: If the file cannot be downloaded.
     """
-    from huggingface_hub import hf_hub_download  # only here: local folders load without it
-
     place = locate(model)
-    path = Path(place) / name if Path(place).is_dir() else None
-    try:
-        path = path or Path(hf_hub_download(place, name, revision=revision or None))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{model} is no local folder and could not be had from the hub ({reason})") from None
+    if not Path(place).is_dir():
+        return _download(place, name, revision)
+    path = Path(place) / name
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; {model} is no model folder with {name}")
+        raise FileNotFoundError(f"{path} does not exist; expected a model folder with {name}")
     return path
 
 
+def _download(model: str, name: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download  # only here: local folders do not need it
+
+    try:
+        return Path(hf_hub_download(model, name, revision=revision or None))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{model} is not a local folder and {name} was not downloaded from the hub ({reason})"
+        ) from None
+
+
 def _shards(index: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
+    """Reads the name of the file that holds each tensor."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files; it was edited or damaged")
@@ -58,14 +65,14 @@ def _shards(index: Path) -> dict[str, str]:
 
 
 class ModelWeights:
-    """Tensors by name; of each file only what is asked for is read.
+    """A model's weights, read by tensor name; the rest of a file is not read.
 
     Args:
         model: `BUNDLED`, a local folder, or a hub id.
         revision: Revision of a hub model.
 
     Attributes:
-        files: The file that holds each tensor.
+        files: Path of the file that holds each tensor.
 
     Raises:
         ValueError: If the model has no safetensors weights or they are damaged.
@@ -85,10 +92,10 @@ class ModelWeights:
             raise ValueError(f"the weights of {model} cannot be read: {error}") from None
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored.
+        """Reads one tensor in the dtype it is stored in.
 
         Raises:
-            ValueError: If there is none of that name, or its file is damaged.
+            ValueError: If no tensor has that name, or its file is damaged.
         """
         if name not in self.files:
             raise ValueError(f"{self.model} has no weights named {name}")

@@ -114,8 +114,8 @@ class StoredTrace:
         if self.about["granularity"] != "tokens":
             raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
         schema = sequence_schema(self.layout, bool(self.about.get("probabilities")), self.about.get("top", 0))
-        splits = self.splits
         for path, table in self._tables(schema):
+            splits = self.splits
             for number, rows in _by_batch(table):
                 if self.only not in (None, splits[number]):
                     continue

@@ -10,12 +10,15 @@ Shape suffixes: K past batches, N training batches, L MoE layers, E logical expe
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.arrays import FloatArray, IntArray
-from data.traces.trace import TokenBatch
 from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
+
+if TYPE_CHECKING:  # it imports torch
+    from data.traces.trace import TokenBatch
 
 SPREAD_STEPS = 8
 """Most recent differences between consecutive batches from which `LastBatch` estimates its spread."""
@@ -31,7 +34,7 @@ class Uniform:
     num_experts: int
     name: str = "uniform"
 
-    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+    def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         tokens = history[-1].sum(-1) if len(history) else np.zeros(self.num_layers)
         load = np.repeat(tokens[:, None] / self.num_experts, self.num_experts, axis=1)
         return forecast_from_load(load, made_at=len(history), source=self.name)
@@ -44,7 +47,7 @@ class Stationary:
     load: FloatArray
     name: str = "stationary"
 
-    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+    def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         return forecast_from_load(self.load, made_at=len(history), source=self.name)
 
 
@@ -54,7 +57,7 @@ class LastBatch:
 
     name: str = "last"
 
-    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+    def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         history = at_least_one(history, self.name)
         steps = share_of(history[-SPREAD_STEPS - 1 :])
         spread = _deviation(steps[1:], steps[:-1], np.ones(len(steps) - 1)) if len(steps) > 1 else steps[-1]
@@ -67,7 +70,7 @@ class RunningMean:
 
     name: str = "mean"
 
-    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+    def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         history = at_least_one(history, self.name)
         return _average(history, np.ones(len(history)), self.name)
 
@@ -82,7 +85,7 @@ class Ema:
     rate: float = 0.3
     name: str = "ema"
 
-    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+    def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         history = at_least_one(history, self.name)
         age = np.arange(len(history))[::-1].astype(np.float64)
         return _average(history, (1 - self.rate) ** age, self.name)
@@ -112,7 +115,7 @@ class Oracle:
     loads: IntArray
     name: str = "oracle"
 
-    def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
+    def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         return forecast_from_load(self.loads[len(history)].astype(np.float64), made_at=len(history), source=self.name)
 
 
