@@ -1,11 +1,11 @@
-"""What a forecast costs beside the model it is for: milliseconds for one batch of 16 sequences of 128 tokens.
+"""Cost of a forecast relative to the model: milliseconds for one batch of 16 sequences of 128 tokens.
 
     python -m benchmarks.forecast_cost
 
-Two pairs, each timed in turn on the same threads: the encoder of switch-base-8's geometry and the predictor of
-configs/switch_base_8.yaml (both with random weights, which cost the same as trained ones), and the bundled model's
-encoder with the predictor of configs/default.yaml. The encoder alone is the strict comparison: a whole forward costs
-more. Prints a table and, as the last line, one JSON document.
+Two pairs of model and predictor, timed in turn on the same threads: an encoder with the geometry of switch-base-8 and
+the predictor of configs/switch_base_8.yaml (both with random weights, which cost the same as trained ones), and the
+bundled model's encoder and the predictor of configs/default.yaml. The forecast is compared with the encoder alone,
+because a complete forward pass costs more. Prints a table and, as the last line, one JSON document.
 """
 
 import json
@@ -40,7 +40,7 @@ BASE_8 = SwitchTransformersConfig(
 
 
 def base_8() -> tuple[Any, MoELayout]:
-    """The encoder of switch-base-8's geometry, and the layout of the whole model."""
+    """An encoder with the geometry of switch-base-8, and the layout of the whole model."""
     blocks = range(1, 12, 2)
     layers = tuple((stack, block) for stack in ("encoder", "decoder") for block in blocks)
     layout = MoELayout("switch-base-8", "", layers, 8, 64, BASE_8.d_model, BASE_8.d_ff, BASE_8.vocab_size)
@@ -48,7 +48,7 @@ def base_8() -> tuple[Any, MoELayout]:
 
 
 def forecaster(layout: MoELayout, config: str) -> NeuralForecaster:
-    """A predictor with random weights, of the architecture that a configuration names."""
+    """A predictor with random weights and the architecture of a configuration file."""
     settings = yaml.safe_load((CONFIGS / config).read_text())["model"]["architecture"]
     known = Familiarity(torch.ones(layout.vocab_size, dtype=torch.bool), 1.0)
     table = torch.randn(layout.vocab_size, layout.d_model)
@@ -57,7 +57,7 @@ def forecaster(layout: MoELayout, config: str) -> NeuralForecaster:
 
 
 def milliseconds(calls: list[Callable[[], Any]]) -> list[list[float]]:
-    """Times of each call, `[calls][PAIRS]`; the calls take turns, so that a busy machine slows all of them alike."""
+    """Durations of each call, `[calls][PAIRS]`; the calls alternate, so that a busy machine slows all equally."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(WARM + PAIRS):
         for call, kept in zip(calls, times, strict=True):
@@ -68,7 +68,7 @@ def milliseconds(calls: list[Callable[[], Any]]) -> list[list[float]]:
 
 
 def compare(name: str, encoder: Any, layout: MoELayout, config: str) -> dict[str, Any]:
-    """One pair: medians, quartiles, and the forecast's share of the encoder's time."""
+    """One pair: medians and quartiles of both, and of the forecast in percent of the encoder."""
     predictor = forecaster(layout, config)
     ids = torch.randint(layout.vocab_size, (SEQUENCES, LENGTH))
     tokens = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))

@@ -75,17 +75,30 @@ class NeuralForecaster:
             TypeError: If `upcoming` is neither a `TokenBatch` nor the output of a tokenizer.
             ValueError: If sequences are not padded, a token id has no embedding, or the history is of another model.
         """
-        made_at = 0 if history is None else len(history)
+        return self.forecast_and_logits(upcoming, history)[0]
+
+    def forecast_and_logits(
+        self,
+        upcoming: TokenBatch | Mapping[str, Any] | None,
+        history: IntArray | Tensor | Sequence[Any] | None = None,
+    ) -> tuple[LoadForecast, Tensor | None]:
+        """The forecast, and the logits behind it over the experts of each token, `[B, T, L_enc, E]`.
+
+        Arguments and errors are those of `forecast`. The logits are None if no tokens are known.
+        """
         past_KLE = self._past(history)
+        logits: Tensor | None = None
         tokens = None if upcoming is None else TokenBatch.of(upcoming)
-        load, square = (
-            self._from_tokens(tokens, past_KLE)
-            if tokens is not None and tokens.num_tokens
-            else self._weighted(past_KLE)
-        )
+        if tokens is not None and tokens.num_tokens:
+            prediction = self.predict(tokens, past_KLE)
+            load, square = self._from_prediction(prediction, tokens, past_KLE)
+            logits = prediction.token_logits
+        else:
+            load, square = self._weighted(self.estimate(None, past_KLE), known=False)
         total = load.sum(-1, keepdim=True).clamp(min=1e-9)
         spread = (square.sqrt() / total).double().numpy()
-        return forecast_from_load(load.double().numpy(), made_at=made_at, source=self.name, spread=spread)
+        made_at = 0 if history is None else len(history)
+        return forecast_from_load(load.double().numpy(), made_at=made_at, source=self.name, spread=spread), logits
 
     def _past(self, history: IntArray | Tensor | Sequence[Any] | None) -> Tensor:
         """The last `WINDOW` past loads, float32 `[K, L, E]`."""
@@ -104,13 +117,13 @@ class NeuralForecaster:
             raise ValueError(f"{expected}, got shape {[len(history), *past.shape[1:]]}")
         return past.to("cpu", torch.float32)
 
-    def _from_tokens(self, upcoming: TokenBatch, past_KLE: Tensor) -> tuple[Tensor, Tensor]:
+    def _from_prediction(self, prediction: Prediction, upcoming: TokenBatch, past_KLE: Tensor) -> tuple[Tensor, Tensor]:
         """Load and its squared error, `[L, E]`: the network's, mixed with history's if the text is unfamiliar."""
-        load, square = self._weighted(past_KLE, upcoming)
+        load, square = self._weighted(self._estimate(prediction, past_KLE), known=True)
         trust = 1.0 if self.familiarity is None or not len(past_KLE) else self.familiarity.trust(upcoming)
         if trust == 1.0:
             return load, square
-        history, history_square = self._weighted(past_KLE)
+        history, history_square = self._weighted(self.estimate(None, past_KLE), known=False)
         factor = load.sum(-1, keepdim=True) / history.sum(-1, keepdim=True).clamp(min=1e-9)
         history = history * factor
         # the variance of a mixture is the mean of the variances plus the variance of the means
@@ -118,18 +131,19 @@ class NeuralForecaster:
         mixed_square = trust * square + (1 - trust) * factor**2 * history_square + between
         return trust * load + (1 - trust) * history, mixed_square
 
-    def _weighted(self, past_KLE: Tensor, upcoming: TokenBatch | None = None) -> tuple[Tensor, Tensor]:
-        """Load and its squared error, `[L, E]`."""
-        load, terms = self.estimate(upcoming, past_KLE)
-        return load, torch.einsum("ls,sle->le", self.spread[1 if upcoming is None else 0], terms)
+    def _weighted(self, estimate: Estimate, known: bool) -> tuple[Tensor, Tensor]:
+        """Load and its squared error, `[L, E]`, of an estimate with tokens known or unknown."""
+        return estimate.load, torch.einsum("ls,sle->le", self.spread[0 if known else 1], estimate.terms)
 
     def estimate(self, upcoming: TokenBatch | None, past_KLE: Tensor) -> Estimate:
         """The load, from tokens if they are given, and the terms of its squared error."""
+        return self._estimate(None if upcoming is None else self.predict(upcoming, past_KLE), past_KLE)
+
+    def _estimate(self, prediction: Prediction | None, past_KLE: Tensor) -> Estimate:
         from_past, variance = self.from_history(past_KLE)
-        if upcoming is None:
+        if prediction is None:
             load, other = from_past, past_KLE[-1] if len(past_KLE) else from_past
         else:
-            prediction = self.predict(upcoming, past_KLE)
             load, variance = prediction.load, prediction.variance
             other = from_past if len(past_KLE) else load
         other = other * load.sum(-1, keepdim=True) / other.sum(-1, keepdim=True).clamp(min=1e-9)
@@ -161,11 +175,6 @@ class NeuralForecaster:
         share = self.network.history.share(past_KLE)
         load = share * past_KLE[-1].sum(-1, keepdim=True)
         return load, load * (1 - share)
-
-    def route(self, upcoming: TokenBatch) -> Tensor:
-        """The most likely expert of each token in each encoder layer, int64 `[L_enc, B, T]`."""
-        none = torch.zeros(0, self.layout.num_layers, self.layout.num_experts)
-        return self.predict(upcoming, none).token_logits.argmax(-1).permute(2, 0, 1)
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder that `predictor.load_predictor` reads."""

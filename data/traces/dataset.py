@@ -136,12 +136,11 @@ class TraceSamples(IterableDataset[TraceSample]):
 
     def _in_order(self, shards: list[int] | None = None) -> Iterator[TraceSample]:
         about = self.trace.about
-        starts = np.cumsum([0] + [shard["batches"] for shard in about["shards"]])
         for number in range(len(about["shards"])) if shards is None else shards:
-            alone = replace(self.trace, about=about | {"shards": [about["shards"][number]]})
-            for step, trace in enumerate(alone.traces(), start=int(starts[number])):
-                if trace.split == self.split:
-                    yield TraceSample(trace, self.loads[step], self.loads[max(step - self.window, 0) : step])
+            alone = replace(self.trace, about=about | {"shards": [about["shards"][number]]}, only=self.split)
+            for trace in alone.traces():
+                step = trace.batch
+                yield TraceSample(trace, self.loads[step], self.loads[max(step - self.window, 0) : step])
 
     def _shuffled(self, epoch: int) -> Iterator[TraceSample]:
         rng = np.random.default_rng((self.seed, epoch))

@@ -94,6 +94,8 @@ class StoredTrace:
     path: Path
     layout: MoELayout
     about: dict[str, Any]
+    only: str | None = None
+    """Split whose batches `traces` reads; None reads all batches."""
 
     @property
     def num_batches(self) -> int:
@@ -116,7 +118,10 @@ class StoredTrace:
             raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
         schema = sequence_schema(self.layout, self.about.get("top", 0))
         for path, table in self._tables(schema):
+            splits = self.splits
             for number, rows in _by_batch(table):
+                if self.only not in (None, splits[number]):
+                    continue
                 try:
                     yield self._batch(number, rows)
                 except ValueError as error:

@@ -20,7 +20,7 @@ from data.arrays import FloatArray, IntArray
 from data.traces.loads import share_of
 from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
 
-if TYPE_CHECKING:  # history needs no torch
+if TYPE_CHECKING:  # it imports torch
     from data.traces.trace import TokenBatch
 
 SPREAD_STEPS = 8

@@ -5,17 +5,20 @@ Shape suffixes: N batches, L MoE layers, E logical experts.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
-from data.arrays import FloatArray, IntArray
+from torch import Tensor
+
+from data.arrays import IntArray
 from data.datamodule import RouterTraceModule
 from data.traces.dataset import TraceSample
+from data.traces.trace import RouterTrace, TokenBatch
 from predictor.baselines.history import Ema, LastBatch, Oracle, Stationary, Uniform
 from predictor.baselines.ridge import RidgeForecaster
 from predictor.baselines.token_table import TokenTable
 from predictor.evaluation.metrics import token_top1
 from predictor.evaluation.scores import Scores
-from predictor.forecast import Forecaster, LoadForecast
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory
+from predictor.forecaster import NeuralForecaster
 
 BalancednessOf = Callable[[LoadForecast, IntArray, IntArray], float]
 """Balancedness of a batch: its forecast, its load `[L, E]` and the loads before it `[K, L, E]` in; keeps its plan."""
@@ -64,11 +67,11 @@ def compare_forecasters(
         for forecaster in forecasters:
             scores = stream.setdefault(forecaster.name, Scores())
             started = time.perf_counter()
-            forecast = forecaster.forecast(sample.trace.tokens, data.loads[:step])
+            forecast, logits = forecast_and_logits(forecaster, sample.trace.tokens, data.loads[:step])
             scores.milliseconds.append(1e3 * (time.perf_counter() - started))
             scores.add(forecast, data.loads[step])
-            if (right := _top1(forecaster, sample)) is not None:
-                scores.token_top1.append(right)
+            if (chosen := chosen_experts(forecaster, sample.trace, logits)) is not None:
+                scores.token_top1.append(token_top1(chosen, sample.trace.encoder_experts).double().numpy())
             for count, new in (new_balancers or {}).items():
                 key = (sample.trace.phase, forecaster.name, count)
                 balancer = balancers.get(key) or balancers.setdefault(key, new())
@@ -94,11 +97,19 @@ def test_steps(data: RouterTraceModule) -> Iterable[tuple[int, TraceSample]]:
     return ((step, sample) for step, sample in zip(steps, data.samples("test"), strict=True) if step > 0)
 
 
-def _top1(forecaster: Any, sample: TraceSample) -> FloatArray | None:
-    """Token top-1 of each encoder layer, `[L_enc]`; None for a forecaster of loads alone, 1 for the oracle."""
-    experts = sample.trace.encoder_experts
+def forecast_and_logits(
+    forecaster: Forecaster, upcoming: TokenBatch, history: LoadHistory
+) -> tuple[LoadForecast, Tensor | None]:
+    """The forecast, and the logits `[B, T, L_enc, E]` of a network, so that it runs once for both."""
+    if isinstance(forecaster, NeuralForecaster):
+        return forecaster.forecast_and_logits(upcoming, history)
+    return forecaster.forecast(upcoming, history), None
+
+
+def chosen_experts(forecaster: Forecaster, trace: RouterTrace, logits: Tensor | None) -> Tensor | None:
+    """The expert predicted for each token, `[L_enc, B, T]`; None if the forecaster predicts loads only."""
     if isinstance(forecaster, Oracle):
-        return token_top1(experts, experts).double().numpy()
-    if not hasattr(forecaster, "route"):
-        return None
-    return token_top1(forecaster.route(sample.trace.tokens), experts).double().numpy()
+        return trace.encoder_experts
+    if isinstance(forecaster, TokenTable):
+        return forecaster.route(trace.tokens)
+    return None if logits is None else logits.argmax(-1).permute(2, 0, 1)

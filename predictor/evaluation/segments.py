@@ -13,7 +13,7 @@ import torch
 from data.datamodule import RouterTraceModule
 from data.traces.dataset import part, sequence_loads
 from predictor.baselines.token_table import TokenTable
-from predictor.evaluation.comparison import Track, test_steps
+from predictor.evaluation.comparison import Track, chosen_experts, forecast_and_logits, test_steps
 from predictor.evaluation.metrics import load_tv, token_top1
 from predictor.evaluation.scores import Scores
 from predictor.forecaster import NeuralForecaster
@@ -38,12 +38,13 @@ def segment_errors(
             truth = sequence_loads(piece, layout)[:, :split].sum(0).float()
             for forecaster in forecasters:
                 past = data.loads[:0] if isinstance(forecaster, NeuralForecaster) else data.loads[:step]
-                load = torch.from_numpy(forecaster.forecast(piece.tokens, past).load[:split]).float()
+                forecast, logits = forecast_and_logits(forecaster, piece.tokens, past)
+                load = torch.from_numpy(forecast.load[:split]).float()
                 its = scores[str(segment)][forecaster.name]
                 its.load_tv.append(load_tv(load, truth).numpy())
-                its.token_top1.append(
-                    token_top1(forecaster.route(piece.tokens), piece.encoder_experts).double().numpy()
-                )
+                chosen = chosen_experts(forecaster, piece, logits)
+                if chosen is not None:
+                    its.token_top1.append(token_top1(chosen, piece.encoder_experts).double().numpy())
     seen = {segment for sample in data.samples("train") for segment in sample.trace.segments}
     return {
         segment: {"seen": segment in seen} | {name: _figures(its) for name, its in forecast.items()}

@@ -1,4 +1,4 @@
-"""Metrics on cases whose answer is known."""
+"""Metrics on cases whose value is known."""
 
 import numpy as np
 import pytest
