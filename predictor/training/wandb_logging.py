@@ -36,11 +36,16 @@ def wandb_logger(trainer: Trainer) -> WandbLogger | None:
     return next(loggers, None) if trainer.is_global_zero else None
 
 
-def name_run(predictor: Path, architecture: Architecture, resumed: str | None) -> None:
+def name_run(trainer: Trainer, predictor: Path, architecture: Architecture, resumed: str | None) -> None:
     """Names the W&B run that is about to start, and gives it the id of the run that is resumed."""
+    if wandb_logger(trainer) is None:
+        return
+    import wandb
+
     os.environ["WANDB_NAME"] = f"{predictor.name} {architecture.cell}-{architecture.depth}x{architecture.width}"
     if resumed:
         os.environ |= {"WANDB_RUN_ID": resumed, "WANDB_RESUME": "allow"}
+    wandb.setup()  # reads WANDB_SILENT, which init does only after its first warnings
 
 
 def track_settings(trainer: Trainer, settings: dict[str, Any]) -> str | None:
