@@ -5,6 +5,7 @@ loggers are left alone.
 """
 
 import io
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def name_run(trainer: Trainer, predictor: Path, architecture: Architecture, resu
     os.environ["WANDB_NAME"] = f"{predictor.name} {architecture.cell}-{architecture.depth}x{architecture.width}"
     if resumed:
         os.environ |= {"WANDB_RUN_ID": resumed, "WANDB_RESUME": "allow"}
-    wandb.setup()  # reads WANDB_SILENT, which init does only after its first warnings
+    wandb.termsetup(wandb.Settings(silent=True), logging.getLogger("wandb"))  # init warns before it reads WANDB_SILENT
 
 
 def track_settings(trainer: Trainer, settings: dict[str, Any]) -> str | None:
