@@ -4,7 +4,6 @@ Every predictor has a run of its own, named after its folder; a resumed training
 loggers are left alone.
 """
 
-import io
 import logging
 import os
 from pathlib import Path
@@ -21,8 +20,7 @@ from data.traces.store import TRACE_JSON
 from predictor.baselines.history import Ema, LastBatch
 from predictor.evaluation.comparison import Ladder
 from predictor.evaluation.metrics import load_tv
-from predictor.evaluation.plots import to_png
-from predictor.evaluation.report import details, figures, layer_rows, summarise
+from predictor.evaluation.report import details, layer_rows, summarise
 from predictor.evaluation.tables import CAPTIONS
 from predictor.network import Architecture
 
@@ -119,7 +117,6 @@ def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], fold
     if (logger := wandb_logger(trainer)) is None:
         return
     import wandb
-    from PIL import Image
 
     run = logger.experiment
     rows = [
@@ -130,8 +127,8 @@ def track_results(trainer: Trainer, ladder: Ladder, layer_names: list[str], fold
     columns = [f"{metric}{end}" for metric in CAPTIONS for end in ("", "_low", "_high")]
     run.log({"tables/ladder": wandb.Table(["stream", "forecaster", *columns], rows)})
     run.log({"tables/layers": wandb.Table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names))})
-    for name, figure in figures(ladder, layer_names).items():
-        run.log({f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(to_png(figure))))})
+    for picture in sorted(folder.glob("*.png")):  # drawn once, for the report
+        run.log({f"pictures/{picture.stem}": wandb.Image(str(picture))})
     for stream, forecasters in summarise(ladder).items():
         for name, values in forecasters.items():
             chosen = {metric: value for metric, value in values.items() if metric.startswith(SUMMARISED)}
