@@ -100,7 +100,7 @@ def train(cli: TrainCLI, run_log: RunLog) -> dict[str, Any] | None:
     run = RunFolder(folder, trainer)
     checkpoint, wandb_run = run.checkpoint(config["ckpt_path"], model)
     run_log.write_to(run.log)
-    name_run(folder, model.architecture, wandb_run)
+    name_run(trainer, folder, model.architecture, wandb_run)
     with run.interruptible():
         address = track_settings(trainer, config.as_dict() | {"git_revision": git_revision()})
         log.info("training; checkpoints and log are in %s%s", run.path, f", curves at {address}" * bool(address))

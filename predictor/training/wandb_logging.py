@@ -4,7 +4,7 @@ Every predictor has a run of its own, named after its folder; a resumed training
 loggers are left alone.
 """
 
-import io
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from lightning.pytorch.loggers import WandbLogger
 
 from data.datamodule import RouterTraceModule
 from data.files import sha256
-from data.style import to_png
 from data.traces.store import TRACE_JSON
 from predictor.baselines.history import Ema, LastBatch
 from predictor.evaluation.comparison import Comparison
 from predictor.evaluation.metrics import load_tv
-from predictor.evaluation.report import details, figures, layer_rows, summarise
+from predictor.evaluation.report import details, layer_rows, summarise
 from predictor.evaluation.tables import CAPTIONS
 from predictor.network import Architecture
 
@@ -36,11 +35,16 @@ def wandb_logger(trainer: Trainer) -> WandbLogger | None:
     return next(loggers, None) if trainer.is_global_zero else None
 
 
-def name_run(predictor: Path, architecture: Architecture, resumed: str | None) -> None:
+def name_run(trainer: Trainer, predictor: Path, architecture: Architecture, resumed: str | None) -> None:
     """Names the W&B run that is about to start, and gives it the id of the run that is resumed."""
+    if wandb_logger(trainer) is None:
+        return
+    import wandb
+
     os.environ["WANDB_NAME"] = f"{predictor.name} {architecture.cell}-{architecture.depth}x{architecture.width}"
     if resumed:
         os.environ |= {"WANDB_RUN_ID": resumed, "WANDB_RESUME": "allow"}
+    wandb.termsetup(wandb.Settings(silent=True), logging.getLogger("wandb"))  # init warns before it reads WANDB_SILENT
 
 
 def track_settings(trainer: Trainer, settings: dict[str, Any]) -> str | None:
@@ -113,7 +117,6 @@ def track_results(trainer: Trainer, ladder: Comparison, layer_names: list[str], 
     if (logger := wandb_logger(trainer)) is None:
         return
     import wandb
-    from PIL import Image
 
     run = logger.experiment
     rows = [
@@ -124,8 +127,8 @@ def track_results(trainer: Trainer, ladder: Comparison, layer_names: list[str], 
     columns = [f"{metric}{end}" for metric in CAPTIONS for end in ("", "_low", "_high")]
     run.log({"tables/ladder": wandb.Table(["stream", "forecaster", *columns], rows)})
     run.log({"tables/layers": wandb.Table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names))})
-    for name, figure in figures(ladder, layer_names).items():
-        run.log({f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(to_png(figure))))})
+    for picture in sorted(folder.glob("*.png")):  # drawn once, for the report
+        run.log({f"pictures/{picture.stem}": wandb.Image(str(picture))})
     for stream, forecasters in summarise(ladder).items():
         for name, values in forecasters.items():
             chosen = {metric: value for metric, value in values.items() if metric.startswith(SUMMARISED)}

@@ -16,8 +16,9 @@ from data.files import sha256
 from tests.helpers.wandb_file import records
 from tests.predictor.conftest import ROOT
 
-OFFLINE = ["--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.save_dir=outputs",
-           "--trainer.logger.offline=true", "--trainer.log_every_n_steps=1"]  # fmt: skip
+LOGGER = "--trainer.logger"
+OFFLINE = [f"{LOGGER}=lightning.pytorch.loggers.WandbLogger", f"{LOGGER}.name=null", f"{LOGGER}.save_dir=outputs",
+           f"{LOGGER}.offline=true", "--trainer.log_every_n_steps=1"]  # fmt: skip
 
 
 def key_of(item):
