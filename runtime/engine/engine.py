@@ -53,6 +53,8 @@ class Engine:
         num_devices: G, devices that the experts are spread over; under torchrun the number of processes, else 8.
         num_redundant_experts: R, replica slots of each MoE layer over all devices.
         max_moves: Most experts copied before one batch, over all layers; None sets no limit.
+        devices_per_node: Devices that share a fast network; copies and tokens then stay within a node where balance
+            allows it. None means one node.
         homes: Experts in the order of the home slots, `[L, E]`; in their own order by default.
         revision: Revision of a hub model.
         dtype: Data type that a model given by name is loaded in.
@@ -75,6 +77,7 @@ class Engine:
         num_redundant_experts: int = 16,
         *,
         max_moves: int | None = None,
+        devices_per_node: int | None = None,
         homes: IntArray | None = None,
         revision: str = "",
         dtype: Dtype = "float32",
@@ -98,7 +101,8 @@ class Engine:
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
         devices = self.ranks.devices(num_devices)
         self.home = ReplicationPlan.at_home(order, devices, num_redundant_experts)
-        self.planner = HomePlanner(devices, num_redundant_experts, max_moves=max_moves)
+        self.planner = HomePlanner(devices, num_redundant_experts, max_moves, devices_per_node)
+        self.devices_per_node = devices_per_node
         self._open, self._running = False, threading.Lock()
         self._facts = {
             "torch": torch.__version__,
@@ -109,7 +113,7 @@ class Engine:
             "predictor": digest,
             "experts": type(self._weights).__name__,
             "homes and redundant experts": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
-            "max_moves": str(max_moves),
+            "max_moves and devices_per_node": f"{max_moves}, {devices_per_node}",
         } | dict(must_agree or {})
 
     def _load(
@@ -148,7 +152,7 @@ class Engine:
         self.ranks.__enter__()
         try:
             self.ranks.check_alike(self._facts)
-            self.replicated = ReplicatedModel(self.switch, self.home, self.ranks, self._weights)
+            self.replicated = ReplicatedModel(self.switch, self.home, self.ranks, self._weights, self.devices_per_node)
         except BaseException:
             if not isinstance(self._weights, MemoryBudget):
                 self._weights.release()
@@ -190,6 +194,7 @@ class Engine:
                 began = time.perf_counter()
                 preparation = self.controller.commit(wait=first)
                 exposed_ms = 1e3 * (time.perf_counter() - began)
+                self.replicated.follow_plan()  # at once, because reading the next batch may raise
                 upcoming, first = next(queue, None), False
                 if upcoming is not None:
                     self.controller.prepare(upcoming.tokens)
@@ -248,6 +253,7 @@ class Engine:
         with self._running, self.ranks.watched():
             self.controller.prepare(batch.tokens)
             preparation = self.controller.commit(wait=True)
+            self.replicated.follow_plan()
             read = torch.full((len(own.mask),), not idle)
             steps = DecoderSteps(self.replicated, self.controller, replan_every, idle, wanted)
             with self.replicated.batch(own, None, read, preparation is not None), steps:

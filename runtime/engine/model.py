@@ -31,6 +31,7 @@ class ReplicatedModel:
         home: The plan without replicas.
         ranks: The ranks.
         experts: Where weights come from: all of them at once, within a budget, or an open cache, which `close` closes.
+        devices_per_node: Devices that share a fast network; None means one node.
 
     Attributes:
         layers: The slots of every MoE layer, in order.
@@ -47,6 +48,7 @@ class ReplicatedModel:
         home: ReplicationPlan,
         ranks: Ranks,
         experts: ExpertSource | MemoryBudget | ExpertCache,
+        devices_per_node: int | None = None,
     ) -> None:
         self.switch, self._home, self._ranks, self._experts = switch, home, ranks, experts
         self._names = [f"{name}.experts" for name in switch.layout.module_names]
@@ -61,7 +63,7 @@ class ReplicatedModel:
         else:
             slots, self.transfer = self._resident(experts)
         self.layers = [
-            ReplicatedExperts(each, phy2log, ranks, home.num_devices)
+            ReplicatedExperts(each, phy2log, ranks, home.num_devices, devices_per_node)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
         ]
         for name, layer, before in zip(self._names, self.layers, self._before, strict=True):
@@ -121,7 +123,7 @@ class ReplicatedModel:
                 experts.end()
 
     def follow_plan(self) -> None:
-        """Has every layer follow the active plan, within a batch."""
+        """Has every layer follow the active plan; called after every commit, which changes the weights in the slots."""
         for experts, phy2log in zip(self.layers, self.transfer.plan.phy2log, strict=True):
             experts.change_plan(phy2log)
 

@@ -63,6 +63,7 @@ class ReplicatedExperts(nn.Module):
         phy2log: The layer's row of the active plan, `[P]`.
         ranks: The ranks; all have equally many devices.
         num_devices: G, over all ranks.
+        devices_per_node: Devices that share a fast network; the split keeps tokens there. None means one node.
 
     Attributes:
         phy2log: The layer's row of the active plan, `[P]`.
@@ -72,8 +73,16 @@ class ReplicatedExperts(nn.Module):
         waited: Time this process waited for other ranks.
     """
 
-    def __init__(self, slots: Slots, phy2log: IntArray, ranks: Ranks, num_devices: int) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        phy2log: IntArray,
+        ranks: Ranks,
+        num_devices: int,
+        devices_per_node: int | None = None,
+    ) -> None:
         super().__init__()
+        self.devices_per_node = devices_per_node
         self.slots, self.phy2log, self.ranks, self.num_devices = slots, phy2log, ranks, num_devices
         self.waited = Stopwatch(torch.device("cpu"))
         self._needed_T: Tensor | None = None
@@ -139,7 +148,7 @@ class ReplicatedExperts(nn.Module):
 
     def split(self, counts_SE: IntArray) -> IntArray:
         """Tokens from each rank to each slot, `[S, P]`."""
-        return split_by_quota(counts_SE, self.phy2log, self.num_devices)
+        return split_by_quota(counts_SE, self.phy2log, self.num_devices, devices_per_node=self.devices_per_node)
 
     def dispatch_and_combine(
         self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, quota_SP: IntArray, reference_Q: IntArray

@@ -6,6 +6,7 @@ document.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -54,6 +55,7 @@ def infer(
     devices: int | None = None,
     redundant: int = 16,
     max_moves: int | None = None,
+    devices_per_node: int | None = None,
     batches: int = 24,
     batching: BatchingConfig = BatchingConfig(),
     check: bool = True,
@@ -64,6 +66,7 @@ def infer(
     metrics_file: Path | None = None,
     wandb: bool | str = False,
     out: Path = Path("outputs/infer"),
+    details: bool = False,
 ) -> dict[str, Any]:
     """Runs a model over text with its experts replicated over devices, and compares with the plain model.
 
@@ -75,16 +78,18 @@ def infer(
             one after the other.
         redundant: Replica slots of each MoE layer over all devices.
         max_moves: Most experts copied before one batch, over all layers; no limit by default.
+        devices_per_node: Devices that share a fast network, for copies and tokens to stay within; one node by default.
         batches: Most batches to run.
         batching: How text is cut into batches.
-        check: Whether answers are compared with the plain model's, which every process then holds as well.
+        check: Whether outputs are compared with the plain model's, which every process then holds as well.
         device_memory: Bytes that experts may take where they are computed, such as 2GiB; the others are fetched ahead.
         host_memory: Bytes of host memory below that, where computing is done on an accelerator.
-        timeout: Seconds after which a process that does not answer counts as lost.
+        timeout: Seconds after which a process that does not respond counts as lost.
         metrics_port: Port to serve Prometheus metrics on while it runs, at /metrics; 0 takes any free one.
         metrics_file: File to append one JSON line to after every batch.
         wandb: Whether to log every batch to Weights & Biases, or the project to log it to.
         out: Folder for report.json and balancedness.png.
+        details: Whether tables by layer and median times are printed as well.
 
     Raises:
         ValueError: On anything that cannot be used; the message says what to do.
@@ -92,60 +97,64 @@ def infer(
     if batches < 1:
         raise ValueError(f"batches is {batches}; at least 1 is needed")
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
-    first = Ranks(timeout).rank == 0  # it alone serves and writes
+    first = Ranks(timeout).rank == 0  # only this rank exports and writes
     check_folder(out)
-    sinks = (metrics_port, metrics_file, wandb) if first else (None, None, False)
-    with Telemetry(*sinks, out, settings) as telemetry:
+    exporters = (metrics_port, metrics_file, wandb) if first else (None, None, False)
+    with Telemetry(*exporters, out, settings) as telemetry:
         engine = Engine(
-            model, predictor, devices, redundant, max_moves=max_moves, device_memory=device_memory,
-            host_memory=host_memory, timeout_s=timeout,
+            model, predictor, devices, redundant, max_moves=max_moves, devices_per_node=devices_per_node,
+            device_memory=device_memory, host_memory=host_memory, timeout_s=timeout,
             must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
         plain = load_switch(model).model.to(engine.ranks.device) if check else None
         with engine:
-            checks, costs = run(engine, plain, text_batches(engine, text, batching, batches), batches, telemetry)
-            report = summarise(checks, costs, engine)
+            checks, stats = run(engine, plain, text_batches(engine, text, batching, batches), batches, telemetry)
+            report = summarise(checks, stats, engine)
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
         plot(checks, out / "balancedness.png")
-    return report | {"out": str(out), "predictor": None if predictor is None else str(predictor)}
+    report |= {"out": str(out), "predictor": predictor and str(predictor)}
+    if first:
+        show(report, Console(), details)
+    return report
 
 
 def run(
     engine: Engine, plain: Any, stream: Iterator[tuple[str, ModelBatch]], most: int, telemetry: Telemetry
 ) -> tuple[list[BatchCheck], list[BatchStats]]:
-    """Runs and checks every batch.
+    """Runs and verifies every batch.
 
     Raises:
         ValueError: If there is none.
         RankLostError: If another process is gone.
     """
     checks: list[BatchCheck] = []
-    costs: list[BatchStats] = []
+    stats: list[BatchStats] = []
     queue: list[tuple[str, ModelBatch]] = []
-    checker, layers, controller = Verifier(engine, plain), engine.switch.layout.layer_names, engine.controller
+    verifier, layers, controller = Verifier(engine, plain), engine.switch.layout.layer_names, engine.controller
     console = Console(stderr=True, quiet=engine.ranks.rank > 0)
     if telemetry.port is not None:
         console.print(f"metrics: http://localhost:{telemetry.port}/metrics")
 
-    def noted() -> Iterator[ModelBatch]:
+    def queued() -> Iterator[ModelBatch]:
         for phase, batch in stream:
             queue.append((phase, batch))
             yield batch
 
-    for output in track(engine.run(noted()), "inference", total=most, console=console):
+    for output in track(engine.run(queued()), "inference", total=most, console=console):
         with engine.ranks.watched():
             phase, batch = queue.pop(0)
-            checks.append(checker.check(batch, output, phase))
-        costs.append(output.stats)
+            checks.append(verifier.check(batch, output, phase))
+        stats.append(output.stats)
         telemetry.record(layers, output.stats, controller.late, controller.fallbacks)
     if not checks:
         raise ValueError("the text gave no batch; expected at least one usable line")
-    return checks, costs
+    return checks, stats
 
 
 def main() -> None:
     """Command line of `infer`: the result in a frame, then one JSON document."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with user_errors():
             report = from_command_line(infer)
@@ -157,7 +166,6 @@ def main() -> None:
             exit_now(stop.code if isinstance(stop.code, int) else 1)
         raise
     if Ranks().rank == 0:
-        show(report, Console())
         print(json.dumps(report))
 
 

@@ -1,4 +1,4 @@
-"""Verifier: holds each batch the engine ran beside the plain model and beside the oracle."""
+"""Verifier: compares each batch with the plain model, and its balance with the last batch's and the oracle's plan."""
 
 from dataclasses import dataclass
 from typing import Any
