@@ -36,8 +36,8 @@ def test_contract_and_folder(run, layout, trace, upcoming):
     assert {file.name for file in Path(f"{folder}.run").iterdir()} == {"best.ckpt", "last.ckpt", "train.log"}
     printed = [text for text in run.stderr.splitlines() if "━" not in text]
     assert len(printed) <= 13
-    assert printed[0] == f"reusing the trace in {trace}"
-    assert printed[1] == f"training; checkpoints and log are in {folder}.run"
+    assert printed[0] == f"training; checkpoints and log are in {folder}.run"
+    assert printed[1] == f"reusing the trace in {trace}"
     assert printed[3].split()[-4:] == ["balancedness", "(1", "is", "best)"]
     assert printed[4].split()[:2] == ["this", "predictor"]
     assert printed[-1] == f"Next: python -m runtime.infer --model {layout.model_id} --predictor {folder}"
