@@ -21,6 +21,7 @@ from data.models.layout import MoELayout
 from data.models.weights import ModelWeights
 from predictor.familiarity import Familiarity
 from predictor.forecaster import NeuralForecaster
+from predictor.hub import download_predictor, is_hub_id
 from predictor.network import Architecture, LoadNetwork
 
 FORMAT_VERSION = 1
@@ -113,11 +114,8 @@ def load_predictor(
         (3, 8)
     """
     folder = Path(folder_or_hub_id)
-    if not folder.is_dir():
-        from predictor.hub import download_predictor, is_hub_id  # only here: local folders need no hub
-
-        if is_hub_id(folder_or_hub_id):
-            folder = download_predictor(str(folder_or_hub_id), revision)
+    if not folder.is_dir() and is_hub_id(folder_or_hub_id):
+        folder = download_predictor(str(folder_or_hub_id), revision)
     config = read_config(folder)
     trained = MoELayout.from_json(config["layout"])
     if layout is not None and layout.fingerprint() != trained.fingerprint():

@@ -4,7 +4,6 @@ Shape suffixes: V vocabulary, D host width, K past batches, L MoE layers, E logi
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -175,24 +174,3 @@ class NeuralForecaster:
         share = self.network.history.share(past_KLE)
         load = share * past_KLE[-1].sum(-1, keepdim=True)
         return load, load * (1 - share)
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the folder that `predictor.load_predictor` reads."""
-        from predictor.checkpoint import save_predictor  # only here: that module imports this one
-
-        save_predictor(Path(folder), self)
-
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the predictor to the Hugging Face hub, where `load_predictor(repo_id)` finds it.
-
-        Args:
-            repo_id: Repository, "owner/name"; created if it does not exist.
-            private: Whether a new repository is private; None follows the owner's default.
-            token: Access token; None uses the one of `hf auth login`.
-
-        Returns:
-            Address of the commit.
-        """
-        from predictor.hub import upload_predictor  # only here: it needs huggingface_hub
-
-        return upload_predictor(self, repo_id, private=private, token=token)

@@ -1,20 +1,16 @@
 """Predictors on the Hugging Face hub: upload and download of the folder described in docs/checkpoint-format.md.
 
+    upload_predictor("outputs/predictor", "owner/name")
     load_predictor("owner/name")             # predictor.load_predictor downloads it
-    predictor.push_to_hub("owner/name")      # NeuralForecaster.push_to_hub uploads it
 
 huggingface_hub is imported on use, so that local folders load without it.
 """
 
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
-from predictor.checkpoint import CONFIG, WEIGHTS, save_predictor
-
-if TYPE_CHECKING:
-    from predictor.forecaster import NeuralForecaster
+FILES = ("config.json", "model.safetensors", "README.md")
+"""Files of a predictor folder that are on the hub."""
 
 
 def is_hub_id(place: str | Path) -> bool:
@@ -31,7 +27,7 @@ def download_predictor(repo_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # huggingface_hub raises its own errors and those of its HTTP client
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -40,14 +36,23 @@ def download_predictor(repo_id: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def upload_predictor(
-    forecaster: "NeuralForecaster", repo_id: str, *, private: bool | None = None, token: str | None = None
-) -> str:
-    """Uploads weights and configuration of a predictor; returns the address of the commit."""
+def upload_predictor(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Uploads a predictor folder; `load_predictor(repo_id)` finds it there.
+
+    Args:
+        folder: Folder that `train.py` wrote.
+        repo_id: Repository, "owner/name"; created if it does not exist.
+        private: Whether a new repository is private; None follows the owner's default.
+        token: Access token; None uses the one of `hf auth login`.
+
+    Returns:
+        Address of the commit.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="switchcast")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with TemporaryDirectory() as folder:
-        save_predictor(Path(folder), forecaster)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the predictor"))
+    uploaded = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload the predictor"
+    )
+    return str(uploaded)

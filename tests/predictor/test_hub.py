@@ -11,8 +11,9 @@ from huggingface_hub import HfApi
 
 from data.models.weights import ModelWeights
 from predictor import load_predictor
-from predictor.checkpoint import CONFIG, WEIGHTS
+from predictor.checkpoint import CONFIG, WEIGHTS, save_predictor
 from predictor.forecaster import NeuralForecaster
+from predictor.hub import upload_predictor
 from predictor.network import Architecture, LoadNetwork
 from tests.helpers.made_up_trace import EXPERTS
 
@@ -29,9 +30,12 @@ def hub(tmp_path, monkeypatch) -> Path:
     """A folder that stands for the hub's repository owner/name."""
     repository = tmp_path / "hub"
 
-    def upload(self, *, repo_id, folder_path, **_):
+    def upload(self, *, repo_id, folder_path, allow_patterns, **_):
         assert repo_id == "owner/name"
-        shutil.copytree(folder_path, repository)
+        repository.mkdir()
+        for name in allow_patterns:
+            if (folder_path / name).exists():
+                shutil.copy(folder_path / name, repository)
         return f"https://huggingface.co/{repo_id}/commit/1"
 
     def download(repo_id, revision=None, **_):
@@ -45,8 +49,10 @@ def hub(tmp_path, monkeypatch) -> Path:
     return repository
 
 
-def test_an_uploaded_predictor_comes_back(learned, upcoming, hub):
-    assert learned.push_to_hub("owner/name") == "https://huggingface.co/owner/name/commit/1"
+def test_an_uploaded_predictor_comes_back(learned, upcoming, hub, tmp_path):
+    save_predictor(tmp_path / "p", learned)
+    (tmp_path / "p" / "report.html").touch()
+    assert upload_predictor(tmp_path / "p", "owner/name") == "https://huggingface.co/owner/name/commit/1"
     assert {file.name for file in hub.iterdir()} == {CONFIG, WEIGHTS}
     past = np.ones((2, 3, EXPERTS), dtype=int)
     for revision in (None, "v1"):
@@ -55,7 +61,7 @@ def test_an_uploaded_predictor_comes_back(learned, upcoming, hub):
 
 
 def test_a_saved_folder_comes_back(learned, upcoming, tmp_path):
-    learned.save(tmp_path / "p")
+    save_predictor(tmp_path / "p", learned)
     loaded = load_predictor(str(tmp_path / "p"))
     assert np.array_equal(loaded.forecast(upcoming).share, learned.forecast(upcoming).share)
     with pytest.raises(ValueError, match=r"the embedding table is \(3, 2\)"):

@@ -143,12 +143,16 @@ def test_grouped_experts_train_like_the_models_own():
 
 
 def test_a_live_model_is_wrapped_as_it_is():
-    model = small_switch().train()
+    model = small_switch()
     switch = LoadedSwitch.of(model, "its tokenizer")
     assert switch.model is model
-    assert not model.training
     assert switch.tokenizer == "its tokenizer"
     assert switch.layout == MoELayout.from_model(model, "SwitchTransformersForConditionalGeneration")
+
+
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match=r"is in training mode, .*; call model.eval\(\) first$"):
+        LoadedSwitch.of(small_switch().train())
 
 
 def test_a_live_model_keeps_the_name_it_was_loaded_by(switch_folder):

@@ -100,7 +100,7 @@ def test_help_begins_with_what_most_runs_need(run, capsys):
     first = capsys.readouterr().out.partition("All options:")[0]
     assert first.startswith("Trains a predictor of next-batch expert load")
     assert len(first.splitlines()) < 25
-    for option in ("predictor", "overwrite", "data.trace", "data.model", "trainer.max_epochs", "config", "ckpt_path"):
+    for option in ("predictor", "overwrite", "data.model", "trainer.max_epochs", "config", "ckpt_path"):
         assert f" --{option} " in first
 
 

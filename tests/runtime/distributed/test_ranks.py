@@ -99,7 +99,7 @@ def test_two_hundred_batches_under_random_plans_neither_drift_nor_leak():
 
 def shards(rank: int, folder: str) -> tuple[list[int], int]:
     """Number of buffers of each layer, and of expert weights elsewhere in the model."""
-    with Engine.from_pretrained(folder, redundant=4) as engine:
+    with Engine(folder, num_redundant_experts=4) as engine:
         list(engine.run(iter(batches(2))))
         held = [len(experts.slots.wi_NFD) for experts in engine.replicated.layers]
         return held, sum("expert_" in name for name, _ in engine.switch.model.named_parameters())

@@ -29,7 +29,7 @@ def compare_outputs(rank: int, folder: str, experts: int) -> dict[str, object]:
     """Compares logits and greedy text with the unmodified model's; the budget holds `experts` of its 16 experts."""
     plain = load_switch(folder).model
     found: dict[str, object] = {}
-    with Engine.from_pretrained(folder, redundant=4, device_memory=budget(experts)) as engine:
+    with Engine(folder, num_redundant_experts=4, device_memory=budget(experts)) as engine:
         layout = engine.switch.layout
         forecasters = {"none": None, "noise": Noise(layout), "last": LastBatch(), "absurd": Absurd(layout)}
         for name, forecaster in forecasters.items():
@@ -62,9 +62,9 @@ def test_outputs_within_a_budget_equal_the_unmodified_models(switch_folder, worl
 
 def test_a_budget_below_one_expert_is_refused_with_the_smallest_that_works(switch_folder, monkeypatch):
     with pytest.raises(ValueError, match=rf"device_memory is .* too little .* give at least {budget(1)} bytes"):
-        Engine.from_pretrained(str(switch_folder), device_memory=budget(1) - 1).__enter__()
+        Engine(str(switch_folder), device_memory=budget(1) - 1).__enter__()
     monkeypatch.setattr("runtime.offload.memory.free_bytes", lambda: 1000.0)
     with pytest.raises(ValueError, match=r"experts need .*, but only 1000 B are free; lower the memory budget"):
-        Engine.from_pretrained(str(switch_folder), device_memory=budget(2)).__enter__()
+        Engine(str(switch_folder), device_memory=budget(2)).__enter__()
     with pytest.raises(ValueError, match="'lots' is not a number of bytes; write it like 2GiB"):
-        Engine.from_pretrained(str(switch_folder), device_memory="lots").__enter__()
+        Engine(str(switch_folder), device_memory="lots").__enter__()

@@ -176,7 +176,7 @@ def test_a_line_is_whole_or_not_there(switch, tmp_path):
 def test_tiers_are_told_where_experts_do_not_fit(switch_folder, tmp_path):
     file = tmp_path / "metrics.jsonl"
     with Telemetry(port=0, file=file) as telemetry:
-        with Engine.from_pretrained(str(switch_folder), device_memory=budget(4)) as engine:
+        with Engine(str(switch_folder), device_memory=budget(4)) as engine:
             for output in engine.run(iter(batches())):
                 telemetry.record(LAYERS, output.stats)
             counters = engine.replicated.cache.tiers[0].stats
