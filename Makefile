@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PREDICTOR := outputs/predictor
+# Every start would compile thousands of modules anew without their cached bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run test smoke clean
 
