@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data.files import whole_file
-from data.style import human, save, to_png
+from data.style import human, save
 from predictor.baselines.history import LastBatch, Oracle
 from predictor.evaluation.comparison import Comparison
 from predictor.evaluation.plots import calibration_curve, error_panels, heat_maps
@@ -178,7 +178,7 @@ def write_report(folder: Path, title: str, ladder: Comparison, layer_names: list
     pictures = {}
     for name, picture in drawn.items():
         save(picture, folder / f"{name}.png")
-        data = base64.b64encode(to_png(picture)).decode()
+        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         alt = html.escape(alt_text(name, found))
         pictures[name] = f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
     first = ["ladder", f"heat_{telling_stream(found)}", "calibration"]

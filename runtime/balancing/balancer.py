@@ -166,3 +166,11 @@ def _whole_tokens(load: npt.ArrayLike) -> IntArray:
     if array.min() < 0:
         raise ValueError(f"the load holds {array.min()}; tokens cannot be negative")
     return array.astype(np.int64)
+
+
+def compile_kernels() -> None:
+    """Compiles the kernels of planner and split and caches them on disk: some 20 seconds once, none afterwards."""
+    balancer = Balancer(2, 2, "last")
+    for load in np.arange(1, 13).reshape(3, 1, 4):
+        balancer.step(load)
+        balancer.split(0, load[0])
