@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -48,7 +49,15 @@ from runtime.offload.memory import PAGE
 from runtime.offload.policy import LruPolicy, Policy
 from runtime.offload.stats import CacheStats
 
-ARMS = ("all_resident", "lru", "lfu", "last", "cosine", "ours_history", "ours", "oracle")
+POLICIES: dict[str, Callable[[int, int], Policy]] = {
+    "all_resident": LruPolicy,
+    "lru": LruPolicy,
+    "lfu": LfuPolicy,
+    "last": LastBatchPolicy,
+    "cosine": CosinePolicy,
+}
+"""Arms that need only the numbers of layers and experts; a new policy is added here."""
+ARMS = (*POLICIES, "ours_history", "ours", "oracle")
 
 
 class Bench:
@@ -86,8 +95,7 @@ class Bench:
             return OraclePolicy(np.stack(passes) & self.own_E)
         if arm.startswith("ours"):
             return LruFallback(ForecastPolicy(*shape), *shape, buffers)
-        kinds = {"all_resident": LruPolicy, "lru": LruPolicy, "lfu": LfuPolicy, "last": LastBatchPolicy}
-        return kinds.get(arm, CosinePolicy)(*shape)
+        return POLICIES[arm](*shape)
 
     def turn(self, arm: str, budget: float, warm: int, mbps: float | None = None) -> Turn:
         """Runs all batches with one arm's cache."""
@@ -210,6 +218,8 @@ def tiers(
         mbps: Limit of the read speed in MB/s, to find the speed at which prefetch stops paying.
         ranks: Number of processes, which communicate over gloo; each is a device.
     """
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise ValueError(f"unknown arms {', '.join(unknown)}; expected some of {', '.join(ARMS)}")
     if not 0 < budget <= 1 or warm >= per_phase * len(phases):
         raise ValueError(
             f"budget is {budget} and warm is {warm}; expected a budget above 0 and up to 1, "

@@ -1,8 +1,8 @@
 """ForecastPolicy: evicts and prefetches experts by forecasts of their load, weighted by how reliable forecasts are.
 
 `NeedProbability` converts a forecast load into the probability that an expert is needed; it is fitted online. For a
-forecaster that is usually wrong that probability stays below `PREFETCH_THRESHOLD`, so that its forecasts cause no
-prefetches. `LruFallback` switches to least-recently-used while the forecast policy costs more than LRU would.
+forecaster that is usually wrong that probability approaches the frequency of use. `LruFallback` switches to
+least-recently-used while the forecast policy costs more than LRU would.
 
 Shape suffixes: L MoE layers, E logical experts, K features.
 """
