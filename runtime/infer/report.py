@@ -202,7 +202,7 @@ def plot(checks: list[BatchCheck], path: Path) -> None:
         xlabel="batch", ylabel="balancedness", ylim=(min(0.4, lowest - 0.05), 1.02), xlim=(0, max(len(checks) - 1, 1))
     )
     end_labels(axis, ends)
-    title = f"Switchcast balances to {means['replicated']:.2f}, running without replicas to {means['contiguous']:.2f}"
+    title = f"Balancedness {means['replicated']:.2f} with Switchcast, {means['contiguous']:.2f} without replicas"
     note = "mean device load / largest, 1 is perfect; means of all batches; the first has none before it"
     heading(figure, title, note)
     save(figure, path)
