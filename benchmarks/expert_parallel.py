@@ -29,7 +29,7 @@ from rich.table import Table
 from torch.distributed.run import main as torchrun
 
 from benchmarks.support.injected import Stream, Upcoming, recorded, zipf
-from data.arrays import IntArray
+from data.arrays import FloatArray, IntArray
 from data.cli import user_errors
 from predictor.baselines.history import Ema
 from predictor.forecast import forecast_from_load
@@ -39,6 +39,7 @@ from runtime.balancing.planner import HomePlanner
 from runtime.balancing.split import balancedness, split_evenly
 from runtime.distributed.ranks import Ranks
 from runtime.engine.controller import Controller
+from runtime.experts.grouped_mm import measure_overhead
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
@@ -113,7 +114,7 @@ class Arm:
         return split
 
 
-def layer(home: ReplicationPlan, ranks: Ranks) -> ReplicatedExperts:
+def layer(home: ReplicationPlan, ranks: Ranks, overhead: int | str = 0) -> ReplicatedExperts:
     """A layer with random weights on this rank's devices."""
     own = home.num_devices // ranks.world
     devices = range(ranks.rank * own, (ranks.rank + 1) * own)
@@ -121,29 +122,40 @@ def layer(home: ReplicationPlan, ranks: Ranks) -> ReplicatedExperts:
     generator = torch.Generator().manual_seed(ranks.rank)
     weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
     weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
-    return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices)
+    if overhead == "auto":
+        own = measure_overhead(weights.experts[0]) if ranks.rank == 0 else 0
+        overhead = int(ranks.broadcast(np.array([own]))[0])
+    return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices, None, int(overhead))
 
 
-def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks) -> list[Arm]:
-    """All arms. Our homes are balanced over the uncounted steps. Arms that never copy weights share one layer."""
+def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks, overhead: int | str) -> list[Arm]:
+    """All arms. Our homes are balanced over the uncounted steps. Arms that never copy weights share one layer.
+
+    With an overhead, "history" runs a second time right after itself, under a split that counts the overhead.
+    """
     flat = flat_homes(stream.loads[:WARM].mean(0, keepdims=True), home.num_devices)
     ours = ReplicationPlan.at_home(flat, home.num_devices, home.num_redundant_experts)
     shared = layer(home, ranks)
     eplb = Arm("eplb", shared, home, ranks)
     eplb.even = True
+    priced = []
+    if overhead != 0:
+        experts = layer(ours, ranks, overhead)
+        priced = [Arm(f"history, price {experts.expert_overhead_tokens}", experts, ours, ranks, Ema())]
     return [
         Arm("contiguous", shared, home, ranks),
         eplb,
         Arm("history", layer(ours, ranks), ours, ranks, Ema()),
+        *priced,
         Arm("oracle", layer(ours, ranks), ours, ranks, Upcoming()),
         Arm("perfect", shared, home, ranks),
     ]
 
 
 @torch.inference_mode()
-def measure(stream: Stream, home: ReplicationPlan, ranks: Ranks) -> dict[str, Any]:
+def measure(stream: Stream, home: ReplicationPlan, ranks: Ranks, overhead: int | str) -> dict[str, Any]:
     """Runs all arms over all steps, in turn within each."""
-    arms = arms_of(stream, home, ranks)
+    arms = arms_of(stream, home, ranks, overhead)
     console = Console(stderr=True, quiet=ranks.rank > 0)
     torch.manual_seed(ranks.rank)
     for step in track(range(len(stream.loads)), "steps", console=console):
@@ -156,17 +168,28 @@ def measure(stream: Stream, home: ReplicationPlan, ranks: Ranks) -> dict[str, An
             if isinstance(arm.forecaster, Upcoming):
                 arm.forecaster.load = stream.loads[min(step + 1, len(stream.loads) - 1)]
             arm.run(step, hidden, one_hot, weight)
-    return {arm.name: summary(arm, ranks) for arm in arms}
+    times = {arm.name: step_times(arm, ranks) for arm in arms}
+    found = {arm.name: summary(arm, *times[arm.name]) for arm in arms}
+    for name in found:
+        if name.startswith("history, price"):
+            over = times[name][0] / times["history"][0]
+            found[name]["over_history"] = np.quantile(over, [0.25, 0.5, 0.75]).round(3).tolist()
+    return found
 
 
-def summary(arm: Arm, ranks: Ranks) -> dict[str, Any]:
-    """Medians over the counted steps; a step takes as long as its slowest rank or emulated device."""
+def step_times(arm: Arm, ranks: Ranks) -> tuple[FloatArray, FloatArray]:
+    """Milliseconds of the counted steps and, of each, those that devices were busy; the slowest makes the step."""
     kept = arm.steps[WARM:]
     own = torch.tensor([[row["step_ms"], row["waited_ms"], *row["busy_ms"]] for row in kept], dtype=torch.float64)
-    ranks = ranks.gather(own).numpy()  # [S, steps, 2 + devices of a rank]
-    busy = np.concatenate(ranks[:, :, 2:], axis=-1)
+    rows = ranks.gather(own).numpy()  # [S, steps, 2 + devices of a rank]
+    busy = np.concatenate(rows[:, :, 2:], axis=-1)
     emulated = ranks.world == 1 and busy.shape[-1] > 1
-    step = busy.max(-1) if emulated else ranks[:, :, 0].max(0)
+    return busy.max(-1) if emulated else rows[:, :, 0].max(0), busy
+
+
+def summary(arm: Arm, step: FloatArray, busy: FloatArray) -> dict[str, Any]:
+    """Medians over the counted steps."""
+    kept = arm.steps[WARM:]
     low, middle, high = np.quantile(step, [0.25, 0.5, 0.75])
     return {
         "step_ms": round(float(middle), 2),
@@ -192,7 +215,19 @@ def show(found: dict[str, Any], title: str) -> None:
             f"{arm['balancedness']:.3f}", f"{arm['moves']:.1f}", f"{arm['split_ms']:.2f}", f"{arm['prepare_ms']:.1f}",
             f"{arm['exposed_ms']:.2f}",
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table)
+    for name, arm in found.items():
+        if "over_history" in arm:
+            low, middle, high = arm["over_history"]
+            console.print(f"{name} / history, step by step: {middle:.3f} (quartiles {low:.3f} - {high:.3f})")
+
+
+def whole_or_auto(text: str) -> int | str:
+    """Reads 'auto' or a whole number of at least 0."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"it is {text}, expected 0 or more, or 'auto'")
+    return text if text == "auto" else int(text)
 
 
 def parse() -> argparse.Namespace:
@@ -206,6 +241,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step over all ranks")
     parser.add_argument("--steps", type=int, default=34)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument(
+        "--expert-overhead-tokens", type=whole_or_auto, default=0, metavar="N|auto",
+        help="also run history with a split that counts N tokens for an active expert; auto measures N",
+    )  # fmt: skip
     parser.add_argument("--emulate", type=int, default=0, metavar="DEVICES", help="emulated by one process")
     return parser.parse_args()
 
@@ -227,7 +266,7 @@ def main() -> None:
             raise ValueError(f"{len(loads)} steps; expected more than {WARM}, because the first {WARM} are not counted")
         devices = options.emulate or ranks.world
         home = ReplicationPlan.at_home(contiguous_homes(1, loads.shape[1]), devices, options.redundant)
-        found = measure(Stream(loads, ranks.world), home, ranks)
+        found = measure(Stream(loads, ranks.world), home, ranks, options.expert_overhead_tokens)
         if ranks.rank == 0:
             where = f"{devices} emulated devices" if options.emulate else f"{devices} gloo ranks, a thread each"
             show(found, f"{where}; {loads.shape[1]} experts, {options.redundant} redundant, {options.tokens} tokens")

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -55,6 +55,9 @@ class Engine:
         max_moves: Most experts copied before one batch, over all layers; None sets no limit.
         devices_per_node: Devices that share a fast network; copies and tokens then stay within a node where balance
             allows it. None means one node.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights. The
+            split then leaves replicas without tokens where they cost more than they save. 'auto' measures it when the
+            engine opens; with `device_memory` 'auto' means 0.
         homes: Experts in the order of the home slots, `[L, E]`; in their own order by default.
         revision: Revision of a hub model.
         dtype: Data type that a model given by name is loaded in.
@@ -78,6 +81,7 @@ class Engine:
         *,
         max_moves: int | None = None,
         devices_per_node: int | None = None,
+        expert_overhead_tokens: int | Literal["auto"] = 0,
         homes: IntArray | None = None,
         revision: str = "",
         dtype: Dtype = "float32",
@@ -87,6 +91,10 @@ class Engine:
         must_agree: Mapping[str, str] | None = None,
     ) -> None:
         self.ranks = Ranks(timeout_s)
+        if expert_overhead_tokens != "auto" and not (
+            isinstance(expert_overhead_tokens, int) and expert_overhead_tokens >= 0
+        ):
+            raise ValueError(f"expert_overhead_tokens is {expert_overhead_tokens}, expected 0 or more, or 'auto'")
         if host_memory is not None and device_memory is None:
             raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
         if device_memory is not None and self.ranks.world == 1:
@@ -102,7 +110,7 @@ class Engine:
         devices = self.ranks.devices(num_devices)
         self.home = ReplicationPlan.at_home(order, devices, num_redundant_experts)
         self.planner = HomePlanner(devices, num_redundant_experts, max_moves, devices_per_node)
-        self.devices_per_node = devices_per_node
+        self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self._open, self._running = False, threading.Lock()
         self._facts = {
             "torch": torch.__version__,
@@ -114,6 +122,7 @@ class Engine:
             "experts": type(self._weights).__name__,
             "homes and redundant experts": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
             "max_moves and devices_per_node": f"{max_moves}, {devices_per_node}",
+            "expert_overhead_tokens": str(expert_overhead_tokens),
         } | dict(must_agree or {})
 
     def _load(
@@ -152,7 +161,9 @@ class Engine:
         self.ranks.__enter__()
         try:
             self.ranks.check_alike(self._facts)
-            self.replicated = ReplicatedModel(self.switch, self.home, self.ranks, self._weights, self.devices_per_node)
+            self.replicated = ReplicatedModel(
+                self.switch, self.home, self.ranks, self._weights, self.devices_per_node, self.expert_overhead_tokens
+            )
         except BaseException:
             if not isinstance(self._weights, MemoryBudget):
                 self._weights.release()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from runtime.balancing.plan import ReplicationPlan
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, needed_positions
 from runtime.engine.controller import Preparation, Transfer
+from runtime.experts.grouped_mm import measure_overhead
 from runtime.experts.layer import ReplicatedExperts, Slots
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
@@ -32,10 +33,13 @@ class ReplicatedModel:
         ranks: The ranks.
         experts: Where weights come from: all of them at once, within a budget, or an open cache, which `close` closes.
         devices_per_node: Devices that share a fast network; None means one node.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights. 'auto'
+            measures it on rank 0's experts of the first layer; within a budget it means 0.
 
     Attributes:
         layers: The slots of every MoE layer, in order.
         transfer: Makes another plan active.
+        expert_overhead_tokens: As given or as measured.
         cache: Holds experts that do not all fit; None if they do.
 
     Raises:
@@ -49,6 +53,7 @@ class ReplicatedModel:
         ranks: Ranks,
         experts: ExpertSource | MemoryBudget | ExpertCache,
         devices_per_node: int | None = None,
+        expert_overhead_tokens: int | Literal["auto"] = 0,
     ) -> None:
         self.switch, self._home, self._ranks, self._experts = switch, home, ranks, experts
         self._names = [f"{name}.experts" for name in switch.layout.module_names]
@@ -62,8 +67,11 @@ class ReplicatedModel:
             slots, self.transfer = self._cached(experts)
         else:
             slots, self.transfer = self._resident(experts)
+        self.expert_overhead_tokens = (
+            self._measured_overhead(slots[0]) if expert_overhead_tokens == "auto" else expert_overhead_tokens
+        )
         self.layers = [
-            ReplicatedExperts(each, phy2log, ranks, home.num_devices, devices_per_node)
+            ReplicatedExperts(each, phy2log, ranks, home.num_devices, devices_per_node, self.expert_overhead_tokens)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
         ]
         for name, layer, before in zip(self._names, self.layers, self._before, strict=True):
@@ -87,6 +95,14 @@ class ReplicatedModel:
             for layer in range(self.switch.layout.num_layers)
         ]
         return slots, OffloadTransfer(slots, self._home, self.cache, self._ranks)
+
+    def _measured_overhead(self, slots: Slots) -> int:
+        """Rank 0's measurement, because all ranks must split alike."""
+        if not isinstance(slots, ResidentSlots):  # reading an expert from a file takes no fixed time
+            return 0
+        own = measure_overhead(slots.experts[0]) if self._ranks.rank == 0 else 0
+        with self._ranks.watched():
+            return int(self._ranks.broadcast(np.array([own], dtype=np.int64))[0])
 
     @property
     def decoder_layers(self) -> list[ReplicatedExperts]:

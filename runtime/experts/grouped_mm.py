@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
 from data.arrays import BoolArray, IntArray
-from runtime.distributed.device import upload
+from runtime.distributed.device import Stopwatch, upload
 
 MIN_STABLE_ROWS = 16
 """Minimum number of rows for which MKL's result for one row does not depend on how many rows are multiplied together.
@@ -29,6 +29,12 @@ GROUPED_MM_ROWS = range(16, 512)
 
 With fewer rows its overhead dominates; with more, its intermediate results no longer fit into the cache.
 """
+
+FEW_EXPERTS = 4
+"""Most experts that `measure_overhead` gives one row each; with more of them it takes longer than a start should."""
+
+MANY_ROWS = 64
+"""Rows that `measure_overhead` gives to one expert."""
 
 
 class GroupedExperts:
@@ -68,6 +74,36 @@ class GroupedExperts:
             compute_expert(part_MD, *self._each[buffer], self._activation, int(reference_N[buffer]), out_MD)
             start += size
         return output_MD
+
+
+@torch.no_grad()
+def measure_overhead(experts: GroupedExperts, repeats: int = 2) -> int:
+    """Tokens a device computes in the time it takes to read one more expert's weights: 0 to 63, measured.
+
+    Compares one row through each of four experts with 64 rows through one expert. If one row takes 3 ms and 64 rows
+    take 6.4 ms, which is 0.1 ms per token, one more expert costs 3 / 0.1 - 1 = 29 tokens. On a CPU the single row is
+    padded to `MIN_STABLE_ROWS`, as in a replica of a hot expert; the padding is part of the cost.
+
+    Args:
+        experts: The experts of one device; the time does not depend on the weights' values.
+        repeats: Measurements of each time, of which the shortest counts.
+    """
+    buffer_N = np.arange(experts.wi_NDF.shape[0])
+    read = min(len(buffer_N), FEW_EXPERTS)
+    one_row = _least_ms(experts, np.where(buffer_N < read, 1, 0), repeats) / read
+    token = _least_ms(experts, np.where(buffer_N < 1, MANY_ROWS, 0), repeats) / MANY_ROWS
+    return min(max(round(one_row / token) - 1, 0), MANY_ROWS - 1)
+
+
+def _least_ms(experts: GroupedExperts, size_N: IntArray, repeats: int) -> float:
+    """Shortest of several times of one call, for experts to which the unmodified model sends many rows."""
+    rows_MD = experts.wi_NDF.new_ones((int(size_N.sum()), experts.wi_NDF.shape[1]))
+    stopwatch, times = Stopwatch(rows_MD.device), []
+    for _ in range(repeats):
+        with stopwatch:
+            experts.compute(rows_MD, size_N, np.minimum(size_N * MANY_ROWS, MANY_ROWS))
+        times.append(stopwatch.take_ms())
+    return min(times)
 
 
 def _needs_padding(size_N: IntArray, reference_N: IntArray) -> BoolArray:

@@ -64,6 +64,7 @@ class ReplicatedExperts(nn.Module):
         ranks: The ranks; all have equally many devices.
         num_devices: G, over all ranks.
         devices_per_node: Devices that share a fast network; the split keeps tokens there. None means one node.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
 
     Attributes:
         phy2log: The layer's row of the active plan, `[P]`.
@@ -80,9 +81,10 @@ class ReplicatedExperts(nn.Module):
         ranks: Ranks,
         num_devices: int,
         devices_per_node: int | None = None,
+        expert_overhead_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.devices_per_node = devices_per_node
+        self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self.slots, self.phy2log, self.ranks, self.num_devices = slots, phy2log, ranks, num_devices
         self.waited = Stopwatch(torch.device("cpu"))
         self._needed_T: Tensor | None = None
@@ -148,7 +150,10 @@ class ReplicatedExperts(nn.Module):
 
     def split(self, counts_SE: IntArray) -> IntArray:
         """Tokens from each rank to each slot, `[S, P]`."""
-        return split_by_quota(counts_SE, self.phy2log, self.num_devices, devices_per_node=self.devices_per_node)
+        return split_by_quota(
+            counts_SE, self.phy2log, self.num_devices,
+            expert_overhead_tokens=self.expert_overhead_tokens, devices_per_node=self.devices_per_node,
+        )  # fmt: skip
 
     def dispatch_and_combine(
         self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, quota_SP: IntArray, reference_Q: IntArray

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import track
@@ -56,6 +56,7 @@ def infer(
     redundant: int = 16,
     max_moves: int | None = None,
     devices_per_node: int | None = None,
+    expert_overhead_tokens: int | Literal["auto"] = 0,
     batches: int = 24,
     batching: BatchingConfig = BatchingConfig(),
     check: bool = True,
@@ -79,6 +80,8 @@ def infer(
         redundant: Replica slots of each MoE layer over all devices.
         max_moves: Most experts copied before one batch, over all layers; no limit by default.
         devices_per_node: Devices that share a fast network, for copies and tokens to stay within; one node by default.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, which
+            the split then counts; 'auto' measures it at the start (0 with --device-memory).
         batches: Most batches to run.
         batching: How text is cut into batches.
         check: Whether outputs are compared with the plain model's, which every process then holds as well.
@@ -103,7 +106,8 @@ def infer(
     with Telemetry(*exporters, out, settings) as telemetry:
         engine = Engine(
             model, predictor, devices, redundant, max_moves=max_moves, devices_per_node=devices_per_node,
-            device_memory=device_memory, host_memory=host_memory, timeout_s=timeout,
+            expert_overhead_tokens=expert_overhead_tokens, device_memory=device_memory, host_memory=host_memory,
+            timeout_s=timeout,
             must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
         plain = load_switch(model).model.to(engine.ranks.device) if check else None

@@ -42,6 +42,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
         "processes": engine.ranks.world,
         "devices": engine.home.num_devices,
         "redundant": engine.home.num_redundant_experts,
+        "expert_overhead_tokens": engine.replicated.expert_overhead_tokens,
         "batches": len(checks),
         "tokens": tokens,
         "max_logit_difference": max(differences, default=None),

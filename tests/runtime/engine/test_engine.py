@@ -33,6 +33,28 @@ def test_answers_stay_while_replicas_move(switch):
         assert (output.stats.device_load.sum(-1) == output.stats.load.sum(-1)).all()
 
 
+@pytest.mark.parametrize("price", [50, "auto"])
+def test_answers_stay_while_a_split_counts_the_price_of_an_expert(switch, price):
+    engine = Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT, expert_overhead_tokens=price)
+    outputs = assert_answers_unchanged(engine)
+    assert sum(output.stats.preparation.moves for output in outputs if output.stats.preparation) > 0
+    found = engine.replicated.expert_overhead_tokens
+    assert found == price if price != "auto" else 0 <= found < 64
+    assert {layer.expert_overhead_tokens for layer in engine.replicated.layers} == {found}
+
+
+def test_within_a_memory_budget_an_expert_has_no_measured_price(switch_folder):
+    for price, used in (("auto", 0), (7, 7)):
+        with Engine(switch_folder, device_memory="1MiB", expert_overhead_tokens=price) as engine:
+            assert engine.replicated.expert_overhead_tokens == used
+
+
+@pytest.mark.parametrize("price", [-1, 2.5, "much"])
+def test_a_price_that_is_none_is_refused(switch, price):
+    with pytest.raises(ValueError, match=rf"^expert_overhead_tokens is {price}, expected 0 or more, or 'auto'$"):
+        Engine(switch, None, DEVICES, 0, expert_overhead_tokens=price)
+
+
 def test_without_forecaster_nothing_moves(switch):
     outputs = assert_answers_unchanged(Engine(switch, None, DEVICES, 0))
     assert all(output.stats.preparation is None for output in outputs)

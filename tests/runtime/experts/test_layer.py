@@ -11,6 +11,7 @@ from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.device import Stopwatch
 from runtime.distributed.ranks import Ranks
 from runtime.experts.dispatch import sort_by_expert
+from runtime.experts.grouped_mm import measure_overhead
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
@@ -85,6 +86,32 @@ def test_replicas_share_the_tokens_of_a_hot_expert():
     small.layer(hidden, one_hot, weight)
     assert small.layer.device_load.tolist() == [100, 100, 100, 100]
     assert small.layer.load.tolist() == [400] + [0] * 7
+
+
+def test_a_replica_gets_no_tokens_where_its_expert_costs_more_than_it_saves():
+    small = SmallLayer()
+    replicated = small.transfer.plan.phy2log.copy()
+    replicated[0, 6] = 0  # a copy of expert 0, which has 40 tokens, on device 1
+    small.activate(ReplicationPlan(replicated, DEVICES))
+    counts = np.array([[40, 0, 10, 10, 0, 0, 0, 0]])
+    # device 0 takes the price + 40 without the replica; device 1, active anyway for two experts, two prices + 20
+    for price, tokens in ((0, 10), (5, 5), (10, 0)):
+        small.layer.expert_overhead_tokens = price
+        assert small.layer.split(counts)[0, 6] == tokens
+    hidden, one_hot, weight = routed(40, 0)
+    torch.testing.assert_close(
+        small.layer(hidden, one_hot, weight), small.plain(hidden, one_hot, weight), rtol=0, atol=1e-5
+    )
+
+
+def test_the_measured_price_of_an_expert_is_a_number_of_tokens():
+    small = SmallLayer()
+    before = small.slots.wi_NFD.clone()
+    for experts in small.slots.experts:
+        price = measure_overhead(experts)
+        assert isinstance(price, int)
+        assert 0 <= price < 64
+    assert torch.equal(small.slots.wi_NFD, before)
 
 
 def test_rows_that_are_not_needed_are_neither_computed_nor_counted():

@@ -56,12 +56,13 @@ def command(switch_folder, predictor, tmp_path, monkeypatch, capsys):
 
 
 def test_contract(command, tmp_path):
-    shown = command().out
+    shown = command(**{"expert-overhead-tokens": "auto"}).out
     assert "Outputs equal the plain model's" in shown
     assert len(shown.splitlines()) <= 16
     report = json.loads(shown.splitlines()[-1])
     assert report["batches"] == 5
     assert report["tokens"] > 0
+    assert 0 <= report["expert_overhead_tokens"] < 64
     assert report["max_logit_difference"] <= 1e-5
     assert report["same_argmax"] == 1.0
     assert set(report["balancedness"]) == {"contiguous", "last", "replicated", "oracle"}
@@ -133,6 +134,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         ({"redundant": 6}, "6 redundant experts do not divide over 4 devices"),
         ({"redundancy": 6}, "redundancy"),
         ({"redundant": 4000}, "4000 redundant experts are more than a copy of each of 8 experts on every one of 4"),
+        ({"expert-overhead-tokens": -1}, "expert_overhead_tokens is -1, expected 0 or more, or 'auto'"),
         ({"timeout": 0}, "the timeout is 0.0 seconds"),
         ({"host-memory": "1GiB"}, "host_memory is 1GiB without device_memory"),
         ({"device-memory": "1GiB", "devices": 4}, "within a budget a process is one device"),
