@@ -143,7 +143,7 @@ class BatchOutput:
     stats: BatchStats
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: routers store tensors of a forward, which later calls could not use
 def forward(model: Any, batch: ModelBatch) -> Tensor:
     """The output of a model, plain or with slots: logits `[B, U, V]`, or encoder states `[B, T, D]`."""
     ids, attention = batch.tokens.input_ids.to(model.device), batch.tokens.mask.long().to(model.device)

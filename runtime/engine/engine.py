@@ -218,7 +218,7 @@ class Engine:
         if not self._open:
             raise RuntimeError("the engine is not open; use it inside `with engine:`")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, batch: ModelBatch, preparation: Preparation | None, exposed_ms: float) -> BatchOutput:
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own = batch.part(rows)
@@ -232,7 +232,7 @@ class Engine:
         stats = self.replicated.stats(elapsed_ms, exposed_ms, preparation)
         return BatchOutput(logits[: rows.stop - rows.start], rows, stats)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self, inputs: Any = None, generation_config: Any = None, *, replan_every: int | None = None, **settings: Any
     ) -> Tensor:

@@ -5,7 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, GenerationConfig
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GenerationConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from predictor.baselines.history import Ema
 from runtime import Engine, ModelBatch
@@ -35,6 +41,20 @@ def test_a_live_model_and_what_the_tokenizer_returns(model, inputs):
         torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-5)
         assert output.stats.balancedness == pytest.approx(output.stats.layer_balancedness.mean())
     assert outputs[-1].stats.balancedness > outputs[0].stats.balancedness
+
+
+def test_a_model_that_was_never_called_before_can_be_called_afterwards(switch_folder, inputs):
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(switch_folder).eval()
+    start = torch.zeros(2, 1, dtype=torch.int64)
+    with Engine(model, Ema(), num_devices=4, num_redundant_experts=8) as engine:
+        (output,) = engine.run([inputs])
+        written = engine.generate(**inputs, max_new_tokens=4)
+        inside = model(**inputs, decoder_input_ids=start).logits
+    after = model(**inputs, decoder_input_ids=start).logits
+    torch.testing.assert_close(output.logits, after, rtol=0, atol=1e-5)
+    torch.testing.assert_close(inside, after, rtol=0, atol=1e-5)
+    assert torch.equal(written, model.generate(**inputs, max_new_tokens=4))
+    after.sum().backward()
 
 
 def test_labels_feed_the_decoder(model, inputs):
