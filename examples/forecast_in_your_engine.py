@@ -1,6 +1,6 @@
 """Forecasts the next batch's expert load inside an engine of your own.
 
-    python examples/forecast_in_your_engine.py outputs/predictor
+    python examples/forecast_in_your_engine.py [PREDICTOR]
 
 Needs torch, numpy and safetensors, and the tokenizer of the model that the predictor was trained for.
 """
@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from data.models.weights import locate
 from switchcast import load_predictor
 
-predictor = load_predictor(sys.argv[1])  # a folder that train.py wrote, or "owner/name" on the hub
+folder = sys.argv[1] if len(sys.argv) > 1 else "outputs/predictor"
+predictor = load_predictor(folder)  # a folder that train.py wrote, or "owner/name" on the hub
 tokenizer = AutoTokenizer.from_pretrained(locate(predictor.layout.model_id))
 
 batch = tokenizer(["The committee met on Tuesday.", "How are you?"], padding=True, return_tensors="pt")
