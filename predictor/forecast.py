@@ -81,6 +81,10 @@ class LoadForecast:
         return list(zip(layers.tolist(), experts.tolist(), load[layers, experts].tolist(), strict=True))
 
 
+class NoHistoryError(ValueError):
+    """A forecaster that uses past loads alone was asked before any batch had run."""
+
+
 class Forecaster(Protocol):
     """Forecasts the coming batch's load: the trained network and the baselines alike."""
 

@@ -80,6 +80,11 @@ def main() -> None:
     if name in ("--help", "-h", "help"):
         print(HELP, end="")
         return
+    if name == "--version":
+        from switchcast import __version__
+
+        print(__version__)
+        return
     if name not in COMMANDS:
         print(f"error: '{name}' is no command; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)

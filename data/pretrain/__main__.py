@@ -178,6 +178,8 @@ def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe
         out: Folder to write; it appears complete or not at all.
         recipe: Training settings.
     """
+    if out.exists():
+        raise ValueError(f"{out} exists already; name another folder or remove it")
     torch.manual_seed(recipe.seed)
     documents = list(offline_corpus("pretrain"))
     tokenizer = train_tokenizer(documents, recipe.vocabulary)

@@ -206,12 +206,13 @@ def _by_batch(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
         yield int(numbers[start]), table.slice(start, stop - start)
 
 
-def open_trace(path: Path) -> StoredTrace:
+def open_trace(path: Path | str) -> StoredTrace:
     """Opens a trace folder.
 
     Raises:
         ValueError: If the folder holds no complete trace in a format version that this code reads.
     """
+    path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; expected a trace written by `python -m data.collect`")
     about = read_json(path / TRACE_JSON)

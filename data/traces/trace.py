@@ -58,11 +58,17 @@ class TokenBatch:
                 f"got a {type(inputs).__name__}, expected what a tokenizer returns: a mapping with input_ids [B, T] "
                 "and attention_mask [B, T], as of tokenizer(texts, padding=True, return_tensors='pt')"
             )
-        ids = _as_tensor(inputs["input_ids"], "input_ids").long()
+        ids = _as_tensor(inputs["input_ids"], "input_ids")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"input_ids have dtype {ids.dtype}, expected whole numbers")
+        ids = ids.long()
         mask = inputs.get("attention_mask")
         if mask is None:
             return cls(ids, torch.ones_like(ids, dtype=torch.bool))
-        return cls(ids, _as_tensor(mask, "attention_mask").bool())
+        mask = _as_tensor(mask, "attention_mask")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("attention_mask holds other values than 0 and 1")
+        return cls(ids, mask.bool())
 
     @property
     def num_tokens(self) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from data.arrays import FloatArray, IntArray
 from data.traces.loads import share_of
-from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
+from predictor.forecast import LoadForecast, LoadHistory, NoHistoryError, forecast_from_load
 
 if TYPE_CHECKING:  # it imports torch
     from data.traces.trace import TokenBatch
@@ -125,7 +125,7 @@ class Oracle:
 def at_least_one(history: LoadHistory | None, source: str) -> LoadHistory:
     """The history, refused if it holds no batch."""
     if history is None or not len(history):
-        raise ValueError(
+        raise NoHistoryError(
             f"forecaster '{source}' needs the load of at least one past batch, got none; run a batch first, or use a "
             "trained predictor"
         )

@@ -67,6 +67,8 @@ class ReplicationPlan:
     num_devices: int
 
     def __post_init__(self) -> None:
+        if (kind := np.asarray(self.phy2log).dtype).kind not in "iu":
+            raise ValueError(f"phy2log has dtype {kind}, expected whole numbers: the logical expert in each slot")
         phy2log = np.ascontiguousarray(self.phy2log, dtype=np.int64)
         if phy2log.ndim != 2 or phy2log.size == 0:
             raise ValueError(f"phy2log has shape {phy2log.shape}, expected [layers, slots] with at least one of each")
@@ -96,6 +98,9 @@ class ReplicationPlan:
             num_devices: G.
             num_redundant_experts: R, replica slots a layer over all devices.
         """
+        homes = np.asarray(homes)
+        if homes.ndim != 2 or not np.array_equal(np.sort(homes), np.tile(np.arange(homes.shape[1]), (len(homes), 1))):
+            raise ValueError("homes must be [layers, experts], each row a permutation of the experts")
         check_division(homes.shape[-1], num_devices, num_redundant_experts)
         if num_redundant_experts > (most := homes.shape[-1] * num_devices):
             raise ValueError(

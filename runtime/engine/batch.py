@@ -50,19 +50,13 @@ class ModelBatch:
                 `decoder_attention_mask`) or `labels`; with neither, the decoder is fed its start token.
             config: The model's configuration: its start and padding tokens.
         """
-        if isinstance(inputs, cls):
-            return inputs
-        tokens = TokenBatch.of(inputs)
-        start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
-        if isinstance(inputs, Mapping) and inputs.get("decoder_input_ids") is not None:
-            mask = inputs.get("decoder_attention_mask")
-            return cls(tokens, TokenBatch.of({"input_ids": inputs["decoder_input_ids"], "attention_mask": mask}))
-        first = torch.full((len(tokens.mask), 1), start)
-        if isinstance(inputs, Mapping) and inputs.get("labels") is not None:
-            labels = TokenBatch.of({"input_ids": inputs["labels"]}).input_ids
-            shifted = torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED_LABEL, start)], 1)
-            return cls(tokens, TokenBatch(shifted, labels != IGNORED_LABEL))
-        return cls(tokens, TokenBatch(first, torch.ones_like(first, dtype=torch.bool)))
+        batch = inputs if isinstance(inputs, cls) else cls(TokenBatch.of(inputs), _decoder_tokens(inputs, config))
+        for tokens in (batch.tokens, batch.decoder):
+            if tokens is not None and tokens.input_ids.numel():
+                low, high = int(tokens.input_ids.min()), int(tokens.input_ids.max())
+                if low < 0 or high >= config.vocab_size:
+                    raise ValueError(f"token ids are {low} to {high}, expected 0 to {config.vocab_size - 1}")
+        return batch
 
     def rows(self, rank: int, world: int) -> slice:
         """The sequences that one of several ranks runs: all ranks run the same number, or one sequence less."""
@@ -79,6 +73,23 @@ def _part(tokens: TokenBatch, rows: slice) -> TokenBatch:
     if rows.start == rows.stop:
         return TokenBatch(tokens.input_ids[:1], torch.zeros_like(tokens.mask[:1]))
     return TokenBatch(tokens.input_ids[rows], tokens.mask[rows])
+
+
+def _decoder_tokens(inputs: Any, config: Any) -> TokenBatch:
+    """What the decoder is fed: the tokens given, labels shifted to the right, or its start token alone."""
+    given = inputs if isinstance(inputs, Mapping) else {}
+    if given.get("decoder_input_ids") is not None:
+        mask = given.get("decoder_attention_mask")
+        return TokenBatch.of({"input_ids": given["decoder_input_ids"], "attention_mask": mask})
+    start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+    if given.get("labels") is None:
+        first = torch.full((len(TokenBatch.of(inputs).mask), 1), start)
+        return TokenBatch(first, torch.ones_like(first, dtype=torch.bool))
+    labels = TokenBatch.of({"input_ids": given["labels"]}).input_ids
+    shifted = labels.roll(1, 1)
+    shifted = shifted.masked_fill(shifted == IGNORED_LABEL, config.pad_token_id)
+    shifted[:, 0] = start
+    return TokenBatch(shifted, labels != IGNORED_LABEL)
 
 
 def needed_positions(mask: Tensor) -> Tensor:
@@ -143,13 +154,15 @@ class BatchOutput:
     stats: BatchStats
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: routers store tensors of a forward, which later calls could not use
 def forward(model: Any, batch: ModelBatch) -> Tensor:
     """The output of a model, plain or with slots: logits `[B, U, V]`, or encoder states `[B, T, D]`."""
     ids, attention = batch.tokens.input_ids.to(model.device), batch.tokens.mask.long().to(model.device)
     if batch.decoder is None:
         states: Tensor = model.encoder(input_ids=ids, attention_mask=attention)[0]
         return states
-    decoder_ids = batch.decoder.input_ids.to(model.device)
-    logits: Tensor = model(input_ids=ids, attention_mask=attention, decoder_input_ids=decoder_ids).logits
+    decoder: dict[str, Tensor] = {"decoder_input_ids": batch.decoder.input_ids.to(model.device)}
+    if (needed_positions(batch.decoder.mask) != batch.decoder.mask).any():  # padding that later tokens would attend to
+        decoder["decoder_attention_mask"] = batch.decoder.mask.long().to(model.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=attention, **decoder).logits
     return logits

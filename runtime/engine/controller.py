@@ -23,7 +23,7 @@ import numpy as np
 from data.arrays import IntArray
 from data.traces.trace import TokenBatch
 from predictor.baselines.history import Ema
-from predictor.forecast import Forecaster, LoadForecast, LoadHistory
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory, NoHistoryError
 from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.balancing.planner import Planner
 from runtime.distributed.ranks import Ranks
@@ -173,6 +173,8 @@ class Controller:
             if not (forecast.load <= MOST_TOKENS).all():
                 raise ValueError(f"its forecast is of {forecast.load.max()} tokens for one expert")
             return forecast
+        except NoHistoryError:  # nothing has run yet, so the placement stays as it is
+            return None
         except Exception as error:  # the batch must run whatever a forecaster does
             self._fall_back(f"forecaster '{self.forecaster.name}'", error, "past loads take its place")
         return Ema().forecast(upcoming, history) if len(history) else None

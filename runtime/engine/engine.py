@@ -149,6 +149,9 @@ class Engine:
     def _open_predictor(self, predictor: Forecaster | Path | str | None) -> tuple[Forecaster | None, str]:
         """The forecaster, and a digest of the weights of a predictor folder."""
         if not isinstance(predictor, str | Path):
+            if predictor is not None and (isinstance(predictor, type) or not hasattr(predictor, "forecast")):
+                kind = predictor.__name__ if isinstance(predictor, type) else type(predictor).__name__
+                raise TypeError(f"predictor is {kind}, expected a folder, a hub id, or a Forecaster")
             return predictor, "none"
         folder = Path(predictor)
         table = self.switch.model.shared.weight.detach()
@@ -195,30 +198,37 @@ class Engine:
             TypeError: If a batch is none of these.
         """
         self._check_open()
-        queue = (ModelBatch.of(batch, self.switch.model.config) for batch in batches)
-        current = next(queue, None)
+        if isinstance(batches, Mapping):
+            raise TypeError("run takes an iterable of batches and got one batch; write run([batch])")
+        return self._run(ModelBatch.of(batch, self.switch.model.config) for batch in batches)
+
+    def _run(self, queue: Iterator[ModelBatch]) -> Iterator[BatchOutput]:
+        controller, current, first = self.controller, next(queue, None), True
         if current is not None:
-            self.controller.prepare(current.tokens)
-        first = True
+            controller.prepare(current.tokens)
         while current is not None:
+            upcoming, failure = _read(queue)  # outside the lock, because the caller's iterator may use the engine
+            if not self._open or self.controller is not controller:
+                raise RuntimeError("the engine was closed while its batches were running; call run again")
             with self._running, self.ranks.watched():
                 began = time.perf_counter()
-                preparation = self.controller.commit(wait=first)
+                preparation = controller.commit(wait=first)
                 exposed_ms = 1e3 * (time.perf_counter() - began)
-                self.replicated.follow_plan()  # at once, because reading the next batch may raise
-                upcoming, first = next(queue, None), False
+                self.replicated.follow_plan()
                 if upcoming is not None:
-                    self.controller.prepare(upcoming.tokens)
+                    controller.prepare(upcoming.tokens)
                 output = self._forward(current, preparation, exposed_ms)
-            self.controller.observe(output.stats.load)
+            controller.observe(output.stats.load)
             yield output
-            current = upcoming
+            if failure is not None:
+                raise failure
+            current, first = upcoming, False
 
     def _check_open(self) -> None:
         if not self._open:
             raise RuntimeError("the engine is not open; use it inside `with engine:`")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, batch: ModelBatch, preparation: Preparation | None, exposed_ms: float) -> BatchOutput:
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own = batch.part(rows)
@@ -232,7 +242,7 @@ class Engine:
         stats = self.replicated.stats(elapsed_ms, exposed_ms, preparation)
         return BatchOutput(logits[: rows.stop - rows.start], rows, stats)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self, inputs: Any = None, generation_config: Any = None, *, replan_every: int | None = None, **settings: Any
     ) -> Tensor:
@@ -256,9 +266,11 @@ class Engine:
         self._check_open()
         model, device = self.switch.model, self.switch.model.device
         wanted = GenerationSettings.of(model, generation_config, settings)
-        batch = ModelBatch(generation_tokens(inputs, settings, model.config))
+        batch = ModelBatch(generation_tokens(inputs, settings))
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own, idle = batch.part(rows).tokens, rows.start == rows.stop
+        for name in set(settings) & {"decoder_input_ids", "decoder_attention_mask"}:
+            settings[name] = settings[name][slice(0, 1) if idle else rows]
         if idle:
             settings["stopping_criteria"] = [ended]
         with self._running, self.ranks.watched():
@@ -273,3 +285,11 @@ class Engine:
                     generation_config=generation_config, synced_gpus=self.ranks.world > 1, **settings,
                 )  # fmt: skip
         return ids[: wanted.sequences_each * (rows.stop - rows.start)]
+
+
+def _read(queue: Iterator[ModelBatch]) -> tuple[ModelBatch | None, Exception | None]:
+    """The next batch, or the error of reading it, which is raised once the batch before it has run."""
+    try:
+        return next(queue, None), None
+    except Exception as error:
+        return None, error

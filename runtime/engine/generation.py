@@ -1,5 +1,6 @@
 """Generation token by token: which settings hold, which sequences have ended, and when the placement may change."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,13 @@ class GenerationSettings:
 
     Attributes:
         ends: Token ids that end a sequence.
-        num_beams: Beams of each sequence; with several, rows of the decoder become other sequences between steps.
+        stepwise: Whether a row of the decoder stays one sequence and its last token is final; not so with beams or
+            with candidates of an assistant model or a prompt lookup.
         sequences_each: Texts written for each sequence.
     """
 
     ends: tuple[int, ...]
-    num_beams: int
+    stepwise: bool
     sequences_each: int
 
     @classmethod
@@ -42,35 +44,35 @@ class GenerationSettings:
 
         if value("return_dict_in_generate"):
             raise ValueError("return_dict_in_generate is True; the engine returns token ids alone, leave it out")
+        candidates = settings.get("assistant_model") is not None or value("prompt_lookup_num_tokens") is not None
+        stepwise = (value("num_beams") or 1) == 1 and not candidates
         ends = torch.as_tensor([] if (eos := value("eos_token_id")) is None else eos).flatten().tolist()
-        return cls(tuple(map(int, ends)), value("num_beams") or 1, value("num_return_sequences") or 1)
+        return cls(tuple(map(int, ends)), stepwise, value("num_return_sequences") or 1)
 
 
-def generation_tokens(inputs: Any, settings: dict[str, Any], config: Any) -> TokenBatch:
+def generation_tokens(inputs: Any, settings: dict[str, Any]) -> TokenBatch:
     """The encoder tokens that `generate` is given in any of its ways; takes them out of `settings`.
 
-    Without a mask, padding is found by its id, as transformers does.
+    Further entries of a mapping, such as `decoder_input_ids`, join the settings.
 
     Raises:
-        TypeError: If there are none.
-        ValueError: If they are given twice.
+        TypeError: If they are none.
+        ValueError: If they are given twice or not at all.
     """
     named = {name: settings.pop(name) for name in TOKEN_INPUTS if settings.get(name) is not None}
     ids = [value for name, value in named.items() if name != "attention_mask"]
-    if len(ids) + (inputs is not None) != 1:
-        raise ValueError(f"{len(ids) + (inputs is not None)} inputs were given, expected input_ids once")
-    if ids:
-        inputs = {"input_ids": ids[0]}
-    if isinstance(inputs, Tensor | np.ndarray):
-        inputs = {"input_ids": inputs}
+    if (given := len(ids) + (inputs is not None)) != 1:
+        raise ValueError(f"{given} inputs were given, expected input_ids once (inputs_embeds are not supported)")
     if isinstance(inputs, TokenBatch):
+        if "attention_mask" in named:
+            raise ValueError("attention_mask was given beside a TokenBatch, which has a mask of its own; leave one out")
         return inputs
-    if "attention_mask" in named:
-        inputs = dict(inputs) | {"attention_mask": named["attention_mask"]}
-    tokens = TokenBatch.of(inputs)
-    if inputs.get("attention_mask") is None and config.pad_token_id not in (None, config.eos_token_id):
-        return TokenBatch(tokens.input_ids, tokens.input_ids != config.pad_token_id)
-    return tokens
+    if isinstance(inputs, Mapping):
+        settings |= {name: value for name, value in inputs.items() if name not in TOKEN_INPUTS}
+        return TokenBatch.of(dict(inputs) | named)
+    if not ids and not isinstance(inputs, Tensor | np.ndarray):
+        return TokenBatch.of(inputs)
+    return TokenBatch.of({"input_ids": ids[0] if ids else inputs, "attention_mask": named.get("attention_mask")})
 
 
 class DecoderSteps:
@@ -103,7 +105,7 @@ class DecoderSteps:
             raise ValueError(f"replan_every is {replan_every}, expected 1 or more decoder steps, or None")
         self._replicated, self._controller, self._replan_every, self._idle = replicated, controller, replan_every, idle
         self._ends = torch.tensor(settings.ends, dtype=torch.int64)
-        self._each_row = settings.num_beams == 1
+        self._each_row = settings.stepwise
         self._ended: Tensor | None = None
         self._step = 0
 

@@ -246,6 +246,8 @@ def _open_forecaster(name: str, predictor: Path | None, recorded: RecordedLoads)
 def _switch_on(policy: dict[str, str], settings: Settings, num_experts: int) -> str:
     """The command or the line of Python that switches a policy on."""
     devices, redundant = settings.num_devices, settings.num_redundant_experts
+    if policy["planner"] == "eplb" and policy["split"] == "quota":
+        return f"EplbPlanner in Balancer({devices}, {redundant}, planner=...), with split_by_quota"
     if policy["planner"] == "eplb":
         return (
             f"rebalance_experts(load, num_replicas={num_experts + redundant}, num_groups=1, num_nodes=1, "

@@ -101,6 +101,8 @@ def measure(expert_bytes: float) -> Hardware:
 def verdict(contiguous: Replay, replays: list[Replay], hardware: Hardware) -> dict[str, Any]:
     """Decides between "enable", "not worth it" and "not enough data", for the best policy that deployments can have.
 
+    Of the policies whose gain lies within the interval of the largest one, the one with the fewest moves is the best.
+
     The interval is a circular block bootstrap over steps, in blocks of the square root of their number: a subject or
     task that lasts many steps makes neighbours alike.
 
@@ -112,9 +114,11 @@ def verdict(contiguous: Replay, replays: list[Replay], hardware: Hardware) -> di
     if not honest:
         return {"answer": "not enough data", "why": "no policy with replicas and a forecast was replayed"}
     without = hardware.batch_seconds(contiguous)
-    best = min(honest, key=lambda replay: float(hardware.net_seconds(replay).sum()))
-    net = hardware.net_seconds(best)
-    gain, low, high = _gain(without, net)
+    gains = [_gain(without, hardware.net_seconds(replay)) for replay in honest]
+    least = max(gains)[1]  # policies within the interval of the fastest one count as equal; then the fewest moves win
+    alike = [index for index, (gain, *_) in enumerate(gains) if gain >= least]
+    chosen = min(alike, key=lambda index: (honest[index].moves_per_layer, -gains[index][0]))
+    best, net, (gain, low, high) = honest[chosen], hardware.net_seconds(honest[chosen]), gains[chosen]
     answer, why = _answer(len(net), gain, low, high)
     return {
         "answer": answer,

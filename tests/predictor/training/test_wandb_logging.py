@@ -32,8 +32,8 @@ def offline(run):
     def call(*arguments):
         run(*OFFLINE, *arguments)
         wandb.teardown()
-        folders = sorted(Path("outputs/wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
-        return list(records(next(folders[-1].glob("run-*.wandb"))))
+        files = Path("outputs/wandb").glob("offline-run-*/run-*.wandb")
+        return list(records(max(files, key=lambda path: path.stat().st_mtime)))
 
     return call
 

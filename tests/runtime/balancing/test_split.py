@@ -138,3 +138,8 @@ def test_costs_and_nodes_are_checked():
         split_by_quota([1, 1], np.array([0, 1]), 2, expert_overhead_tokens=-1)
     with pytest.raises(ValueError, match="devices_per_node is 3, which does not divide 2 devices"):
         split_by_quota([1, 1], np.array([0, 1]), 2, devices_per_node=3)
+
+
+def test_an_expert_without_a_slot_is_refused():
+    with pytest.raises(ValueError, match="expert 2 has no slot"):
+        split_by_quota([1, 2, 3, 4], np.array([0, 1, 1, 3, 3, 0]), 2)

@@ -63,7 +63,7 @@ def same_text(switch: LoadedSwitch, plain) -> bool:
     with Engine(switch, Noise(switch.layout), None, 8) as engine:
         for replan_every in (None, 1, 3):
             rows = ModelBatch(tokens).rows(engine.ranks.rank, engine.ranks.world)
-            ids = engine.generate(tokens, replan_every, **settings)
+            ids = engine.generate(tokens, replan_every=replan_every, **settings)
             width = ids.shape[1]
             alike.append(torch.equal(ids, expected[rows][:, :width]) and not expected[rows][:, width:].any())
     return all(alike)

@@ -33,7 +33,7 @@ def predictor(switch_folder, tmp_path) -> Path:
     torch.manual_seed(0)
     switch = load_switch(str(switch_folder))
     network = LoadNetwork(switch.layout, Architecture(width=8, depth=1))
-    spread = torch.zeros(2, switch.layout.num_layers, 2)
+    spread = torch.zeros(2, switch.layout.num_layers, 3)
     save_predictor(tmp_path / "predictor", NeuralForecaster(switch.layout, network, switch.model.shared.weight, spread))
     return tmp_path / "predictor"
 

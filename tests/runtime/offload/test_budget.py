@@ -41,7 +41,7 @@ def compare_outputs(rank: int, folder: str, experts: int) -> dict[str, object]:
         tokens = batches(1)[0].tokens
         expected = plain.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **SETTINGS)
         rows = ModelBatch(tokens).rows(engine.ranks.rank, engine.ranks.world)
-        ids = engine.generate(tokens, 2, **SETTINGS)
+        ids = engine.generate(tokens, replan_every=2, **SETTINGS)
         found["text"] = torch.equal(ids, expected[rows][:, : ids.shape[1]])
         tier = engine.replicated.cache.tiers[0]
         found["buffers"] = len(tier.pool.buffers)
