@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from data.models.layout import MoELayout
 from data.models.switch import LoadedSwitch
 from data.pretrain.__main__ import Recipe, train_tokenizer
 from data.text.corpus import Document
+
+# The same examples in every run; deadlines would fail on a busy machine.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
 
 WORDS = ["expert", "router", "token", "batch", "layer", "device", "replica", "slot", "load", "share"]
 TEXTS = [" ".join(WORDS[(start * step) % len(WORDS)] for step in range(3, 40)) for start in range(1, 12)]

@@ -30,6 +30,7 @@ def offline(run):
     """Trains, waits until W&B has written everything, returns the records of the newest run."""
 
     def call(*arguments):
+        wandb.teardown()  # a service that another test started would write below that test's directory
         run(*OFFLINE, *arguments)
         wandb.teardown()
         files = Path("outputs/wandb").glob("offline-run-*/run-*.wandb")

@@ -76,7 +76,7 @@ def test_other_planners_can_be_used():
 
 
 @given(st.integers(0, 12))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_max_moves_bounds_every_step(most):
     balancer = Balancer(8, 16, "last", max_moves=most)
     for load in LOADS[:6]:

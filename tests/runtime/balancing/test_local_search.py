@@ -36,7 +36,7 @@ layers = st.builds(
 
 
 @given(layers, st.sampled_from([0.0, 0.001, 0.05]))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_every_change_saves_more_than_its_price_and_the_gain_is_the_score_saved(layer, price):
     held, home, load, weight = layer
     devices = int(home.max()) + 1
@@ -45,13 +45,13 @@ def test_every_change_saves_more_than_its_price_and_the_gain_is_the_score_saved(
     assert gain[0] >= changes * price
     before = score(start(held[0], home[0], load[0], devices).load, weight)
     after = score(start(improved[0], home[0], load[0], devices).load, weight)
-    assert before - after == pytest.approx(gain[0], abs=0.05)  # the search relaxes from one split to the next
+    assert before - after == pytest.approx(gain[0], rel=0.15, abs=0.1)  # relaxed in a few sweeps from split to split
     if changes == 0:
         assert (gain == 0).all()
 
 
 @given(layers)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_copy_lies_beside_its_home_or_twice_on_a_device(layer):
     held, home, load, weight = layer
     devices = int(home.max()) + 1
@@ -63,7 +63,7 @@ def test_no_copy_lies_beside_its_home_or_twice_on_a_device(layer):
 
 
 @given(layers, st.integers(0, 3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_more_slots_change_than_allowed(layer, most):
     held, home, load, weight = layer
     improved, _ = search(held, home, load, weight, most=most)

@@ -47,7 +47,7 @@ cases = st.tuples(
 
 
 @given(cases, st.sampled_from([None, 0, 3]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_homes_stay_no_device_holds_a_copy_twice_and_budgets_are_kept(case, budget):
     seed, devices, homes_each, replicas, past = case
     rng = np.random.default_rng(seed)

@@ -47,7 +47,7 @@ layers = st.builds(
 
 
 @given(layers, st.sampled_from([0, 5]), st.booleans())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_quotas_sum_to_the_counts_and_are_the_same_on_every_rank(case, overhead, by_source):
     rng, devices, homes, replicas_each = case
     counts, phy2log = random_layer(rng, devices, homes, replicas_each)
@@ -61,7 +61,7 @@ def test_quotas_sum_to_the_counts_and_are_the_same_on_every_rank(case, overhead,
 
 
 @given(layers)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_no_device_is_above_the_even_split_and_renaming_devices_changes_nothing(case):
     rng, devices, homes, replicas_each = case
     counts, phy2log = random_layer(rng, devices, homes, replicas_each)
