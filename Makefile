@@ -5,15 +5,20 @@ PREDICTOR := outputs/predictor
 # Every start would compile thousands of modules anew without their cached bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-# The planner's kernels compile on another core while the trace is collected; later runs find them cached.
-WARM_UP := from runtime.balancing.balancer import compile_kernels; compile_kernels()
+# What a second core does meanwhile: train.py's packages are compiled to bytecode while the trace is collected, and the
+# planner's kernels while the predictor trains. Later runs find both cached.
+IMPORTS := import train
+KERNELS := from runtime.balancing.balancer import compile_kernels; compile_kernels()
 
 .PHONY: run test smoke clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
 		echo "Reusing the predictor in $(PREDICTOR); remove it to train again"; \
-	else $(BIN)/python -c "$(WARM_UP)" & $(BIN)/python train.py --predictor $(PREDICTOR); fi
+	else \
+		$(BIN)/python -c "$(IMPORTS)" & $(BIN)/python -m data.collect >/dev/null && \
+		{ $(BIN)/python -c "$(KERNELS)" & $(BIN)/python train.py --predictor $(PREDICTOR); }; \
+	fi
 	@$(BIN)/python -m runtime.infer --predictor $(PREDICTOR)
 
 test: .venv/ready
