@@ -136,10 +136,11 @@ class Bench:
     def _forecast(self, arm: str, cache: ExpertCache, number: int) -> None:
         """Forecasts a batch and tells the cache, as the controller does while the batch before it runs."""
         forecaster = {"ours": self.forecaster, "ours_history": Ema(0.5)}.get(arm)
-        if forecaster is None or (arm == "ours_history" and number == 0):
+        known = self.loads[: max(number - 1, 0)]  # while a batch is forecast, the one before it runs
+        if forecaster is None or (arm == "ours_history" and not len(known)):
             return
         began = time.perf_counter()
-        forecast = forecaster.forecast(self.batches[number].tokens, self.loads[: max(number - 1, 0)])
+        forecast = forecaster.forecast(self.batches[number].tokens, known)
         self.forecast_ms.append(1e3 * (time.perf_counter() - began))
         cache.expect(forecast_from_load(forecast.load * self.own_E, made_at=number, source=forecast.source))
 
