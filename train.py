@@ -13,10 +13,9 @@ Options that most runs need:
     --config FILE            settings from a file, such as configs/paper.yaml; options after it win
     --ckpt_path last         resumes the run of this predictor where it was interrupted
 
-The last line of stdout is one JSON document; everything else goes to stderr and to FOLDER.run/train.log.
+In a pipe, the last line of stdout is one JSON document; everything else goes to stderr and to FOLDER.run/train.log.
 """
 
-import json
 import logging
 import os
 import sys
@@ -33,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data.arrays import IntArray
-from data.cli import OneLine, user_errors
+from data.cli import OneLine, print_json, user_errors
 from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
 from data.models.weights import BUNDLED
@@ -167,7 +166,7 @@ def main() -> None:
         with redirect_stdout(sys.stderr):
             line = train(cli, run_log)
         if line is not None:
-            print(json.dumps(line))
+            print_json(line)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A command's `main` is `with user_errors(): from_command_line(function)`. A parse
 `class TrainParser(OneLine, LightningArgumentParser)`.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,12 @@ def user_errors(resume: str = "run the same command again to start over") -> Ite
     except KeyboardInterrupt:
         print(f"interrupted; {resume}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def print_json(document: object) -> None:
+    """Prints one line of JSON for programs that read the output; at a terminal, where people have the text, nothing."""
+    if not sys.stdout.isatty():
+        print(json.dumps(document))
 
 
 def from_command_line(function: Callable[..., Result]) -> Result:

@@ -4,7 +4,6 @@ Run it with `python -m data.collect --out outputs/traces/switch-mini-64`; withou
 Under `torchrun --nproc-per-node N -m data.collect ...` the ranks divide the work; the trace is identical byte for byte.
 """
 
-import json
 import os
 import platform
 import shutil
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.files import read_json, sha256, write_json
 from data.models.switch import Dtype, LoadedSwitch, load_switch
 from data.models.weights import BUNDLED
@@ -178,12 +177,14 @@ def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
 
 
 def main() -> None:
-    """Command line of `collect`; the last line of stdout is one JSON document."""
+    """Command line of `collect`: what was collected and where, then one JSON document."""
     with user_errors("run the same command again to resume at the last finished shard"):
         trace = from_command_line(collect)
         sums = {key: sum(shard[key] for shard in trace.about["shards"]) for key in ("batches", "sequences", "tokens")}
         if Ranks().rank == 0:
-            print(json.dumps({"trace": str(trace.path), **sums, "fingerprint": trace.layout.fingerprint()}))
+            found = f"{sums['batches']} batches, {sums['tokens']:,} tokens"
+            Console(stderr=True).print(f"{found}; look at them with `python -m data.show {trace.path}`")
+            print_json({"trace": str(trace.path), **sums, "fingerprint": trace.layout.fingerprint()})
 
 
 if __name__ == "__main__":

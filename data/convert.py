@@ -4,12 +4,11 @@ Run it with `python -m data.convert LOADS --out outputs/traces/other`; `data/tra
 The simulator reads the same recordings without conversion.
 """
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.files import whole_folder
 from data.models.layout import MoELayout
 from data.text.batching import time_splits
@@ -47,13 +46,13 @@ def convert(loads: Path, out: Path = Path("outputs/traces/converted"), model_id:
 
 
 def main() -> None:
-    """Command line of `convert`; the last line of stdout is one JSON document."""
+    """Command line of `convert`: where the trace is, then one JSON document."""
     with user_errors():
         trace = from_command_line(convert)
         layout = trace.layout
         Console(stderr=True).print(f"Wrote {trace.path}; look at it with `python -m data.show {trace.path}`")
         shape = [trace.num_batches, layout.num_layers, layout.num_experts]
-        print(json.dumps({"trace": str(trace.path), "shape": shape}))
+        print_json({"trace": str(trace.path), "shape": shape})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Shows the statistics of a trace: a table of skew and drift for each MoE layer, and two plots of the loads over time.
 
-Run it with `python -m data.show outputs/traces/switch-mini-64`; the last line of stdout is one JSON document.
+Run it with `python -m data.show outputs/traces/switch-mini-64`; in a pipe, the last line of stdout is one
+JSON document.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.style import GREY, INK, LIGHT, SMALL, drawing, heading, name_phases, panels, save
 from data.traces.loads import share_of
 from data.traces.statistics import TraceStatistics, measure, step_variation
@@ -118,9 +118,9 @@ def show(trace: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line of `show`; the last line of stdout is one JSON document."""
+    """Command line of `show`: a table, then one JSON document."""
     with user_errors():
-        print(json.dumps(from_command_line(show)))
+        print_json(from_command_line(show))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Runs a Switch model over text, experts replicated ahead of every batch, and checks every answer.
 
 Run it with `python -m runtime.infer --predictor outputs/predictor`, or one process for each device with
-`torchrun --nproc-per-node 2 -m runtime.infer --predictor outputs/predictor`; the last line of stdout is one JSON
-document.
+`torchrun --nproc-per-node 2 -m runtime.infer --predictor outputs/predictor`; in a pipe, the last line of stdout is one
+JSON document.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import track
 
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder, write_json
 from data.models.switch import load_switch
 from data.models.weights import BUNDLED
@@ -170,7 +169,7 @@ def main() -> None:
             exit_now(stop.code if isinstance(stop.code, int) else 1)
         raise
     if Ranks().rank == 0:
-        print(json.dumps(report))
+        print_json(report)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@
     report = compare_policies(loads, num_devices=8, num_redundant_experts=16)    # loads [steps, layers, experts]
     print(report["verdict"]["answer"])
 
-A policy is a forecaster, a planner and a token split. No model is needed. The command prints the verdict, a table and,
-as the last line of stdout, the report as one JSON document.
+A policy is a forecaster, a planner and a token split. No model is needed. The command prints the verdict, a table
+and, in a pipe, the report as one JSON document in the last line of stdout.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from rich.panel import Panel
 from rich.progress import Progress
 
 from data.arrays import IntArray
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder, whole_file, write_json
 from data.traces.loads import RecordedLoads, check_loads, read_loads
 from predictor.baselines.history import LastBatch, Oracle
@@ -355,7 +354,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(verdict_panel(report))
     console.print(table(report))
-    print(json.dumps(report))
+    print_json(report)
 
 
 if __name__ == "__main__":
