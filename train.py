@@ -104,6 +104,8 @@ def train(cli: TrainCLI, run_log: RunLog) -> dict[str, Any] | None:
         address = track_settings(trainer, config.as_dict() | {"git_revision": git_revision()})
         log.info("training; checkpoints and log are in %s%s", run.path, f", curves at {address}" * bool(address))
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if not trainer.global_step:
+            raise ValueError("the run took no training step; raise --trainer.max_epochs or --trainer.max_steps")
         if not trainer.is_global_zero:
             return None
         line = export(cli, folder)

@@ -85,9 +85,12 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
         )
     try:
         with safe_open(path, framework="pt") as weights:
-            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if wrong := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path} has NaN or infinite numbers in {', '.join(wrong)}; train the predictor again")
+    return tensors
 
 
 def load_predictor(

@@ -156,7 +156,8 @@ def _recorded(loads: RecordedLoads | Path | str | IntArray) -> RecordedLoads:
 
 
 def _known(kind: str, names: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names without repeats, refused if one is unknown."""
+    """The names without repeats, refused if one is unknown; a single string is one name."""
+    names = (names,) if isinstance(names, str) else names
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{kind}: unknown {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
     return tuple(dict.fromkeys(names))

@@ -66,6 +66,14 @@ def test_a_folder_of_format_1_still_forecasts_the_same():
             assert np.allclose(getattr(forecast, field), expected["forecasts"][name][field], rtol=1e-4, atol=1e-5), name
 
 
+def test_weights_that_are_not_finite_are_refused(saved):
+    folder, forecaster = saved
+    next(forecaster.network.parameters()).data[0] = torch.nan
+    save_predictor(folder, forecaster)
+    with pytest.raises(ValueError, match=r"has NaN or infinite numbers in .*; train the predictor again"):
+        load_predictor(folder)
+
+
 def test_embedding_is_not_in_the_folder(saved):
     assert sum(file.stat().st_size for file in saved[0].iterdir()) < 20_000
 

@@ -104,7 +104,7 @@ def test_max_moves_bounds_the_moves_of_a_step():
     balance = []
     for most in (1, 4, None):
         report = compare_policies(
-            RECORDED / "gptoss20b.npz", forecasts=["last"], planners=["home"], splits=["quota"], hardware=HARDWARE,
+            RECORDED / "gptoss20b.npz", forecasts="last", planners="home", splits="quota", hardware=HARDWARE,
             max_moves=most,
         )  # fmt: skip
         result = report["results"][0]
