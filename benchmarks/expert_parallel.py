@@ -122,10 +122,8 @@ def layer(home: ReplicationPlan, ranks: Ranks, overhead: int | str = 0) -> Repli
     generator = torch.Generator().manual_seed(ranks.rank)
     weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
     weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
-    if overhead == "auto":
-        own = measure_overhead(weights.experts[0]) if ranks.rank == 0 else 0
-        overhead = int(ranks.broadcast(np.array([own]))[0])
-    return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices, None, int(overhead))
+    price = measure_overhead(weights.experts[0], ranks) if overhead == "auto" else int(overhead)
+    return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices, expert_overhead_tokens=price)
 
 
 def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks, overhead: int | str) -> list[Arm]:

@@ -67,6 +67,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_new(path: Path) -> None:
+    """Checks, before work whose result goes there, that nothing exists at `path`.
+
+    Raises:
+        ValueError: If something does.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists already; name another folder or remove it")
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder; it is renamed to `path` if the block succeeds and removed if it fails.
@@ -74,8 +84,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: If `path` exists already.
     """
-    if path.exists():
-        raise ValueError(f"{path} exists already; name another folder or remove it")
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside:
         folder = Path(aside) / path.name

@@ -55,7 +55,7 @@ def infer() -> None:
 
 def simulate() -> None:
     """Replays loads."""
-    from runtime.simulate.comparison import main
+    from runtime.simulate.__main__ import main
 
     main()
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, Swit
 
 from data.arrays import IntArray
 from data.cli import from_command_line, user_errors
-from data.files import whole_file, whole_folder, write_json
+from data.files import check_new, whole_file, whole_folder, write_json
 from data.pretrain.grouped_experts import group_experts, ungroup_experts
 from data.style import GREY, INK, OURS, drawing, end_labels, heading, panels, save
 from data.text.corpus import SEGMENTS, Document, offline_corpus
@@ -178,8 +178,7 @@ def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe
         out: Folder to write; it appears complete or not at all.
         recipe: Training settings.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists already; name another folder or remove it")
+    check_new(out)
     torch.manual_seed(recipe.seed)
     documents = list(offline_corpus("pretrain"))
     tokenizer = train_tokenizer(documents, recipe.vocabulary)

@@ -241,12 +241,17 @@ def _slots_by_expert(phy2log: IntArray, num_experts: int) -> tuple[IntArray, Int
     """Where each expert's slots begin, `[E + 1]`, and all slots sorted by expert.
 
     For phy2log [0, 1, -1, 2, 3, 0]: [0, 2, 3, 4, 5] and [0, 5, 1, 3, 4]; expert 0 is in slots 0 and 5.
+
+    Raises:
+        ValueError: If an expert has no slot.
     """
     first = np.zeros(num_experts + 1, dtype=np.int64)
     for expert in phy2log:
         if expert >= 0:
             first[expert + 1] += 1
     for expert in range(num_experts):
+        if first[expert + 1] == 0:
+            raise ValueError("expert " + str(expert) + " has no slot; every expert needs at least one")
         first[expert + 1] += first[expert]
     slots = np.empty(first[-1], dtype=np.int64)
     fill = first[:-1].copy()

@@ -16,6 +16,7 @@ from torch.nn.functional import grouped_mm
 
 from data.arrays import BoolArray, IntArray
 from runtime.distributed.device import Stopwatch, upload
+from runtime.distributed.ranks import Ranks
 
 MIN_STABLE_ROWS = 16
 """Minimum number of rows for which MKL's result for one row does not depend on how many rows are multiplied together.
@@ -77,8 +78,10 @@ class GroupedExperts:
 
 
 @torch.no_grad()
-def measure_overhead(experts: GroupedExperts, repeats: int = 2) -> int:
+def measure_overhead(experts: GroupedExperts, ranks: Ranks, repeats: int = 2) -> int:
     """Tokens a device computes in the time it takes to read one more expert's weights: 0 to 63, measured.
+
+    Rank 0 measures and every rank gets its figure, because all ranks must split alike.
 
     Compares one row through each of four experts with 64 rows through one expert. If one row takes 3 ms and 64 rows
     take 6.4 ms, which is 0.1 ms per token, one more expert costs 3 / 0.1 - 1 = 29 tokens. On a CPU the single row is
@@ -86,13 +89,18 @@ def measure_overhead(experts: GroupedExperts, repeats: int = 2) -> int:
 
     Args:
         experts: The experts of one device; the time does not depend on the weights' values.
+        ranks: The ranks, all of which call this.
         repeats: Measurements of each time, of which the shortest counts.
     """
-    buffer_N = np.arange(experts.wi_NDF.shape[0])
-    read = min(len(buffer_N), FEW_EXPERTS)
-    one_row = _least_ms(experts, np.where(buffer_N < read, 1, 0), repeats) / read
-    token = _least_ms(experts, np.where(buffer_N < 1, MANY_ROWS, 0), repeats) / MANY_ROWS
-    return min(max(round(one_row / token) - 1, 0), MANY_ROWS - 1)
+    overhead = np.zeros(1, dtype=np.int64)
+    if ranks.rank == 0:
+        buffer_N = np.arange(experts.wi_NDF.shape[0])
+        read = min(len(buffer_N), FEW_EXPERTS)
+        one_row = _least_ms(experts, np.where(buffer_N < read, 1, 0), repeats) / read
+        token = _least_ms(experts, np.where(buffer_N < 1, MANY_ROWS, 0), repeats) / MANY_ROWS
+        overhead[0] = min(max(round(one_row / token) - 1, 0), MANY_ROWS - 1)
+    with ranks.watched():
+        return int(ranks.broadcast(overhead)[0])
 
 
 def _least_ms(experts: GroupedExperts, size_N: IntArray, repeats: int) -> float:

@@ -1,6 +1,93 @@
-"""`python -m runtime.simulate LOADS`: is replication worth it on this traffic? The command is in comparison.py."""
+"""Is replication worth it on this traffic? Replays recorded loads through every policy and says so.
 
-from runtime.simulate.comparison import main
+    python -m runtime.simulate outputs/traces/switch-mini-64 --devices 8 --redundant 16 --predictor outputs/predictor
+
+prints the verdict, a table and, in a pipe, the report as one JSON document in the last line of stdout.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from data.cli import from_command_line, print_json, user_errors
+from data.files import check_folder
+from data.traces.loads import read_loads
+from runtime.simulate.comparison import PLANNERS, compare_policies, expert_bytes_of
+from runtime.simulate.cost_model import Hardware, measure
+from runtime.simulate.replay import SPLITS
+from runtime.simulate.report import table, verdict_panel
+
+
+def simulate(
+    loads: Path,
+    devices: int = 8,
+    redundant: int = 16,
+    forecast: str | None = None,
+    planner: str = ",".join(PLANNERS),
+    split: str = ",".join(SPLITS),
+    predictor: Path | None = None,
+    start: int = 1,
+    steps: int | None = None,
+    max_moves: int | None = None,
+    devices_per_node: int | None = None,
+    save_plans: Path | None = None,
+    out: Path = Path("outputs/simulate"),
+    expert_bytes: float | None = None,
+    tokens_per_second: float | None = None,
+    link_bytes_per_second: float | None = None,
+    expert_overhead_tokens: float | None = None,
+) -> dict[str, Any]:
+    """Replays recorded loads through replication policies and decides whether replication is worth it.
+
+    Args:
+        loads: Trace folder, or .npy or .npz (key 'counts') of [steps, layers, experts].
+        devices: Devices that the experts are spread over.
+        redundant: Replica slots of each layer over all devices.
+        forecast: Some of last,mean,ema,learned,oracle,exact; 'exact' is the oracle, planned only once the load is
+            known, so that its moves delay the batch. By default all but exact, and learned only with a predictor.
+        planner: Some of contiguous,eplb,home.
+        split: Some of even,quota.
+        predictor: Folder that train.py wrote, for the forecast 'learned'.
+        start: First step that is planned; homes are chosen from the steps before it.
+        steps: Number of steps to plan; by default all.
+        max_moves: Most experts that the home planner moves before a step, over all layers; by default no limit.
+        devices_per_node: Devices that share a fast network; by default all.
+        save_plans: File (.npz) for phy2log [N, L, P] and device_load [N, L, G] of each policy.
+        out: Folder for balancedness.png and report.json.
+        expert_bytes: Bytes of one expert; by default from the trace, or a Switch-base expert in bf16.
+        tokens_per_second: Tokens a device computes per second; by default measured on this machine.
+        link_bytes_per_second: Bytes a device can receive per second; by default measured on this machine.
+        expert_overhead_tokens: Tokens a device computes while it reads one more expert; by default measured.
+    """
+    check_folder(out)
+    recorded = read_loads(loads)
+    nbytes = expert_bytes_of(recorded) if expert_bytes is None else expert_bytes
+    given = (tokens_per_second, link_bytes_per_second, expert_overhead_tokens)
+    measured = measure(nbytes) if None in given else None
+    names = ("tokens_per_second", "bytes_per_second", "expert_overhead_tokens")
+    speeds = [getattr(measured, name) if value is None else value for name, value in zip(names, given, strict=True)]
+    return compare_policies(
+        recorded, devices, redundant, forecast.split(",") if forecast else None, planner.split(","), split.split(","),
+        predictor, start, steps, Hardware(nbytes, *speeds), max_moves, devices_per_node,
+        out=out, save_plans=save_plans, console=Console(stderr=True),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Command line of `simulate`: the verdict, a table, then one JSON document."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
+    with user_errors():
+        report = from_command_line(simulate)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(verdict_panel(report))
+    console.print(table(report))
+    print_json(report)
+
 
 if __name__ == "__main__":
     main()

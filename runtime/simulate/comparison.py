@@ -1,17 +1,12 @@
 """Compares replication policies on recorded loads and decides whether replication is worth it: `compare_policies`.
 
-    python -m runtime.simulate outputs/traces/switch-mini-64 --devices 8 --redundant 16 --predictor outputs/predictor
-
     from runtime.simulate import compare_policies
     report = compare_policies(loads, num_devices=8, num_redundant_experts=16)    # loads [steps, layers, experts]
     print(report["verdict"]["answer"])
 
-A policy is a forecaster, a planner and a token split. No model is needed. The command prints the verdict, a table
-and, in a pipe, the report as one JSON document in the last line of stdout.
+A policy is a forecaster, a planner and a token split. No model is needed.
 """
 
-import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +14,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.console import Console
-from rich.panel import Panel
 from rich.progress import Progress
 
 from data.arrays import IntArray
-from data.cli import from_command_line, print_json, user_errors
-from data.files import check_folder, whole_file, write_json
+from data.files import whole_file, write_json
 from data.traces.loads import RecordedLoads, check_loads, read_loads
 from predictor.baselines.history import LastBatch, Oracle
 from predictor.forecast import Forecaster, LoadForecast
@@ -36,7 +28,7 @@ from runtime.balancing.plan import ReplicationPlan, check_division, contiguous_h
 from runtime.balancing.planner import HomePlanner, Planner
 from runtime.simulate.cost_model import Hardware, measure, verdict
 from runtime.simulate.replay import SPLITS, Replay, forecast_steps, replay
-from runtime.simulate.report import document, plot, table
+from runtime.simulate.report import document, plot
 
 FORECASTS = (*FORECASTERS, "learned", "oracle", "exact")
 PLANNERS = ("contiguous", "eplb", "home")
@@ -246,21 +238,20 @@ def _open_forecaster(name: str, predictor: Path | None, recorded: RecordedLoads)
 def _switch_on(policy: dict[str, str], settings: Settings, num_experts: int) -> str:
     """The command or the line of Python that switches a policy on."""
     devices, redundant = settings.num_devices, settings.num_redundant_experts
-    if policy["planner"] == "eplb" and policy["split"] == "quota":
-        return f"EplbPlanner in Balancer({devices}, {redundant}, planner=...), with split_by_quota"
-    if policy["planner"] == "eplb":
+    if policy["planner"] == "eplb" and policy["split"] == "even":
         return (
             f"rebalance_experts(load, num_replicas={num_experts + redundant}, num_groups=1, num_nodes=1, "
             f"num_gpus={devices})"
         )
-    if policy["forecast"] == "learned" and policy["split"] == "quota":
+    if (policy["forecast"], policy["planner"], policy["split"]) == ("learned", "home", "quota"):
         command = f"python -m runtime.infer --predictor {settings.predictor}"
         options = {"--devices": devices, "--redundant": redundant, "--max-moves": settings.max_moves}
         options["--devices-per-node"] = settings.devices_per_node
         return " ".join([command, *(f"{name} {value}" for name, value in options.items() if value is not None)])
     forecaster = "load_predictor(...)" if policy["forecast"] == "learned" else repr(policy["forecast"])
-    limits = {"max_moves": settings.max_moves, "devices_per_node": settings.devices_per_node}
-    more = "".join(f", {name}={value}" for name, value in limits.items() if value is not None)
+    planner = {"planner": "EplbPlanner()"} if policy["planner"] == "eplb" else {"max_moves": settings.max_moves}
+    given: dict[str, Any] = {**planner, "devices_per_node": settings.devices_per_node}
+    more = "".join(f", {name}={value}" for name, value in given.items() if value is not None)
     split = "split_by_quota" if policy["split"] == "quota" else "split_evenly"
     return f"Balancer({devices}, {redundant}, {forecaster}{more}) with {split}"
 
@@ -274,89 +265,3 @@ def _save_plans(replays: list[Replay], path: Path) -> None:
         arrays[f"{name}.device_load"] = item.device_load
     with whole_file(path) as aside, aside.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-
-
-def verdict_panel(report: dict[str, Any]) -> Panel:
-    """The verdict in a frame: the answer, its reason, the policy and how to switch it on."""
-    answer = report["verdict"]
-    lines = [f"{answer['why']}."]
-    if "policy" in answer:
-        policy = answer["policy"]
-        lines.append(
-            f"Best policy: forecast [bold]{policy['forecast']}[/bold], planner [bold]{policy['planner']}[/bold], "
-            f"split [bold]{policy['split']}[/bold]"
-        )
-        lines.append(f"Switch it on: {answer['switch_on']}")
-    colour = {"enable": "green", "not worth it": "yellow"}.get(answer["answer"], "white")
-    return Panel("\n".join(lines), title=f"Verdict: [bold]{answer['answer']}[/bold]", border_style=colour)
-
-
-def simulate(
-    loads: Path,
-    devices: int = 8,
-    redundant: int = 16,
-    forecast: str | None = None,
-    planner: str = ",".join(PLANNERS),
-    split: str = ",".join(SPLITS),
-    predictor: Path | None = None,
-    start: int = 1,
-    steps: int | None = None,
-    max_moves: int | None = None,
-    devices_per_node: int | None = None,
-    save_plans: Path | None = None,
-    out: Path = Path("outputs/simulate"),
-    expert_bytes: float | None = None,
-    tokens_per_second: float | None = None,
-    link_bytes_per_second: float | None = None,
-    expert_overhead_tokens: float | None = None,
-) -> dict[str, Any]:
-    """Replays recorded loads through replication policies and decides whether replication is worth it.
-
-    Args:
-        loads: Trace folder, or .npy or .npz (key 'counts') of [steps, layers, experts].
-        devices: Devices that the experts are spread over.
-        redundant: Replica slots of each layer over all devices.
-        forecast: Some of last,mean,ema,learned,oracle,exact; 'exact' is the oracle, planned only once the load is
-            known, so that its moves delay the batch. By default all but exact, and learned only with a predictor.
-        planner: Some of contiguous,eplb,home.
-        split: Some of even,quota.
-        predictor: Folder that train.py wrote, for the forecast 'learned'.
-        start: First step that is planned; homes are chosen from the steps before it.
-        steps: Number of steps to plan; by default all.
-        max_moves: Most experts that the home planner moves before a step, over all layers; by default no limit.
-        devices_per_node: Devices that share a fast network; by default all.
-        save_plans: File (.npz) for phy2log [N, L, P] and device_load [N, L, G] of each policy.
-        out: Folder for balancedness.png and report.json.
-        expert_bytes: Bytes of one expert; by default from the trace, or a Switch-base expert in bf16.
-        tokens_per_second: Tokens a device computes per second; by default measured on this machine.
-        link_bytes_per_second: Bytes a device can receive per second; by default measured on this machine.
-        expert_overhead_tokens: Tokens a device computes while it reads one more expert; by default measured.
-    """
-    check_folder(out)
-    recorded = read_loads(loads)
-    nbytes = expert_bytes_of(recorded) if expert_bytes is None else expert_bytes
-    given = (tokens_per_second, link_bytes_per_second, expert_overhead_tokens)
-    measured = measure(nbytes) if None in given else None
-    names = ("tokens_per_second", "bytes_per_second", "expert_overhead_tokens")
-    speeds = [getattr(measured, name) if value is None else value for name, value in zip(names, given, strict=True)]
-    return compare_policies(
-        recorded, devices, redundant, forecast.split(",") if forecast else None, planner.split(","), split.split(","),
-        predictor, start, steps, Hardware(nbytes, *speeds), max_moves, devices_per_node,
-        out=out, save_plans=save_plans, console=Console(stderr=True),
-    )  # fmt: skip
-
-
-def main() -> None:
-    """Command line of `simulate`: the verdict, a table, then one JSON document."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(1)
-    with user_errors():
-        report = from_command_line(simulate)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(verdict_panel(report))
-    console.print(table(report))
-    print_json(report)
-
-
-if __name__ == "__main__":
-    main()

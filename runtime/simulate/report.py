@@ -1,9 +1,10 @@
-"""Results of replays: figures for the JSON document, a table, a picture."""
+"""Results of replays: figures for the JSON document, the verdict in a frame, a table, a picture."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.panel import Panel
 from rich.table import Table
 
 from data.arrays import FloatArray
@@ -88,6 +89,21 @@ def best_honest(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The result of highest balancedness among policies that do not know the future; of equals, that of least moves."""
     honest = [result for result in results if result["forecast"] not in TRUTHS]
     return max(honest, key=lambda result: (result["balancedness"], -result["moves_per_layer"]), default=None)
+
+
+def verdict_panel(report: dict[str, Any]) -> Panel:
+    """The verdict in a frame: the answer, its reason, the policy and how to switch it on."""
+    answer = report["verdict"]
+    lines = [f"{answer['why']}."]
+    if "policy" in answer:
+        policy = answer["policy"]
+        lines.append(
+            f"Best policy: forecast [bold]{policy['forecast']}[/bold], planner [bold]{policy['planner']}[/bold], "
+            f"split [bold]{policy['split']}[/bold]"
+        )
+        lines.append(f"Switch it on: {answer['switch_on']}")
+    colour = {"enable": "green", "not worth it": "yellow"}.get(answer["answer"], "white")
+    return Panel("\n".join(lines), title=f"Verdict: [bold]{answer['answer']}[/bold]", border_style=colour)
 
 
 def table(report: dict[str, Any], details: bool = False) -> Table:

@@ -108,7 +108,7 @@ def test_the_measured_price_of_an_expert_is_a_number_of_tokens():
     small = SmallLayer()
     before = small.slots.wi_NFD.clone()
     for experts in small.slots.experts:
-        price = measure_overhead(experts)
+        price = measure_overhead(experts, small.layer.ranks)
         assert isinstance(price, int)
         assert 0 <= price < 64
     assert torch.equal(small.slots.wi_NFD, before)

@@ -1,13 +1,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from runtime.simulate import compare_policies
-from runtime.simulate.comparison import main
+from runtime.simulate.__main__ import main
 from runtime.simulate.cost_model import Hardware
 from runtime.simulate.workloads import WORKLOADS
 from runtime.simulate.workloads import main as workloads
@@ -98,6 +99,21 @@ def test_from_python_an_array_gives_the_same_report_as_the_command_and_writes_no
     verdict = report["verdict"]
     assert verdict["answer"] == command["verdict"]["answer"] == "enable"
     assert verdict["switch_on"] == "Balancer(8, 16, 'last') with split_by_quota"
+
+
+@pytest.mark.parametrize(
+    ("split", "line"),
+    [
+        ("even", "rebalance_experts(load, num_replicas=48, num_groups=1, num_nodes=1, num_gpus=8)"),
+        ("quota", "Balancer(8, 16, 'last', planner=EplbPlanner()) with split_by_quota"),
+    ],
+)
+def test_the_verdict_names_what_switches_eplb_on(split, line):
+    report = compare_policies(
+        RECORDED / "gptoss20b.npz", forecasts="last", planners="eplb", splits=split, steps=40,
+        hardware=replace(HARDWARE, bytes_per_second=1e15),
+    )  # fmt: skip
+    assert report["verdict"]["switch_on"] == line
 
 
 def test_max_moves_bounds_the_moves_of_a_step():
