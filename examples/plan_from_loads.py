@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 
-from runtime.balancing import device_load  # tokens of each device under a split
-from switchcast import Balancer, balancedness, split_by_quota
+from runtime.balancing import split_load  # tokens of each device
+from switchcast import Balancer, balancedness
 
 rng = np.random.default_rng(0)
 drawn = rng.multinomial(4096, rng.dirichlet(np.full(64, 0.2), size=4), size=(20, 4))
@@ -19,8 +19,7 @@ loads = np.load(sys.argv[1]) if len(sys.argv) > 1 else drawn
 balancer = Balancer(num_devices=8, num_redundant_experts=16)
 for step, load in enumerate(loads):  # [layers, experts], as they come
     if step:
-        quotas = [split_by_quota(row, slots, 8) for row, slots in zip(load, balancer.plan.phy2log, strict=True)]
-        balance = balancedness(np.stack([device_load(quota, 8) for quota in quotas])).mean()
+        balance = balancedness(split_load(load, balancer.plan)).mean()
         print(f"step {step}: balancedness {balance:.3f}, {len(balancer.moves)} experts copied before it")
     balancer.step(load)  # the plan for the next batch
 if len(sys.argv) > 2:

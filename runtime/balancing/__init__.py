@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runtime.balancing.split import device_load as device_load
     from runtime.balancing.split import split_by_quota as split_by_quota
     from runtime.balancing.split import split_evenly as split_evenly
+    from runtime.balancing.split import split_load as split_load
 
 _HOME = {
     "Balancer": ".balancer",
@@ -33,6 +34,7 @@ _HOME = {
     "rebalance_experts": ".eplb",
     "split_by_quota": ".split",
     "split_evenly": ".split",
+    "split_load": ".split",
 }
 __all__ = [
     "Balancer",
@@ -47,6 +49,7 @@ __all__ = [
     "rebalance_experts",
     "split_by_quota",
     "split_evenly",
+    "split_load",
 ]
 
 
