@@ -214,7 +214,9 @@ class ForecasterModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW under a one-cycle schedule that ends with the last epoch."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

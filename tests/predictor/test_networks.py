@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.layers import Recurrence, SparseAttention, SRULayer, sparsemax
+from predictor.layers import SparseAttention, sparsemax
 from predictor.network import Architecture, LoadNetwork, capped
+from predictor.sru import SRULayer, _sigmoid, unrolled
 
 ARCHITECTURES = [
     Architecture(width=8, history=True),
@@ -47,11 +48,39 @@ def test_half_of_a_bidirectional_sru_reads_backwards():
     assert moved[4:, 2:].logical_not().all()
 
 
-def test_recurrence_gradient_is_right():
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_compiled_recurrence_equals_the_unrolled_one_and_so_do_its_gradients(bidirectional, monkeypatch):
     torch.manual_seed(0)
-    inputs = [torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    peephole = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(Recurrence.apply, (*inputs, peephole))
+    layer, mask = SRULayer(40, bidirectional), torch.arange(23)[:, None] < torch.tensor([23, 17, 1])
+    with torch.no_grad():
+        layer.peephole.normal_()
+    x, weight = torch.randn(23, 3, 40, requires_grad=True), torch.randn(23, 3, 40)
+
+    def run():
+        out = layer(x, mask)
+        return out, *torch.autograd.grad((out * weight).sum(), (x, *layer.parameters()))
+
+    compiled = run()
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    for value, expected in zip(compiled, run(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_unrolled_recurrence_runs_in_float64_and_its_gradient_is_right():
+    torch.manual_seed(0)
+    shapes = (4, 2, 3, 2, 3), (4, 2, 2, 3), (2, 2, 3)
+    projected, x, peephole = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0]]).double()
+    assert torch.autograd.gradcheck(unrolled, (projected, x, mask, peephole, 1.7))
+
+
+def test_compiled_sigmoid_is_exact_to_float32():
+    values = np.concatenate([np.linspace(-120, 120, 100_001), [-np.inf, np.inf]]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        expected = 1 / (1 + np.exp(-values.astype(np.float64)))
+    exponents = np.empty(len(values), np.int32)
+    _sigmoid(values, exponents, exponents.view(np.float32))
+    assert np.allclose(values, expected, rtol=2e-7, atol=1e-34)
 
 
 def test_sparsemax_known_values():
