@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # What a second core does meanwhile: train.py's packages are compiled to bytecode, and the network's kernels, while the
 # trace is collected; the planner's kernels while the predictor trains. Later runs find all of it cached.
-IMPORTS := import train; from predictor.sru import compile_kernels; compile_kernels()
+IMPORTS := import train; from predictor.recurrence import compile_kernels; compile_kernels()
 KERNELS := from runtime.balancing.balancer import compile_kernels; compile_kernels()
 
 .PHONY: run test smoke clean

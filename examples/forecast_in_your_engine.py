@@ -2,7 +2,7 @@
 
     python examples/forecast_in_your_engine.py [PREDICTOR]
 
-Needs torch, numpy and safetensors, and the tokenizer of the model that the predictor was trained for.
+Needs torch, numpy, numba and safetensors, and the tokenizer of the model that the predictor was trained for.
 """
 
 import sys

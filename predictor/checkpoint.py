@@ -4,7 +4,7 @@
 
     predictor = load_predictor("outputs/predictor")
 
-docs/checkpoint-format.md describes the folder. Loading needs torch, numpy and safetensors only.
+docs/checkpoint-format.md describes the folder. Loading needs torch, numpy, numba and safetensors only.
 """
 
 from dataclasses import asdict

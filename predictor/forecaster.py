@@ -1,4 +1,4 @@
-"""NeuralForecaster: a trained network that forecasts the load of the coming batch. Needs torch and numpy only.
+"""NeuralForecaster: a trained network that forecasts the load of the coming batch. Needs torch, numpy and numba only.
 
 Shape suffixes: V vocabulary, D host width, K past batches, L MoE layers, E logical experts.
 """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from predictor.sru import SRULayer
+from predictor.recurrence import SRULayer
 
 RATES = (1.0, 0.5, 0.2, 0.08, 0.03)
 """Weight of the last batch in each moving average; 1 is the last batch alone."""

@@ -6,7 +6,7 @@ import torch
 
 from predictor.layers import SparseAttention, sparsemax
 from predictor.network import Architecture, LoadNetwork, capped
-from predictor.sru import SRULayer, _sigmoid, unrolled
+from predictor.recurrence import SRULayer, _sigmoid, unrolled
 
 ARCHITECTURES = [
     Architecture(width=8, history=True),
