@@ -81,19 +81,42 @@ class ResidentSlots:
         """Index of each slot's active copy among the buffers, `[P]`."""
         return np.asarray(self._first_P + self._swapped_P)
 
-    def compute(self, rows_MD: Tensor, size_P: IntArray, reference_P: IntArray) -> Tensor:
+    @property
+    def buffers(self) -> tuple[int, int]:
+        """Devices here, and buffers of each."""
+        return len(self.experts), self.wi_NFD.shape[0] // len(self.experts)
+
+    def compute(self, rows_MD: Tensor, size_P: IntArray, reference_P: IntArray, ends: Tensor | None) -> Tensor:
         """Computes rows sorted by slot, device after device; see `runtime.experts.layer.Slots`."""
         size_GN, reference_GN = self._by_buffer(size_P), self._by_buffer(reference_P)
         parts_MD = [rows_MD] if len(self.experts) == 1 else rows_MD.split_with_sizes(size_GN.sum(-1).tolist())
+        ends_GN = [None] * len(self.experts) if ends is None else ends.chunk(len(self.experts))
         outputs_MD = []
         for device, part_MD in enumerate(parts_MD):
             if part_MD.shape[0]:
                 with self._busy[device]:
-                    outputs_MD.append(self.experts[device].compute(part_MD, size_GN[device], reference_GN[device]))
+                    outputs_MD.append(
+                        self.experts[device].compute(part_MD, size_GN[device], reference_GN[device], ends_GN[device])
+                    )
         return outputs_MD[0] if len(outputs_MD) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *outputs_MD])
 
+    @property
+    def needs_no_sizes(self) -> bool:
+        """Whether `compute_groups` may be called: one device, no replica slots, and one kernel for all experts."""
+        return len(self.experts) == 1 and len(self._first_P) == self.wi_NFD.shape[0] and self.experts[0].needs_no_sizes
+
+    def compute_groups(self, rows_MD: Tensor, ends_P: Tensor) -> Tensor:
+        """Outputs for rows sorted by slot, whose sizes only the device knows; see `GroupedExperts.compute_groups`."""
+        with self._busy[0]:
+            return self.experts[0].compute_groups(rows_MD, ends_P)
+
+    def measure(self, on: bool) -> None:
+        """Says whether times are measured from now on."""
+        for stopwatch in self._busy:
+            stopwatch.on = on
+
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds each device here computed since the last call of this method."""
+        """Milliseconds each device here computed since the last call of this method; NaN if not measured."""
         return [stopwatch.take_ms() for stopwatch in self._busy]
 
     def _by_buffer(self, value_P: IntArray) -> IntArray:
