@@ -10,6 +10,7 @@ import os
 import resource
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -60,6 +61,7 @@ class Ranks:
         self.timeout_s = timeout_s
         self.device = local_device(device)
         self.background: Any = None
+        self._said: Counter[str] = Counter()
 
     def devices(self, asked: int | None) -> int:
         """Number of devices that experts are spread over: one for each rank; a single rank emulates as many as asked.
@@ -135,11 +137,13 @@ class Ranks:
                     raise ValueError(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}")
 
     def exchange(self, topic: str, said: Any) -> list[Any]:
-        """What each rank says about a topic, once a job: anything that JSON can hold."""
+        """What each rank says about a topic, anything that JSON can hold; all ranks call this in the same order."""
         if self.world == 1:
             return [said]
-        self._store.set(f"{topic}/{self.rank}", json.dumps(said))
-        return [json.loads(self._store.get(f"{topic}/{rank}")) for rank in range(self.world)]
+        self._said[topic] += 1
+        key = f"{topic}/{self._said[topic]}"
+        self._store.set(f"{key}/{self.rank}", json.dumps(said))
+        return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
 
     @property
     def host(self) -> str:
