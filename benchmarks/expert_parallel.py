@@ -93,10 +93,10 @@ class Arm:
         elapsed = 1e3 * (time.perf_counter() - began)
         busy = experts.slots.take_busy_ms()
         if self.forecaster is not None:
-            self.controller.observe(experts.load[None])
+            self.controller.observe(experts.counters.load[None])
         self.steps.append({
-            "step_ms": elapsed, "busy_ms": busy, "load": experts.device_load.copy(), "exposed_ms": 1e3 * exposed,
-            "split_ms": sum(spent), "waited_ms": experts.waited.take_ms(),
+            "step_ms": elapsed, "busy_ms": busy, "load": experts.counters.device_load.copy(),
+            "exposed_ms": 1e3 * exposed, "split_ms": sum(spent), "waited_ms": experts.waited.take_ms(),
             "prepare_ms": prepared.forecast_ms + prepared.plan_ms if prepared else 0.0,
             "move_ms": prepared.move_ms if prepared else 0.0, "moves": prepared.moves if prepared else 0,
         })  # fmt: skip

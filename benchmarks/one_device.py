@@ -82,7 +82,7 @@ def measure(experts: int, repeats: int) -> list[dict[str, Any]]:
     rng, results = np.random.default_rng(0), []
     cases = [(size, padded) for size in SIZES for padded in (False, True) if not padded or size >= 4]
     for size, padded in track(cases, "sizes", console=Console(stderr=True)):
-        slots.begin_step(torch.arange(size) < size * 3 // 4 if padded else None)
+        slots.begin_step(torch.arange(size) >= size * 3 // 4 if padded else None)
         times: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(repeats * (1 if size >= 512 else 5 if size >= 16 else 40)):  # short calls are noisier
             expert = torch.from_numpy(rng.choice(experts, size, p=share / share.sum()))

@@ -104,7 +104,8 @@ def load_predictor(
     Args:
         folder_or_hub_id: A local folder, or a hub id "owner/name" as a string.
         layout: Layout of the model to forecast for; None means the model that the predictor was trained for.
-        embedding: Token embeddings `[V, D]` of that model; None reads them from the model that `layout` names.
+        embedding: Token embeddings `[V, D]` of that model; None reads them from the model that `layout` names. The
+            predictor runs on the CPU, whatever device they are on.
         revision: Branch, tag or commit on the hub.
 
     Raises:
@@ -143,4 +144,4 @@ def load_predictor(
         raise ValueError(
             f"the embedding table is {tuple(embedding.shape)}, {folder} needs {(trained.vocab_size, trained.d_model)}"
         )
-    return NeuralForecaster(trained, network, embedding.float(), spread, familiarity)
+    return NeuralForecaster(trained, network, embedding.float().cpu(), spread, familiarity)

@@ -39,7 +39,7 @@ class TokenBatch:
 
     @classmethod
     def of(cls, inputs: Any) -> "TokenBatch":
-        """Accepts a `TokenBatch` or what a Hugging Face tokenizer returns.
+        """Accepts a `TokenBatch` or what a Hugging Face tokenizer returns; the batch lies on the CPU.
 
         Args:
             inputs: A mapping with `input_ids` `[B, T]` or `[T]` and, where sequences are padded, `attention_mask` of
@@ -50,7 +50,7 @@ class TokenBatch:
             ValueError: If ids and mask have different shapes, or sequences have different lengths.
         """
         if isinstance(inputs, cls):
-            return inputs
+            return cls(inputs.input_ids.cpu(), inputs.mask.cpu())
         if isinstance(inputs, Tensor | np.ndarray):
             inputs = {"input_ids": inputs}
         if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
@@ -78,7 +78,7 @@ class TokenBatch:
 
 def _as_tensor(values: Any, name: str) -> Tensor:
     try:
-        rows = torch.as_tensor(values)
+        rows = torch.as_tensor(values).cpu()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} is not a rectangle of numbers ({error}); tokenize with padding=True") from None
     return rows[None] if rows.dim() == 1 else rows

@@ -42,7 +42,7 @@ class SharedBlock:
         if like.device.type == "cuda":
             tensor = like.new_zeros(tuple(shape))
             with suppress(RuntimeError):  # allocators of expandable segments have no handles
-                parts = tensor.untyped_storage()._share_cuda_()
+                parts = tensor.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
                 return cls(
                     tensor, [{"bytes": base64.b64encode(p).decode()} if isinstance(p, bytes) else p for p in parts]
                 )

@@ -1,7 +1,8 @@
 """What the engine is given and what it returns: batches, their outputs, and what each one took."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from data.arrays import FloatArray, IntArray
 from data.traces.trace import TokenBatch
 from runtime.balancing.split import balancedness
+from runtime.distributed.device import to_device
 from runtime.engine.controller import Preparation
 
 IGNORED_LABEL = -100
@@ -109,9 +111,9 @@ class BatchStats:
         load: Tokens of each expert, `[L, E]`.
         device_load: Tokens that each device computed, `[L, G]`.
         sent: Tokens that were sent to another rank, `[L]`.
-        busy_ms: Milliseconds that each device computed experts, `[L, G]`.
-        waited_ms: Milliseconds that each rank waited for other ranks, `[L, S]`; zeros with one rank.
-        compute_ms: Milliseconds of the whole forward on this rank.
+        busy_ms: Milliseconds that each device computed experts, `[L, G]`; NaN if times were not measured.
+        waited_ms: Milliseconds that each rank waited for other ranks, `[L, S]`, likewise; zeros with one rank.
+        compute_ms: Milliseconds of the whole forward on this rank, likewise.
         exposed_ms: Milliseconds that this rank waited for the preparation before the forward.
         preparation: What was done ahead of this batch; None if nothing was ready.
         tiers: Counters of each tier of this rank's cache so far (see `CacheStats`); empty if all experts fit.
@@ -144,25 +146,30 @@ class BatchOutput:
 
     Attributes:
         logits: Of this rank's sequences, `[b, U, V]`, or the encoder's last hidden states `[b, T, D]` if the decoder
-            did not run. Positions of padding hold no meaning.
+            did not run. Positions of padding hold no meaning. On CUDA they may still be under way.
         rows: Which of the batch's sequences they are.
-        stats: What the batch took.
+        counted: Makes `stats`.
     """
 
     logits: Tensor
     rows: slice
-    stats: BatchStats
+    counted: Callable[[], BatchStats] = field(repr=False)
+
+    @cached_property
+    def stats(self) -> BatchStats:
+        """What the batch took; where a CUDA device alone has counted, the first look waits for it."""
+        return self.counted()
 
 
 @torch.no_grad()  # not inference_mode: routers store tensors of a forward, which later calls could not use
 def forward(model: Any, batch: ModelBatch) -> Tensor:
     """The output of a model, plain or with slots: logits `[B, U, V]`, or encoder states `[B, T, D]`."""
-    ids, attention = batch.tokens.input_ids.to(model.device), batch.tokens.mask.long().to(model.device)
+    ids, attention = to_device(batch.tokens.input_ids, model.device), to_device(batch.tokens.mask.long(), model.device)
     if batch.decoder is None:
         states: Tensor = model.encoder(input_ids=ids, attention_mask=attention)[0]
         return states
-    decoder: dict[str, Tensor] = {"decoder_input_ids": batch.decoder.input_ids.to(model.device)}
+    decoder: dict[str, Tensor] = {"decoder_input_ids": to_device(batch.decoder.input_ids, model.device)}
     if (needed_positions(batch.decoder.mask) != batch.decoder.mask).any():  # padding that later tokens would attend to
-        decoder["decoder_attention_mask"] = batch.decoder.mask.long().to(model.device)
+        decoder["decoder_attention_mask"] = to_device(batch.decoder.mask.long(), model.device)
     logits: Tensor = model(input_ids=ids, attention_mask=attention, **decoder).logits
     return logits

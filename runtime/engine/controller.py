@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from data.arrays import IntArray
 from data.traces.trace import TokenBatch
@@ -26,12 +27,15 @@ from predictor.baselines.history import Ema
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory, NoHistoryError
 from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.balancing.planner import Planner
+from runtime.distributed.device import use_device
 from runtime.distributed.ranks import Ranks
 
 HISTORY = 64
 """Batches whose loads are kept."""
 PATIENCE_S = 30.0
 """Seconds that the first batch waits for its forecast, because nothing runs beside it."""
+CLOSE_S = 5.0
+"""Seconds that closing waits for copies to be issued."""
 MOST_TOKENS = 1e12
 """Tokens for one expert above which a forecast counts as broken."""
 log = logging.getLogger(__name__)
@@ -53,6 +57,14 @@ class Transfer(Protocol):
 
     def commit(self) -> ReplicationPlan:
         """Makes the started plan active; called between batches."""
+        ...
+
+    def computed(self) -> None:
+        """Notes that a batch has been issued: what it reads is not overwritten before it has run."""
+        ...
+
+    def close(self) -> None:
+        """Waits for copies under way."""
         ...
 
     def nbytes(self, moves: Sequence[SlotMove]) -> int:
@@ -110,9 +122,9 @@ class Controller:
         self.history: IntArray = np.zeros((0, layers, experts), dtype=np.int64)
         self.fallbacks: Counter[str] = Counter()
         self.late = 0
-        self._thread = _TaskThread("switchcast-controller")
+        self._thread = _TaskThread("switchcast-controller", ranks.device)
         self._future: Future[Preparation] | None = None
-        self._awaited = False
+        self._awaited, self._closed, self._copying = False, False, threading.Lock()
 
     def prepare(self, upcoming: TokenBatch | None) -> None:
         """Starts to prepare for a batch, unless an earlier preparation is still running."""
@@ -144,7 +156,10 @@ class Controller:
         self.history = np.concatenate([self.history, load_LE[None]])[-HISTORY:]
 
     def close(self) -> None:
-        """Ends the thread after its current task."""
+        """Ends the thread after its current task, without waiting for a forecast; no copies are started from now on."""
+        self._closed = True
+        if self._copying.acquire(timeout=CLOSE_S):  # copies under way end first, unless they wait for a lost rank
+            self._copying.release()
         self._thread.close()
 
     def _prepare(self, upcoming: TokenBatch | None, history: LoadHistory) -> Preparation:
@@ -156,7 +171,10 @@ class Controller:
             target = self._plan(forecast, history)
         target = ReplicationPlan(self.ranks.broadcast(target.phy2log), target.num_devices)
         times.append(time.perf_counter())
-        moves = self.transfer.start(target, forecast)
+        with self._copying:
+            if self._closed:
+                raise RuntimeError("the engine was closed before the weights were copied")
+            moves = self.transfer.start(target, forecast)
         times.append(time.perf_counter())
         spans = [1e3 * (stop - begin) for begin, stop in pairwise(times)]
         each = Counter(move.layer for move in moves)
@@ -197,7 +215,8 @@ class Controller:
 class _TaskThread:
     """One daemon thread that runs tasks in order; a task that hangs does not keep the program from ending."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._device = device
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name=name).start()
 
@@ -212,6 +231,7 @@ class _TaskThread:
         self._tasks.put(None)
 
     def _run(self) -> None:
+        use_device(self._device)
         while (task := self._tasks.get()) is not None:
             future, call = task
             try:

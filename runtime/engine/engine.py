@@ -30,6 +30,7 @@ from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
+from runtime.distributed.device import DeviceKind, Stopwatch, to_device
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchOutput, ModelBatch, forward
 from runtime.engine.controller import Controller, Preparation
@@ -50,7 +51,8 @@ class Engine:
             hub id. Under torchrun, or with `device_memory`, give a folder or an id: each process then reads only the
             experts that it needs.
         predictor: A folder that `train.py` wrote, a hub id of one, or any `Forecaster`; None never replicates.
-        num_devices: G, devices that the experts are spread over; under torchrun the number of processes, else 8.
+        num_devices: G, devices that the experts are spread over: under torchrun the number of processes; else 1 on
+            CUDA, and on a CPU 8, which it emulates.
         num_redundant_experts: R, replica slots of each MoE layer over all devices.
         max_moves: Most experts copied before one batch, over all layers; None sets no limit.
         devices_per_node: Devices that share a fast network; copies and tokens then stay within a node where balance
@@ -60,10 +62,14 @@ class Engine:
             engine opens; with `device_memory` 'auto' means 0.
         homes: Experts in the order of the home slots, `[L, E]`; in their own order by default.
         revision: Revision of a hub model.
-        dtype: Data type that a model given by name is loaded in.
+        device: "cpu" or "cuda"; None takes CUDA where this process has a device. A model object stays where it is.
+        dtype: Data type that a model given by name is loaded in; None is bfloat16 on CUDA, which grouped products need
+            to be fast, and float32 on a CPU. Float32 is the exact mode: see docs/gpu.md.
         device_memory: Bytes for experts on the device that computes, such as '2GiB'; the other experts are read from
             the model's files ahead of need. None keeps all experts in memory.
         host_memory: Bytes of host memory below an accelerator's.
+        measure: Whether times are measured; on CUDA that takes events, and waits for the device after each batch. None
+            measures on a CPU only.
         timeout_s: Seconds after which a rank that does not respond counts as lost.
         must_agree: Further settings that must be the same on all ranks, by name.
 
@@ -84,13 +90,15 @@ class Engine:
         expert_overhead_tokens: int | Literal["auto"] = 0,
         homes: IntArray | None = None,
         revision: str = "",
-        dtype: Dtype = "float32",
+        device: DeviceKind | None = None,
+        dtype: Dtype | None = None,
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
+        measure: bool | None = None,
         timeout_s: float = 60.0,
         must_agree: Mapping[str, str] | None = None,
     ) -> None:
-        self.ranks = Ranks(timeout_s)
+        self.ranks = Ranks(timeout_s, _device_of(model, device))
         if expert_overhead_tokens != "auto" and not (
             isinstance(expert_overhead_tokens, int) and expert_overhead_tokens >= 0
         ):
@@ -103,6 +111,9 @@ class Engine:
                     f"num_devices is {num_devices}; within a budget a process is one device: use torchrun for more"
                 )
             num_devices, num_redundant_experts = 1, 0
+        cuda = self.ranks.device.type == "cuda"
+        self.measure = not cuda if measure is None else measure
+        dtype = dtype or ("bfloat16" if cuda else "float32")
         self.switch, self._weights = self._load(model, revision, dtype, device_memory, host_memory)
         layout = self.switch.layout
         self.forecaster, digest = self._open_predictor(predictor)
@@ -179,8 +190,13 @@ class Engine:
     def __exit__(self, *error: Any) -> None:
         self._open = False
         self.controller.close()
-        self.replicated.close()
-        self.ranks.__exit__(*error)
+        try:
+            if error[0] is None and self.ranks.device.type == "cuda":  # a rank may still copy from this one's homes
+                with self.ranks.watched():
+                    self.ranks.all_ready(True)
+        finally:
+            self.replicated.close()
+            self.ranks.__exit__(*error)
 
     def run(self, batches: Iterable[ModelBatch | Mapping[str, Any]]) -> Iterator[BatchOutput]:
         """Runs batches in order; while one runs, the placement for the next one is prepared.
@@ -203,8 +219,8 @@ class Engine:
         return self._run(ModelBatch.of(batch, self.switch.model.config) for batch in batches)
 
     def _run(self, queue: Iterator[ModelBatch]) -> Iterator[BatchOutput]:
-        controller, current, first = self.controller, next(queue, None), True
-        if current is not None:
+        controller, current, first, places = self.controller, next(queue, None), True, self.replicated.places
+        if current is not None and places:
             controller.prepare(current.tokens)
         while current is not None:
             upcoming, failure = _read(queue)  # outside the lock, because the caller's iterator may use the engine
@@ -215,10 +231,11 @@ class Engine:
                 preparation = controller.commit(wait=first)
                 exposed_ms = 1e3 * (time.perf_counter() - began)
                 self.replicated.follow_plan()
-                if upcoming is not None:
+                if upcoming is not None and places:
                     controller.prepare(upcoming.tokens)
                 output = self._forward(current, preparation, exposed_ms)
-            controller.observe(output.stats.load)
+            if places:
+                controller.observe(output.stats.load)
             yield output
             if failure is not None:
                 raise failure
@@ -233,13 +250,11 @@ class Engine:
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own = batch.part(rows)
         read = torch.zeros(len(own.tokens.mask)).bool() if own.decoder is None else own.decoder.mask.any(1)
-        with self.replicated.batch(own.tokens, own.decoder, read, preparation is not None):
-            start = time.perf_counter()
-            logits = forward(self.switch.model, own)
-            if logits.is_cuda:
-                torch.cuda.synchronize(logits.device)
-            elapsed_ms = 1e3 * (time.perf_counter() - start)
-        stats = self.replicated.stats(elapsed_ms, exposed_ms, preparation)
+        with self.replicated.batch(own.tokens, own.decoder, read, preparation is not None, self.measure):
+            forward_time = Stopwatch(self.switch.model.device, self.measure)
+            with forward_time:
+                logits = forward(self.switch.model, own)
+        stats = self.replicated.stats(self.measure, forward_time.take_ms(), exposed_ms, preparation)
         return BatchOutput(logits[: rows.stop - rows.start], rows, stats)
 
     @torch.no_grad()
@@ -274,17 +289,32 @@ class Engine:
         if idle:
             settings["stopping_criteria"] = [ended]
         with self._running, self.ranks.watched():
-            self.controller.prepare(batch.tokens)
+            if self.replicated.places:
+                self.controller.prepare(batch.tokens)
             preparation = self.controller.commit(wait=True)
             self.replicated.follow_plan()
             read = torch.full((len(own.mask),), not idle)
             steps = DecoderSteps(self.replicated, self.controller, replan_every, idle, wanted)
-            with self.replicated.batch(own, None, read, preparation is not None), steps:
+            with self.replicated.batch(own, None, read, preparation is not None, measure=False), steps:
                 ids: Tensor = model.generate(
-                    input_ids=own.input_ids.to(device), attention_mask=own.mask.long().to(device),
+                    input_ids=to_device(own.input_ids, device), attention_mask=to_device(own.mask.long(), device),
                     generation_config=generation_config, synced_gpus=self.ranks.world > 1, **settings,
                 )  # fmt: skip
         return ids[: wanted.sequences_each * (rows.stop - rows.start)]
+
+
+def _device_of(model: Any, asked: DeviceKind | None) -> DeviceKind | None:
+    """The kind of device to use; a model object stays where it is.
+
+    Raises:
+        ValueError: If the model lies elsewhere than asked for.
+    """
+    if isinstance(model, str | Path):
+        return asked
+    found = getattr(getattr(model, "model", model), "device", None)
+    if asked is not None and found is not None and found.type != asked:
+        raise ValueError(f"device is '{asked}', but the model is on {found}; move it there, or leave device out")
+    return asked if found is None else found.type
 
 
 def _read(queue: Iterator[ModelBatch]) -> tuple[ModelBatch | None, Exception | None]:

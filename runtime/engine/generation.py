@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.traces.trace import TokenBatch
+from runtime.distributed.device import to_device
 from runtime.engine.controller import Controller
 from runtime.engine.model import ReplicatedModel
 
@@ -104,7 +105,8 @@ class DecoderSteps:
         if replan_every is not None and replan_every < 1:
             raise ValueError(f"replan_every is {replan_every}, expected 1 or more decoder steps, or None")
         self._replicated, self._controller, self._replan_every, self._idle = replicated, controller, replan_every, idle
-        self._ends = torch.tensor(settings.ends, dtype=torch.int64)
+        device = replicated.switch.model.device
+        self._ends = to_device(torch.tensor(settings.ends, dtype=torch.int64), device)
         self._each_row = settings.stepwise
         self._ended: Tensor | None = None
         self._step = 0
@@ -129,15 +131,16 @@ class DecoderSteps:
         if self._ended is None:
             self._ended = torch.full((len(ids),), self._idle, device=ids.device)
         elif self._each_row:  # a sequence has ended once the token that is fed is one that ends it
-            self._ended = self._ended | torch.isin(ids[:, -1], self._ends.to(ids.device))
-        needed_T = (~self._ended)[:, None].expand(ids.shape).reshape(-1)
+            self._ended = self._ended | torch.isin(ids[:, -1], self._ends)
+        skipped_T = self._ended[:, None].expand(ids.shape).reshape(-1)
         for experts in self._replicated.decoder_layers:
-            experts.begin_step(needed_T)
+            experts.begin_step(skipped_T)
         self._step += 1
 
     def _observe(self) -> None:
         """Adds the loads since the last call to the history: the decoder's of these steps beside the encoder's."""
-        self._controller.observe(np.stack([experts.load for experts in self._replicated.layers]))
+        if self._replicated.places:
+            self._controller.observe(np.stack([experts.counters.load for experts in self._replicated.layers]))
         for experts in self._replicated.decoder_layers:
             experts.reset_counters()
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from data.arrays import FloatArray
 from data.models.switch import LoadedSwitch
 from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan
+from runtime.distributed.device import to_device
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, needed_positions
 from runtime.engine.controller import Preparation, Transfer
@@ -102,12 +104,19 @@ class ReplicatedModel:
         return measure_overhead(slots.experts[0], self._ranks) if isinstance(slots, ResidentSlots) else 0
 
     @property
+    def places(self) -> bool:
+        """Whether a forecast can place anything: one device that holds all experts has nothing to place."""
+        return self._home.num_devices > 1 or self.cache is not None
+
+    @property
     def decoder_layers(self) -> list[ReplicatedExperts]:
         """The slots of the decoder's MoE layers."""
         return self.layers[self.switch.layout.num_encoder_layers :]
 
     @contextmanager
-    def batch(self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor, prepared: bool) -> Iterator[None]:
+    def batch(
+        self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor, prepared: bool, measure: bool
+    ) -> Iterator[None]:
         """A context for one batch: every layer follows the active plan, computes what is needed, and counts.
 
         Outside of it, as in a plain call of the model, layers compute all positions.
@@ -117,52 +126,67 @@ class ReplicatedModel:
             decoder: Decoder tokens `[B, U]`; None computes all of them.
             read_B: Sequences whose encoder states a decoder reads.
             prepared: Whether the cache's expectations are for this batch.
+            measure: Whether to measure times.
         """
         blank_B = read_B & ~tokens.mask.any(1)  # attention over nothing but padding reads all of it
-        encoder_BT = needed_positions(tokens.mask) | blank_B[:, None]
-        decoder_BU = None if decoder is None else needed_positions(decoder.mask)
+        device, encoder = self.switch.model.device, self.switch.layout.num_encoder_layers
+        skipped_T = to_device(~(needed_positions(tokens.mask) | blank_B[:, None]).reshape(-1), device)
+        skipped_U = None if decoder is None else to_device(~needed_positions(decoder.mask).reshape(-1), device)
         if self.cache is not None:
             if not prepared:  # the last expectations were for a batch that has run
                 self.cache.expect(None)
             self.cache.begin()
         for layer, experts in enumerate(self.layers):
-            needed = encoder_BT if layer < self.switch.layout.num_encoder_layers else decoder_BU
-            needed_T = None if needed is None else needed.reshape(-1).to(self.switch.model.device)
-            experts.begin(self.transfer.plan.phy2log[layer], needed_T)
+            skipped = skipped_T if layer < encoder else skipped_U
+            experts.begin(self.transfer.plan.phy2log[layer], skipped, measure)
         try:
             yield
         finally:
             for experts in self.layers:
                 experts.end()
+            self.transfer.computed()
 
     def follow_plan(self) -> None:
         """Has every layer follow the active plan; called after every commit, which changes the weights in the slots."""
         for experts, phy2log in zip(self.layers, self.transfer.plan.phy2log, strict=True):
             experts.change_plan(phy2log)
 
-    def stats(self, elapsed_ms: float, exposed_ms: float, preparation: Preparation | None) -> BatchStats:
-        """What the last batch took, over all ranks."""
+    def stats(
+        self, measure: bool, compute_ms: float, exposed_ms: float, preparation: Preparation | None
+    ) -> Callable[[], BatchStats]:
+        """What the last batch took, over all ranks, counted when it is asked for.
 
-        def stack(read: Callable[[ReplicatedExperts], Any]) -> Any:
-            return np.stack([read(experts) for experts in self.layers])
+        Args:
+            measure: Whether times were measured; they are taken now, which waits for the device.
+            compute_ms: Milliseconds of the forward.
+            exposed_ms: Milliseconds of waiting for the preparation.
+            preparation: What was done ahead of the batch.
+        """
+        counters = [experts.counters for experts in self.layers]
+        busy, waited = self._take_ms() if measure else self._not_measured()
+        tiers = {} if self.cache is None else {tier.name: tier.stats.to_json() for tier in self.cache.tiers}
+        return lambda: BatchStats(
+            load=np.stack([each.load for each in counters]),
+            device_load=np.stack([each.device_load for each in counters]),
+            sent=np.stack([each.sent for each in counters]),
+            busy_ms=busy, waited_ms=waited, compute_ms=compute_ms, exposed_ms=exposed_ms,
+            preparation=preparation, tiers=tiers,
+        )  # fmt: skip
 
-        busy = stack(lambda experts: experts.slots.take_busy_ms())
-        waited = stack(lambda experts: [experts.waited.take_ms()])
-        times = self._ranks.gather(torch.from_numpy(np.concatenate([busy, waited], -1))).numpy()  # [S, L, own + 1]
-        return BatchStats(
-            load=stack(lambda experts: experts.load),
-            device_load=stack(lambda experts: experts.device_load),
-            sent=stack(lambda experts: experts.sent),
-            busy_ms=np.concatenate(times[:, :, :-1], axis=-1),
-            waited_ms=times[:, :, -1].T if self._ranks.world > 1 else np.zeros((len(self.layers), 1)),
-            compute_ms=elapsed_ms,
-            exposed_ms=exposed_ms,
-            preparation=preparation,
-            tiers={} if self.cache is None else {tier.name: tier.stats.to_json() for tier in self.cache.tiers},
-        )
+    def _take_ms(self) -> tuple[FloatArray, FloatArray]:
+        """Milliseconds each device computed, `[L, G]`, and each rank waited, `[L, S]`."""
+        own = np.array([[*experts.slots.take_busy_ms(), experts.waited.take_ms()] for experts in self.layers])
+        times = self._ranks.gather(torch.from_numpy(own)).numpy()  # [S, L, own + 1]
+        waited = times[:, :, -1].T if self._ranks.world > 1 else np.zeros((len(self.layers), 1))
+        return np.concatenate(times[:, :, :-1], axis=-1), waited
+
+    def _not_measured(self) -> tuple[FloatArray, FloatArray]:
+        layers = len(self.layers)
+        return np.full((layers, self._home.num_devices), np.nan), np.full((layers, self._ranks.world), np.nan)
 
     def close(self) -> None:
-        """Puts the model's own modules back and frees the slots' memory."""
+        """Puts the model's own modules back and frees the slots' memory, once no copy reads or writes it."""
+        self.transfer.close()
         for name, before in zip(self._names, self._before, strict=True):
             self.switch.model.set_submodule(name, before)
         if self.cache is not None:

@@ -1,6 +1,6 @@
 """Token dispatch and combine: tokens travel to the ranks that hold their expert's slots, and the outputs come back.
 
-    token_T, counts_2E = sort_on_host(one_hot_TE, needed_T)
+    token_T, counts_2E = sort_on_host(one_hot_TE, skipped_T)
     quota_SP = split_by_quota(all ranks' counts, ...)
     index, parts = plan_dispatch(quota_SP, phy2log_P, rank, windows, ...)
     index = upload(index, device)                                           # one copy for all indices of a layer
@@ -51,7 +51,7 @@ def sort_on_device(one_hot_TE: Tensor, skipped_T: Tensor | None, experts_E: Tens
         experts_E: The numbers 0..E - 1.
 
     Returns:
-        Indices of the tokens, int64 `[T]`; those that are dropped or not needed come last. For each expert the number
+        Indices of the tokens, int64 `[T]`; those that are dropped or skipped come last. For each expert the number
         of tokens up to its last one, int32 `[E]`: where its group ends. Whether a token is left out, `[T]`.
     """
     chosen_T, expert_T = one_hot_TE.max(-1)
@@ -60,14 +60,14 @@ def sort_on_device(one_hot_TE: Tensor, skipped_T: Tensor | None, experts_E: Tens
     return token_T, torch.searchsorted(key_T, experts_E, right=True, out_int32=True), left_out_T
 
 
-def sort_on_host(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, Tensor]:
+def sort_on_host(one_hot_TE: Tensor, skipped_T: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sorts tokens by expert, then by position, and counts them.
 
     In numpy, because with few tokens the overhead of the calls dominates, and numpy's is smaller than torch's.
 
     Args:
         one_hot_TE: As in `sort_on_device`, on the CPU.
-        needed_T: As there.
+        skipped_T: As there.
 
     Returns:
         Indices of the tokens to compute, int64.
@@ -77,11 +77,11 @@ def sort_on_host(one_hot_TE: Tensor, needed_T: Tensor | None) -> tuple[Tensor, T
     tokens, experts = rows_TE.shape
     expert_T = rows_TE.argmax(-1)
     routed_T = rows_TE[np.arange(tokens), expert_T] > 0
-    token = (routed_T if needed_T is None else routed_T & needed_T.numpy()).nonzero()[0]
+    token = (routed_T if skipped_T is None else routed_T & ~skipped_T.numpy()).nonzero()[0]
     expert = expert_T[token]
     counts_2E = np.empty((2, experts), dtype=np.int64)
     counts_2E[:] = np.bincount(expert, minlength=experts)
-    if needed_T is not None:
+    if skipped_T is not None:
         counts_2E[1] = np.bincount(expert_T[routed_T], minlength=experts)
     return torch.from_numpy(token[expert.argsort(kind="stable")]), torch.from_numpy(counts_2E)
 

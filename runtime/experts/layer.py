@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from data.arrays import IntArray
 from runtime.balancing.max_flow import least_time_quotas
 from runtime.balancing.plan import check_nodes
-from runtime.distributed.device import Download, Stopwatch, upload
+from runtime.distributed.device import Stopwatch, upload
 from runtime.distributed.ranks import Ranks
+from runtime.experts.counters import LayerCounters
 from runtime.experts.dispatch import TokenDispatch, counts_of, plan_dispatch, sort_on_device, sort_on_host
 
 OVERLAP_MIN_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -26,8 +27,6 @@ OVERLAP_MIN_TOKENS = {"cpu": 512, "cuda": 16384}
 
 On a CPU measured over gloo; on CUDA estimated from NVLink's rate and the cost of two more collectives, not measured.
 """
-FOLD_STEPS = 64
-"""Counts of a device's steps that are kept before they are added up."""
 
 
 class Slots(Protocol):
@@ -99,8 +98,7 @@ class ReplicatedExperts(nn.Module):
 
     Attributes:
         phy2log: The layer's row of the active plan, `[P]`.
-        device_load: Tokens each device computed since the counters were reset, `[G]`; see `load`.
-        sent: Tokens sent from one rank to another since then.
+        counters: What the layer computed since they were reset.
         waited: Time this process waited for other ranks; on CUDA, time its stream waited for their rows.
     """
 
@@ -118,37 +116,28 @@ class ReplicatedExperts(nn.Module):
         self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self.slots, self.phy2log, self.ranks, self.num_devices = slots, phy2log, ranks, num_devices
         self.waited = Stopwatch(ranks.device)
-        self._needed_T: Tensor | None = None
         self._skipped_T: Tensor | None = None
         self._experts_E: Tensor | None = None
         self._one_device = num_devices == 1 and np.array_equal(phy2log, np.arange(len(phy2log)))
-        self._ends: list[Tensor] = []
-        self._download: Download | None = None
         self.reset_counters()
         self.eval()
 
-    def begin(self, phy2log: IntArray, needed_T: Tensor | None, measure: bool = True) -> None:
+    def begin(self, phy2log: IntArray, skipped_T: Tensor | None, measure: bool = True) -> None:
         """Begins a batch and resets the counters.
 
         Args:
             phy2log: The layer's row of the active plan, `[P]`.
-            needed_T: Whether the token must be computed; None means all tokens.
-            measure: Whether to measure times, which on CUDA costs four events.
+            skipped_T: Whether the token need not be computed; None computes all tokens.
+            measure: Whether to measure times, which on CUDA takes events.
         """
-        self.phy2log = phy2log
-        self.measure(measure)
+        self.phy2log, self._skipped_T = phy2log, skipped_T
+        self.waited.on = measure
+        self.slots.measure(measure)
         self.reset_counters()
-        self.begin_step(needed_T)
 
-    def measure(self, on: bool) -> None:
-        """Says whether times are measured from now on."""
-        self.waited.on = on
-        self.slots.measure(on)
-
-    def begin_step(self, needed_T: Tensor | None) -> None:
-        """Begins a decoder step of the batch, with needed tokens of its own; the counters go on."""
-        self._needed_T = needed_T
-        self._skipped_T = None if needed_T is None or needed_T.is_cpu else ~needed_T
+    def begin_step(self, skipped_T: Tensor | None) -> None:
+        """Begins a decoder step of the batch, with skipped tokens of its own; the counters go on."""
+        self._skipped_T = skipped_T
 
     def change_plan(self, phy2log: IntArray) -> None:
         """Follows a plan that was committed within the batch; the counters go on."""
@@ -156,39 +145,15 @@ class ReplicatedExperts(nn.Module):
 
     def end(self) -> None:
         """Ends the batch: from now on all tokens are computed. The counters stay readable."""
-        self.begin_step(None)
-        if self._ends:
-            self._fold()
-            self._download = Download(self._ends[0])
+        self._skipped_T = None
+        self.counters.download()
 
     def reset_counters(self) -> None:
-        """Sets `load`, `device_load` and `sent` to 0."""
-        self._load = np.zeros(int(self.phy2log.max()) + 1, dtype=np.int64)
-        self.device_load = np.zeros(self.num_devices, dtype=np.int64)
-        self.sent = 0
-        self._ends, self._download = [], None
-
-    @property
-    def load(self) -> IntArray:
-        """Tokens of each expert computed on any rank since the counters were reset, `[E]`.
-
-        Where the device alone has counted them, the first look waits for it; `device_load` is right from then on.
-        """
-        if self._ends:
-            self._fold()
-            ends_E = (self._download or Download(self._ends[0])).numpy().astype(np.int64)
-            self._load += np.diff(ends_E, prepend=0)
-            self.device_load[0] = self._load.sum()
-            self._ends, self._download = [], None
-        return self._load
-
-    def _fold(self) -> None:
-        """Adds up what the device counted in several steps; sums of group ends are the ends of summed groups."""
-        if len(self._ends) > 1:
-            self._ends = [torch.stack(self._ends).sum(0)]
+        """Begins to count anew; the counters so far stay with those who hold them."""
+        self.counters = LayerCounters(int(self.phy2log.max()) + 1, self.num_devices)
 
     def forward(self, hidden_TD: Tensor, one_hot_T1E: Tensor, weight_T1: Tensor) -> Tensor:
-        """Same contract as `SwitchTransformersExperts`: tokens that are dropped or not needed get 0.
+        """Same contract as `SwitchTransformersExperts`: tokens that are dropped or skipped get 0.
 
         Raises:
             RuntimeError: In training mode, or on a backward pass through the output.
@@ -202,7 +167,7 @@ class ReplicatedExperts(nn.Module):
 
     def _compute(self, hidden_TD: Tensor, one_hot_T1E: Tensor, weight_T1: Tensor) -> Tensor:
         if hidden_TD.is_cpu:
-            token_T, counts_2E = sort_on_host(one_hot_T1E[:, 0], self._needed_T)
+            token_T, counts_2E = sort_on_host(one_hot_T1E[:, 0], self._skipped_T)
             with self.waited:
                 counts_S2E = self.ranks.gather(counts_2E).numpy()
             counts_SE, routed_E = counts_S2E[:, 0], counts_S2E[:, 1].sum(0)
@@ -215,9 +180,9 @@ class ReplicatedExperts(nn.Module):
             # the one point where the host waits for the device: all sizes follow from the counts
             counts_SE = counts_of(self.ranks.gather(ends_E).cpu().numpy())
             routed_E = counts_SE.sum(0)
-        np.add(self._load, counts_SE.sum(0), out=self._load)
+        self.counters.load[:] += counts_SE.sum(0)
         if self._one_device:
-            self.device_load[0] = self._load.sum()
+            self.counters.device_load[0] = self.counters.load.sum()
             return self._compute_without_dispatch(hidden_TD, token_T, weight_T1, counts_SE[0], routed_E)
         quota_SP = self.split(counts_SE)
         # an empty slot, -1, reads the last expert's count, which does not matter: it gets no rows
@@ -244,13 +209,15 @@ class ReplicatedExperts(nn.Module):
             reference_Q: Rows that the unmodified model would multiply with the expert of each slot of this rank.
         """
         buffers, windows = (self.slots.active_buffers, self.slots.buffers), self._windows(quota_SP)
-        packed, parts = plan_dispatch(quota_SP, self.phy2log, self.ranks.rank, windows, *buffers, self.device_load)
+        packed, parts = plan_dispatch(
+            quota_SP, self.phy2log, self.ranks.rank, windows, *buffers, self.counters.device_load
+        )
         index, ends = upload(packed, hidden_TD.device), self.slots.buffers[0] * self.slots.buffers[1]
         dispatches = [TokenDispatch(hidden_TD, token_T, index, part, self.ranks) for part in parts]
         for dispatch, part in zip(dispatches, parts, strict=True):
             with self.waited:
                 dispatch.wait()
-            self.sent += part.exchanged
+            self.counters.sent += part.exchanged
             part_ends = index.narrow(0, part.ends_at, ends)
             dispatch.send_back(self.slots.compute(dispatch.received(), part.slot_sizes, reference_Q, part_ends))
         output_TD = torch.zeros_like(hidden_TD)
@@ -264,9 +231,7 @@ class ReplicatedExperts(nn.Module):
         self, hidden_TD: Tensor, token_T: Tensor, ends_E: Tensor, left_out_T: Tensor, weight_T1: Tensor
     ) -> Tensor:
         """As `_compute_without_dispatch`, with sizes that the host does not know: tokens left out come last."""
-        self._ends.append(ends_E)
-        if len(self._ends) == FOLD_STEPS:
-            self._fold()
+        self.counters.add_ends(ends_E)
         rows_MD = self.slots.compute_groups(hidden_TD.index_select(0, token_T), ends_E)
         output_TD = torch.empty_like(hidden_TD).index_copy_(0, token_T, rows_MD)
         output_TD *= weight_T1

@@ -151,6 +151,12 @@ class OffloadTransfer:
             slots.expert_P = phy2log[slots.span]
         return self.plan
 
+    def computed(self) -> None:
+        """Buffers know themselves who still reads them."""
+
+    def close(self) -> None:
+        """The cache is closed by who opened it."""
+
     def nbytes(self, moves: Sequence[SlotMove]) -> int:
         """Bytes of weights that moves send between slots: none."""
         return 0

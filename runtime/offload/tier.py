@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from data.arrays import FloatArray
+from runtime.distributed.device import use_device
 from runtime.offload.expert_files import ReadCancelledError, never
 from runtime.offload.memory import BufferPool, ExpertBuffer, Key
 from runtime.offload.stats import CacheStats
@@ -192,7 +193,7 @@ class Tier:
                 assert buffer.key is not None
                 yield buffer
                 if buffer.wi.is_cuda:
-                    buffer.last_read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    buffer.last_read = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                     buffer.last_read.record(torch.cuda.current_stream(buffer.wi.device))
                 waiting.remove(buffer.key)
                 self._unpin([buffer.key])
@@ -228,6 +229,7 @@ class Tier:
 
     def _load_until_closed(self) -> None:
         """Body of a loader thread."""
+        use_device(self.pool.buffers[0].wi.device)
         while (job := self._next_job()) is not None:
             error: Exception | None = None
             try:

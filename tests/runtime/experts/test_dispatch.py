@@ -37,11 +37,12 @@ def test_sorting_equals_a_plain_loop(all_needed, chosen):
         for expert in range(EXPERTS)
     ]
     sizes = [len(each) for each in expected]
-    tokens, counts = sort_on_host(choices, needed)
+    skipped = None if needed is None else ~needed
+    tokens, counts = sort_on_host(choices, skipped)
     assert tokens.tolist() == list(chain.from_iterable(expected))
     assert counts[0].tolist() == sizes
     assert counts[1].tolist() == [sum(chose == expert for chose, _ in chosen) for expert in range(EXPERTS)]
-    tokens, ends, left_out = sort_on_device(choices, None if needed is None else ~needed, torch.arange(EXPERTS))
+    tokens, ends, left_out = sort_on_device(choices, skipped, torch.arange(EXPERTS))
     assert tokens.tolist()[: sum(sizes)] == list(chain.from_iterable(expected))
     assert sorted(tokens.tolist()) == list(range(len(chosen)))
     assert ends.tolist() == np.cumsum(sizes).tolist()

@@ -76,13 +76,13 @@ def test_replicas_share_the_tokens_of_a_hot_expert():
     hidden, _, weight = routed(400, 0)
     one_hot = torch.nn.functional.one_hot(torch.zeros(400, dtype=torch.int64), EXPERTS)[:, None]
     small.layer(hidden, one_hot, weight)
-    assert small.layer.device_load.tolist() == [400, 0, 0, 0]
+    assert small.layer.counters.device_load.tolist() == [400, 0, 0, 0]
     replicated = small.transfer.plan.phy2log.copy()
     replicated[0, [6, 10, 14]] = 0  # a copy of expert 0 on each other device
     small.activate(ReplicationPlan(replicated, DEVICES))
     small.layer(hidden, one_hot, weight)
-    assert small.layer.device_load.tolist() == [100, 100, 100, 100]
-    assert small.layer.load.tolist() == [400] + [0] * 7
+    assert small.layer.counters.device_load.tolist() == [100, 100, 100, 100]
+    assert small.layer.counters.load.tolist() == [400] + [0] * 7
 
 
 def test_a_replica_gets_no_tokens_where_its_expert_costs_more_than_it_saves():
@@ -116,10 +116,10 @@ def test_rows_that_are_not_needed_are_neither_computed_nor_counted():
     small.activate(random_plan(small.transfer.plan, 5))
     hidden, one_hot, weight = routed(50, 1)
     needed = torch.arange(50) % 3 > 0
-    small.layer.begin_step(needed)
+    small.layer.begin_step(~needed)
     expected = small.plain(hidden, one_hot, weight) * needed[:, None]
     torch.testing.assert_close(small.layer(hidden, one_hot, weight), expected, rtol=0, atol=1e-5)
-    assert small.layer.load.sum() == int(one_hot[needed].sum()) == small.layer.device_load.sum()
+    assert small.layer.counters.load.sum() == int(one_hot[needed].sum()) == small.layer.counters.device_load.sum()
 
 
 def test_groups_large_and_small_split_or_not_agree_to_the_bit():
@@ -147,7 +147,7 @@ def test_release_gives_the_experts_their_own_storage_bit_for_bit():
 
 def test_after_the_end_of_a_batch_all_tokens_are_computed():
     small = SmallLayer()
-    small.layer.begin(small.layer.phy2log, torch.arange(50) % 3 > 0)
+    small.layer.begin(small.layer.phy2log, torch.arange(50) % 3 == 0)
     small.layer(*routed(50, 1))
     small.layer.end()
     inputs = routed(7, 2)
@@ -161,7 +161,7 @@ def test_a_plan_changed_within_a_batch_keeps_counting():
     small.transfer.start(random_plan(small.transfer.plan, 2))
     small.layer.change_plan(small.transfer.commit().phy2log[0])
     torch.testing.assert_close(small.layer(*inputs), small.plain(*inputs), rtol=0, atol=1e-5)
-    assert small.layer.load.sum() == 2 * inputs[1].sum() == small.layer.device_load.sum()
+    assert small.layer.counters.load.sum() == 2 * inputs[1].sum() == small.layer.counters.device_load.sum()
 
 
 def test_a_plain_call_records_no_gradients_and_a_backward_pass_is_refused():

@@ -145,13 +145,13 @@ def test_padding_after_the_last_token_loads_no_experts(switch_folder, plain):
     ids[mask] = torch.tensor([7, 9, 9, 7])
     needed = needed_positions(mask).reshape(-1)
     assert needed.sum() == 7
-    encoder.begin_step(needed)
+    encoder.begin_step(~needed)
     with cache, torch.inference_mode():
         ours = switch.model.encoder(input_ids=ids, attention_mask=mask.long())[0]
         theirs = plain.model.encoder(input_ids=ids, attention_mask=mask.long())[0]
         torch.testing.assert_close(ours[mask], theirs[mask], rtol=0, atol=1e-5)
         few = cache.loads
-        encoder.begin_step(torch.zeros_like(needed))
+        encoder.begin_step(torch.ones_like(needed))
         switch.model.encoder(input_ids=ids, attention_mask=mask.long())
         assert cache.loads == few <= 7
 
