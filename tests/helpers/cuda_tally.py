@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("runtime", "data", "predictor", "switchcast", "benchmarks"))
-HELPERS, TESTS, TRANSFORMERS = f"{ROOT}/tests/helpers/", f"{ROOT}/tests/", "/site-packages/transformers/"
+TESTS, TRANSFORMERS = f"{ROOT}/tests/", "/site-packages/transformers/"
 
 KERNEL = "kernel"
 UPLOAD, PAGEABLE_UPLOAD, DOWNLOAD = "upload", "pageable upload", "download"
@@ -21,7 +21,7 @@ def call_site() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(PACKAGES) or (name.startswith(TESTS) and not name.startswith(HELPERS)):
+        if name.startswith(PACKAGES) or (name.startswith(TESTS) and "/test_" in name):
             return f"{name.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
         if TRANSFORMERS in name:
             return f"transformers/{name.split(TRANSFORMERS)[1]}:{frame.f_lineno}"

@@ -106,11 +106,9 @@ class CudaMode(TorchDispatchMode):
 
 
 class Observer(Protocol):
-    """Is told of every operator with its data; see `tests.helpers.races`."""
+    """Is told of every operator that has run, on the host or on a device; see `tests.helpers.races`."""
 
-    def before(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
-
-    def after(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None: ...
+    def saw(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None: ...
 
 
 OBSERVERS: list[Observer] = []
@@ -151,7 +149,7 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     on_cuda = [leaf for leaf in leaves if isinstance(leaf, CudaTensor)]
     device = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
     name = func._schema.name.split("::")[1]
-    if name in ("is_pinned", "_pin_memory"):
+    if name in ("is_pinned", "pin_memory", "_pin_memory"):
         return is_pinned(args[0]) if name == "is_pinned" else _pin_copy(args[0])
     if not on_cuda and (device is None or device.type != "cuda"):
         return _on_host(func, args, kwargs)
@@ -164,13 +162,11 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def _on_host(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     pinned = kwargs.pop("pin_memory", False) if kwargs.get("pin_memory") else False
-    for observer in OBSERVERS:
-        observer.before(func, args, kwargs)
     output = func(*args, **kwargs)
     if pinned:
         pin(output.data_ptr(), output.untyped_storage().nbytes(), output)
     for observer in OBSERVERS:
-        observer.after(func, args, kwargs, output)
+        observer.saw(func, args, kwargs, output)
     return output
 
 
@@ -194,8 +190,6 @@ def _on_device(
     to_host = device is not None and device.type == "cpu"
     index = device_index(device) if device is not None and not to_host else device_index(_device_of(on_cuda))
     _count(func, name, args, kwargs, to_host)
-    for observer in OBSERVERS:
-        observer.before(func, args, kwargs)
     inner_args, inner_kwargs = _unwrapped((args, kwargs))
     output = func(*inner_args, **inner_kwargs)
     if to_host and kwargs.get("non_blocking"):  # torch gives such a copy a pinned target
@@ -203,7 +197,7 @@ def _on_device(
     if not to_host:
         output = _wrapped(func, args, kwargs, output, index)
     for observer in OBSERVERS:
-        observer.after(func, args, kwargs, output)
+        observer.saw(func, args, kwargs, output)
     return output
 
 

@@ -19,6 +19,8 @@ from unittest import mock
 import torch
 
 from tests.helpers import cuda_streams as streams
+from tests.helpers.collectives import watched_collectives
+from tests.helpers.cuda_collectives import on_collective_stream
 from tests.helpers.cuda_tally import TALLY, Tally
 from tests.helpers.cuda_tensor import CudaMode, pin, unpin
 from tests.helpers.host_order import ordered_threads
@@ -53,6 +55,7 @@ def pretending(devices: int = 1) -> Iterator[Tally]:
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
             stack.enter_context(ordered_threads(CudaMode))
             stack.enter_context(CudaMode())
+            stack.enter_context(watched_collectives(on_collective_stream))
             yield TALLY
     finally:
         _open.release()
