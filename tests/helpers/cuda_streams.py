@@ -205,7 +205,8 @@ def _streams() -> dict[int, Stream]:
 
 
 def forget() -> None:
-    """Forgets all default streams and contexts."""
+    """Forgets contexts, default streams, and what the calling thread has made current, as in a new process."""
     with _lock:
         _default.clear()
     CONTEXTS.clear()
+    vars(_local).clear()

@@ -5,15 +5,13 @@ operator on the data. Wrappers and data are made outside inference mode: a view 
 be refused ("Cannot set version_counter for inference tensor").
 """
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.helpers import cuda_rules as rules
 from tests.helpers.cuda_streams import device_index
@@ -112,32 +110,62 @@ class Observer(Protocol):
 
 
 OBSERVERS: list[Observer] = []
-_pinned: dict[int, tuple[int, Any]] = {}
-_pinned_lock = threading.Lock()
+_pinned: dict[int, Any] = {}
+_registered: dict[int, int] = {}
 
 
-def pin(start: int, nbytes: int, owner: Any = None) -> None:
-    """Makes a byte range of host memory pinned; `owner` keeps it allocated."""
+def pin(tensor: Tensor) -> Tensor:
+    """Makes a host tensor's storage pinned; it stays allocated until `unpin_all`."""
     TALLY.add(PIN, "pinned memory")
-    with _pinned_lock:
-        _pinned[start] = start + nbytes, owner
+    _pinned[tensor.untyped_storage().data_ptr()] = tensor
+    return tensor
 
 
-def unpin(start: int | None = None) -> None:
-    """Makes a range pageable again, or all memory."""
-    with _pinned_lock:
-        _pinned.clear() if start is None else _pinned.pop(start)
+def register(start: int, nbytes: int) -> None:
+    """Makes a byte range of host memory pinned, as `cudaHostRegister` does."""
+    TALLY.add(PIN, "cudaHostRegister")
+    _registered[start] = start + nbytes
+
+
+def unregister(start: int) -> None:
+    """Makes a registered range pageable again."""
+    del _registered[start]
+
+
+def unpin_all() -> None:
+    """Makes all memory pageable again."""
+    _pinned.clear()
+    _registered.clear()
 
 
 def is_pinned(tensor: Tensor) -> bool:
     """Whether a host tensor lies in pinned memory."""
+    if tensor.untyped_storage().data_ptr() in _pinned:
+        return True
     place = tensor.data_ptr()
-    with _pinned_lock:
-        return any(start <= place < stop for start, (stop, _) in _pinned.items())
+    return any(start <= place < stop for start, stop in list(_registered.items()))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """The values in nested lists, tuples and dictionaries; torch's own function for it takes most of a test's time."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return [tree]
+    return [leaf for branch in tree for leaf in _leaves(branch)]
+
+
+def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """The same nesting with each value changed."""
+    if isinstance(tree, dict):
+        return {name: _mapped(change, branch) for name, branch in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_mapped(change, branch) for branch in tree)
+    return change(tree)
 
 
 @contextmanager
-def ordinary_tensors() -> Any:
+def ordinary_tensors() -> Iterator[None]:
     """Tensors made inside are no inference tensors and record no gradients."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -145,7 +173,7 @@ def ordinary_tensors() -> Any:
 
 def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operator as a CUDA build would."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = _leaves((args, kwargs))
     on_cuda = [leaf for leaf in leaves if isinstance(leaf, CudaTensor)]
     device = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
     name = func._schema.name.split("::")[1]
@@ -161,10 +189,9 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _on_host(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    pinned = kwargs.pop("pin_memory", False) if kwargs.get("pin_memory") else False
-    output = func(*args, **kwargs)
-    if pinned:
-        pin(output.data_ptr(), output.untyped_storage().nbytes(), output)
+    output = func(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory"})
+    if kwargs.get("pin_memory"):
+        pin(output)
     for observer in OBSERVERS:
         observer.saw(func, args, kwargs, output)
     return output
@@ -172,9 +199,7 @@ def _on_host(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def _pin_copy(tensor: Tensor) -> Tensor:
     with ordinary_tensors():
-        copy = tensor.clone(memory_format=torch.contiguous_format)
-    pin(copy.data_ptr(), max(copy.untyped_storage().nbytes(), 1), copy)
-    return copy
+        return pin(tensor.clone(memory_format=torch.contiguous_format))
 
 
 def _on_device(
@@ -193,9 +218,9 @@ def _on_device(
     inner_args, inner_kwargs = _unwrapped((args, kwargs))
     output = func(*inner_args, **inner_kwargs)
     if to_host and kwargs.get("non_blocking"):  # torch gives such a copy a pinned target
-        pin(output.data_ptr(), output.untyped_storage().nbytes(), output)
+        pin(output)
     if not to_host:
-        output = _wrapped(func, args, kwargs, output, index)
+        output = _wrapped(func, leaves, output, index)
     for observer in OBSERVERS:
         observer.saw(func, args, kwargs, output)
     return output
@@ -215,23 +240,33 @@ def _refuse(name: str, args: tuple[Any, ...], tensors: Sequence[Tensor]) -> None
 
 def _unwrapped(tree: Any) -> Any:
     """Arguments for the host: data for wrappers, the host for devices, and nothing asynchronous."""
-    args, kwargs = tree_map_only(CudaTensor, lambda tensor: tensor.inner, tree)
-    args, kwargs = tree_map_only(torch.device, lambda device: torch.device("cpu"), (args, kwargs))
+
+    def unwrap(leaf: Any) -> Any:
+        if isinstance(leaf, CudaTensor):
+            return leaf.inner
+        return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+    args, kwargs = _mapped(unwrap, tree)
     return args, {name: value for name, value in kwargs.items() if name not in ("non_blocking", "pin_memory")}
 
 
-def _wrapped(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, index: int) -> Any:
+def _wrapped(func: Operator, leaves: Sequence[Any], output: Any, index: int) -> Any:
     """The operator's output for the caller: an argument that was written to is returned itself."""
-    known = {id(leaf.inner): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, CudaTensor)}
-    known |= {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Tensor}
+    known = {id(_data(leaf)): leaf for leaf in leaves if isinstance(leaf, Tensor)}
     for leaf in known.values():
-        if isinstance(leaf, CudaTensor) and leaf.shape != leaf.inner.shape:
+        if leaf.shape != _data(leaf).shape:
             raise NotImplementedError(f"{func} changes the shape of a tensor in place; pretended tensors keep theirs")
 
-    def wrap(tensor: Tensor) -> Tensor:
-        return known[id(tensor)] if id(tensor) in known else CudaTensor(tensor, index)
+    def wrap(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return known[id(leaf)] if id(leaf) in known else CudaTensor(leaf, index)
 
-    return tree_map_only(Tensor, wrap, output)
+    return _mapped(wrap, output)
+
+
+def _data(tensor: Tensor) -> Tensor:
+    return tensor.inner if isinstance(tensor, CudaTensor) else tensor
 
 
 def _count(func: Operator, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], to_host: bool) -> None:

@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from runtime.distributed.ranks import Ranks
 from tests.helpers.collectives import Collective, watched_collectives
+from tests.helpers.cuda_streams import CONTEXTS, forget
 from tests.helpers.pretend_cuda import pretending
 
 POINT_TO_POINT = ("batch_isend_irecv", "irecv", "isend", "recv", "send")
@@ -61,10 +62,17 @@ class RecordedCall:
 
 @dataclass
 class RankLog:
-    """What a rank called, in order, and what its function returned."""
+    """What a rank did.
+
+    Attributes:
+        calls: What it called, in order.
+        contexts: Devices that any of its threads made current, each of which costs memory on a GPU.
+        result: What its function returned.
+    """
 
     rank: int
     calls: list[RecordedCall] = field(default_factory=list)
+    contexts: set[int] = field(default_factory=set)
     result: Any = None
 
     @property
@@ -84,8 +92,10 @@ def on_fake_ranks(world: int, function: Callable[[int], Any]) -> list[RankLog]:
     with pretending(devices=world):
         for rank in range(world):
             log = RankLog(rank)
+            forget()
             with _as_rank(rank, world), watched_collectives(_Recorder(log, told)):
                 log.result = function(rank)
+            log.contexts = {device for device, thread in CONTEXTS}
             if dist.is_initialized():
                 dist.destroy_process_group()
             logs.append(log)
@@ -169,7 +179,7 @@ def assert_same_order(logs: Sequence[RankLog]) -> None:
         counts = f"{len(orders[0])} NCCL collectives on rank 0, {len(order)} on rank {log.rank}"
         assert len(orders[0]) == len(order), counts
     sent, received = _transfers(logs, "isend"), _transfers(logs, "irecv")
-    for key in sent.keys() | received.keys():
+    for key in sorted(sent.keys() | received.keys()):
         group, source, target = key
         assert sent[key] == received[key], (
             f"group {group}: rank {source} sends {sent[key]} to rank {target}, which expects {received[key]}"

@@ -22,7 +22,7 @@ from tests.helpers import cuda_streams as streams
 from tests.helpers.collectives import watched_collectives
 from tests.helpers.cuda_collectives import on_collective_stream
 from tests.helpers.cuda_tally import TALLY, Tally
-from tests.helpers.cuda_tensor import CudaMode, pin, unpin
+from tests.helpers.cuda_tensor import CudaMode, register, unpin_all, unregister
 from tests.helpers.host_order import ordered_threads
 
 MEMORY = 80 << 30
@@ -50,7 +50,7 @@ def pretending(devices: int = 1) -> Iterator[Tally]:
             swap = torch.__future__.get_swap_module_params_on_conversion()
             torch.__future__.set_swap_module_params_on_conversion(True)  # Module.to: a parameter becomes a CudaTensor
             stack.callback(torch.__future__.set_swap_module_params_on_conversion, swap)
-            stack.callback(unpin)
+            stack.callback(unpin_all)
             for name, value in _torch_cuda(devices).items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
             stack.enter_context(ordered_threads(CudaMode))
@@ -105,10 +105,10 @@ def _refusing_ordinals(devices: int) -> Any:
 
 
 def _register(place: int, nbytes: int, flags: int) -> int:
-    pin(place, nbytes)
+    register(place, nbytes)
     return 0
 
 
 def _unregister(place: int) -> int:
-    unpin(place)
+    unregister(place)
     return 0

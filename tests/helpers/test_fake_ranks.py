@@ -52,6 +52,7 @@ def test_calls_are_recorded_with_thread_group_and_sizes():
     logs = on_ranks(work)
     assert [log.result for log in logs] == [(torch.device("cuda", rank), [5, 1]) for rank in range(WORLD)]
     for log in logs:
+        assert log.contexts == {log.rank}
         (tell,), (swap, batch) = log.gloo, log.nccl
         assert (tell.operation, tell.sizes, tell.members) == ("broadcast", ((2,),), (0, 1, 2))
         assert (swap.operation, swap.group, swap.sizes) == ("all_to_all_single", "default", ((3, 2), (3, 2)))
@@ -98,7 +99,7 @@ def test_a_rank_that_leaves_a_call_out_is_found():
 
 
 def test_a_transfer_without_its_other_end_is_found():
-    with pytest.raises(AssertionError, match=r"rank 2 sends \[\] to rank 0, which expects \[\(0, \(2,\)\)\]"):
+    with pytest.raises(AssertionError, match=r"rank 1 sends \[\(0, \(2,\)\)\] to rank 2, which expects \[\]"):
         assert_same_order(on_ranks(lambda ranks: send_round(ranks, 3) if ranks.rank < 2 else None))
 
 
