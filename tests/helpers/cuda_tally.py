@@ -66,6 +66,12 @@ class Tally:
                 names[n] += number
         return dict(names)
 
+    def snapshot(self) -> "Tally":
+        """What has been counted so far."""
+        copy = Tally()
+        copy.counts.update(dict(self._items()))
+        return copy
+
     def reset(self) -> None:
         """Forgets everything counted so far."""
         with self._lock:

@@ -5,9 +5,9 @@
     assert_same_order(logs)
     assert_first_calls_are_joined(logs)
 
-No rank hears another one: torch's fake process group fills what a rank receives with what it sends, except that a
-broadcast carries the values of its source if that rank ran before. So ranks whose calls depend on other ranks' values
-must be given equal inputs. Timing and real hangs cannot be seen.
+Ranks do not communicate. A broadcast carries the values of its source if that rank ran before, an exchange of rows
+brings zeros, and torch's fake process group fills everything else with what the rank itself sends. So the inputs of
+ranks must be such that their calls do not depend on other ranks' values. Timing and real hangs cannot be seen.
 """
 
 import os
@@ -15,11 +15,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from runtime.distributed.ranks import Ranks
@@ -89,7 +91,7 @@ class RankLog:
 def on_fake_ranks(world: int, function: Callable[[int], Any]) -> list[RankLog]:
     """Runs `function(rank)` for each rank in turn, with a pretended CUDA device for each."""
     logs, told = [], {}
-    with pretending(devices=world):
+    with _zeros_exchanged(), pretending(devices=world):
         for rank in range(world):
             log = RankLog(rank)
             forget()
@@ -159,6 +161,29 @@ def _as_rank(rank: int, world: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(dist, "init_process_group", init_fake))
         stack.enter_context(mock.patch("runtime.distributed.ranks.rendezvous", meet))
         stack.enter_context(mock.patch.object(Ranks, "check_alike", return_value=None))
+        yield
+
+
+class _Done:
+    """The work of a collective that is complete."""
+
+    def wait(self, *args: Any) -> bool:
+        return True
+
+
+@contextmanager
+def _zeros_exchanged() -> Iterator[None]:
+    """The fake process group refuses sizes that do not fit its own rows; here every rank receives zeros."""
+
+    @wraps(dist.all_to_all_single)
+    def all_to_all_single(output: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> _Done | None:
+        output.zero_()
+        return _Done() if async_op else None
+
+    with (
+        mock.patch.object(dist, "all_to_all_single", all_to_all_single),
+        mock.patch.object(distributed_c10d, "all_to_all_single", all_to_all_single),
+    ):
         yield
 
 

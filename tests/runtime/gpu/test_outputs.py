@@ -1,60 +1,25 @@
-"""The whole engine on pretended CUDA devices: outputs as the plain model's, and what a GPU is asked to do for them.
+"""The whole engine on a pretended CUDA device: outputs equal the plain model's, which computes on the host.
 
 A mark `xfail` names the finding it waits for; the mend takes it away.
 """
 
 import copy
-import gc
 
 import pytest
 import torch
 
 from data.models.layout import MoELayout
-from data.models.switch import LoadedSwitch, load_switch
+from data.models.switch import load_switch
 from data.traces.trace import TokenBatch
-from predictor.checkpoint import save_predictor
-from predictor.forecaster import NeuralForecaster
-from predictor.network import Architecture, LoadNetwork
-from runtime.distributed.device import local_device
 from runtime.engine.batch import ModelBatch, forward
 from runtime.engine.engine import Engine
-from runtime.offload.cache import LOADERS
 from tests.helpers.batches import batches, blank_rows, left_padded
 from tests.helpers.budgets import budget
-from tests.helpers.cuda_streams import Event
+from tests.helpers.cuda_models import finding, on_cuda
 from tests.helpers.forecasters import Noise
-from tests.helpers.pretend_cuda import pretending
 
 DEVICES, REDUNDANT = 8, 8
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-
-
-def finding(number: int, what: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=False, reason=f"finding {number}: {what}")
-
-
-@pytest.fixture
-def tally():
-    with pretending() as tally:
-        yield tally
-
-
-@pytest.fixture(scope="session")
-def predictor_folder(tmp_path_factory, switch_folder):
-    """A predictor as `train.py` writes it, with random weights."""
-    torch.manual_seed(0)
-    switch, folder = load_switch(str(switch_folder)), tmp_path_factory.mktemp("predictors") / "random"
-    layout = switch.layout
-    network = LoadNetwork(layout, Architecture(width=8, depth=1))
-    folder.mkdir()
-    spread, table = torch.full((2, layout.num_layers, 3), 0.1), switch.model.shared.weight.detach()
-    save_predictor(folder, NeuralForecaster(layout, network, table, spread))
-    return folder
-
-
-def on_cuda(switch: LoadedSwitch, dtype: torch.dtype = torch.float32) -> LoadedSwitch:
-    model = copy.deepcopy(switch.model).to("cuda", dtype)
-    return LoadedSwitch(model, None, MoELayout.from_model(model, "random"))
 
 
 def assert_outputs_equal(engine: Engine, plain, stream: list[ModelBatch], atol: float = 1e-5) -> list:
@@ -155,4 +120,3 @@ def test_experts_within_a_memory_budget(tally, switch_folder, experts):
         assert torch.equal(engine.generate(tokens, **GREEDY).cpu(), plain.generate(**inputs, **GREEDY))
     counters = outputs[-1].stats.tiers
     assert counters["device"]["demands"] + counters["device"]["prefetches"] > 0
-    assert LOADERS >= 1
