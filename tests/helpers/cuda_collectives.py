@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.helpers.collectives import Collective
+from tests.helpers.cuda_requests import COLLECTIVE, COUNTS
 from tests.helpers.cuda_streams import Event, Stream, StreamContext, current_stream
-from tests.helpers.cuda_tally import COLLECTIVE, TALLY
 
 _streams: dict[tuple[int, int], Stream] = {}
 _lock = threading.Lock()
@@ -31,7 +31,7 @@ def on_collective_stream(call: Collective, run: Callable[[], Any]) -> Any:
     """Makes a collective of `CudaTensor`s on its group's stream, after what the current stream has been given."""
     if not call.on_cuda:
         return run()
-    TALLY.add(COLLECTIVE, call.operation)
+    COUNTS.add(COLLECTIVE, call.operation)
     device = next(tensor for tensor in call.tensors if tensor.is_cuda).device.index
     with _lock:
         stream = _streams.setdefault((id(call.group), device), Stream(device))

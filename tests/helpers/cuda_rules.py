@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.helpers.cuda_tally import DOWNLOAD, KERNEL, SYNC, TALLY
+from tests.helpers.cuda_requests import COUNTS, DOWNLOAD, KERNEL, SYNC
 
 SYNCING = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique", "_unique2",
@@ -77,12 +77,12 @@ def check_grouped_mm(rows: Tensor, weights: Tensor, ends: Any) -> None:
     if rows.dtype == torch.bfloat16:
         if groups >= MAX_GROUPS:
             raise RuntimeError("Can't process more than 1024 groups")
-        TALLY.add(KERNEL, "_grouped_mm", 2)  # one of them prepares the pointers
+        COUNTS.add(KERNEL, "_grouped_mm", 2)  # one of them prepares the pointers
         return
     if ends is not None:
-        TALLY.add(SYNC, "offs.cpu() in the fallback of grouped_mm")
-        TALLY.add(DOWNLOAD, "offs.cpu() in the fallback of grouped_mm")
-    TALLY.add(KERNEL, "mm in the fallback of grouped_mm", groups)
+        COUNTS.add(SYNC, "offs.cpu() in the fallback of grouped_mm")
+        COUNTS.add(DOWNLOAD, "offs.cpu() in the fallback of grouped_mm")
+    COUNTS.add(KERNEL, "mm in the fallback of grouped_mm", groups)
 
 
 def _refuse_strides(operand: Tensor) -> None:

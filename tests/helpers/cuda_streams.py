@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.helpers.cuda_tally import SYNC, TALLY, TIMING_EVENT
+from tests.helpers.cuda_requests import COUNTS, SYNC, TIMING_EVENT
 from tests.helpers.host_order import Clock, host_clock, learn, merged
 
 _numbers = itertools.count(1)
@@ -80,7 +80,7 @@ class Stream:
         return event
 
     def synchronize(self) -> None:
-        TALLY.add(SYNC, "Stream.synchronize")
+        COUNTS.add(SYNC, "Stream.synchronize")
         learn(self.clock)
 
     def query(self) -> bool:
@@ -106,7 +106,7 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or current_stream()
         if self._timed:
-            TALLY.add(TIMING_EVENT, "Event.record")
+            COUNTS.add(TIMING_EVENT, "Event.record")
         self._at, self.clock = time.perf_counter(), merged(stream.clock, host_clock())
 
     def wait(self, stream: Stream | None = None) -> None:
@@ -117,7 +117,7 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        TALLY.add(SYNC, "Event.synchronize")
+        COUNTS.add(SYNC, "Event.synchronize")
         learn(self.clock)
 
     def elapsed_time(self, end: "Event") -> float:
@@ -190,7 +190,7 @@ def set_stream(stream: Stream) -> None:
 
 def synchronize(device: Any = None) -> None:
     """Waits for all streams of a device."""
-    TALLY.add(SYNC, "torch.cuda.synchronize")
+    COUNTS.add(SYNC, "torch.cuda.synchronize")
     index = device_index(device)
     for stream in list(_alive):
         if stream.device_index == index:

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import cuda_rules as rules
+from tests.helpers.cuda_requests import COUNTS, DOWNLOAD, KERNEL, PAGEABLE_UPLOAD, PIN, SYNC, UPLOAD
 from tests.helpers.cuda_streams import device_index
-from tests.helpers.cuda_tally import DOWNLOAD, KERNEL, PAGEABLE_UPLOAD, PIN, SYNC, TALLY, UPLOAD
 
 Operator = Any
+COMPOSITE = "CompositeImplicitAutograd"
+"""Key of the kernels that only call other operators."""
 
 
 class CudaTensor(torch.Tensor):
@@ -104,7 +106,7 @@ class CudaMode(TorchDispatchMode):
 
 
 class Observer(Protocol):
-    """Is told of every operator that has run, on the host or on a device; see `tests.helpers.races`."""
+    """Receives every operator that has run, on the host or on a device; see `tests.helpers.races`."""
 
     def saw(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None: ...
 
@@ -116,14 +118,14 @@ _registered: dict[int, int] = {}
 
 def pin(tensor: Tensor) -> Tensor:
     """Makes a host tensor's storage pinned; it stays allocated until `unpin_all`."""
-    TALLY.add(PIN, "pinned memory")
+    COUNTS.add(PIN, "pinned memory")
     _pinned[tensor.untyped_storage().data_ptr()] = tensor
     return tensor
 
 
 def register(start: int, nbytes: int) -> None:
     """Makes a byte range of host memory pinned, as `cudaHostRegister` does."""
-    TALLY.add(PIN, "cudaHostRegister")
+    COUNTS.add(PIN, "cudaHostRegister")
     _registered[start] = start + nbytes
 
 
@@ -181,9 +183,9 @@ def dispatch(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return is_pinned(args[0]) if name == "is_pinned" else _pin_copy(args[0])
     if not on_cuda and (device is None or device.type != "cuda"):
         return _on_host(func, args, kwargs)
-    if torch.is_inference_mode_enabled() and func._can_decompose():
+    if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
         with ordinary_tensors(), CudaMode():  # inside inference mode these arrive whole
-            return func.decompose(*args, **kwargs)
+            return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
     with ordinary_tensors():
         return _on_device(func, name, args, kwargs, on_cuda, leaves, device)
 
@@ -277,17 +279,17 @@ def _count(func: Operator, name: str, args: tuple[Any, ...], kwargs: dict[str, A
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
         rules.check_grouped_mm(args[0].inner, args[1].inner, None if ends is None else ends.inner)
     elif name not in rules.VIEWS and not func.namespace.startswith(("prim", "c10d")):
-        TALLY.add(KERNEL, name, rules.KERNELS.get(name, 1))
+        COUNTS.add(KERNEL, name, rules.KERNELS.get(name, 1))
     if name in rules.SYNCING and "output_size" not in kwargs:
-        TALLY.add(SYNC, name)
-        TALLY.add(DOWNLOAD, name)
+        COUNTS.add(SYNC, name)
+        COUNTS.add(DOWNLOAD, name)
     if name == "index" or name.startswith(("index_put", "_index_put")):
         for index in args[1]:
             if index is not None and not index.is_cuda:
-                TALLY.add(PAGEABLE_UPLOAD, f"{name} with an index on the host")
-                TALLY.add(SYNC, f"{name} with an index on the host")
+                COUNTS.add(PAGEABLE_UPLOAD, f"{name} with an index on the host")
+                COUNTS.add(SYNC, f"{name} with an index on the host")
             elif index is not None and index.dtype in (torch.bool, torch.uint8):
-                TALLY.add(SYNC, f"{name} with a mask")
+                COUNTS.add(SYNC, f"{name} with a mask")
 
 
 def _count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], to_host: bool) -> None:
@@ -295,13 +297,13 @@ def _count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], to_hos
     onto_cuda = args[0].is_cuda if name == "copy_" else not to_host
     later = bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
     if source.is_cuda and onto_cuda:
-        TALLY.add(KERNEL, name)
+        COUNTS.add(KERNEL, name)
         return
     if onto_cuda:
         pinned = is_pinned(source)
-        TALLY.add(UPLOAD if pinned else PAGEABLE_UPLOAD, name)
+        COUNTS.add(UPLOAD if pinned else PAGEABLE_UPLOAD, name)
     else:
         pinned = name == "_to_copy" or is_pinned(args[0])
-        TALLY.add(DOWNLOAD, name)
+        COUNTS.add(DOWNLOAD, name)
     if not (later and pinned):
-        TALLY.add(SYNC, f"{UPLOAD if onto_cuda else DOWNLOAD} by {name}")
+        COUNTS.add(SYNC, f"{UPLOAD if onto_cuda else DOWNLOAD} by {name}")

@@ -90,12 +90,12 @@ class RankLog:
 
 def on_fake_ranks(world: int, function: Callable[[int], Any]) -> list[RankLog]:
     """Runs `function(rank)` for each rank in turn, with a pretended CUDA device for each."""
-    logs, told = [], {}
+    logs, broadcast = [], {}
     with _zeros_exchanged(), pretending(devices=world):
         for rank in range(world):
             log = RankLog(rank)
             forget()
-            with _as_rank(rank, world), watched_collectives(_Recorder(log, told)):
+            with _as_rank(rank, world), watched_collectives(_Recorder(log, broadcast)):
                 log.result = function(rank)
             log.contexts = {device for device, thread in CONTEXTS}
             if dist.is_initialized():
@@ -109,11 +109,11 @@ class _Recorder:
 
     Args:
         log: Log of the rank.
-        told: Values broadcast so far, by group and number; shared by all ranks.
+        sent: Values broadcast so far, by group and number; shared by all ranks.
     """
 
-    def __init__(self, log: RankLog, told: dict[tuple[str, int], Tensor]) -> None:
-        self._log, self._told, self._broadcasts = log, told, Counter[str]()
+    def __init__(self, log: RankLog, sent: dict[tuple[str, int], Tensor]) -> None:
+        self._log, self._sent, self._broadcasts = log, sent, Counter[str]()
 
     def __call__(self, call: Collective, run: Callable[[], Any]) -> Any:
         before = [c for c in self._log.calls if c.thread == call.thread and not c.point_to_point]
@@ -139,9 +139,9 @@ class _Recorder:
         self._broadcasts[call.group_name] += 1
         (tensor,) = call.tensors
         if call.arguments["src"] == self._log.rank:
-            self._told[key] = tensor.clone()
-        elif key in self._told:
-            tensor.copy_(self._told[key])
+            self._sent[key] = tensor.clone()
+        elif key in self._sent:
+            tensor.copy_(self._sent[key])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""HostClocks: what each host thread knows to be done on the device, and how threads tell each other.
+"""HostClocks: what each host thread knows to be done on the device, and what it learns from other threads.
 
 A clock maps a stream's number to the number of its operators that are known to be done. A thread learns by waiting for
 a stream or an event, and from a thread that released a lock before it: `ordered_threads` follows locks, conditions,

@@ -1,9 +1,9 @@
 """Pretends that this machine has CUDA devices, so that the GPU path runs on a CPU with real values and is counted.
 
-    with pretending() as tally:
+    with pretending() as counts:
         model.to("cuda")
         model(ids.to("cuda"))
-    tally.total("sync"), tally.by_site("kernel"), print(tally)
+    counts.total("sync"), counts.by_site("kernel"), print(counts)
 
 Tensors on pretended devices are `CudaTensor`s. Threads that are started inside are covered too. What it cannot see:
 kernels' own errors and last bits, NCCL's semantics, memory that an allocator gives away again, and time.
@@ -21,7 +21,7 @@ import torch
 from tests.helpers import cuda_streams as streams
 from tests.helpers.collectives import watched_collectives
 from tests.helpers.cuda_collectives import on_collective_stream
-from tests.helpers.cuda_tally import TALLY, Tally
+from tests.helpers.cuda_requests import COUNTS, RequestCounts
 from tests.helpers.cuda_tensor import CudaMode, register, unpin_all, unregister
 from tests.helpers.host_order import ordered_threads
 
@@ -31,8 +31,8 @@ _open = threading.Lock()
 
 
 @contextmanager
-def pretending(devices: int = 1) -> Iterator[Tally]:
-    """A context in which `torch.cuda` has this many devices; gives a fresh tally. Everything is restored on leaving.
+def pretending(devices: int = 1) -> Iterator[RequestCounts]:
+    """A context in which `torch.cuda` has this many devices; gives the counts, at zero. Everything is restored on leaving.
 
     Raises:
         RuntimeError: If another such context is open.
@@ -41,7 +41,7 @@ def pretending(devices: int = 1) -> Iterator[Tally]:
         raise RuntimeError("CUDA is pretended already; leave that context first")
     try:
         with ExitStack() as stack:
-            TALLY.reset()
+            COUNTS.reset()
             streams.forget()
             torch._C._ensureCUDADeviceGuardSet()  # without a driver: switching devices inside torch does nothing
             lift = torch._C._only_lift_cpu_tensors()
@@ -56,7 +56,7 @@ def pretending(devices: int = 1) -> Iterator[Tally]:
             stack.enter_context(ordered_threads(CudaMode))
             stack.enter_context(CudaMode())
             stack.enter_context(watched_collectives(on_collective_stream))
-            yield TALLY
+            yield COUNTS
     finally:
         _open.release()
 

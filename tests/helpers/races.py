@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers import cuda_rules
+from tests.helpers.cuda_requests import call_site
 from tests.helpers.cuda_streams import current_stream
-from tests.helpers.cuda_tally import call_site
 from tests.helpers.cuda_tensor import OBSERVERS, CudaTensor, Operator, is_pinned
 from tests.helpers.host_order import Clock, host_clock, learn
 

@@ -15,12 +15,12 @@ MIXED = "Expected all tensors to be on the same device, but found at least two d
 
 
 @pytest.fixture(params=[torch.enable_grad, torch.no_grad, torch.inference_mode])
-def tally(request):
-    with pretending() as tally, request.param():
-        yield tally
+def counts(request):
+    with pretending() as counts, request.param():
+        yield counts
 
 
-def test_tensors_say_they_are_on_cuda_and_hold_real_values(tally):
+def test_tensors_say_they_are_on_cuda_and_hold_real_values(counts):
     table = torch.arange(6.0).view(2, 3).to("cuda")
     assert (table.device, table.is_cuda, table.is_cpu) == (torch.device("cuda:0"), True, False)
     assert (table * 2 + torch.ones(2, 3, device="cuda")).tolist() == [[1, 3, 5], [7, 9, 11]]
@@ -32,7 +32,7 @@ def test_tensors_say_they_are_on_cuda_and_hold_real_values(tally):
         table.numpy()
 
 
-def test_mixed_devices_are_refused(tally):
+def test_mixed_devices_are_refused(counts):
     on_cuda, on_host = torch.ones(3, 4, device="cuda"), torch.ones(3, 4)
     index, mask = torch.tensor([1, 2]), torch.tensor([True, False, True])
     for operation in (
@@ -55,14 +55,14 @@ def test_mixed_devices_are_refused(tally):
         on_cuda[index.cuda()] = on_host[:2]
 
 
-def test_what_cuda_allows_across_devices_is_allowed_and_counted(tally):
+def test_what_cuda_allows_across_devices_is_allowed_and_counted(counts):
     on_cuda = torch.ones(3, 4, device="cuda")
     assert (on_cuda + torch.tensor(2.0)).sum().item() == 36
-    tally.reset()
+    counts.reset()
     assert on_cuda[torch.tensor([0, 2])].shape == (2, 4)
-    assert (tally.total("pageable upload"), tally.total("sync")) == (1, 1)
+    assert (counts.total("pageable upload"), counts.total("sync")) == (1, 1)
     assert on_cuda[torch.tensor([True, False, True], device="cuda")].shape == (2, 4)
-    assert tally.total("sync", "with a mask") == 1
+    assert counts.total("sync", "with a mask") == 1
 
 
 def test_two_devices_are_kept_apart():
@@ -86,49 +86,49 @@ def test_two_devices_are_kept_apart():
         (lambda t: torch.tensor([1.0], device="cuda"), {"pageable upload": 1, "sync": 1}),
     ],
 )
-def test_uploads(tally, copy_it, expected):
+def test_uploads(counts, copy_it, expected):
     host = torch.ones(3)
-    tally.reset()
+    counts.reset()
     copy_it(host)
     kinds = ("upload", "pageable upload", "download", "sync", "pin")
-    assert {kind: number for kind in kinds if (number := tally.total(kind))} == expected
+    assert {kind: number for kind in kinds if (number := counts.total(kind))} == expected
 
 
-def test_downloads(tally):
+def test_downloads(counts):
     on_cuda, pinned = torch.ones(3, device="cuda"), torch.empty(3, pin_memory=True)
     assert pinned.is_pinned()
-    tally.reset()
+    counts.reset()
     assert on_cuda.cpu().tolist() == [1, 1, 1]
-    assert (tally.total("download"), tally.total("sync")) == (1, 1)
+    assert (counts.total("download"), counts.total("sync")) == (1, 1)
     later = on_cuda.to("cpu", non_blocking=True)
     pinned.copy_(on_cuda, non_blocking=True)
     assert later.is_pinned()
-    assert (tally.total("download"), tally.total("sync")) == (3, 1)
+    assert (counts.total("download"), counts.total("sync")) == (3, 1)
     torch.empty(3).copy_(on_cuda, non_blocking=True)  # pageable: the host waits whatever it says
-    assert (tally.total("download"), tally.total("sync")) == (4, 2)
-    assert sorted(tally.by_site("download", "tests/helpers/test_pretend_cuda.py:").values()) == [1, 1, 1, 1]
+    assert (counts.total("download"), counts.total("sync")) == (4, 2)
+    assert sorted(counts.by_site("download", "tests/helpers/test_pretend_cuda.py:").values()) == [1, 1, 1, 1]
 
 
-def test_hidden_syncs(tally):
+def test_hidden_syncs(counts):
     on_cuda = torch.tensor([0.0, 1.0, 2.0], device="cuda")
     for wait in (lambda: on_cuda.nonzero(), lambda: bool(on_cuda.any()), lambda: on_cuda.unique(), on_cuda.tolist):
-        tally.reset()
+        counts.reset()
         wait()
-        assert tally.total("sync") == 1
+        assert counts.total("sync") == 1
 
 
 @pytest.mark.parametrize(("dtype", "kernels", "syncs"), [(torch.bfloat16, 2, 0), (torch.float32, 3, 1)])
-def test_grouped_mm_fast_and_slow(tally, dtype, kernels, syncs):
+def test_grouped_mm_fast_and_slow(counts, dtype, kernels, syncs):
     ends = torch.tensor([2, 2, 5], dtype=torch.int32, device="cuda")
     rows = torch.ones(5, 8, device="cuda", dtype=dtype)
     weights = torch.ones(3, 16, 8, device="cuda", dtype=dtype).transpose(1, 2)
-    tally.reset()
+    counts.reset()
     product = grouped_mm(rows, weights, offs=ends)
-    assert (tally.total("kernel"), tally.total("sync")) == (kernels, syncs)
+    assert (counts.total("kernel"), counts.total("sync")) == (kernels, syncs)
     assert product.tolist() == [[8.0] * 16] * 5
 
 
-def test_grouped_mm_limits(tally):
+def test_grouped_mm_limits(counts):
     rows, ends = torch.ones(2, 8, device="cuda").bfloat16(), torch.full((1024,), 2, dtype=torch.int32, device="cuda")
     with pytest.raises(RuntimeError, match="Can't process more than 1024 groups"):
         grouped_mm(rows, torch.ones(1024, 8, 8, device="cuda").bfloat16(), offs=ends)
@@ -137,7 +137,7 @@ def test_grouped_mm_limits(tally):
         grouped_mm(rows, weights, offs=ends[:1])
 
 
-def test_other_threads_are_covered(tally):
+def test_other_threads_are_covered(counts):
     found = []
 
     def work():
@@ -178,7 +178,7 @@ def test_streams_and_devices_are_per_thread_and_the_way_back_makes_a_context_on_
 
 
 def test_events_of_time():
-    with pretending() as tally:
+    with pretending() as counts:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         with pytest.raises(RuntimeError, match="Both events must be recorded"):
@@ -186,7 +186,7 @@ def test_events_of_time():
         stop.record()
         assert 0 <= start.elapsed_time(stop) < 1000
         torch.cuda.Event().record()
-        assert tally.total("timing event") == 2
+        assert counts.total("timing event") == 2
 
 
 def test_everything_is_restored_also_after_an_error():
@@ -201,7 +201,19 @@ def test_everything_is_restored_also_after_an_error():
     assert not torch.__future__.get_swap_module_params_on_conversion()
 
 
-def test_a_switch_model_computes_and_writes_the_same_as_on_the_host(tally):
+def test_inference_mode_counts_like_no_grad():
+    kernels = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with pretending() as counts, mode():
+            model = small_switch().to("cuda")
+            ids = torch.ones(2, 9, dtype=torch.int64, device="cuda")
+            counts.reset()
+            model(input_ids=ids, decoder_input_ids=ids)
+            kernels.append(counts.by_name("kernel"))
+    assert {name: number for name, number in kernels[1].items() if name != "detach_"} == kernels[0]
+
+
+def test_a_switch_model_computes_and_writes_the_same_as_on_the_host(counts):
     plain = small_switch()
     ids = torch.randint(3, 400, (3, 20))
     mask = torch.ones_like(ids)

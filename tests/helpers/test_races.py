@@ -33,7 +33,7 @@ def test_a_read_that_does_not_wait_for_the_event_of_a_copy(found, waits):
     if waits:
         torch.cuda.current_stream().wait_event(event)
     block[1].sum()
-    assert found.races.total() == (0 if waits else 1), found
+    assert found.races.total() == (0 if waits else 1), str(found)
     if not waits:
         ((later, earlier),) = found.races
         assert later.startswith("sum reads at tests/helpers/test_races.py:")
@@ -47,7 +47,7 @@ def test_a_copy_that_does_not_wait_for_earlier_reads(found, waits, races):
     if waits:
         side.wait_stream(torch.cuda.current_stream())
     copied_beside(block, side)
-    assert found.races.total() == races, found  # read against fill, write against fill, write against sum
+    assert found.races.total() == races, str(found)  # read against fill, write against fill, write against sum
 
 
 def test_other_bytes_of_the_same_block_do_not_race(found):
@@ -55,7 +55,7 @@ def test_other_bytes_of_the_same_block_do_not_race(found):
     side.wait_stream(torch.cuda.current_stream())
     copied_beside(block, side)
     block[2].add_(block[0])
-    assert not found.races, found
+    assert not found.races, str(found)
 
 
 @pytest.mark.parametrize(("sizes", "races"), [((3, 0, 2), 0), ((3, 1, 1), 1)])
@@ -67,7 +67,7 @@ def test_grouped_mm_reads_only_groups_that_have_rows(found, sizes, races):
     with torch.cuda.stream(side):
         weights[1].fill_(2)
     grouped_mm(rows, weights, offs=ends)
-    assert found.races.total() == races, found
+    assert found.races.total() == races, str(found)
 
 
 @pytest.mark.parametrize("wait", ["nothing", "stream", "event", "device", "query"])
@@ -83,7 +83,7 @@ def test_waits_of_the_host_order_later_work(found, wait):
         "query": event.query,
     }[wait]()
     block[1].sum()
-    assert found.races.total() == (1 if wait == "nothing" else 0), found
+    assert found.races.total() == (1 if wait == "nothing" else 0), str(found)
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -95,7 +95,7 @@ def test_the_host_reads_a_copy_that_has_not_arrived(found, waits):
         event.synchronize()
     assert pinned.numpy().tolist() == [1, 1, 1, 1]
     assert (pinned + 1).tolist() == [2, 2, 2, 2]
-    assert found.races.total() == (0 if waits else 2), found
+    assert found.races.total() == (0 if waits else 2), str(found)
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -105,7 +105,7 @@ def test_the_host_overwrites_memory_that_an_upload_still_reads(found, waits):
     if waits:
         torch.cuda.current_stream().synchronize()
     pinned.fill_(7)
-    assert found.races.total() == (0 if waits else 1), found
+    assert found.races.total() == (0 if waits else 1), str(found)
 
 
 def test_a_blocking_download_orders_what_follows(found):
@@ -115,7 +115,7 @@ def test_a_blocking_download_orders_what_follows(found):
         block[1].fill_(3)
         assert block[1].tolist() == [3, 3, 3, 3]
     block[1].sum()
-    assert not found.races, found
+    assert not found.races, str(found)
 
 
 def handed_over_by(way: str, work) -> None:
@@ -147,4 +147,4 @@ def test_a_thread_that_waited_for_the_device_must_tell_the_others(found, way, ra
     side.wait_stream(torch.cuda.current_stream())
     handed_over_by(way, lambda: copied_beside(block, side).synchronize())
     block[1].sum()
-    assert found.races.total() == races, found
+    assert found.races.total() == races, str(found)

@@ -11,10 +11,10 @@ from tests.helpers.pretend_cuda import pretending
 
 
 @pytest.fixture
-def tally():
+def counts():
     """One pretended device; counts what it is asked to do."""
-    with pretending() as tally:
-        yield tally
+    with pretending() as counts:
+        yield counts
 
 
 @pytest.fixture(scope="session")

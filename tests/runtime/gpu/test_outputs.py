@@ -42,7 +42,7 @@ def moves(outputs: list) -> int:
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_outputs_stay_while_replicas_move_over_8_devices(tally, switch, dtype, atol):
+def test_outputs_stay_while_replicas_move_over_8_devices(counts, switch, dtype, atol):
     plain = copy.deepcopy(switch.model).to(dtype)
     with Engine(on_cuda(switch, dtype), Noise(switch.layout), DEVICES, REDUNDANT) as engine:
         outputs = assert_outputs_equal(engine, plain, batches(), atol)
@@ -51,7 +51,7 @@ def test_outputs_stay_while_replicas_move_over_8_devices(tally, switch, dtype, a
 
 
 @finding(1, "the embedding table is on the device, network and token ids on the host")
-def test_forecasts_come_from_the_network_of_a_predictor_folder(tally, switch_folder, predictor_folder):
+def test_forecasts_come_from_the_network_of_a_predictor_folder(counts, switch_folder, predictor_folder):
     plain = load_switch(str(switch_folder)).model
     with Engine(switch_folder, predictor_folder, DEVICES, REDUNDANT) as engine:
         outputs = assert_outputs_equal(engine, plain, batches())
@@ -63,14 +63,14 @@ def test_forecasts_come_from_the_network_of_a_predictor_folder(tally, switch_fol
 
 
 @pytest.mark.parametrize("stream", [[blank_rows()], [left_padded(batch) for batch in batches(3)]])
-def test_unusual_padding(tally, switch, stream):
+def test_unusual_padding(counts, switch, stream):
     with Engine(on_cuda(switch), Noise(switch.layout), DEVICES, REDUNDANT) as engine:
         assert_outputs_equal(engine, switch.model, stream)
 
 
 @finding(13, "masks on the device are combined with masks on the host")
 @pytest.mark.parametrize("decoder", [True, False])
-def test_token_batches_that_lie_on_the_device(tally, switch, predictor_folder, decoder):
+def test_token_batches_that_lie_on_the_device(counts, switch, predictor_folder, decoder):
     moved = [ModelBatch(to_cuda(batch.tokens), to_cuda(batch.decoder) if decoder else None) for batch in batches(2)]
     with Engine(on_cuda(switch), predictor_folder, DEVICES, REDUNDANT) as engine:
         outputs = list(engine.run(iter(moved)))
@@ -85,7 +85,7 @@ def to_cuda(tokens: TokenBatch) -> TokenBatch:
     return TokenBatch(tokens.input_ids.to("cuda"), tokens.mask.to("cuda"))
 
 
-def test_greedy_text_is_identical_also_with_new_placements_on_the_way(tally, switch):
+def test_greedy_text_is_identical_also_with_new_placements_on_the_way(counts, switch):
     tokens = batches(1)[0].tokens
     plain = switch.model.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **GREEDY)
     with Engine(on_cuda(switch), Noise(switch.layout), DEVICES, REDUNDANT) as engine:
@@ -94,14 +94,14 @@ def test_greedy_text_is_identical_also_with_new_placements_on_the_way(tally, swi
 
 
 @finding(13, "masks on the device are combined with masks on the host")
-def test_greedy_text_from_tokens_on_the_device(tally, switch):
+def test_greedy_text_from_tokens_on_the_device(counts, switch):
     tokens = batches(1)[0].tokens
     plain = switch.model.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **GREEDY)
     with Engine(on_cuda(switch), Noise(switch.layout), DEVICES, REDUNDANT) as engine:
         assert torch.equal(engine.generate(to_cuda(tokens), **GREEDY).cpu(), plain)
 
 
-def test_a_plain_call_of_the_model_inside_the_engine(tally, switch):
+def test_a_plain_call_of_the_model_inside_the_engine(counts, switch):
     batch = batches(1)[0]
     with Engine(on_cuda(switch), Noise(switch.layout), DEVICES, REDUNDANT) as engine, torch.inference_mode():
         (_,) = engine.run([batch])
@@ -110,7 +110,7 @@ def test_a_plain_call_of_the_model_inside_the_engine(tally, switch):
 
 
 @pytest.mark.parametrize("experts", [3, 12])
-def test_experts_within_a_memory_budget(tally, switch_folder, experts):
+def test_experts_within_a_memory_budget(counts, switch_folder, experts):
     plain = load_switch(str(switch_folder)).model
     memory = {"device_memory": budget(experts), "host_memory": budget(experts + 2)}
     with Engine(switch_folder, Noise(MoELayout.from_model(plain, "random")), **memory) as engine:

@@ -40,7 +40,7 @@ def races(switch, work, own_stream: bool = False) -> RaceFinder:
 @pytest.mark.parametrize("work", [run, generate])
 def test_moves_and_batches_are_ordered(switch, work, own_stream):
     found = races(switch, work, own_stream)
-    assert not found.races, found
+    assert not found.races, str(found)
 
 
 @pytest.mark.parametrize("name", ["wait_stream", "wait_event"])
@@ -54,4 +54,4 @@ def test_tiers_load_experts_in_order(switch_folder):
     memory = {"device_memory": budget(3), "host_memory": budget(5)}
     with pretending(), finding_races() as found, Engine(switch_folder, None, **memory) as engine:
         list(engine.run(batches()))
-    assert not found.races, found
+    assert not found.races, str(found)

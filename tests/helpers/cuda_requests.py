@@ -1,4 +1,4 @@
-"""Tally: what a GPU was asked to do while CUDA was pretended, each request with the line of code behind it."""
+"""RequestCounts: what a GPU was asked to do while CUDA was pretended, each request with the line of code behind it."""
 
 import sys
 import threading
@@ -29,22 +29,22 @@ def call_site() -> str:
     return "elsewhere"
 
 
-class Tally:
+class RequestCounts:
     """Counts requests by kind (one of `KINDS`), name and call site; any thread may add to it.
 
     Attributes:
-        counts: Number of requests by (kind, name, site).
+        by_key: Number of requests by (kind, name, site).
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str, str]] = Counter()
+        self.by_key: Counter[tuple[str, str, str]] = Counter()
         self._lock = threading.Lock()
 
     def add(self, kind: str, name: str, number: int = 1) -> None:
         """Counts a request of the calling code."""
         assert kind in KINDS, f"{kind} is no kind of request; expected one of {KINDS}"
         with self._lock:
-            self.counts[kind, name, call_site()] += number
+            self.by_key[kind, name, call_site()] += number
 
     def total(self, kind: str, name: str = "", site: str = "") -> int:
         """Number of requests of a kind whose name and call site contain the given text."""
@@ -66,16 +66,16 @@ class Tally:
                 names[n] += number
         return dict(names)
 
-    def snapshot(self) -> "Tally":
+    def snapshot(self) -> "RequestCounts":
         """What has been counted so far."""
-        copy = Tally()
-        copy.counts.update(dict(self._items()))
+        copy = RequestCounts()
+        copy.by_key.update(dict(self._items()))
         return copy
 
     def reset(self) -> None:
         """Forgets everything counted so far."""
         with self._lock:
-            self.counts.clear()
+            self.by_key.clear()
 
     def __str__(self) -> str:
         rows = sorted((kind, site, name, number) for (kind, name, site), number in self._items())
@@ -83,8 +83,8 @@ class Tally:
 
     def _items(self) -> list[tuple[tuple[str, str, str], int]]:
         with self._lock:
-            return list(self.counts.items())
+            return list(self.by_key.items())
 
 
-TALLY = Tally()
-"""The tally of the `pretending` context that is open."""
+COUNTS = RequestCounts()
+"""Of the `pretending` context that is open."""
