@@ -32,7 +32,7 @@ _open = threading.Lock()
 
 @contextmanager
 def pretending(devices: int = 1) -> Iterator[RequestCounts]:
-    """A context in which `torch.cuda` has this many devices; gives the counts, at zero. Everything is restored on leaving.
+    """A context in which `torch.cuda` has this many devices; gives the counts, at zero. Leaving it restores everything.
 
     Raises:
         RuntimeError: If another such context is open.
