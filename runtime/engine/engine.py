@@ -40,6 +40,10 @@ from runtime.experts.weights import ExpertSource, FileWeights, ModuleWeights
 from runtime.offload.slots import MemoryBudget
 
 
+REDUNDANT = 16
+"""Replica slots of each MoE layer over several devices, unless told otherwise."""
+
+
 class Engine:
     """A Switch Transformer whose experts live in slots over devices, with replicas of the hot ones.
 
@@ -53,7 +57,7 @@ class Engine:
         predictor: A folder that `train.py` wrote, a hub id of one, or any `Forecaster`; None never replicates.
         num_devices: G, devices that the experts are spread over: under torchrun the number of processes; else 1 on
             CUDA, and on a CPU 8, which it emulates.
-        num_redundant_experts: R, replica slots of each MoE layer over all devices.
+        num_redundant_experts: R, replica slots of each MoE layer over all devices; None is 16, or 0 on one device.
         max_moves: Most experts copied before one batch, over all layers; None sets no limit.
         devices_per_node: Devices that share a fast network; copies and tokens then stay within a node where balance
             allows it. None means one node.
@@ -83,7 +87,7 @@ class Engine:
         model: Any,
         predictor: Forecaster | Path | str | None = None,
         num_devices: int | None = None,
-        num_redundant_experts: int = 16,
+        num_redundant_experts: int | None = None,
         *,
         max_moves: int | None = None,
         devices_per_node: int | None = None,
@@ -119,6 +123,8 @@ class Engine:
         self.forecaster, digest = self._open_predictor(predictor)
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
         devices = self.ranks.devices(num_devices)
+        if num_redundant_experts is None:
+            num_redundant_experts = REDUNDANT if devices > 1 else 0
         self.home = ReplicationPlan.at_home(order, devices, num_redundant_experts)
         self.planner = HomePlanner(devices, num_redundant_experts, max_moves, devices_per_node)
         self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens

@@ -19,6 +19,7 @@ from functools import wraps
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -88,14 +89,14 @@ class RankLog:
         return [call for call in self.calls if not call.nccl]
 
 
-def on_fake_ranks(world: int, function: Callable[[int], Any]) -> list[RankLog]:
-    """Runs `function(rank)` for each rank in turn, with a pretended CUDA device for each."""
+def on_fake_ranks(world: int, function: Callable[[int], Any], machines: int = 1) -> list[RankLog]:
+    """Runs `function(rank)` for each rank in turn, with a pretended CUDA device for each; machines take turns too."""
     logs, broadcast = [], {}
     with _zeros_exchanged(), pretending(devices=world):
         for rank in range(world):
             log = RankLog(rank)
             forget()
-            with _as_rank(rank, world), watched_collectives(_Recorder(log, broadcast)):
+            with _as_rank(rank, world, machines), watched_collectives(_Recorder(log, broadcast)):
                 log.result = function(rank)
             log.contexts = {device for device, thread in CONTEXTS}
             if dist.is_initialized():
@@ -145,22 +146,39 @@ class _Recorder:
 
 
 @contextmanager
-def _as_rank(rank: int, world: int) -> Iterator[None]:
-    """The environment and process groups of one rank; nothing is compared with the other ranks."""
+def _as_rank(rank: int, world: int, machines: int) -> Iterator[None]:
+    """The environment and process groups of one rank; other ranks say what this one would in their place."""
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    init = dist.init_process_group
+    init, new_group, hosts = dist.init_process_group, dist.new_group, [f"machine {r % machines}" for r in range(world)]
 
     def init_fake(*args: Any, **kwargs: Any) -> None:
         init("fake", store=FakeStore(), rank=rank, world_size=world)
 
+    def new_fake(*args: Any, backend: Any = None, **kwargs: Any) -> Any:
+        return new_group(*args)
+
     def meet(*args: Any, **kwargs: Any) -> Iterator[Any]:
         yield dist.HashStore(), rank, world
+
+    def exchange(ranks: Ranks, topic: str, said: Any) -> list[Any]:
+        if topic == "homes":
+            return [(host, said[1]) for host in hosts]
+        if topic == "mapped homes":
+            return [[o for o in range(world) if o != r and hosts[o] == hosts[r]] for r in range(world)]
+        return [said] * world
+
+    def open_block(handle: Any, shape: Sequence[int], like: Tensor) -> Tensor:
+        return like.new_zeros(tuple(shape))
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(mock.patch.object(dist, "init_process_group", init_fake))
+        stack.enter_context(mock.patch.object(dist, "new_group", new_fake))
         stack.enter_context(mock.patch("runtime.distributed.ranks.rendezvous", meet))
-        stack.enter_context(mock.patch.object(Ranks, "check_alike", return_value=None))
+        stack.enter_context(mock.patch.object(Ranks, "exchange", exchange))
+        stack.enter_context(mock.patch.object(Ranks, "host", hosts[rank]))
+        stack.enter_context(mock.patch("runtime.experts.transfer.open_block", open_block))
+        stack.enter_context(mock.patch.object(torch.UntypedStorage, "_share_cuda_", return_value=(0, b"handle")))
         yield
 
 

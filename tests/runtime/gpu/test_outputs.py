@@ -1,7 +1,4 @@
-"""The whole engine on a pretended CUDA device: outputs equal the plain model's, which computes on the host.
-
-A mark `xfail` names the finding it waits for; the mend takes it away.
-"""
+"""The whole engine on a pretended CUDA device: outputs equal the plain model's, which computes on the host."""
 
 import copy
 
@@ -15,7 +12,7 @@ from runtime.engine.batch import ModelBatch, forward
 from runtime.engine.engine import Engine
 from tests.helpers.batches import batches, blank_rows, left_padded
 from tests.helpers.budgets import budget
-from tests.helpers.cuda_models import finding, on_cuda
+from tests.helpers.cuda_models import on_cuda
 from tests.helpers.forecasters import Noise
 
 DEVICES, REDUNDANT = 8, 8
@@ -50,10 +47,9 @@ def test_outputs_stay_while_replicas_move_over_8_devices(counts, switch, dtype, 
         assert not engine.controller.fallbacks
 
 
-@finding(1, "the embedding table is on the device, network and token ids on the host")
 def test_forecasts_come_from_the_network_of_a_predictor_folder(counts, switch_folder, predictor_folder):
     plain = load_switch(str(switch_folder)).model
-    with Engine(switch_folder, predictor_folder, DEVICES, REDUNDANT) as engine:
+    with Engine(switch_folder, predictor_folder, DEVICES, REDUNDANT, dtype="float32") as engine:
         outputs = assert_outputs_equal(engine, plain, batches())
         assert engine.controller.fallbacks == {}
     prepared = [output.stats.preparation for output in outputs if output.stats.preparation]
@@ -68,7 +64,6 @@ def test_unusual_padding(counts, switch, stream):
         assert_outputs_equal(engine, switch.model, stream)
 
 
-@finding(13, "masks on the device are combined with masks on the host")
 @pytest.mark.parametrize("decoder", [True, False])
 def test_token_batches_that_lie_on_the_device(counts, switch, predictor_folder, decoder):
     moved = [ModelBatch(to_cuda(batch.tokens), to_cuda(batch.decoder) if decoder else None) for batch in batches(2)]
@@ -93,7 +88,6 @@ def test_greedy_text_is_identical_also_with_new_placements_on_the_way(counts, sw
             assert torch.equal(engine.generate(tokens, replan_every=replan_every, **GREEDY).cpu(), plain)
 
 
-@finding(13, "masks on the device are combined with masks on the host")
 def test_greedy_text_from_tokens_on_the_device(counts, switch):
     tokens = batches(1)[0].tokens
     plain = switch.model.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **GREEDY)
@@ -112,7 +106,7 @@ def test_a_plain_call_of_the_model_inside_the_engine(counts, switch):
 @pytest.mark.parametrize("experts", [3, 12])
 def test_experts_within_a_memory_budget(counts, switch_folder, experts):
     plain = load_switch(str(switch_folder)).model
-    memory = {"device_memory": budget(experts), "host_memory": budget(experts + 2)}
+    memory = {"device_memory": budget(experts), "host_memory": budget(experts + 2), "dtype": "float32"}
     with Engine(switch_folder, Noise(MoELayout.from_model(plain, "random")), **memory) as engine:
         outputs = assert_outputs_equal(engine, plain, batches())
         tokens = batches(1)[0].tokens

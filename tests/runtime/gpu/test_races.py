@@ -6,17 +6,17 @@ from unittest import mock
 import pytest
 import torch
 
+from runtime.distributed.device import BackgroundCopies
 from runtime.engine.engine import Engine
 from tests.helpers.batches import batches
 from tests.helpers.budgets import budget
-from tests.helpers.cuda_models import finding, on_cuda
+from tests.helpers.cuda_models import on_cuda
 from tests.helpers.cuda_streams import Stream
 from tests.helpers.forecasters import Noise
 from tests.helpers.pretend_cuda import pretending
 from tests.helpers.races import RaceFinder, finding_races
 
 DEVICES, REDUNDANT = 4, 8
-OWN_STREAM = pytest.param(True, marks=finding(11, "moves wait for the default stream, not for the caller's"))
 
 
 def run(engine: Engine) -> None:
@@ -36,18 +36,25 @@ def races(switch, work, own_stream: bool = False) -> RaceFinder:
     return found
 
 
-@pytest.mark.parametrize("own_stream", [False, OWN_STREAM])
+@pytest.mark.parametrize("own_stream", [False, True])
 @pytest.mark.parametrize("work", [run, generate])
 def test_moves_and_batches_are_ordered(switch, work, own_stream):
     found = races(switch, work, own_stream)
     assert not found.races, str(found)
 
 
-@pytest.mark.parametrize("name", ["wait_stream", "wait_event"])
-def test_without_waits_of_streams_moves_race(switch, name):
-    with mock.patch.object(Stream, name, return_value=None):
-        found = races(switch, run)
-    assert found.races, f"without {name} no race is found"
+def test_without_waits_of_streams_moves_race(switch):
+    with mock.patch.object(Stream, "wait_event", return_value=None):
+        assert races(switch, run).races
+
+
+@pytest.mark.parametrize("work", [run, generate])
+def test_moves_that_wait_for_the_default_stream_alone_race_on_the_callers(switch, work):
+    def default_alone(copies: BackgroundCopies) -> None:
+        copies._computed = torch.cuda.default_stream().record_event()
+
+    with mock.patch.object(BackgroundCopies, "computed", default_alone):
+        assert races(switch, work, own_stream=True).races
 
 
 def test_tiers_load_experts_in_order(switch_folder):

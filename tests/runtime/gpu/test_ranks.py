@@ -7,7 +7,6 @@ from data.models.switch import load_switch
 from data.traces.trace import TokenBatch, pad_tokens
 from runtime.engine.batch import ModelBatch
 from runtime.engine.engine import Engine
-from tests.helpers.cuda_models import finding
 from tests.helpers.fake_ranks import (
     assert_first_calls_are_joined,
     assert_one_thread,
@@ -30,8 +29,8 @@ def equal_shares(count: int) -> list[ModelBatch]:
     return [ModelBatch(rows(40), rows(20)) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def logs(switch_folder):
+@pytest.fixture(scope="module", params=[1, 2], ids=["one machine", "two machines"])
+def logs(request, switch_folder):
     """Four ranks run batches, of which each waits for its preparation; plans leave ranks out of moves."""
     layout = load_switch(str(switch_folder)).layout
 
@@ -39,7 +38,7 @@ def logs(switch_folder):
         with Engine(switch_folder, Noise(layout), None, REDUNDANT, max_moves=1, dtype="bfloat16") as engine:
             return [output for batch in equal_shares(4) for output in engine.run([batch])]
 
-    return on_fake_ranks(WORLD, run)
+    return on_fake_ranks(WORLD, run, request.param)
 
 
 def test_every_rank_moves_weights_and_exchanges_rows(logs):
@@ -47,29 +46,30 @@ def test_every_rank_moves_weights_and_exchanges_rows(logs):
         assert [output.stats.preparation is not None for output in log.result] == [True] * 4
         assert {call.operation for call in log.gloo} >= {"broadcast", "all_reduce"}
         assert "all_to_all_single" in {call.operation for call in log.nccl}
-    assert any(call.transfers for log in logs for call in log.nccl)
+    assert not any(call.transfers for log in logs for call in log.nccl)
+
+
+def test_weights_are_pulled_on_a_machine_and_sent_between_machines(logs, request):
+    sent = [call for log in logs for call in log.gloo if call.transfers]
+    assert bool(sent) == (request.node.callspec.params["logs"] == 2)
 
 
 def test_all_ranks_call_alike(logs):
     assert_same_order(logs)
 
 
-@finding(2, "weights are sent from the controller's thread, rows from the main thread")
 def test_nccl_is_called_from_one_thread(logs):
     assert_one_thread(logs)
 
 
-@finding(3, "the first moves of a plan need not concern all ranks")
 def test_all_ranks_join_the_first_call_of_a_group(logs):
     assert_first_calls_are_joined(logs)
 
 
-@finding(10, "threads that never chose a device fall back to device 0")
 def test_a_rank_makes_its_own_device_current_alone(logs):
     assert [log.contexts for log in logs] == [{rank} for rank in range(WORLD)]
 
 
-@finding(18, "NCCL gathers into a list by copying each rank's rows")
 def test_counts_are_gathered_into_one_tensor(logs):
     gathers = {call.operation for log in logs for call in log.nccl if "all_gather" in call.operation}
     assert gathers == {"all_gather_into_tensor"}
