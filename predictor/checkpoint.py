@@ -143,4 +143,4 @@ def load_predictor(
         raise ValueError(
             f"the embedding table is {tuple(embedding.shape)}, {folder} needs {(trained.vocab_size, trained.d_model)}"
         )
-    return NeuralForecaster(trained, network, embedding.float(), spread, familiarity)
+    return NeuralForecaster(trained, network, embedding.float().cpu(), spread, familiarity)

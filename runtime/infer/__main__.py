@@ -27,7 +27,7 @@ from runtime.distributed.heartbeat import RankLostError
 from runtime.distributed.ranks import Ranks, exit_now
 from runtime.engine.batch import BatchStats, ModelBatch
 from runtime.engine.engine import Engine
-from runtime.infer.report import plot, show, summarise
+from runtime.infer.report import fallback_warning, plot, show, summarise
 from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
 
@@ -59,6 +59,7 @@ def infer(
     batches: int = 24,
     batching: BatchingConfig = BatchingConfig(),
     check: bool = True,
+    allow_fallback: bool = False,
     device_memory: str | None = None,
     host_memory: str | None = None,
     timeout: float = 60.0,
@@ -84,6 +85,7 @@ def infer(
         batches: Most batches to run.
         batching: How text is cut into batches.
         check: Whether outputs are compared with the plain model's, which every process then holds as well.
+        allow_fallback: Whether the exit code is 0 even if forecasts were replaced; by default it is then 1.
         device_memory: Bytes that experts may take where they are computed, such as 2GiB; the others are fetched ahead.
         host_memory: Bytes of host memory below that, where computing is done on an accelerator.
         timeout: Seconds after which a process that does not respond counts as lost.
@@ -116,7 +118,7 @@ def infer(
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
         plot(checks, out / "balancedness.png")
-    report |= {"out": str(out), "predictor": predictor and str(predictor)}
+    report |= {"out": str(out), "predictor": predictor and str(predictor), "allow_fallback": allow_fallback}
     if first:
         show(report, Console(), details)
     return report
@@ -156,7 +158,10 @@ def run(
 
 
 def main() -> None:
-    """Command line of `infer`: the result in a frame, then one JSON document."""
+    """Command line of `infer`: the result in a frame, then one JSON document.
+
+    The exit code is 1 if forecasts were replaced, unless `--allow-fallback` is given.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with user_errors():
@@ -170,6 +175,10 @@ def main() -> None:
         raise
     if Ranks().rank == 0:
         print_json(report)
+        if warning := fallback_warning(report):
+            print(f"{'warning' if report['allow_fallback'] else 'error'}: {warning}", file=sys.stderr)
+            if not report["allow_fallback"]:
+                raise SystemExit(1)
 
 
 if __name__ == "__main__":

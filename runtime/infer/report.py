@@ -14,6 +14,7 @@ from rich.text import Text
 from data.models.weights import BUNDLED
 from data.style import GREY, ORACLE, OURS, drawing, end_labels, heading, line, name_phases, panels, save
 from runtime.engine.batch import BatchStats
+from runtime.engine.controller import Controller
 from runtime.engine.engine import Engine
 from runtime.infer.verify import BatchCheck
 from runtime.telemetry.recorder import over_batches
@@ -51,8 +52,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
         "load_tv": float(np.mean(errors)) if errors else None,
         "moves": sum(item.moves for item in ready),
         "bytes": sum(item.nbytes for item in ready),
-        "late": engine.controller.late,
-        "fallbacks": sum(engine.controller.fallbacks.values()),
+        "forecasts": forecast_health(costs, engine.controller),
         "sent_share": float(sum(cost.sent.sum() for cost in costs) / max(1, sum(cost.load.sum() for cost in costs))),
         "expert_mib": 4 * layout.num_layers * layout.num_experts * 2 * layout.d_model * layout.d_ff / 2**20,
         "peak_gib": [round(peak, 3) for peak in engine.ranks.peak_gib()],
@@ -70,6 +70,35 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
     }
 
 
+def forecast_health(costs: list[BatchStats], controller: Controller) -> dict[str, Any]:
+    """How often the predictor's own forecast prepared a batch, came too late, or was replaced, and by which errors.
+
+    `replaced` counts each time past loads or the active plan took the place of a forecast or of the plan made from it.
+    """
+    name = controller.forecaster.name if controller.forecaster else None
+    made = [cost.preparation.forecast for cost in costs if cost.preparation]
+    return {
+        "used": sum(forecast is not None and forecast.source == name for forecast in made),
+        "late": controller.late,
+        "replaced": sum(controller.fallbacks.values()),
+        "reasons": dict(controller.fallbacks),
+    }
+
+
+def fallback_warning(report: dict[str, Any]) -> str | None:
+    """One line about replaced forecasts, with the most frequent reason and what to do; None if none was replaced."""
+    health = report["forecasts"]
+    if not health["replaced"]:
+        return None
+    reason = max(health["reasons"], key=health["reasons"].get)
+    others = f" and {len(health['reasons']) - 1} other reasons" if len(health["reasons"]) > 1 else ""
+    todo = f"train {report['predictor']} again" + ("" if report["allow_fallback"] else ", or add --allow-fallback")
+    return (
+        f"forecasts were replaced {health['replaced']} times by past loads or the old plan, because of "
+        f"{' '.join(reason.split())}{others}; outputs are not affected, balance is; {todo}"
+    )
+
+
 def show(report: dict[str, Any], console: Console, details: bool = False) -> None:
     """Prints the result in a frame: what ran, whether outputs are equal, the balance, what to type next.
 
@@ -83,6 +112,7 @@ def show(report: dict[str, Any], console: Console, details: bool = False) -> Non
         console.print(layers_table(report))
     lines = [_what_ran(report), _comparison(report)]
     lines += _balance(report) if report["devices"] > 1 else []
+    lines += _forecasts(report) if report["predictor"] else []
     lines += _caching(report) if report["cache"] else []
     lines.append(Text(f"Picture: {report['out']}/balancedness.png; all figures: report.json beside it"))
     title = Text(f"{report['model']} with Switchcast", style="bold")
@@ -121,6 +151,13 @@ def _balance(report: dict[str, Any]) -> list[Text]:
     return lines
 
 
+def _forecasts(report: dict[str, Any]) -> list[Text]:
+    health = report["forecasts"]
+    colour = "bold red" if health["replaced"] else "yellow" if health["late"] > health["used"] else ""
+    counts = ", ".join(f"{health[name]} {name}" for name in ("used", "late", "replaced"))
+    return [Text.assemble("Forecasts: ", (counts, colour))]
+
+
 def _caching(report: dict[str, Any]) -> list[Text]:
     tier = report["cache"]["device"]
     ahead, read = tier["prefetch_bytes"], tier["demand_bytes"] + tier["prefetch_bytes"]
@@ -151,7 +188,7 @@ def totals_table(report: dict[str, Any]) -> Table:
     rows = {"forecast error (total variation)": _or_dash(report["load_tv"], ".3f")}
     if report["redundant"]:
         moved = f", {report['bytes'] / 1e6:.1f} MB" if report["cache"] is None else ", read by the caches"
-        rows["replicas moved"] = f"{report['moves']}{moved}, {report['late']} times late"
+        rows["replicas moved"] = f"{report['moves']}{moved}, {report['forecasts']['late']} times late"
     if report["processes"] > 1:
         rows["tokens sent to another process"] = f"{report['sent_share']:.1%}"
     rows["peak memory of each process, GiB"] = ", ".join(f"{peak:.2f}" for peak in report["peak_gib"])

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runtime.infer.__main__
+from data.files import sha256
 from data.models.switch import load_switch
 from predictor.checkpoint import save_predictor
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from tests.conftest import TEXTS, small_switch
 from tests.helpers.prometheus import scrape
+from tests.helpers.wandb_file import records
 
 ROOT = Path(__file__).parents[3]
 MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "exposed"}
@@ -92,6 +94,66 @@ def test_metrics_agree_with_the_report(command, tmp_path, monkeypatch):
     assert sum(row["moves"] for row in report["layers"]) == report["moves"]
     assert re.search(r"metrics: http://localhost:\d+/metrics", said.err)
     assert len(list((tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+def overflowing(predictor: Path, place: Path) -> Path:
+    """The predictor with finite weights so large that every forecast is NaN."""
+    shutil.copytree(predictor, place)
+    weights = load_file(place / "model.safetensors")
+    weights["encoder_heads.weight"].fill_(3e38)
+    save_file(weights, place / "model.safetensors")
+    config = json.loads((place / "config.json").read_text())
+    config["weights_sha256"] = sha256(place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def test_a_working_predictor_is_reported_as_such(command, tmp_path):
+    said = command()
+    report = json.loads(said.out.splitlines()[-1])
+    health = report["forecasts"]
+    assert set(health) == {"used", "late", "replaced", "reasons"}
+    assert health["used"] + health["late"] == report["batches"]
+    assert (health["replaced"], health["reasons"]) == (0, {})
+    assert f"Forecasts: {health['used']} used, {health['late']} late, 0 replaced" in said.out
+    assert "replaced" not in said.err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["forecasts"] == health
+    assert "Forecasts:" not in command(predictor="null").out
+
+
+def test_a_predictor_that_never_works_is_no_success(command, predictor, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    broken = overflowing(predictor, tmp_path / "broken")
+    changes = {"predictor": broken, "metrics-file": tmp_path / "metrics.jsonl", "wandb": "true"}
+    with pytest.raises(SystemExit) as stop:
+        command(**changes)
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    report = json.loads(said.out.splitlines()[-1])
+    health = report["forecasts"]
+    assert health["used"] == 0
+    assert 5 - health["late"] <= health["replaced"] <= 5
+    assert [reason.partition(":")[0] for reason in health["reasons"]] == ["ValueError"]
+    assert sum(health["reasons"].values()) == health["replaced"]
+    assert report["same_argmax"] == 1.0, "outputs do not depend on forecasts"
+    assert f"Forecasts: 0 used, {health['late']} late, {health['replaced']} replaced" in said.out
+    (error,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    for part in (f"replaced {health['replaced']} times", "NaN, infinite", f"train {broken} again", "--allow-fallback"):
+        assert part in error
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["forecasts"] == health
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {reason for line in lines for reason in line["fallbacks"]} == set(health["reasons"])
+    run = next((tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb"))
+    items = [item for record in records(run) for item in record.history.item]
+    logged = [json.loads(item.value_json) for item in items if "fallback_reason" in (item.key, *item.nested_key)]
+    assert set(logged) == set(health["reasons"])
+
+
+def test_fallbacks_can_be_allowed(command, predictor, tmp_path):
+    said = command(**{"predictor": overflowing(predictor, tmp_path / "broken"), "allow-fallback": "true"})
+    (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: forecasts were replaced")]
+    assert "--allow-fallback" not in warning
+    assert json.loads(said.out.splitlines()[-1])["forecasts"]["replaced"] > 0
 
 
 def cut(folder: Path, tmp_path: Path) -> Path:
