@@ -156,6 +156,17 @@ def test_fallbacks_can_be_allowed(command, predictor, tmp_path):
     assert json.loads(said.out.splitlines()[-1])["forecasts"]["replaced"] > 0
 
 
+def test_bfloat16_counts_routes_and_tokens_that_differ(command):
+    shown = command(dtype="bfloat16").out
+    report = json.loads(shown.splitlines()[-1])
+    assert report["dtype"] == "bfloat16"
+    assert report["routes"] == report["tokens"], "one MoE layer in each stack: each token has one route"
+    assert report["flipped_routes"] <= 0.01 * report["routes"]
+    assert report["differing_tokens"] == round(report["differing_tokens"])
+    assert "Outputs equal the plain model's up to bfloat16 rounding" in shown
+    assert f"of {report['routes']:,} routes and {report['differing_tokens']} likeliest tokens differ" in shown
+
+
 def cut(folder: Path, tmp_path: Path) -> Path:
     copy = shutil.copytree(folder, tmp_path / "cut")
     weights = copy / "model.safetensors"
@@ -179,7 +190,8 @@ def not_finite(folder: Path, place: Path) -> Path:
     return place
 
 
-def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, predictor, tmp_path, capsys):
+def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, predictor, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "blank.txt").write_text("\n\n")
     (tmp_path / "folder").mkdir()
     taken = socket.create_server(("", 0))
@@ -197,6 +209,13 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         ({"redundancy": 6}, "redundancy"),
         ({"redundant": 4000}, "4000 redundant experts are more than a copy of each of 8 experts on every one of 4"),
         ({"expert-overhead-tokens": -1}, "expert_overhead_tokens is -1, expected 0 or more, or 'auto'"),
+        ({"dtype": "float16"}, "float16"),
+        ({"device": "tpu"}, "tpu"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [({"device": "cuda"}, "device is cuda, and of CUDA devices torch finds none")]
+        ),
         ({"timeout": 0}, "the timeout is 0.0 seconds"),
         ({"host-memory": "1GiB"}, "host_memory is 1GiB without device_memory"),
         ({"device-memory": "1GiB", "devices": 4}, "within a budget a process is one device"),
