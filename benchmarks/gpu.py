@@ -37,6 +37,11 @@ def powers(gpus: int) -> list[int]:
     return sorted({*(2**power for power in range(gpus.bit_length()) if 2**power <= gpus), gpus})
 
 
+def largest_power(gpus: int) -> int:
+    """The largest power of two up to the number of GPUs, because the bundled model's 64 experts must divide."""
+    return int(2 ** (gpus.bit_length() - 1))
+
+
 def torchrun(ranks: int, *words: str) -> list[str]:
     """A module started once for each of several GPUs."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *words]
@@ -50,15 +55,15 @@ def infer(out: Path, predictor: Path, **options: object) -> list[str]:
 
 def exactness(gpus: int, predictor: Path, aside: Path) -> list[Step]:
     """Outputs compared with the plain model's: one device, eight emulated ones, and one process for each GPU."""
-    steps = []
+    steps, ranks = [], largest_power(gpus)
     for dtype in ("float32", "bfloat16"):
         alone = infer(aside, predictor, device="cuda", dtype=dtype, devices=1, redundant=0, details="true")
         eight = infer(aside, predictor, device="cuda", dtype=dtype, devices=8, redundant=16, details="true")
         steps.append(Step(f"exactness-{dtype}", [sys.executable, "-m", INFER, *alone], 900))
         steps.append(Step(f"exactness-{dtype}-8-emulated", [sys.executable, "-m", INFER, *eight], 900))
         if gpus > 1:
-            each = infer(aside, predictor, device="cuda", dtype=dtype, redundant=SLOTS * gpus, details="true")
-            steps.append(Step(f"exactness-{dtype}-{gpus}-gpus", torchrun(gpus, INFER, *each), 900))
+            each = infer(aside, predictor, device="cuda", dtype=dtype, redundant=SLOTS * ranks, details="true")
+            steps.append(Step(f"exactness-{dtype}-{ranks}-gpus", torchrun(ranks, INFER, *each), 900))
     return steps
 
 
@@ -105,8 +110,9 @@ def sanitizers(gpus: int, predictor: Path, aside: Path) -> list[Step]:
         flags = [tool, "--tool", "memcheck", "--error-exitcode", "99", "--target-processes", "all"]
         steps.append(Step("memcheck", [*flags, *run], 1800, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     if gpus > 1:
-        each = infer(aside, predictor, device="cuda", dtype="bfloat16", redundant=SLOTS * gpus, batches=48)
-        steps.append(Step("one-queue", torchrun(gpus, INFER, *each), 900, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}))
+        ranks = largest_power(gpus)
+        each = infer(aside, predictor, device="cuda", dtype="bfloat16", redundant=SLOTS * ranks, batches=48)
+        steps.append(Step("one-queue", torchrun(ranks, INFER, *each), 900, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}))
     return steps
 
 

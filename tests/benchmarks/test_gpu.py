@@ -135,6 +135,7 @@ def test_steps_name_options_that_exist(gpus, monkeypatch):
     assert len(set(names)) == len(names)
     assert {f"replication-{ranks}-bfloat16" for ranks in powers(gpus)} <= set(names)
     assert ("one-queue" in names) == (gpus > 1)
+    assert (f"exactness-bfloat16-{ {1: 0, 2: 2, 6: 4, 8: 8}[gpus] }-gpus" in names) == (gpus > 1)
     known = set(inspect.signature(infer).parameters) | {"standalone", "nproc_per_node"}
     commands = [
         step.command for step in steps if "runtime.infer" in step.command or benchmarks.gpu.WATCHED in step.command
