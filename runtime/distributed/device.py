@@ -1,57 +1,104 @@
-"""CUDA or CPU: a stopwatch, index uploads and background copies that do not make the host wait for the device."""
+"""CUDA or CPU: which device a process computes on, and how it times and copies without making the host wait."""
 
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from data.arrays import IntArray
 
-
-def local_device() -> torch.device:
-    """The device of this process: its own CUDA device if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+DeviceKind = Literal["cpu", "cuda"]
 
 
-def upload(index: IntArray, device: torch.device) -> Tensor:
-    """An index array as a tensor on a device; for CUDA through pinned memory, so that the host does not wait."""
-    tensor: Any = torch.from_numpy(index)
+def local_device(asked: DeviceKind | None = None) -> torch.device:
+    """The device of this process: the CUDA device with its local rank's number if there is one, else the CPU.
+
+    Args:
+        asked: "cpu" or "cuda"; None takes what is there.
+
+    Raises:
+        ValueError: If CUDA is asked for and this process has no device.
+    """
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and index >= count:
+        raise ValueError(
+            f"device is 'cuda', but process {index} of this machine finds {count} CUDA devices; start at most one "
+            "process for each, or give device 'cpu'"
+        )
+    return torch.device("cuda", index) if asked != "cpu" and index < count else torch.device("cpu")
+
+
+def use_device(device: torch.device) -> None:
+    """Makes a CUDA device the calling thread's own; a thread that copies without this opens a context on device 0."""
     if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)  # type: ignore[no-any-return]
-    return tensor  # type: ignore[no-any-return]
+        torch.cuda.set_device(device)
+
+
+def upload(index: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An index array as a tensor on a device; for CUDA through pinned memory, so that the host does not wait."""
+    return to_device(torch.from_numpy(index), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; host memory is pinned before a copy to CUDA, so that the host does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class Download:
+    """A copy of a device's tensor to the host that is read later; until then the host does not wait."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: Any = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = _event_now(timing=False)
+
+    def numpy(self) -> IntArray:
+        """The values; waits until they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
 
 
 class Stopwatch:
     """Milliseconds a device was busy with the work issued inside `with stopwatch:`.
 
     CUDA events measure it on CUDA, the host's clock elsewhere.
+
+    Attributes:
+        on: Whether it measures; on CUDA an event costs a launch, and whoever takes the time waits for the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda, self._seconds, self._began = device.type == "cuda", 0.0, 0.0
+    def __init__(self, device: torch.device, on: bool = True) -> None:
+        self._cuda, self._seconds, self._began, self.on = device.type == "cuda", 0.0, 0.0, on
         self._events: list[Any] = []
 
     def __enter__(self) -> "Stopwatch":
-        if self._cuda:
-            self._events.append(_event_now())
-        else:
+        if self._cuda and self.on:
+            self._events.append(_event_now(timing=True))
+        elif self.on:
             self._began = time.perf_counter()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._cuda:
-            self._events.append(_event_now())
-        else:
+        if self._cuda and self.on:
+            self._events.append(_event_now(timing=True))
+        elif self.on:
             self._seconds += time.perf_counter() - self._began
 
     def take_ms(self) -> float:
-        """Milliseconds since the last call of this method; waits until the timed work is done."""
+        """Milliseconds since the last call of this method, NaN if it is off; waits until the timed work is done."""
+        if not self.on:
+            return float("nan")
         for start, stop in zip(self._events[::2], self._events[1::2], strict=True):
             stop.synchronize()
             self._seconds += start.elapsed_time(stop) / 1e3
@@ -59,37 +106,56 @@ class Stopwatch:
         return taken
 
 
-def _event_now() -> Any:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def _event_now(timing: bool) -> Any:
+    event = torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
 
 class BackgroundCopies:
-    """Copies that run beside a device's computation: on a CUDA stream of their own, elsewhere on the calling thread."""
+    """Copies that run beside a device's computation: on a CUDA stream of their own, elsewhere on the calling thread.
+
+    The thread that computes calls `computed` and `before_later_work`, on whatever stream it computes on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, cuda = device, device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
-        self._event: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._copied: Any = None
+        self._computed: Any = None
+        self.computed()
+
+    def computed(self) -> None:
+        """Notes the computation issued so far, which may still read what later copies overwrite."""
+        if self._stream is not None:
+            self._computed = _event_now(timing=False)
 
     @contextmanager
     def issue(self) -> Iterator[None]:
-        """Copies issued inside run after the computation issued so far, which may still read their targets."""
+        """Copies issued inside run after the computation that was noted last."""
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        self._stream.wait_event(self._computed)
         with torch.cuda.stream(self._stream):
             yield
-            self._event.record(self._stream)
+            self._copied = _event_now(timing=False)
 
     @property
     def finished(self) -> bool:
         """Whether all issued copies are done."""
-        return self._event is None or bool(self._event.query())
+        return self._copied is None or bool(self._copied.query())
 
     def before_later_work(self) -> None:
-        """Orders the copies before all computation issued from now on; the host does not wait for them."""
-        if self._event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._event)
+        """Orders the copies, and computation on another stream, before all computation issued from now on."""
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._computed)
+            if self._copied is not None:
+                stream.wait_event(self._copied)
+            self.computed()
+
+    def wait(self) -> None:
+        """Waits until all issued copies are done, before their memory is freed."""
+        if self._stream is not None:
+            self._stream.synchronize()

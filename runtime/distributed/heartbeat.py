@@ -1,9 +1,17 @@
-"""Heartbeat: finds out which ranks have died or hang, so that an error names the rank that caused it."""
+"""Heartbeat: finds out which ranks have died or hang, so that an error names the rank that caused it.
 
+A collective over gloo fails once its partner is gone, and the error then asks `lost` for the name. One over NCCL does
+not fail: the host waits for a stream that waits for ever. The heartbeat's own thread therefore ends this process if a
+rank falls silent while this one has waited for `timeout_s` seconds.
+"""
+
+import os
 import signal
+import sys
 import threading
+import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 HEARTBEAT_S = 0.2
 """Seconds between two beats of a rank."""
@@ -11,6 +19,13 @@ SILENCE_S = 10 * HEARTBEAT_S
 """Seconds without a beat after which a rank counts as lost."""
 ANNOUNCE_S = 4 * HEARTBEAT_S
 """Seconds a rank stays alive after it has announced a lost one: if it left at once, it would look lost itself."""
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends this process without waiting for other ranks or threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class RankLostError(RuntimeError):
@@ -27,10 +42,15 @@ class Heartbeat:
         store: The job's store, shared by all ranks.
         rank: This rank.
         world: Number of ranks.
+        timeout_s: Seconds after which a rank that does not respond counts as lost.
+
+    Attributes:
+        waiting_since: When the main thread began work that may wait for other ranks (`time.monotonic`); None outside.
     """
 
-    def __init__(self, store: Any, rank: int, world: int) -> None:
-        self._store, self._rank, self._world = store, rank, world
+    def __init__(self, store: Any, rank: int, world: int, timeout_s: float) -> None:
+        self._store, self._rank, self._world, self._timeout_s = store, rank, world, timeout_s
+        self.waiting_since: float | None = None
         self._announced = ""
         self._stop = threading.Event()
         # a connection serves one thread at a time; a signal may break off a call on the first one
@@ -38,11 +58,12 @@ class Heartbeat:
         self._on_sigterm: Any = signal.SIG_DFL
 
     def start(self) -> None:
-        """Starts beating on a thread of its own."""
+        """Starts beating and watching on threads of their own."""
         with suppress(ValueError):  # signals can be handled on the main thread only
             self._on_sigterm = signal.signal(signal.SIGTERM, self._terminate)
             signal.siginterrupt(signal.SIGTERM, False)
-        threading.Thread(target=self._beat, daemon=True, name="switchcast-heartbeat").start()
+        for name, body in (("switchcast-heartbeat", self._beat), ("switchcast-watch", self._watch)):
+            threading.Thread(target=body, daemon=True, name=name).start()
 
     def stop(self) -> None:
         """Ends the beat and gives SIGTERM its former handler."""
@@ -52,7 +73,10 @@ class Heartbeat:
 
     def lost(self) -> str:
         """'rank 1, 3 is lost' for the ranks without a beat, '' if there are none; takes `SILENCE_S` seconds."""
-        for store in self._watch_stores:
+        return self._lost(self._watch_stores)
+
+    def _lost(self, stores: list[Any]) -> str:
+        for store in stores:
             with suppress(RuntimeError):
                 return self._announced or self._silent_ranks(store)
         return self._announced or "rank 0 is lost, and the store with it"
@@ -65,6 +89,17 @@ class Heartbeat:
                 store.set(f"beat/{self._rank}", str(count))
                 if not self._announced and store.check(["lost"]):
                     self._announced = store.get("lost").decode()
+
+    def _watch(self) -> None:
+        """Ends this process if the main thread waits for a rank that is lost; see the module's docstring."""
+        stores = [self._store.clone()]
+        while not self._stop.wait(HEARTBEAT_S):
+            began = self.waiting_since
+            # a collective that can fail does so at the timeout, and its error comes first
+            overdue = began is not None and time.monotonic() - began > self._timeout_s + 2 * SILENCE_S
+            if overdue and (lost := self._lost(stores)) and self.waiting_since == began:
+                print(f"RankLostError: {lost}; rank {self._rank} stops", file=sys.stderr)
+                exit_now(1)
 
     def _silent_ranks(self, store: Any) -> str:
         before = self._beats(store)

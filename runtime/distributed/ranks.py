@@ -8,11 +8,13 @@ import atexit
 import json
 import os
 import resource
-import sys
+import socket
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,50 +23,50 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from data.arrays import IntArray
-from runtime.distributed.device import local_device
-from runtime.distributed.heartbeat import Heartbeat, RankLostError
+from runtime.distributed.device import DeviceKind, local_device, use_device
+from runtime.distributed.heartbeat import Heartbeat, RankLostError, exit_now
 
 EMULATED_DEVICES = 8
-"""Devices that a single rank emulates unless told otherwise."""
+"""Devices that a single rank on a CPU emulates unless told otherwise; a CUDA device is one device."""
+FOR_EVER = timedelta(days=365)
+"""Timeout of groups in which a rank may be late without being lost."""
 _opened = 0
-
-
-def exit_now(code: int) -> NoReturn:
-    """Ends this process without waiting for other ranks or threads."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 class Ranks:
     """The ranks of a job; `with ranks:` opens the process groups and starts the heartbeat.
 
+    All NCCL calls come from the main thread and use one communicator, made with all ranks when the groups open: calls
+    on two communicators, or from two threads, could wait for each other for ever. What travels while the model runs
+    uses gloo, or needs no partner.
+
     Args:
         timeout_s: Seconds after which a rank that does not respond counts as lost.
+        device: "cpu" or "cuda"; None takes CUDA where this process has a device.
 
     Raises:
-        ValueError: If `timeout_s` is not positive.
+        ValueError: If `timeout_s` is not positive, or CUDA is asked for and not there.
 
     Attributes:
         rank: This rank, 0..world - 1.
         world: Number of ranks.
-        background: Process group for plans and weights, which are sent while the model runs.
+        device: The device this rank computes on.
+        background: gloo's process group for plans and weights, which are sent while the model runs.
     """
 
-    def __init__(self, timeout_s: float = 60.0) -> None:
+    def __init__(self, timeout_s: float = 60.0, device: DeviceKind | None = None) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if timeout_s <= 0:
             raise ValueError(f"the timeout is {timeout_s} seconds, expected more than 0")
         self.timeout_s = timeout_s
+        self.device = local_device(device)
         self.background: Any = None
-
-    @property
-    def device(self) -> torch.device:
-        """The device this rank computes on."""
-        return local_device()
+        self._said: Counter[str] = Counter()
 
     def devices(self, asked: int | None) -> int:
         """Number of devices that experts are spread over: one for each rank; a single rank emulates as many as asked.
+
+        Without a number, a single rank is one device on CUDA, and emulates `EMULATED_DEVICES` on a CPU.
 
         Raises:
             ValueError: If there are several ranks, but not one for each device asked for.
@@ -74,7 +76,7 @@ class Ranks:
                 f"{asked} devices, but {self.world} processes run: leave the number of devices out, or start {asked}"
             )
         if asked is None:
-            return self.world if self.world > 1 else EMULATED_DEVICES
+            return EMULATED_DEVICES if self.world == 1 and self.device.type == "cpu" else self.world
         return asked
 
     def peak_gib(self) -> list[float]:
@@ -92,7 +94,7 @@ class Ranks:
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise RankLostError(f"{self.world} processes did not meet in {self.timeout_s} s ({reason})") from None
-            self._heartbeat = Heartbeat(self._store, self.rank, self.world)
+            self._heartbeat = Heartbeat(self._store, self.rank, self.world, self.timeout_s)
             self._heartbeat.start()
         return self
 
@@ -105,15 +107,20 @@ class Ranks:
                 atexit.register(exit_now, 1)
 
     def _open_groups(self) -> None:
-        """Opens the store and the process groups once all ranks have connected."""
-        timeout = timedelta(seconds=self.timeout_s)
+        """Opens the store and the process groups once all ranks have connected.
+
+        NCCL's own watchdog would end a rank whose partner pauses, by SIGABRT and without a name; on CUDA the heartbeat
+        alone finds out who is lost.
+        """
+        timeout, cuda = timedelta(seconds=self.timeout_s), self.device.type == "cuda"
         store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=timeout))
         self._store: Any = dist.PrefixStore(f"switchcast/{_opened}", store)  # type: ignore[attr-defined]
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.world, timeout=timeout)
-        self.background = dist.new_group(timeout=timedelta(days=1))  # a late forecast is no failure
+        use_device(self.device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=self._store, rank=self.rank, world_size=self.world,
+            timeout=FOR_EVER if cuda else timeout, device_id=self.device if cuda else None,
+        )  # fmt: skip
+        self.background = dist.new_group(backend="gloo", timeout=FOR_EVER)  # a late forecast is no failure
 
     def check_alike(self, facts: dict[str, str]) -> None:
         """Refuses ranks that run different models, versions or options.
@@ -123,20 +130,32 @@ class Ranks:
         """
         if self.world == 1:
             return
-        self._store.set(f"facts/{self.rank}", json.dumps(facts))
-        first = json.loads(self._store.get("facts/0"))
-        for rank in range(1, self.world):
-            other = json.loads(self._store.get(f"facts/{rank}"))
+        first, *others = self.exchange("facts", facts)
+        for rank, other in enumerate(others, 1):
             for name in first | other:
                 if other.get(name) != first.get(name):
                     raise ValueError(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}")
+
+    def exchange(self, topic: str, said: Any) -> list[Any]:
+        """What each rank says about a topic, anything that JSON can hold; all ranks call this in the same order."""
+        if self.world == 1:
+            return [said]
+        self._said[topic] += 1
+        key = f"{topic}/{self._said[topic]}"
+        self._store.set(f"{key}/{self.rank}", json.dumps(said))
+        return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
+
+    @property
+    def host(self) -> str:
+        """This machine's name, equal for ranks that share its memory and devices."""
+        return socket.gethostname()
 
     def gather(self, row: Tensor) -> Tensor:
         """All-gather: every rank's `row`, of the same shape `[...]` on all ranks, stacked to `[world, ...]`."""
         if self.world == 1:
             return row[None]
         rows = row.new_empty((self.world, *row.shape))
-        dist.all_gather(list(rows), row)
+        dist.all_gather_into_tensor(rows.view(-1), row.contiguous().view(-1))
         return rows
 
     def all_to_all(self, rows: Tensor, send_sizes: list[int], out: Tensor, receive_sizes: list[int]) -> Any:
@@ -166,6 +185,8 @@ class Ranks:
         Raises:
             RankLostError: If a rank has no heartbeat; other errors pass unchanged.
         """
+        if self.world > 1:
+            self._heartbeat.waiting_since = time.monotonic()
         try:
             yield
         except RuntimeError as error:
@@ -174,3 +195,6 @@ class Ranks:
             if lost := self._heartbeat.lost():
                 raise RankLostError(f"{lost}; rank {self.rank} stops ({str(error).splitlines()[0]})") from None
             raise
+        finally:
+            if self.world > 1:
+                self._heartbeat.waiting_since = None

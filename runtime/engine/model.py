@@ -83,7 +83,8 @@ class ReplicatedModel:
         slots = []
         for layer in range(layout.num_layers):
             shape, like = (layout.d_ff, layout.d_model), self.switch.model.shared.weight
-            slots.append(ResidentSlots(self._home, layer, devices, shape, like, self._activation))
+            shared = self._ranks.world > 1
+            slots.append(ResidentSlots(self._home, layer, devices, shape, like, self._activation, shared))
             slots[-1].fill(source)
         return slots, WeightTransfer(slots, self._home, self._ranks)
 

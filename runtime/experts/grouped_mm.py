@@ -31,6 +31,15 @@ GROUPED_MM_ROWS = range(16, 512)
 With fewer rows its overhead dominates; with more, its intermediate results no longer fit into the cache.
 """
 
+MOST_GROUPS = 1023
+"""Groups of one call of CUDA's `grouped_mm`, which refuses 1,024 and more (torch's GroupMM.cu)."""
+
+FAST_ON_CUDA = (9, 10)
+"""Major compute capabilities on which CUDA's `grouped_mm` is one kernel, in bfloat16 only (torch's GroupedBlas.cpp).
+
+Elsewhere it downloads the offsets, which waits for the device, and multiplies every group on its own, empty ones too.
+"""
+
 FEW_EXPERTS = 4
 """Most experts that `measure_overhead` gives one row each; with more of them it takes longer than a start should."""
 
@@ -54,20 +63,35 @@ class GroupedExperts:
     def __init__(self, wi_NFD: Tensor, wo_NDF: Tensor, activation: nn.Module) -> None:
         self.wi_NDF, self.wo_NFD, self._activation = wi_NFD.transpose(1, 2), wo_NDF.transpose(1, 2), activation
         self._each = list(zip(self.wi_NDF.unbind(), self.wo_NFD.unbind(), strict=True))
+        self.fast = _is_fast(wi_NFD)
 
-    def compute(self, rows_MD: Tensor, size_N: IntArray, reference_N: IntArray) -> Tensor:
+    @property
+    def needs_no_sizes(self) -> bool:
+        """Whether `compute_groups` alone does for any rows, so that the host need not know how many there are."""
+        return self.fast and len(self._each) <= MOST_GROUPS
+
+    def compute(self, rows_MD: Tensor, size_N: IntArray, reference_N: IntArray, ends_N: Tensor | None) -> Tensor:
         """Outputs of the experts for rows sorted by buffer, `[M, D]`.
 
         Args:
             rows_MD: Rows.
             size_N: Rows of each buffer; they sum to M.
             reference_N: Rows that the unmodified model would multiply with the same expert.
+            ends_N: Row at which each buffer's rows end, int32 on the device; None uploads them if they are needed.
         """
         rows = rows_MD.shape[0]
-        if not rows_MD.is_cpu or (rows in GROUPED_MM_ROWS and not _needs_padding(size_N, reference_N).any()):
-            offsets = upload(size_N.cumsum().astype(np.int32), rows_MD.device)
-            inner_MF = self._activation(grouped_mm(rows_MD, self.wi_NDF, offs=offsets))
-            return grouped_mm(inner_MF, self.wo_NFD, offs=offsets)
+        if rows_MD.is_cpu:
+            grouped = rows in GROUPED_MM_ROWS and not _needs_padding(size_N, reference_N).any()
+        else:
+            grouped = self.fast
+        if grouped:
+            if ends_N is None:
+                ends_N = upload(ends_of(size_N), rows_MD.device)
+            return (
+                self.compute_groups(rows_MD, ends_N)
+                if self.needs_no_sizes
+                else self._in_pieces(rows_MD, size_N, ends_N)
+            )
         output_MD, start = torch.empty_like(rows_MD), 0
         for buffer in size_N.nonzero()[0].tolist():
             size = int(size_N[buffer])
@@ -75,6 +99,34 @@ class GroupedExperts:
             compute_expert(part_MD, *self._each[buffer], self._activation, int(reference_N[buffer]), out_MD)
             start += size
         return output_MD
+
+    def compute_groups(self, rows_MD: Tensor, ends_N: Tensor) -> Tensor:
+        """Outputs for rows sorted by buffer, `[M, D]`; rows beyond the last end get no particular value."""
+        return grouped_mm(self._activation(grouped_mm(rows_MD, self.wi_NDF, offs=ends_N)), self.wo_NFD, offs=ends_N)
+
+    def _in_pieces(self, rows_MD: Tensor, size_N: IntArray, ends_N: Tensor) -> Tensor:
+        """As `compute_groups`, with fewer groups a call than CUDA's limit."""
+        outputs_MD, start = [], 0
+        for first in range(0, len(size_N), MOST_GROUPS):
+            buffers = slice(first, first + MOST_GROUPS)
+            part_MD = rows_MD.narrow(0, start, int(size_N[buffers].sum()))
+            inner_MF = self._activation(grouped_mm(part_MD, self.wi_NDF[buffers], offs=ends_N[buffers] - start))
+            outputs_MD.append(grouped_mm(inner_MF, self.wo_NFD[buffers], offs=ends_N[buffers] - start))
+            start += part_MD.shape[0]
+        return torch.cat(outputs_MD)
+
+
+def ends_of(size_N: IntArray) -> IntArray:
+    """Row at which each group ends, int32: sizes [2, 0, 3] give [2, 2, 5]. The last axis counts groups."""
+    return size_N.cumsum(-1, dtype=np.int32)
+
+
+def _is_fast(weight: Tensor) -> bool:
+    """Whether `grouped_mm` is one kernel for weights like this one; on a CPU it is a loop inside one call."""
+    if weight.device.type != "cuda":
+        return weight.device.type == "cpu"
+    capability: tuple[int, int] = torch.cuda.get_device_capability(weight.device)
+    return weight.dtype == torch.bfloat16 and capability[0] in FAST_ON_CUDA
 
 
 @torch.no_grad()
@@ -109,7 +161,7 @@ def _least_ms(experts: GroupedExperts, size_N: IntArray, repeats: int) -> float:
     stopwatch, times = Stopwatch(rows_MD.device), []
     for _ in range(repeats):
         with stopwatch:
-            experts.compute(rows_MD, size_N, np.minimum(size_N * MANY_ROWS, MANY_ROWS))
+            experts.compute(rows_MD, size_N, np.minimum(size_N * MANY_ROWS, MANY_ROWS), None)
         times.append(stopwatch.take_ms())
     return min(times)
 

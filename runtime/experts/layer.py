@@ -14,14 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.arrays import BoolArray, IntArray
-from runtime.balancing.split import device_load, split_by_quota
-from runtime.distributed.device import Stopwatch
+from data.arrays import IntArray
+from runtime.balancing.max_flow import least_time_quotas
+from runtime.balancing.plan import check_nodes
+from runtime.distributed.device import Download, Stopwatch, upload
 from runtime.distributed.ranks import Ranks
-from runtime.experts.dispatch import TokenDispatch, first_token_of_slots, plan_dispatch, sort_by_expert
+from runtime.experts.dispatch import TokenDispatch, counts_of, plan_dispatch, sort_on_device, sort_on_host
 
-OVERLAP_MIN_TOKENS = 1024
-"""Minimum number of tokens, over all ranks, for a layer to run in two halves: one travels while the other computes."""
+OVERLAP_MIN_TOKENS = {"cpu": 512, "cuda": 16384}
+"""Tokens a rank from which a layer runs in two halves, one of which travels while the other computes.
+
+On a CPU measured over gloo; on CUDA estimated from NVLink's rate and the cost of two more collectives, not measured.
+"""
+FOLD_STEPS = 64
+"""Counts of a device's steps that are kept before they are added up."""
 
 
 class Slots(Protocol):
@@ -37,18 +43,43 @@ class Slots(Protocol):
         """Whether a layer may be computed in two calls."""
         ...
 
-    def compute(self, rows_MD: Tensor, size_Q: IntArray, reference_Q: IntArray) -> Tensor:
+    @property
+    def needs_no_sizes(self) -> bool:
+        """Whether `compute_groups` may be called, so that the host need not know the rows of each slot."""
+        ...
+
+    @property
+    def buffers(self) -> tuple[int, int]:
+        """Devices here whose rows are computed in one call for many buffers, and buffers of each; zeros if none."""
+        ...
+
+    @property
+    def active_buffers(self) -> IntArray:
+        """Buffer of each slot, counted over all devices here."""
+        ...
+
+    def compute(self, rows_MD: Tensor, size_Q: IntArray, reference_Q: IntArray, ends: Tensor | None) -> Tensor:
         """Outputs for rows sorted by slot, `[M, D]`.
 
         Args:
             rows_MD: Rows.
             size_Q: Rows of each slot; they sum to M.
             reference_Q: Rows that the unmodified model would multiply with the slot's expert.
+            ends: Row at which the rows of each buffer end, counted on each device here from 0: int32, on the device.
+                None if they are not there yet.
         """
         ...
 
+    def compute_groups(self, rows_MD: Tensor, ends_Q: Tensor) -> Tensor:
+        """Outputs for rows sorted by slot that end at the given rows; rows beyond them get no particular value."""
+        ...
+
+    def measure(self, on: bool) -> None:
+        """Says whether times are measured from now on."""
+        ...
+
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds each device of this process computed since the last call of this method."""
+        """Milliseconds each device here computed since the last call of this method; NaN if not measured."""
         ...
 
 
@@ -68,10 +99,9 @@ class ReplicatedExperts(nn.Module):
 
     Attributes:
         phy2log: The layer's row of the active plan, `[P]`.
-        load: Tokens of each expert computed on any rank since the counters were reset, `[E]`.
-        device_load: Tokens each device computed since then, `[G]`.
+        device_load: Tokens each device computed since the counters were reset, `[G]`; see `load`.
         sent: Tokens sent from one rank to another since then.
-        waited: Time this process waited for other ranks.
+        waited: Time this process waited for other ranks; on CUDA, time its stream waited for their rows.
     """
 
     def __init__(
@@ -84,27 +114,41 @@ class ReplicatedExperts(nn.Module):
         expert_overhead_tokens: int = 0,
     ) -> None:
         super().__init__()
+        check_nodes(num_devices, devices_per_node)
         self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self.slots, self.phy2log, self.ranks, self.num_devices = slots, phy2log, ranks, num_devices
-        self.waited = Stopwatch(torch.device("cpu"))
+        self.waited = Stopwatch(ranks.device)
         self._needed_T: Tensor | None = None
+        self._skipped_T: Tensor | None = None
+        self._experts_E: Tensor | None = None
         self._one_device = num_devices == 1 and np.array_equal(phy2log, np.arange(len(phy2log)))
+        self._ends: list[Tensor] = []
+        self._download: Download | None = None
         self.reset_counters()
         self.eval()
 
-    def begin(self, phy2log: IntArray, needed_T: Tensor | None) -> None:
+    def begin(self, phy2log: IntArray, needed_T: Tensor | None, measure: bool = True) -> None:
         """Begins a batch and resets the counters.
 
         Args:
             phy2log: The layer's row of the active plan, `[P]`.
             needed_T: Whether the token must be computed; None means all tokens.
+            measure: Whether to measure times, which on CUDA costs four events.
         """
-        self.phy2log, self._needed_T = phy2log, needed_T
+        self.phy2log = phy2log
+        self.measure(measure)
         self.reset_counters()
+        self.begin_step(needed_T)
+
+    def measure(self, on: bool) -> None:
+        """Says whether times are measured from now on."""
+        self.waited.on = on
+        self.slots.measure(on)
 
     def begin_step(self, needed_T: Tensor | None) -> None:
         """Begins a decoder step of the batch, with needed tokens of its own; the counters go on."""
         self._needed_T = needed_T
+        self._skipped_T = None if needed_T is None or needed_T.is_cpu else ~needed_T
 
     def change_plan(self, phy2log: IntArray) -> None:
         """Follows a plan that was committed within the batch; the counters go on."""
@@ -112,13 +156,36 @@ class ReplicatedExperts(nn.Module):
 
     def end(self) -> None:
         """Ends the batch: from now on all tokens are computed. The counters stay readable."""
-        self._needed_T = None
+        self.begin_step(None)
+        if self._ends:
+            self._fold()
+            self._download = Download(self._ends[0])
 
     def reset_counters(self) -> None:
         """Sets `load`, `device_load` and `sent` to 0."""
-        self.load = np.zeros(int(self.phy2log.max()) + 1, dtype=np.int64)
+        self._load = np.zeros(int(self.phy2log.max()) + 1, dtype=np.int64)
         self.device_load = np.zeros(self.num_devices, dtype=np.int64)
         self.sent = 0
+        self._ends, self._download = [], None
+
+    @property
+    def load(self) -> IntArray:
+        """Tokens of each expert computed on any rank since the counters were reset, `[E]`.
+
+        Where the device alone has counted them, the first look waits for it; `device_load` is right from then on.
+        """
+        if self._ends:
+            self._fold()
+            ends_E = (self._download or Download(self._ends[0])).numpy().astype(np.int64)
+            self._load += np.diff(ends_E, prepend=0)
+            self.device_load[0] = self._load.sum()
+            self._ends, self._download = [], None
+        return self._load
+
+    def _fold(self) -> None:
+        """Adds up what the device counted in several steps; sums of group ends are the ends of summed groups."""
+        if len(self._ends) > 1:
+            self._ends = [torch.stack(self._ends).sum(0)]
 
     def forward(self, hidden_TD: Tensor, one_hot_T1E: Tensor, weight_T1: Tensor) -> Tensor:
         """Same contract as `SwitchTransformersExperts`: tokens that are dropped or not needed get 0.
@@ -134,25 +201,34 @@ class ReplicatedExperts(nn.Module):
         return self._compute(hidden_TD, one_hot_T1E, weight_T1)
 
     def _compute(self, hidden_TD: Tensor, one_hot_T1E: Tensor, weight_T1: Tensor) -> Tensor:
-        token_T, counts_2E = sort_by_expert(one_hot_T1E[:, 0], self._needed_T)
-        with self.waited:  # the one point where the host waits for the device: all sizes follow from the counts
-            counts_S2E = self.ranks.gather(counts_2E).cpu().numpy()
-        counts_SE, routed_E = counts_S2E[:, 0], counts_S2E[:, 1].sum(0)
-        np.add(self.load, counts_SE.sum(0), out=self.load)
+        if hidden_TD.is_cpu:
+            token_T, counts_2E = sort_on_host(one_hot_T1E[:, 0], self._needed_T)
+            with self.waited:
+                counts_S2E = self.ranks.gather(counts_2E).numpy()
+            counts_SE, routed_E = counts_S2E[:, 0], counts_S2E[:, 1].sum(0)
+        else:
+            if self._experts_E is None:
+                self._experts_E = torch.arange(one_hot_T1E.shape[-1], device=hidden_TD.device)
+            token_T, ends_E, left_out_T = sort_on_device(one_hot_T1E[:, 0], self._skipped_T, self._experts_E)
+            if self._one_device and self.slots.needs_no_sizes:
+                return self._compute_on_device(hidden_TD, token_T, ends_E, left_out_T, weight_T1)
+            # the one point where the host waits for the device: all sizes follow from the counts
+            counts_SE = counts_of(self.ranks.gather(ends_E).cpu().numpy())
+            routed_E = counts_SE.sum(0)
+        np.add(self._load, counts_SE.sum(0), out=self._load)
         if self._one_device:
-            self.device_load[0] = self.load.sum()
+            self.device_load[0] = self._load.sum()
             return self._compute_without_dispatch(hidden_TD, token_T, weight_T1, counts_SE[0], routed_E)
         quota_SP = self.split(counts_SE)
-        np.add(self.device_load, device_load(quota_SP, self.num_devices), out=self.device_load)
         # an empty slot, -1, reads the last expert's count, which does not matter: it gets no rows
         reference_Q = routed_E[self.phy2log[self.slots.span]]
         return self.dispatch_and_combine(hidden_TD, token_T, weight_T1, quota_SP, reference_Q)
 
     def split(self, counts_SE: IntArray) -> IntArray:
         """Tokens from each rank to each slot, `[S, P]`."""
-        return split_by_quota(
-            counts_SE, self.phy2log, self.num_devices,
-            expert_overhead_tokens=self.expert_overhead_tokens, devices_per_node=self.devices_per_node,
+        return least_time_quotas(  # what `split_by_quota` calls once it has checked its arguments
+            counts_SE, counts_SE.sum(0), self.phy2log, self.num_devices, self.expert_overhead_tokens,
+            self.devices_per_node or self.num_devices,
         )  # fmt: skip
 
     def dispatch_and_combine(
@@ -167,22 +243,34 @@ class ReplicatedExperts(nn.Module):
             quota_SP: Tokens from each rank to each slot.
             reference_Q: Rows that the unmodified model would multiply with the expert of each slot of this rank.
         """
-        rank = self.ranks.rank
-        first_P = first_token_of_slots(quota_SP[rank], self.phy2log)
-        dispatches = []
-        for slots_P in self._halves(int(quota_SP.sum())):
-            plan = plan_dispatch(np.where(slots_P, quota_SP, 0), first_P, rank, self.slots.span)
-            self.sent += plan.exchanged
-            dispatches.append(TokenDispatch(hidden_TD, token_T, plan, self.ranks))
-        for dispatch in dispatches:
+        buffers, windows = (self.slots.active_buffers, self.slots.buffers), self._windows(quota_SP)
+        packed, parts = plan_dispatch(quota_SP, self.phy2log, self.ranks.rank, windows, *buffers, self.device_load)
+        index, ends = upload(packed, hidden_TD.device), self.slots.buffers[0] * self.slots.buffers[1]
+        dispatches = [TokenDispatch(hidden_TD, token_T, index, part, self.ranks) for part in parts]
+        for dispatch, part in zip(dispatches, parts, strict=True):
             with self.waited:
-                rows_MD = dispatch.received()
-            dispatch.send_back(self.slots.compute(rows_MD, dispatch.plan.slot_sizes, reference_Q))
+                dispatch.wait()
+            self.sent += part.exchanged
+            part_ends = index.narrow(0, part.ends_at, ends)
+            dispatch.send_back(self.slots.compute(dispatch.received(), part.slot_sizes, reference_Q, part_ends))
         output_TD = torch.zeros_like(hidden_TD)
         for dispatch in dispatches:
             with self.waited:
-                dispatch.combine(output_TD, weight_T1)
+                dispatch.wait()
+            dispatch.combine(output_TD, weight_T1)
         return output_TD
+
+    def _compute_on_device(
+        self, hidden_TD: Tensor, token_T: Tensor, ends_E: Tensor, left_out_T: Tensor, weight_T1: Tensor
+    ) -> Tensor:
+        """As `_compute_without_dispatch`, with sizes that the host does not know: tokens left out come last."""
+        self._ends.append(ends_E)
+        if len(self._ends) == FOLD_STEPS:
+            self._fold()
+        rows_MD = self.slots.compute_groups(hidden_TD.index_select(0, token_T), ends_E)
+        output_TD = torch.empty_like(hidden_TD).index_copy_(0, token_T, rows_MD)
+        output_TD *= weight_T1
+        return output_TD.masked_fill_(left_out_T[:, None], 0)
 
     def _compute_without_dispatch(
         self, hidden_TD: Tensor, token_T: Tensor, weight_T1: Tensor, counts_E: IntArray, routed_E: IntArray
@@ -190,19 +278,18 @@ class ReplicatedExperts(nn.Module):
         """The only device holds every expert once, so that slots are experts and nothing is split or sent."""
         computed = int(counts_E.sum())
         token = token_T.narrow(0, 0, computed)
-        rows_MD = self.slots.compute(hidden_TD.index_select(0, token), counts_E, routed_E)
+        rows_MD = self.slots.compute(hidden_TD.index_select(0, token), counts_E, routed_E, None)
         rows_MD *= weight_T1.index_select(0, token)
         output_TD = (torch.empty_like if computed == hidden_TD.shape[0] else torch.zeros_like)(hidden_TD)
         return output_TD.index_copy_(0, token, rows_MD)
 
-    def _halves(self, tokens: int) -> list[BoolArray]:
-        """Slots that are dispatched together, `[P]` each: all, or on each rank one half and then the other."""
-        slots = np.arange(len(self.phy2log))
-        if self.ranks.world == 1 or not self.slots.can_overlap or tokens < OVERLAP_MIN_TOKENS:
-            return [slots >= 0]
-        per_rank = len(slots) // self.ranks.world
-        first = slots % per_rank < per_rank // 2
-        return [first, ~first]
+    def _windows(self, quota_SP: IntArray) -> IntArray:
+        """Slots of a rank that are dispatched together, first and stop: all of them, or one half and then the other."""
+        world, slots = self.ranks.world, len(self.phy2log) // self.ranks.world
+        least = OVERLAP_MIN_TOKENS[self.ranks.device.type]
+        if world == 1 or not self.slots.can_overlap or quota_SP.sum() < least * world:
+            return np.array([[0, slots]])
+        return np.array([[0, slots // 2], [slots // 2, slots]])
 
 
 class _WithoutGradients(torch.autograd.Function):

@@ -17,11 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.arrays import IntArray
+from data.arrays import BoolArray, IntArray
 from runtime.balancing.plan import ReplicationPlan
 from runtime.distributed.device import Stopwatch
+from runtime.distributed.shared_block import SharedBlock
 from runtime.experts.grouped_mm import GroupedExperts
 from runtime.experts.weights import ExpertSource
+
+
+def first_buffers(is_home_P: BoolArray) -> IntArray:
+    """The first buffer of each slot of a process, `[..., P]`: home slots have one buffer, replica slots two."""
+    buffers_P = np.where(is_home_P, 1, 2)
+    return np.asarray(buffers_P.cumsum(-1) - buffers_P)
 
 
 class ResidentSlots:
@@ -34,8 +41,10 @@ class ResidentSlots:
         shape_FD: Inner width and model width of an expert.
         like: Any tensor with the dtype and device of the weights.
         activation: Applied between the two products of an expert.
+        shared: Whether other processes shall read the weights.
 
     Attributes:
+        blocks: The memory of first and second matrices.
         span: This process' slots among all slots of the plan.
         experts: The weights of each device here, ready to compute.
     """
@@ -50,16 +59,20 @@ class ResidentSlots:
         shape_FD: tuple[int, int],
         like: Tensor,
         activation: nn.Module,
+        shared: bool = False,
     ) -> None:
         self.layer, self.devices = layer, devices
         self.span = slice(devices.start * plan.slots_per_device, devices.stop * plan.slots_per_device)
         self._home_P = plan.is_home_slot[self.span]
         self._expert_P = plan.phy2log[layer, self.span]
-        buffers_P = np.where(self._home_P, 1, 2)
-        self._first_P = np.cumsum(buffers_P) - buffers_P
+        self._first_P = first_buffers(self._home_P)
         self._swapped_P = np.zeros_like(self._first_P)
-        self.wi_NFD = like.new_zeros((int(buffers_P.sum()), *shape_FD))
-        self.wo_NDF = like.new_zeros((int(buffers_P.sum()), *reversed(shape_FD)))
+        buffers = int(np.where(self._home_P, 1, 2).sum())
+        shapes = (buffers, *shape_FD), (buffers, *reversed(shape_FD))
+        self.blocks = [
+            SharedBlock.zeros(shape, like) if shared else SharedBlock(like.new_zeros(shape), None) for shape in shapes
+        ]
+        self.wi_NFD, self.wo_NDF = (block.tensor for block in self.blocks)
         by_device = (stacked.chunk(len(devices)) for stacked in (self.wi_NFD, self.wo_NDF))
         self.experts = [GroupedExperts(wi_NFD, wo_NDF, activation) for wi_NFD, wo_NDF in zip(*by_device, strict=True)]
         self._busy = [Stopwatch(like.device) for _ in devices]
@@ -81,19 +94,42 @@ class ResidentSlots:
         """Index of each slot's active copy among the buffers, `[P]`."""
         return np.asarray(self._first_P + self._swapped_P)
 
-    def compute(self, rows_MD: Tensor, size_P: IntArray, reference_P: IntArray) -> Tensor:
+    @property
+    def buffers(self) -> tuple[int, int]:
+        """Devices here, and buffers of each."""
+        return len(self.experts), self.wi_NFD.shape[0] // len(self.experts)
+
+    def compute(self, rows_MD: Tensor, size_P: IntArray, reference_P: IntArray, ends: Tensor | None) -> Tensor:
         """Computes rows sorted by slot, device after device; see `runtime.experts.layer.Slots`."""
         size_GN, reference_GN = self._by_buffer(size_P), self._by_buffer(reference_P)
         parts_MD = [rows_MD] if len(self.experts) == 1 else rows_MD.split_with_sizes(size_GN.sum(-1).tolist())
+        ends_GN = [None] * len(self.experts) if ends is None else ends.chunk(len(self.experts))
         outputs_MD = []
         for device, part_MD in enumerate(parts_MD):
             if part_MD.shape[0]:
                 with self._busy[device]:
-                    outputs_MD.append(self.experts[device].compute(part_MD, size_GN[device], reference_GN[device]))
+                    outputs_MD.append(
+                        self.experts[device].compute(part_MD, size_GN[device], reference_GN[device], ends_GN[device])
+                    )
         return outputs_MD[0] if len(outputs_MD) == 1 else torch.cat([rows_MD.narrow(0, 0, 0), *outputs_MD])
 
+    @property
+    def needs_no_sizes(self) -> bool:
+        """Whether `compute_groups` may be called: one device, no replica slots, and one kernel for all experts."""
+        return len(self.experts) == 1 and len(self._first_P) == self.wi_NFD.shape[0] and self.experts[0].needs_no_sizes
+
+    def compute_groups(self, rows_MD: Tensor, ends_P: Tensor) -> Tensor:
+        """Outputs for rows sorted by slot, whose sizes only the device knows; see `GroupedExperts.compute_groups`."""
+        with self._busy[0]:
+            return self.experts[0].compute_groups(rows_MD, ends_P)
+
+    def measure(self, on: bool) -> None:
+        """Says whether times are measured from now on."""
+        for stopwatch in self._busy:
+            stopwatch.on = on
+
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds each device here computed since the last call of this method."""
+        """Milliseconds each device here computed since the last call of this method; NaN if not measured."""
         return [stopwatch.take_ms() for stopwatch in self._busy]
 
     def _by_buffer(self, value_P: IntArray) -> IntArray:

@@ -1,11 +1,13 @@
 """WeightTransfer: copies expert weights into standby buffers while the model computes; a commit makes them active.
 
-Weights are copied from the expert's home. If another rank holds it, they are sent over the background process group.
-On CUDA the copies run on a stream of their own, on a CPU on the thread that calls `start`.
+Weights are copied from the expert's home, which never changes while the engine is open. A rank *pulls* them from ranks
+on its own machine, whose homes it has mapped, so that nobody else takes part; other ranks *send* them over gloo's
+background group, on CUDA by way of pinned memory. On CUDA the copies run on a stream of their own, on a CPU on the
+thread that calls `start`.
 """
 
+import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,50 @@ from predictor.forecast import LoadForecast
 from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.distributed.device import BackgroundCopies
 from runtime.distributed.ranks import Ranks
-from runtime.experts.slots import ResidentSlots
+from runtime.distributed.shared_block import open_block
+from runtime.experts.slots import ResidentSlots, first_buffers
+
+log = logging.getLogger(__name__)
+
+
+class MappedHomes:
+    """The home weights of the other ranks on this machine.
+
+    Args:
+        layers: This rank's slots of each MoE layer, in order.
+        plan: The plan without replicas; it says where homes are.
+        ranks: The ranks, all of which call this.
+
+    Attributes:
+        pulls: For each rank, the ranks whose homes it has mapped.
+    """
+
+    def __init__(self, layers: Sequence[ResidentSlots], plan: ReplicationPlan, ranks: Ranks) -> None:
+        self._first = first_buffers(plan.is_home_slot.reshape(ranks.world, -1))
+        shares = [[block.handle for block in slots.blocks] for slots in layers]
+        self._blocks: dict[int, list[list[Tensor]]] = {}
+        for rank, (host, handles) in enumerate(ranks.exchange("homes", (ranks.host, shares))):
+            if rank == ranks.rank or host != ranks.host or any(None in pair for pair in handles):
+                continue
+            try:
+                self._blocks[rank] = [
+                    [
+                        open_block(handle, block.tensor.shape, block.tensor)
+                        for handle, block in zip(pair, slots.blocks, strict=True)
+                    ]
+                    for pair, slots in zip(handles, layers, strict=True)
+                ]
+            except (OSError, RuntimeError) as error:
+                log.warning("the weights of rank %d cannot be mapped and will be sent instead (%s)", rank, error)
+        self.pulls = [set(mapped) for mapped in ranks.exchange("mapped homes", sorted(self._blocks))]
+        for slots in layers:
+            for block in slots.blocks:
+                block.close_to_others()
+
+    def home(self, layer: int, slot: int) -> list[Tensor]:
+        """The two matrices in a home slot of a rank that this one has mapped."""
+        rank, slot = divmod(slot, self._first.shape[1])
+        return [block[self._first[rank, slot]] for block in self._blocks[rank][layer]]
 
 
 class WeightTransfer:
@@ -32,6 +77,7 @@ class WeightTransfer:
         self._moves: list[SlotMove] = []
         self._target: ReplicationPlan | None = None
         self._copies = BackgroundCopies(layers[0].wi_NFD.device)
+        self._mapped = MappedHomes(layers, plan, ranks)
 
     @torch.inference_mode()
     def start(self, target: ReplicationPlan, forecast: LoadForecast | None = None) -> list[SlotMove]:
@@ -43,24 +89,42 @@ class WeightTransfer:
         return moves
 
     def _write(self, moves: list[SlotMove]) -> None:
-        calls: list[Any] = []
+        sent: list[tuple[SlotMove, bool]] = []
         for move in moves:
-            slots, rank = self.layers[move.layer], self.ranks.rank
+            slots = self.layers[move.layer]
             is_target, is_source = slots.holds(move.slot), slots.holds(move.source)
-            if is_target and is_source:
-                for target, source in zip(slots.standby(move.slot), slots.active(move.source), strict=True):
+            pulled = self._owner(move.source) in self._mapped.pulls[self._owner(move.slot)]
+            if is_target and (is_source or pulled):
+                weights = slots.active(move.source) if is_source else self._mapped.home(move.layer, move.source)
+                for target, source in zip(slots.standby(move.slot), weights, strict=True):
                     target.copy_(source, non_blocking=True)
-            elif is_target or is_source:
-                other = self.plan.device_of(move.source if is_target else move.slot)
-                assert other != rank
-                tensors = slots.standby(move.slot) if is_target else slots.active(move.source)
-                calls += [self._call(is_target, tensor, other) for tensor in tensors]
-        if calls:
-            for work in dist.batch_isend_irecv(calls):
-                work.wait()
+            elif (is_target or is_source) and not pulled:
+                sent.append((move, is_target))
+        if sent:
+            self._exchange(sent)
 
-    def _call(self, is_target: bool, tensor: Tensor, other: int) -> Any:
-        return dist.P2POp(dist.irecv if is_target else dist.isend, tensor, other, group=self.ranks.background)
+    def _exchange(self, moves: list[tuple[SlotMove, bool]]) -> None:
+        """Sends and receives weights through host memory; on a CPU that is where they are."""
+        calls, arriving = [], []
+        for move, is_target in moves:
+            slots, other = self.layers[move.layer], self._owner(move.source if is_target else move.slot)
+            for tensor in slots.standby(move.slot) if is_target else slots.active(move.source):
+                host = torch.empty_like(tensor, device="cpu", pin_memory=True) if tensor.is_cuda else tensor
+                if is_target:
+                    arriving.append((tensor, host))
+                elif tensor.is_cuda:
+                    host.copy_(tensor, non_blocking=True)
+                calls.append(dist.P2POp(dist.irecv if is_target else dist.isend, host, other, self.ranks.background))
+        self._copies.wait()
+        for work in dist.batch_isend_irecv(calls):
+            work.wait()
+        for tensor, host in arriving:
+            if host is not tensor:
+                tensor.copy_(host, non_blocking=True)
+
+    def _owner(self, slot: int) -> int:
+        """The rank that holds a slot."""
+        return self.plan.device_of(slot) * self.ranks.world // self.plan.num_devices
 
     @property
     def arrived(self) -> bool:
@@ -75,6 +139,14 @@ class WeightTransfer:
             slots.commit(move.slot for move in self._moves if move.layer == layer)
         self.plan, self._target, self._moves = self._target, None, []
         return self.plan
+
+    def computed(self) -> None:
+        """Notes that a batch has been issued: what it reads is not overwritten before it has run."""
+        self._copies.computed()
+
+    def close(self) -> None:
+        """Waits for copies under way, before the memory that they read or write is freed."""
+        self._copies.wait()
 
     def nbytes(self, moves: Sequence[SlotMove]) -> int:
         """Bytes of the weights that some moves copy."""

@@ -24,8 +24,8 @@ from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.tracer import model_inputs
-from runtime.distributed.heartbeat import RankLostError
-from runtime.distributed.ranks import Ranks, exit_now
+from runtime.distributed.heartbeat import RankLostError, exit_now
+from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, ModelBatch
 from runtime.engine.engine import Engine
 from runtime.infer.report import fallback_warning, plot, show, summarise

@@ -77,7 +77,16 @@ class OffloadedSlots:
         self.expert_P = plan.phy2log[layer, self.span]
         self._busy = Stopwatch(like.device)
 
-    def compute(self, rows_MD: Tensor, size_P: IntArray, plain_P: IntArray) -> Tensor:
+    needs_no_sizes = False
+    buffers = 0, 0
+    """Experts are computed one by one, as they arrive."""
+
+    @property
+    def active_buffers(self) -> IntArray:
+        """Any: no buffers are computed together."""
+        return np.zeros_like(self.expert_P)
+
+    def compute(self, rows_MD: Tensor, size_P: IntArray, plain_P: IntArray, ends: Tensor | None) -> Tensor:
         """Computes resident experts first, while absent ones are loaded; see `runtime.experts.layer.Slots`."""
         result_MD, start_P = torch.empty_like(rows_MD), size_P.cumsum() - size_P
         active = sorted(np.flatnonzero(size_P).tolist(), key=lambda slot: -size_P[slot])  # most rows first
@@ -91,8 +100,16 @@ class OffloadedSlots:
                 compute_expert(part, wi_FD.T, wo_DF.T, self._activation, int(plain_P[slot]), target)
         return result_MD
 
+    def compute_groups(self, rows_MD: Tensor, ends_P: Tensor) -> Tensor:
+        """Never called: which experts are to be loaded follows from the sizes."""
+        raise NotImplementedError
+
+    def measure(self, on: bool) -> None:
+        """Says whether times are measured from now on."""
+        self._busy.on = on
+
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds of computation since the last call; waiting for experts does not count."""
+        """Milliseconds of computation since the last call, without waiting for experts; NaN if not measured."""
         return [self._busy.take_ms()]
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -17,7 +18,7 @@ def ranks(monkeypatch):
         monkeypatch.setattr(runtime.distributed.heartbeat, name, seconds)
     handler = signal.getsignal(signal.SIGTERM)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    beats = [Heartbeat(store, rank, 3) for rank in range(3)]
+    beats = [Heartbeat(store, rank, 3, timeout_s=0.1) for rank in range(3)]
     for beat in beats:
         beat.start()
     yield beats
@@ -48,3 +49,27 @@ def test_sigterm_without_a_loss_ends_the_process(ranks):
     with pytest.raises(SystemExit) as stop:
         ranks[0]._terminate(signal.SIGTERM, None)
     assert stop.value.code == 128 + signal.SIGTERM
+
+
+def test_a_rank_that_waits_for_a_lost_one_for_ever_is_ended(ranks, monkeypatch, capsys):
+    ended = threading.Event()
+
+    def end(code):
+        assert code == 1
+        ranks[0].stop()
+        ended.set()
+
+    monkeypatch.setattr(runtime.distributed.heartbeat, "exit_now", end)
+    ranks[2].stop()
+    ranks[0].waiting_since = time.monotonic()
+    assert ended.wait(10)
+    assert capsys.readouterr().err == "RankLostError: rank 2 is lost; rank 0 stops\n"
+
+
+def test_nobody_is_ended_while_all_ranks_beat_or_none_is_waited_for(ranks, monkeypatch):
+    monkeypatch.setattr(runtime.distributed.heartbeat, "exit_now", lambda code: pytest.fail("was ended"))
+    ranks[0].waiting_since = time.monotonic() - 100
+    threading.Event().wait(1.0)
+    ranks[0].waiting_since = None
+    ranks[2].stop()
+    threading.Event().wait(1.0)

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from runtime.balancing.split import split_by_quota
 from runtime.experts.dispatch import (
     TokenDispatch,
-    _sort_on_device,
-    _sort_on_host,
     first_token_of_slots,
     plan_dispatch,
-    sort_by_expert,
+    sort_on_device,
+    sort_on_host,
 )
 
 EXPERTS = 5
@@ -28,19 +27,25 @@ def one_hot(experts, size: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.as_tensor(experts, dtype=torch.int64), size + 1)[:, :size]
 
 
-@pytest.mark.parametrize("sort", [_sort_on_host, _sort_on_device])
 @pytest.mark.parametrize("all_needed", [False, True])
 @given(chosen=CHOICES)
-def test_sorting_equals_a_plain_loop(sort, all_needed, chosen):
+def test_sorting_equals_a_plain_loop(all_needed, chosen):
     needed = None if all_needed else torch.tensor([flag for _, flag in chosen])
-    tokens, counts = sort(one_hot([expert for expert, _ in chosen], EXPERTS), needed)
+    choices = one_hot([expert for expert, _ in chosen], EXPERTS)
     expected = [
         [token for token, (chose, flag) in enumerate(chosen) if chose == expert and (flag or all_needed)]
         for expert in range(EXPERTS)
     ]
-    assert tokens.tolist()[: sum(map(len, expected))] == list(chain.from_iterable(expected))
-    assert counts[0].tolist() == [len(each) for each in expected]
+    sizes = [len(each) for each in expected]
+    tokens, counts = sort_on_host(choices, needed)
+    assert tokens.tolist() == list(chain.from_iterable(expected))
+    assert counts[0].tolist() == sizes
     assert counts[1].tolist() == [sum(chose == expert for chose, _ in chosen) for expert in range(EXPERTS)]
+    tokens, ends, left_out = sort_on_device(choices, None if needed is None else ~needed, torch.arange(EXPERTS))
+    assert tokens.tolist()[: sum(sizes)] == list(chain.from_iterable(expected))
+    assert sorted(tokens.tolist()) == list(range(len(chosen)))
+    assert ends.tolist() == np.cumsum(sizes).tolist()
+    assert set(left_out.nonzero().flatten().tolist()) == set(range(len(chosen))) - set(chain.from_iterable(expected))
 
 
 class FakeRanks:
@@ -70,23 +75,34 @@ class FakeRank:
         self.ranks.barrier.wait()
 
 
-def round_trip(experts, quota_SP, phy2log_P) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def round_trip(experts, quota_SP, phy2log_P, halves=False) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Each rank's received rows and combined output, where slot p's expert e maps a token x to 100 x + e."""
     world, num_experts = len(experts), int(phy2log_P.max()) + 1
     ranks, per_rank, results = FakeRanks(world), len(phy2log_P) // world, [None] * world
+    middle = per_rank // 2 if halves else per_rank
+    windows = np.array([[0, middle], [middle, per_rank]][: 1 + halves])
+    buffers = np.arange(per_rank)[::-1].copy(), (1, per_rank)
 
     def run(rank: int) -> None:
         hidden = torch.tensor([[1000.0 * rank + token] for token in range(len(experts[rank]))])
         slots = slice(rank * per_rank, (rank + 1) * per_rank)
-        tokens, _ = sort_by_expert(one_hot(experts[rank], num_experts), None)
-        plan = plan_dispatch(quota_SP, first_token_of_slots(quota_SP[rank], phy2log_P), rank, slots)
-        dispatch = TokenDispatch(hidden, tokens, plan, ranks.of(rank))
-        rows = dispatch.received()
-        expert = torch.from_numpy(np.repeat(phy2log_P[slots], plan.slot_sizes))
-        dispatch.send_back(100 * rows + expert[:, None])
-        output = torch.full_like(hidden, -1)
-        dispatch.combine(output, torch.full_like(hidden, 2.0))
-        results[rank] = rows[:, 0], output[:, 0]
+        tokens, _ = sort_on_host(one_hot(experts[rank], num_experts), None)
+        load = np.zeros(world, dtype=np.int64)
+        index, parts = plan_dispatch(quota_SP, phy2log_P, rank, windows, *buffers, load)
+        assert load.tolist() == quota_SP.sum(0).reshape(world, -1).sum(1).tolist()
+        output, computed = torch.full_like(hidden, -1), []
+        for part in parts:
+            dispatch = TokenDispatch(hidden, tokens, torch.from_numpy(index), part, ranks.of(rank))
+            dispatch.wait()
+            rows = dispatch.received()
+            ends = index[part.ends_at : part.ends_at + per_rank]
+            assert ends.tolist() == part.slot_sizes[::-1].cumsum().tolist()
+            expert = torch.from_numpy(np.repeat(phy2log_P[slots], part.slot_sizes))
+            dispatch.send_back(100 * rows + expert[:, None])
+            dispatch.wait()
+            dispatch.combine(output, torch.full_like(hidden, 2.0))
+            computed.append(rows[:, 0])
+        results[rank] = torch.cat(computed), output[:, 0]
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -101,7 +117,7 @@ EXAMPLE_PLAN = np.array([0, 1, -1, 2, 3, 0])
 
 
 def test_the_worked_example():
-    sorted_tokens, counts = zip(*(sort_by_expert(one_hot(experts, 4), None) for experts in EXAMPLE), strict=True)
+    sorted_tokens, counts = zip(*(sort_on_host(one_hot(experts, 4), None) for experts in EXAMPLE), strict=True)
     assert [tokens.tolist() for tokens in sorted_tokens] == [[0, 2, 3, 5, 4, 1], [0, 2, 4, 5, 3, 1]]
     counts_SE = torch.stack([both[0] for both in counts]).numpy()
     assert counts_SE.tolist() == [[4, 1, 1, 0], [4, 0, 1, 1]]
@@ -110,15 +126,19 @@ def test_the_worked_example():
     first = [first_token_of_slots(quota_P, EXAMPLE_PLAN) for quota_P in quota_SP]
     assert [first[0][slot] for slot in (0, 1, 3)] == [0, 4, 5]
     assert [first[1][slot] for slot in (0, 3, 4, 5)] == [0, 4, 5, 1]
-    plans = [plan_dispatch(quota_SP, first[rank], rank, slice(3 * rank, 3 * rank + 3)) for rank in (0, 1)]
-    assert [plan.positions.tolist() for plan in plans] == [[0, 1, 2, 3, 4, 5], [4, 5, 1, 2, 3, 0]]
-    assert [(plan.num_local, plan.send_sizes, plan.receive_sizes) for plan in plans] == [
-        (5, [0, 1], [0, 1]),
-        (5, [1, 0], [1, 0]),
+    window, buffers = np.array([[0, 3]]), (np.array([0, 1, 3]), (1, 4))  # the replica slot uses its second buffer
+    planned = [
+        plan_dispatch(quota_SP, EXAMPLE_PLAN, rank, window, *buffers, np.zeros(2, dtype=np.int64)) for rank in (0, 1)
     ]
-    assert plans[0].slot_order.tolist() == [0, 1, 2, 3, 5, 4]
-    assert plans[0].slot_sizes.tolist() == [5, 1, 0]
-    assert {plan.exchanged for plan in plans} == {2}
+    parts = [part for _, (part,) in planned]
+    assert [index[:6].tolist() for index, _ in planned] == [[5, 0, 1, 2, 3, 4], [0, 4, 5, 1, 2, 3]]
+    assert [(part.num_sent, part.num_local, part.num_received) for part in parts] == [(1, 5, 1), (1, 5, 1)]
+    assert [(part.send_sizes, part.receive_sizes) for part in parts] == [([0, 1], [0, 1]), ([1, 0], [1, 0])]
+    assert planned[0][0][6:12].tolist() == [0, 1, 2, 3, 5, 4]  # rows by slot
+    assert planned[0][0][12:18].tolist() == [0, 1, 2, 3, 5, 4]  # the inverse
+    assert planned[0][0][18:].tolist() == [5, 6, 6, 6]  # ends of the buffers' rows
+    assert parts[0].slot_sizes.tolist() == [5, 1, 0]
+    assert {part.exchanged for part in parts} == {2}
     (rows, _), (others, _) = round_trip(EXAMPLE, quota_SP, EXAMPLE_PLAN)
     assert rows.tolist() == [0, 2, 3, 5, 1000, 4]
     assert others.tolist() == [1, 1003, 1001, 1002, 1004, 1005]
@@ -138,7 +158,7 @@ def test_under_any_quotas_each_token_is_computed_once_by_its_expert(data):
             if expert != dropped:
                 choices = [slot for slot, holds in enumerate(phy2log) if holds == expert]
                 quota_SP[rank, data.draw(st.sampled_from(choices))] += 1
-    results = round_trip(experts, quota_SP, np.array(phy2log))
+    results = round_trip(experts, quota_SP, np.array(phy2log), data.draw(st.booleans()))
     sent = sorted(1000.0 * rank + t for rank in range(world) for t, e in enumerate(experts[rank]) if e != dropped)
     assert sorted(chain.from_iterable(rows.tolist() for rows, _ in results)) == sent
     for rank, (_, output) in enumerate(results):

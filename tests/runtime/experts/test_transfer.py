@@ -1,11 +1,15 @@
 """Weights are written to standby copies, and nothing that computes changes before the commit."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
+from runtime.distributed.shared_block import MEMORY, SharedBlock
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
 from tests.helpers.processes import on_ranks
@@ -24,9 +28,11 @@ class Numbered:
         pass
 
 
-def transfer_of(devices: range, ranks: Ranks) -> WeightTransfer:
+def transfer_of(devices: range, ranks: Ranks, shared: bool = False) -> WeightTransfer:
     home = ReplicationPlan.at_home(contiguous_homes(LAYERS, EXPERTS), DEVICES, REDUNDANT)
-    layers = [ResidentSlots(home, layer, devices, (8, 4), torch.empty(1), torch.nn.ReLU()) for layer in range(LAYERS)]
+    layers = [
+        ResidentSlots(home, layer, devices, (8, 4), torch.empty(1), torch.nn.ReLU(), shared) for layer in range(LAYERS)
+    ]
     for slots in layers:
         slots.fill(Numbered())
     return WeightTransfer(layers, home, ranks)
@@ -78,15 +84,41 @@ def test_replicas_become_active_at_the_commit_and_equal_their_home():
     assert steps(transfer_of(range(2), Ranks())) == [BEFORE, BEFORE, AFTER_FIRST, AFTER_FIRST, AFTER_SECOND]
 
 
-def on_one_rank(rank: int) -> list[list[list[int]]]:
+def on_one_rank(rank: int, shared: bool, machines: int) -> tuple[list[list[list[int]]], list[set[int]], list[str]]:
+    """What its slots compute with, whose homes each rank pulls, and the shared files that are left."""
+    Ranks.host = property(lambda ranks: f"machine {ranks.rank % machines}")
     with Ranks() as ranks:
-        return steps(transfer_of(range(rank, rank + 1), ranks))
+        transfer = transfer_of(range(rank, rank + 1), ranks, shared)
+        seen = steps(transfer)
+        paths = [block.handle for slots in transfer.layers for block in slots.blocks]
+        left = [path for path in paths if path is not None and Path(path).exists()]
+        return seen, transfer._mapped.pulls, left
 
 
-def test_weights_travel_between_ranks():
+@pytest.mark.parametrize(
+    ("shared", "machines", "pulls"),
+    [(False, 1, [set(), set()]), (True, 1, [{1}, {0}]), (True, 2, [set(), set()])],
+    ids=["sent", "pulled on one machine", "sent between machines"],
+)
+def test_weights_travel_between_ranks(shared, machines, pulls):
     expected = [BEFORE, BEFORE, AFTER_FIRST, AFTER_FIRST, AFTER_SECOND]
-    for rank, seen in enumerate(on_ranks(2, on_one_rank)):
+    for rank, result in enumerate(on_ranks(2, on_one_rank, shared, machines)):
+        seen, pulled, left = result
         assert seen == [[row[4 * rank : 4 * rank + 4] for row in step] for step in expected]
+        assert pulled == pulls
+        assert left == []
+
+
+def test_without_room_to_share_weights_lie_in_ordinary_memory(monkeypatch):
+    def full(number, start, size):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = set(MEMORY.glob("switchcast-*"))
+    block = SharedBlock.zeros((3, 2), torch.empty(1))
+    assert block.handle is None
+    assert block.tensor.tolist() == [[0, 0]] * 3
+    assert set(MEMORY.glob("switchcast-*")) == before
 
 
 def test_a_home_slot_is_never_written():
