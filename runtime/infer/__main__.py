@@ -18,12 +18,12 @@ from rich.progress import track
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder, write_json
-from data.models.device import Device, pick_device
 from data.models.switch import Dtype, load_switch
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.tracer import model_inputs
+from runtime.distributed.device import DeviceKind
 from runtime.distributed.heartbeat import RankLostError, exit_now
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, ModelBatch
@@ -61,7 +61,7 @@ def infer(
     batching: BatchingConfig = BatchingConfig(),
     check: bool = True,
     allow_fallback: bool = False,
-    device: Device | None = None,
+    device: DeviceKind | None = None,
     dtype: Dtype | None = None,
     device_memory: str | None = None,
     host_memory: str | None = None,
@@ -106,10 +106,8 @@ def infer(
     """
     if batches < 1:
         raise ValueError(f"batches is {batches}; at least 1 is needed")
-    if device is not None:
-        pick_device(device)  # refuses CUDA where there is none
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
-    first = Ranks(timeout).rank == 0  # only this rank exports and writes
+    first = Ranks(timeout, device).rank == 0  # only this rank exports and writes
     check_folder(out)
     exporters = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*exporters, out, settings) as telemetry:

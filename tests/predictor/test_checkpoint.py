@@ -154,7 +154,8 @@ BLOCK = """
 import importlib.metadata, json, re, sys
 import numpy, torch, safetensors.torch
 needs = [re.match(r"[\\w-]+", line)[0].lower() for line in importlib.metadata.requires("torch")]
-allowed = {"torch", "numpy", "numba", "llvmlite", "safetensors", "data", "predictor", "mpmath", *needs, "typing_extensions"}
+allowed = {"torch", "numpy", "numba", "llvmlite", "safetensors", "data", "predictor"}
+allowed |= {"mpmath", *needs, "typing_extensions"}
 
 class OnlyThese:
     def find_spec(self, name, path=None, target=None):

@@ -204,7 +204,7 @@ def not_finite(folder: Path, place: Path) -> Path:
 
 
 def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, predictor, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "blank.txt").write_text("\n\n")
     (tmp_path / "folder").mkdir()
     taken = socket.create_server(("", 0))
@@ -227,7 +227,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         *(
             []
             if torch.cuda.is_available()
-            else [({"device": "cuda"}, "device is cuda, and of CUDA devices torch finds none")]
+            else [({"device": "cuda"}, "device is 'cuda', but process 0 of this machine finds 0 CUDA devices")]
         ),
         ({"timeout": 0}, "the timeout is 0.0 seconds"),
         ({"host-memory": "1GiB"}, "host_memory is 1GiB without device_memory"),
