@@ -1,3 +1,4 @@
+# make gpu   on a machine with a GPU: what only a GPU can show, in one folder under docs/results
 # make run   set up .venv and run the main job: trace, train, deploy      make test  same set-up, then lint, types, tests
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 IMPORTS := import train; from predictor.recurrence import compile_kernels; compile_kernels()
 KERNELS := from runtime.balancing.balancer import compile_kernels; compile_kernels()
 
-.PHONY: run test smoke clean
+.PHONY: run test smoke gpu clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -32,6 +33,10 @@ smoke: .venv/ready
 	rm -rf outputs/smoke
 	$(BIN)/python train.py --config configs/smoke.yaml
 	$(BIN)/python -m runtime.infer --predictor outputs/smoke/predictor --batches 4 --out outputs/smoke/infer
+
+# Tests, exactness, benchmarks and sanitizers on all GPUs; outputs/predictor is trained first if it does not exist.
+gpu: .venv/ready
+	@$(BIN)/python -m benchmarks.gpu
 
 # uv installs in a fifth of pip's time; where it cannot be had, pip does the same. The stamp is written last, so that a
 # set-up that was interrupted starts over.

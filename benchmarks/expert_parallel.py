@@ -1,6 +1,7 @@
 """Step time of one MoE layer over several ranks under skewed loads: contiguous, EPLB, ours, oracle, perfect balance.
 
     python -m benchmarks.expert_parallel                               # 2 gloo ranks of one thread each
+    torchrun --nproc-per-node 8 -m benchmarks.expert_parallel --experts 64 --redundant 16 --dtype bfloat16    # 8 GPUs
     python -m benchmarks.expert_parallel --loads counts.npz --experts 64
     python -m benchmarks.expert_parallel --emulate 8                   # one process computes 8 devices' work in turn
 
@@ -90,6 +91,8 @@ class Arm:
         if self.forecaster is not None:
             self.controller.prepare(None)
         experts(hidden, one_hot, weight)
+        if hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)
         elapsed = 1e3 * (time.perf_counter() - began)
         busy = experts.slots.take_busy_ms()
         if self.forecaster is not None:
@@ -114,52 +117,54 @@ class Arm:
         return split
 
 
-def layer(home: ReplicationPlan, ranks: Ranks, overhead: int | str = 0) -> ReplicatedExperts:
-    """A layer with random weights on this rank's devices."""
+def layer(home: ReplicationPlan, ranks: Ranks, like: torch.Tensor, overhead: int | str = 0) -> ReplicatedExperts:
+    """A layer with random weights on this rank's devices, in the dtype of `like` and where it lies."""
     own = home.num_devices // ranks.world
     devices = range(ranks.rank * own, (ranks.rank + 1) * own)
-    weights = ResidentSlots(home, 0, devices, (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
-    generator = torch.Generator().manual_seed(ranks.rank)
+    weights = ResidentSlots(home, 0, devices, (D_FF, D_MODEL), like, torch.nn.ReLU())
+    generator = torch.Generator(like.device).manual_seed(ranks.rank)
     weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
     weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
     price = measure_overhead(weights.experts[0], ranks) if overhead == "auto" else int(overhead)
     return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices, expert_overhead_tokens=price)
 
 
-def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks, overhead: int | str) -> list[Arm]:
+def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks, like: torch.Tensor, overhead: int | str) -> list[Arm]:
     """All arms. Our homes are balanced over the uncounted steps. Arms that never copy weights share one layer.
 
     With an overhead, "history" runs a second time right after itself, under a split that counts the overhead.
     """
     flat = flat_homes(stream.loads[:WARM].mean(0, keepdims=True), home.num_devices)
     ours = ReplicationPlan.at_home(flat, home.num_devices, home.num_redundant_experts)
-    shared = layer(home, ranks)
+    shared = layer(home, ranks, like)
     eplb = Arm("eplb", shared, home, ranks)
     eplb.even = True
     priced = []
     if overhead != 0:
-        experts = layer(ours, ranks, overhead)
+        experts = layer(ours, ranks, like, overhead)
         priced = [Arm(f"history, price {experts.expert_overhead_tokens}", experts, ours, ranks, Ema())]
     return [
         Arm("contiguous", shared, home, ranks),
         eplb,
-        Arm("history", layer(ours, ranks), ours, ranks, Ema()),
+        Arm("history", layer(ours, ranks, like), ours, ranks, Ema()),
         *priced,
-        Arm("oracle", layer(ours, ranks), ours, ranks, Upcoming()),
+        Arm("oracle", layer(ours, ranks, like), ours, ranks, Upcoming()),
         Arm("perfect", shared, home, ranks),
     ]
 
 
 @torch.inference_mode()
-def measure(stream: Stream, home: ReplicationPlan, ranks: Ranks, overhead: int | str) -> dict[str, Any]:
-    """Runs all arms over all steps, in turn within each."""
-    arms = arms_of(stream, home, ranks, overhead)
+def measure(
+    stream: Stream, home: ReplicationPlan, ranks: Ranks, like: torch.Tensor, overhead: int | str
+) -> dict[str, Any]:
+    """Runs all arms over all steps, in turn within each; `like` has the dtype and device of tokens and weights."""
+    arms = arms_of(stream, home, ranks, like, overhead)
     console = Console(stderr=True, quiet=ranks.rank > 0)
     torch.manual_seed(ranks.rank)
     for step in track(range(len(stream.loads)), "steps", console=console):
         for arm in arms:
-            one_hot = stream.routed(step, ranks.rank, arm.name == "perfect", home.num_devices)
-            hidden, weight = torch.randn(len(one_hot), D_MODEL), torch.rand(len(one_hot), 1)
+            one_hot = stream.routed(step, ranks.rank, arm.name == "perfect", home.num_devices).to(like.device)
+            hidden, weight = torch.randn(len(one_hot), D_MODEL).to(like), torch.rand(len(one_hot), 1).to(like)
             if arm.name == "eplb" and step:
                 last = forecast_from_load(stream.loads[step - 1][None].astype(np.float64), made_at=step, source="last")
                 arm.plan = EplbPlanner().plan(last, home, np.zeros((0, 1, home.num_experts), dtype=np.int64)).phy2log[0]
@@ -238,6 +243,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--redundant", type=int, default=8, help="replica slots over all ranks")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step over all ranks")
     parser.add_argument("--steps", type=int, default=34)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of tokens and weights")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
         "--expert-overhead-tokens", type=whole_or_auto, default=0, metavar="N|auto",
@@ -264,9 +270,11 @@ def main() -> None:
             raise ValueError(f"{len(loads)} steps; expected more than {WARM}, because the first {WARM} are not counted")
         devices = options.emulate or ranks.world
         home = ReplicationPlan.at_home(contiguous_homes(1, loads.shape[1]), devices, options.redundant)
-        found = measure(Stream(loads, ranks.world), home, ranks, options.expert_overhead_tokens)
+        like = torch.empty(1, dtype=getattr(torch, options.dtype), device=ranks.device)
+        found = measure(Stream(loads, ranks.world), home, ranks, like, options.expert_overhead_tokens)
         if ranks.rank == 0:
-            where = f"{devices} emulated devices" if options.emulate else f"{devices} gloo ranks, a thread each"
+            kind = "GPUs" if like.is_cuda else "gloo ranks, a thread each"
+            where = f"{devices} {'emulated devices' if options.emulate else kind}, {options.dtype}"
             show(found, f"{where}; {loads.shape[1]} experts, {options.redundant} redundant, {options.tokens} tokens")
             perfect = found["perfect"]["step_ms"]
             shares = {f"share_of_perfect_{name}": round(perfect / found[name]["step_ms"], 4) for name in

@@ -6,9 +6,9 @@
 
 Weights are random, have switch-base's sizes, and are read from disk past the page cache. Which experts are needed was
 recorded from the bundled model's routers on real text. An arm is one policy, or all experts resident. Arms take turns;
-each turn starts with an empty cache, and its first batches are not counted. On several ranks each rank has its share of
-the sequences, of the experts and of the budget. Prints tables and, as the last line, one JSON document with the figures
-of every arm.
+each turn starts with an empty cache, and its first batches are not counted. On a GPU the budget is GPU memory, and host
+memory below it holds all experts. On several ranks each rank has its share of the sequences, of the experts and of the
+budget. Prints tables and, as the last line, one JSON document with the figures of every arm.
 """
 
 import json
@@ -70,6 +70,7 @@ class Bench:
         self.switch, self.batches, self.mode, self.ranks = load_dense(model), batches, mode, ranks
         self.files = ModelWeights(model).files
         touch(self.switch.model)
+        self.switch.model.to(ranks.device)
         self.layout: MoELayout = self.switch.layout
         wanted = [small.layout.num_layers, small.layout.num_encoder_layers, small.layout.num_experts]
         if (has := [self.layout.num_layers, self.layout.num_encoder_layers, self.layout.num_experts]) != wanted:
@@ -101,11 +102,11 @@ class Bench:
         """Runs all batches with one arm's cache."""
         files = ThrottledFiles(self.files, self.layout, torch.float32, mbps=mbps)
         buffers = int((1.0 if arm == "all_resident" else budget) * len(files) / self.ranks.world)
-        memory = buffers * 2 * files.shape.padded_bytes + LOADERS * files.reader_bytes + PAGE
+        memory = self.memory(files, buffers)
         turn, policy = Turn(), self.policy(arm, buffers)
         with (
             ResidentPeak() as peak,
-            ExpertCache(files, policy, memory) as cache,
+            ExpertCache(files, policy, *memory, self.ranks.device) as cache,
             closing(ReplicatedModel(self.switch, self.home, self.ranks, cache)) as replicated,
             ThreadPoolExecutor(1) as forecasting,
         ):
@@ -133,6 +134,13 @@ class Bench:
         turn.fallbacks = getattr(policy, "fallbacks", 0)
         return turn
 
+    def memory(self, files: ThrottledFiles, buffers: int) -> tuple[int, int | None]:
+        """Bytes of the device tier, and of host memory below a GPU, which then holds all experts."""
+        experts, readers = 2 * files.shape.padded_bytes, LOADERS * files.reader_bytes
+        if self.ranks.device.type == "cpu":
+            return buffers * experts + readers + PAGE, None
+        return buffers * experts + PAGE, len(files) * experts + readers + PAGE
+
     def _forecast(self, arm: str, cache: ExpertCache, number: int) -> None:
         """Forecasts a batch and tells the cache, as the controller does while the batch before it runs."""
         forecaster = {"ours": self.forecaster, "ours_history": Ema(0.5)}.get(arm)
@@ -155,21 +163,27 @@ class Bench:
     @torch.inference_mode()
     def run(self, own: RecordedBatch) -> None:
         """Runs this rank's sequences through the model, with the experts modules that it has now."""
+        device = self.ranks.device
         for layer, router in enumerate(self.routers):
             decoding = layer >= self.layout.num_encoder_layers
             router.batch, router.step = own, 0 if decoding and self.mode == "generate" else None
         if self.mode == "generate":
             steps = own.decoder.input_ids.shape[1]
             self.switch.model.generate(
-                input_ids=own.tokens.input_ids, attention_mask=own.tokens.mask.long(),
+                input_ids=own.tokens.input_ids.to(device), attention_mask=own.tokens.mask.long().to(device),
                 max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
             )  # fmt: skip
         else:
             forward(self.switch.model, ModelBatch(own.tokens, own.decoder if self.mode == "full" else None))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def plain(self, model: str, warm: int) -> Turn:
         """Runs all batches with the model's own experts modules, all in memory."""
-        own_modules, names = load_switch(model).model, [f"{name}.experts" for name in self.layout.module_names]
+        own_modules, names = (
+            load_switch(model).model.to(self.ranks.device),
+            [f"{name}.experts" for name in self.layout.module_names],
+        )
         offloaded = [self.switch.model.get_submodule(name) for name in names]
         for name in names:
             self.switch.model.set_submodule(name, own_modules.get_submodule(name))

@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import read_json, sha256, write_json
+from data.models.device import Device, pick_device
 from data.models.switch import Dtype, LoadedSwitch, load_switch
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
@@ -30,6 +31,8 @@ from data.traces.tracer import Tracer
 
 SHARD_BATCHES = 32
 OFFLINE = "offline corpus"
+DEVICE = "device"
+"""Key of a request that says where the model ran; absent for the CPU."""
 
 
 class Ranks:
@@ -122,6 +125,7 @@ def collect(
     dtype: Dtype = "float32",
     revision: str = "",
     top: int = 0,
+    device: Device | None = None,
 ) -> StoredTrace:
     """Collects the router trace of a Switch Transformer over a stream of text.
 
@@ -136,17 +140,21 @@ def collect(
             token by token, "none" runs the encoder alone.
         batching: Settings that cut text into batches.
         max_new_tokens: Most tokens the decoder generates with --decode generate.
-        dtype: Dtype of the model's weights.
+        dtype: Dtype of the model's weights: bfloat16 halves its memory and is fastest on a GPU.
         revision: Revision of a hub model.
         top: Number of likeliest experts logged for each encoder token with their probabilities, for distillation.
+        device: Where the model runs: CUDA where there is a device for this process, else the CPU. A finished trace of
+            another device is reused, because only routes that were nearly undecided differ.
 
     Raises:
         ValueError: If the model, text or folder cannot be used; the message says what to do.
     """
+    place = pick_device(device)
     switch = load_switch(model, revision, dtype)
+    switch.model.to(place)
     request = _request(
         switch, text=text or OFFLINE, decode=decode, batching=asdict(batching), max_new_tokens=max_new_tokens,
-        dtype=dtype, **({"top": top} if top else {}),
+        dtype=dtype, **({"top": top} if top else {}), **({DEVICE: place.type} if place.type != "cpu" else {}),
     )  # fmt: skip
     if out.exists():
         return _reuse(out, request)
@@ -168,7 +176,7 @@ def collect(
 
 def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
     found = open_trace(out)
-    if differing := [key for key in request if found.about.get(key) != request[key]]:
+    if differing := [key for key in request if key != DEVICE and found.about.get(key) != request[key]]:
         raise ValueError(
             f"{out} holds another trace (different {', '.join(differing)}); name another --out or remove it"
         )

@@ -128,7 +128,7 @@ class RecordedRouter(nn.Module):
             experts, kept, probability = experts[:, column], torch.ones_like(kept[:, column]), probability[:, column]
             self.step += 1
         one_hot = nn.functional.one_hot(experts.long(), self.num_experts) * kept[..., None]
-        return one_hot, probability[..., None].to(hidden_BTD.dtype), hidden_BTD.new_empty(0)
+        return one_hot.to(hidden_BTD.device), probability[..., None].to(hidden_BTD), hidden_BTD.new_empty(0)
 
 
 def play_back(model: Any, layout: MoELayout) -> list[RecordedRouter]:

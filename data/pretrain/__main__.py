@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, Swit
 from data.arrays import IntArray
 from data.cli import from_command_line, user_errors
 from data.files import check_new, whole_file, whole_folder, write_json
+from data.models.device import Device, pick_device
 from data.pretrain.grouped_experts import group_experts, ungroup_experts
 from data.style import GREY, INK, OURS, drawing, end_labels, heading, panels, save
 from data.text.corpus import SEGMENTS, Document, offline_corpus
@@ -127,6 +128,11 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (recipe.steps - warm_up)))
 
 
+def on_device(batch: dict[str, Tensor], model: SwitchTransformersForConditionalGeneration) -> dict[str, Tensor]:
+    """The batch on the model's device."""
+    return {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
+
+
 def fit(
     model: SwitchTransformersForConditionalGeneration, batches: Iterator[dict[str, Tensor]], recipe: Recipe
 ) -> list[float]:
@@ -138,7 +144,7 @@ def fit(
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("pretraining", total=recipe.steps)
         for step, batch in zip(range(recipe.steps), batches, strict=False):
-            output = model(**batch, output_router_logits=True)
+            output = model(**on_device(batch, model), output_router_logits=True)
             optimizer.zero_grad()
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -157,7 +163,9 @@ def fit(
 def held_out_loss(model: SwitchTransformersForConditionalGeneration, batches: list[dict[str, Tensor]]) -> float:
     """Mean cross-entropy in nats per decoder token."""
     model.eval()
-    total = sum(float(model(**batch).loss) * int((batch["labels"] != -100).sum()) for batch in batches)
+    total = sum(
+        float(model(**on_device(batch, model)).loss) * int((batch["labels"] != -100).sum()) for batch in batches
+    )
     return total / sum(int((batch["labels"] != -100).sum()) for batch in batches)
 
 
@@ -171,20 +179,24 @@ def unigram_loss(seen: list[dict[str, Tensor]], batches: list[dict[str, Tensor]]
     return -float(log_p[labels].mean())
 
 
-def pretrain(out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe()) -> None:
+def pretrain(
+    out: Path = Path("outputs/switch-mini-64"), recipe: Recipe = Recipe(), device: Device | None = None
+) -> None:
     """Trains the bundled model and writes bf16 safetensors, tokenizer, model card and loss curve to a folder.
 
     Args:
         out: Folder to write; it appears complete or not at all.
         recipe: Training settings.
+        device: Where the model is trained: CUDA where there is a device, else the CPU.
     """
     check_new(out)
+    place = pick_device(device)
     torch.manual_seed(recipe.seed)
     documents = list(offline_corpus("pretrain"))
     tokenizer = train_tokenizer(documents, recipe.vocabulary)
     streams = token_streams(documents, tokenizer)
     held_out = token_streams(list(offline_corpus("traffic")), tokenizer)
-    model = SwitchTransformersForConditionalGeneration(small_config(recipe))
+    model = SwitchTransformersForConditionalGeneration(small_config(recipe)).to(place)
     losses = fit(model, corrupted_batches(streams, tokenizer, recipe, recipe.seed), recipe)
     model = model.bfloat16()  # the losses are measured with the weights as saved
     test = list(itertools.islice(corrupted_batches(held_out, tokenizer, recipe, recipe.seed + 1), 40))

@@ -38,14 +38,18 @@ class TraceSample:
     history: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TraceSample":
-        """Copies the sample to another device."""
-        trace = self.trace
-        tokens = replace(trace.tokens, input_ids=trace.tokens.input_ids.to(device), mask=trace.tokens.mask.to(device))
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(trace).items() if isinstance(value, Tensor)
-        }
-        moved = replace(trace, tokens=tokens, **tensors)
-        return TraceSample(moved, self.load.to(device), self.history.to(device))
+        """Copies the sample to another device; `non_blocking` does not wait for copies from pinned memory."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        changed: dict[str, Any] = {}
+        for name, value in vars(self.trace).items():
+            if isinstance(value, Tensor):
+                changed[name] = moved(value)
+            elif isinstance(value, TokenBatch):
+                changed[name] = TokenBatch(moved(value.input_ids), moved(value.mask))
+        return TraceSample(replace(self.trace, **changed), moved(self.load), moved(self.history))
 
 
 def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:

@@ -77,24 +77,30 @@ class Tracer:
 
     def _assemble(self, batch: TextBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
         calls, split = self.tap.take(), self.switch.layout.num_encoder_layers
+        encoder = [call for layer in calls[:split] for call in layer]  # each encoder router runs once per batch
+        found = [torch.cat([call.experts for call in layer], 1) for layer in calls if layer]
+        if self.tap.top:
+            found += [call.top_experts for call in encoder] + [call.top_probability.half() for call in encoder]
+        on_host = iter(download(found))
+        layers = [next(on_host) if layer else None for layer in calls]
         top: dict[str, Tensor] = {}
         if self.tap.top:
-            top = {
-                "encoder_top_experts": _top([call.top_experts for layer in calls[:split] for call in layer], tokens),
-                "encoder_top_probabilities": _top(
-                    [call.top_probability.half() for layer in calls[:split] for call in layer], tokens
-                ),
-            }
-        layers = [torch.cat([call.experts for call in layer], 1).cpu() if layer else None for layer in calls]
+            for name in ("encoder_top_experts", "encoder_top_probabilities"):
+                stacked = torch.stack([next(on_host) for _ in encoder])
+                top[name] = stacked.masked_fill(~tokens.mask[..., None], PADDING)
         return RouterTrace(
             batch.number, batch.phase, "", batch.segments, tokens, decoder,
             _stack(layers[:split], tokens), _stack(layers[split:], decoder), self.decode == "generate", **top,
         )  # fmt: skip
 
 
-def _top(layers: list[Tensor], tokens: TokenBatch) -> Tensor:
-    """Stacks values to `[L_enc, B, T, K]` with padding marked; each encoder router runs once per batch."""
-    return torch.stack(layers).cpu().masked_fill(~tokens.mask[..., None], PADDING)
+def download(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors of two bytes an entry on the host, copied in one piece: the host waits for their device once."""
+    if not tensors:
+        return []
+    whole = torch.cat([tensor.contiguous().view(torch.int16).flatten() for tensor in tensors]).cpu()
+    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
+    return [part.view(like.dtype).view(like.shape) for part, like in zip(parts, tensors, strict=True)]
 
 
 def _stack(layers: list[Tensor | None], tokens: TokenBatch) -> Tensor:

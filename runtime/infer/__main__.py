@@ -18,16 +18,17 @@ from rich.progress import track
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder, write_json
-from data.models.switch import load_switch
+from data.models.switch import Dtype, load_switch
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.tracer import model_inputs
+from runtime.distributed.device import DeviceKind
 from runtime.distributed.heartbeat import RankLostError, exit_now
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, ModelBatch
 from runtime.engine.engine import Engine
-from runtime.infer.report import plot, show, summarise
+from runtime.infer.report import fallback_warning, plot, show, summarise
 from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
 
@@ -59,6 +60,9 @@ def infer(
     batches: int = 24,
     batching: BatchingConfig = BatchingConfig(),
     check: bool = True,
+    allow_fallback: bool = False,
+    device: DeviceKind | None = None,
+    dtype: Dtype | None = None,
     device_memory: str | None = None,
     host_memory: str | None = None,
     timeout: float = 60.0,
@@ -84,6 +88,10 @@ def infer(
         batches: Most batches to run.
         batching: How text is cut into batches.
         check: Whether outputs are compared with the plain model's, which every process then holds as well.
+        allow_fallback: Whether the exit code is 0 even if forecasts were replaced; by default it is then 1.
+        device: Where the model runs: CUDA where there is a device for this process, else the CPU.
+        dtype: Data type of the weights: on a CPU float32 by default. In bfloat16 outputs may differ from the plain
+            model's where its routers are nearly undecided; what differs is counted.
         device_memory: Bytes that experts may take where they are computed, such as 2GiB; the others are fetched ahead.
         host_memory: Bytes of host memory below that, where computing is done on an accelerator.
         timeout: Seconds after which a process that does not respond counts as lost.
@@ -99,27 +107,36 @@ def infer(
     if batches < 1:
         raise ValueError(f"batches is {batches}; at least 1 is needed")
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
-    first = Ranks(timeout).rank == 0  # only this rank exports and writes
+    first = Ranks(timeout, device).rank == 0  # only this rank exports and writes
     check_folder(out)
     exporters = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*exporters, out, settings) as telemetry:
+        chosen: dict[str, Any] = {
+            name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
+        }
         engine = Engine(
             model, predictor, devices, redundant, max_moves=max_moves, devices_per_node=devices_per_node,
             expert_overhead_tokens=expert_overhead_tokens, device_memory=device_memory, host_memory=host_memory,
-            timeout_s=timeout,
+            timeout_s=timeout, **chosen,
             must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
-        plain = load_switch(model).model.to(engine.ranks.device) if check else None
+        plain = plain_model(model, engine) if check else None
         with engine:
             checks, stats = run(engine, plain, text_batches(engine, text, batching, batches), batches, telemetry)
             report = summarise(checks, stats, engine)
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
         plot(checks, out / "balancedness.png")
-    report |= {"out": str(out), "predictor": predictor and str(predictor)}
+    report |= {"out": str(out), "predictor": predictor and str(predictor), "allow_fallback": allow_fallback}
     if first:
         show(report, Console(), details)
     return report
+
+
+def plain_model(name: str, engine: Engine) -> Any:
+    """The unmodified model in the engine's dtype, on its device."""
+    dtype: Any = str(engine.switch.model.dtype).removeprefix("torch.")
+    return load_switch(name, dtype=dtype).model.to(engine.ranks.device)
 
 
 def run(
@@ -144,19 +161,23 @@ def run(
             queue.append((phase, batch))
             yield batch
 
-    for output in track(engine.run(queued()), "inference", total=most, console=console):
-        with engine.ranks.watched():
-            phase, batch = queue.pop(0)
-            checks.append(verifier.check(batch, output, phase))
-        stats.append(output.stats)
-        telemetry.record(layers, output.stats, controller.late, controller.fallbacks)
+    with verifier:
+        for output in track(engine.run(queued()), "inference", total=most, console=console):
+            with engine.ranks.watched():
+                phase, batch = queue.pop(0)
+                checks.append(verifier.check(batch, output, phase))
+            stats.append(output.stats)
+            telemetry.record(layers, output.stats, controller.late, controller.fallbacks)
     if not checks:
         raise ValueError("the text gave no batch; expected at least one usable line")
     return checks, stats
 
 
 def main() -> None:
-    """Command line of `infer`: the result in a frame, then one JSON document."""
+    """Command line of `infer`: the result in a frame, then one JSON document.
+
+    The exit code is 1 if forecasts were replaced, unless `--allow-fallback` is given.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with user_errors():
@@ -170,6 +191,10 @@ def main() -> None:
         raise
     if Ranks().rank == 0:
         print_json(report)
+        if warning := fallback_warning(report):
+            print(f"{'warning' if report['allow_fallback'] else 'error'}: {warning}", file=sys.stderr)
+            if not report["allow_fallback"]:
+                raise SystemExit(1)
 
 
 if __name__ == "__main__":

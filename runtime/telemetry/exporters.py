@@ -183,12 +183,16 @@ class WandbRun(Exporter):
             raise ValueError(f"W&B did not start ({error}); log in, or set WANDB_MODE=offline") from None
 
     def add(self, document: Document) -> None:
-        """Logs a batch: its own figures by name, a layer's as `encoder_1/moves`, lists by their largest entry."""
+        """Logs a batch: its own figures by name, a layer's as `encoder_1/moves`, lists by their largest entry.
+
+        Fallbacks are logged as their number and, if there were any, their reasons as `fallback_reason`.
+        """
         nested = ("batch", "time", "layers", "fallbacks", "tiers")
         row = {name: value for name, value in document.items() if name not in nested}
         for tier, counters in document["tiers"].items():
             row |= {f"{tier}/{name}": value for name, value in counters.items()}
         row["fallbacks"] = sum(document["fallbacks"].values())
+        row["fallback_reason"] = "; ".join(document["fallbacks"]) or None
         for figures in document["layers"]:
             for name, value in figures.items():
                 row[f"{figures['layer']}/{name}"] = max(value) if isinstance(value, list) else value

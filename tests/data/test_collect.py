@@ -15,7 +15,7 @@ from data.models.switch import load_switch
 from data.text.batching import BatchingConfig, text_stream
 from data.text.corpus import read_text
 from data.traces.store import open_trace
-from data.traces.tracer import Tracer
+from data.traces.tracer import Tracer, download
 from tests.conftest import TEXTS
 
 BATCHING = BatchingConfig(batches=5, smallest=2, largest=4, length=32)
@@ -113,6 +113,50 @@ def test_likeliest_experts_are_logged_beside_the_same_trace(switch_folder, text,
     assert "top" not in plain.about
 
 
+@pytest.mark.parametrize("decode", ["teacher", "generate"])
+def test_bfloat16_routes_are_those_of_the_model_in_bfloat16(switch_folder, text, tmp_path, decode):
+    settings = {"decode": decode, "batching": BATCHING, "max_new_tokens": 5, "dtype": "bfloat16", "top": 2}
+    stored = collect(str(switch_folder), tmp_path / "trace", text, **settings, device="cpu")
+    assert stored.about["dtype"] == "bfloat16"
+    assert "device" not in stored.about, "the CPU is the default of the format"
+    switch = load_switch(str(switch_folder), dtype="bfloat16")
+    for trace in stored.traces():
+        with torch.no_grad():
+            output = switch.model(
+                input_ids=trace.tokens.input_ids, attention_mask=trace.tokens.mask.long(),
+                decoder_input_ids=trace.decoder_tokens.input_ids, output_router_logits=True,
+            )  # fmt: skip
+        logits = next(found for found in output.encoder_router_logits if torch.is_tensor(found) and found.dim() == 3)
+        share = logits.softmax(-1).bfloat16()
+        real = trace.tokens.mask
+        assert torch.equal(trace.encoder_experts[0][real].long(), share.argmax(-1)[real])
+        probability = trace.encoder_top_probabilities[0][real]
+        assert torch.equal(probability, share.topk(2, -1).values[real].half())
+        assert (trace.decoder_experts[0][trace.decoder_tokens.mask] >= 0).all()
+    with pytest.raises(ValueError, match=r"different dtype"):
+        collect(str(switch_folder), tmp_path / "trace", text, **settings | {"dtype": "float32"})
+
+
+def test_a_trace_of_another_device_is_reused(switch_folder, text, tmp_path, capsys):
+    out = tmp_path / "trace"
+    collect(str(switch_folder), out, text, batching=BATCHING)
+    about = json.loads((out / "trace.json").read_text())
+    (out / "trace.json").write_text(json.dumps(about | {"device": "cuda"}))
+    assert collect(str(switch_folder), out, text, batching=BATCHING).about["device"] == "cuda"
+    assert "Reusing the trace" in capsys.readouterr().err
+
+
+def test_routes_are_downloaded_in_one_piece(monkeypatch):
+    copies, real = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.numel()) or real(tensor))
+    routes = torch.arange(12, dtype=torch.int16).view(3, 4)
+    given = [routes.T, torch.rand(2, 5).half(), torch.zeros(0, 3, dtype=torch.int16)]
+    found = download(given)
+    assert copies == [22]
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, given, strict=True))
+    assert download([]) == []
+
+
 def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text, tmp_path):
     whole, cut = (
         [
@@ -145,11 +189,15 @@ def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text
         (["--batching.token_budget", "20"], "token_budget 20 holds no sequence of 128 tokens"),
         (["--batching.smallest", "9", "--batching.largest", "3"], "9 to 3 are not a range"),
         (["--colour", "red"], "colour"),
+        (["--dtype", "float16"], "float16"),
+        (["--device", "tpu"], "tpu"),
+        (["--device", "cuda"], "device is cuda, and of CUDA devices torch finds none; use --device cpu"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(
     options, message, switch_folder, text, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1nonsense")
     (tmp_path / "t5").mkdir()

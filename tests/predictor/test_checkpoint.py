@@ -154,7 +154,8 @@ BLOCK = """
 import importlib.metadata, json, re, sys
 import numpy, torch, safetensors.torch
 needs = [re.match(r"[\\w-]+", line)[0].lower() for line in importlib.metadata.requires("torch")]
-allowed = {"torch", "numpy", "safetensors", "data", "predictor", "mpmath", *needs, "typing_extensions"}
+allowed = {"torch", "numpy", "numba", "llvmlite", "safetensors", "data", "predictor"}
+allowed |= {"mpmath", *needs, "typing_extensions"}
 
 class OnlyThese:
     def find_spec(self, name, path=None, target=None):
@@ -166,7 +167,7 @@ sys.meta_path.insert(0, OnlyThese())
 """
 
 
-def test_a_local_predictor_needs_torch_numpy_and_safetensors_only(host):
+def test_a_local_predictor_needs_torch_numpy_numba_and_safetensors_only(host):
     """Every other third-party import fails, those that torch itself requires excepted."""
     code = f"""{BLOCK}
 from dataclasses import replace

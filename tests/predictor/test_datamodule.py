@@ -73,6 +73,21 @@ def test_an_empty_split_is_refused(tmp_path, splits, lacks):
         RouterTraceModule(folder, "m").setup()
 
 
-def test_a_sample_moves_to_a_device_whole(data):
-    sample = next(iter(data.samples("val"))).to(torch.device("cpu"))
-    assert sample.trace.tokens.mask.dtype == torch.bool
+def test_a_sample_moves_to_a_device_whole(data, monkeypatch):
+    sample, seen, real = next(iter(data.samples("val"))), [], torch.Tensor.to
+
+    def spy(tensor, *args, **settings):
+        seen.append(settings["non_blocking"])
+        return real(tensor, *args, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    for waits in (True, False):
+        seen.clear()
+        moved = sample.to(torch.device("meta"), non_blocking=not waits)
+        trace = moved.trace
+        tensors = [trace.tokens.input_ids, trace.tokens.mask, trace.decoder_tokens.input_ids, trace.decoder_tokens.mask]
+        tensors += [trace.encoder_experts, trace.decoder_experts, moved.load, moved.history]
+        assert all(tensor.is_meta for tensor in tensors)
+        assert seen == [not waits] * len(tensors)
+        assert trace.tokens.mask.dtype == torch.bool
+    assert sample.trace.segments == trace.segments

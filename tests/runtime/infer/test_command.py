@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runtime.infer.__main__
+from data.files import sha256
 from data.models.switch import load_switch
 from predictor.checkpoint import save_predictor
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from tests.conftest import TEXTS, small_switch
 from tests.helpers.prometheus import scrape
+from tests.helpers.wandb_file import records
 
 ROOT = Path(__file__).parents[3]
 MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "exposed"}
@@ -94,6 +97,89 @@ def test_metrics_agree_with_the_report(command, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb"))) == 1
 
 
+def overflowing(predictor: Path, place: Path) -> Path:
+    """The predictor with finite weights so large that every forecast is NaN."""
+    shutil.copytree(predictor, place)
+    weights = load_file(place / "model.safetensors")
+    weights["encoder_heads.weight"].fill_(3e38)
+    save_file(weights, place / "model.safetensors")
+    config = json.loads((place / "config.json").read_text())
+    config["weights_sha256"] = sha256(place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def test_a_working_predictor_is_reported_as_such(command, tmp_path):
+    said = command()
+    report = json.loads(said.out.splitlines()[-1])
+    health = report["forecasts"]
+    assert set(health) == {"used", "late", "replaced", "reasons"}
+    assert health["used"] + health["late"] == report["batches"]
+    assert (health["replaced"], health["reasons"]) == (0, {})
+    assert f"Forecasts: {health['used']} used, {health['late']} late, 0 replaced" in said.out
+    assert "replaced" not in said.err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["forecasts"] == health
+    assert "Forecasts:" not in command(predictor="null").out
+
+
+def test_a_predictor_that_never_works_is_no_success(command, predictor, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    broken = overflowing(predictor, tmp_path / "broken")
+    changes = {"predictor": broken, "metrics-file": tmp_path / "metrics.jsonl", "wandb": "true"}
+    with pytest.raises(SystemExit) as stop:
+        command(**changes)
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    report = json.loads(said.out.splitlines()[-1])
+    health = report["forecasts"]
+    assert health["used"] == 0
+    assert 5 - health["late"] <= health["replaced"] <= 5
+    assert [reason.partition(":")[0] for reason in health["reasons"]] == ["ValueError"]
+    assert sum(health["reasons"].values()) == health["replaced"]
+    assert report["same_argmax"] == 1.0, "outputs do not depend on forecasts"
+    assert f"Forecasts: 0 used, {health['late']} late, {health['replaced']} replaced" in said.out
+    (error,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    for part in (f"replaced {health['replaced']} times", "NaN, infinite", f"train {broken} again", "--allow-fallback"):
+        assert part in error
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["forecasts"] == health
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {reason for line in lines for reason in line["fallbacks"]} == set(health["reasons"])
+    run = next((tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb"))
+    items = [item for record in records(run) for item in record.history.item]
+    logged = [json.loads(item.value_json) for item in items if "fallback_reason" in (item.key, *item.nested_key)]
+    assert set(logged) == set(health["reasons"])
+
+
+def test_fallbacks_can_be_allowed(command, predictor, tmp_path):
+    said = command(**{"predictor": overflowing(predictor, tmp_path / "broken"), "allow-fallback": "true"})
+    (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: forecasts were replaced")]
+    assert "--allow-fallback" not in warning
+    assert json.loads(said.out.splitlines()[-1])["forecasts"]["replaced"] > 0
+
+
+def test_bfloat16_counts_routes_and_tokens_that_differ(command):
+    shown = command(dtype="bfloat16").out
+    report = json.loads(shown.splitlines()[-1])
+    assert report["dtype"] == "bfloat16"
+    assert report["routes"] == report["tokens"], "one MoE layer in each stack: each token has one route"
+    assert report["flipped_routes"] <= 0.01 * report["routes"]
+    assert report["differing_tokens"] == round(report["differing_tokens"])
+    assert "Outputs equal the plain model's up to bfloat16 rounding" in shown
+    assert f"of {report['routes']:,} routes and {report['differing_tokens']} likeliest tokens differ" in shown
+
+
+@pytest.mark.parametrize("chosen", [{}, {"device": "cpu"}, {"device": "cpu", "dtype": "bfloat16"}])
+def test_the_engine_decides_on_device_and_dtype_that_are_not_given(command, chosen, monkeypatch):
+    def engine(*args, **settings):
+        raise ValueError(f"given { ({name: settings[name] for name in ('device', 'dtype') if name in settings}) }")
+
+    monkeypatch.setattr(runtime.infer.__main__, "Engine", engine)
+    monkeypatch.setattr(runtime.infer.__main__, "user_errors", nullcontext)
+    with pytest.raises(ValueError, match="given") as error:
+        command(**chosen)
+    assert str(error.value) == f"given {chosen}"
+
+
 def cut(folder: Path, tmp_path: Path) -> Path:
     copy = shutil.copytree(folder, tmp_path / "cut")
     weights = copy / "model.safetensors"
@@ -117,7 +203,8 @@ def not_finite(folder: Path, place: Path) -> Path:
     return place
 
 
-def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, predictor, tmp_path, capsys):
+def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, predictor, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "blank.txt").write_text("\n\n")
     (tmp_path / "folder").mkdir()
     taken = socket.create_server(("", 0))
@@ -135,6 +222,13 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         ({"redundancy": 6}, "redundancy"),
         ({"redundant": 4000}, "4000 redundant experts are more than a copy of each of 8 experts on every one of 4"),
         ({"expert-overhead-tokens": -1}, "expert_overhead_tokens is -1, expected 0 or more, or 'auto'"),
+        ({"dtype": "float16"}, "float16"),
+        ({"device": "tpu"}, "tpu"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [({"device": "cuda"}, "device is 'cuda', but process 0 of this machine finds 0 CUDA devices")]
+        ),
         ({"timeout": 0}, "the timeout is 0.0 seconds"),
         ({"host-memory": "1GiB"}, "host_memory is 1GiB without device_memory"),
         ({"device-memory": "1GiB", "devices": 4}, "within a budget a process is one device"),

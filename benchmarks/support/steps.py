@@ -1,0 +1,182 @@
+"""Step: a command with a timeout; `run_all` runs several and writes what each printed, and a summary, to one folder."""
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.files import whole_file, write_json
+
+LIBRARIES = ("torch", "transformers", "numpy", "numba", "safetensors", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+SETTINGS = ("CUDA_", "NCCL_", "TORCH_", "OMP_", "PYTORCH_")
+NOT_STARTED = 127
+KILL_S = 10.0
+"""Seconds between the two signals that end a step whose time is up."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: Its name, and that of its files.
+        command: The words of the command line.
+        timeout_s: Seconds after which the command and its children are ended.
+        env: Environment variables it is given beside those of this process.
+        counted: Text whose lines on stderr are counted, such as a warning's; none by default.
+    """
+
+    name: str
+    command: list[str]
+    timeout_s: float
+    env: dict[str, str] = field(default_factory=dict)
+    counted: str = ""
+
+
+def run_step(step: Step, out: Path) -> dict[str, Any]:
+    """Runs a step; what it prints goes to `NAME.txt`, stderr to `NAME.log`.
+
+    A JSON document on its last line also goes to `NAME.json`.
+
+    Returns:
+        The step's command, environment, `status` (ok, failed or timed out), exit code and seconds, and the number of
+        counted lines.
+    """
+    began = time.perf_counter()
+    printed, said = out / f"{step.name}.txt", out / f"{step.name}.log"
+    code = _exit_code(step, printed, said)
+    found: dict[str, Any] = {
+        "name": step.name, "command": as_typed(step.command), "env": step.env,
+        "status": {0: "ok", None: "timed out"}.get(code, "failed"), "exit_code": code,
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+    if step.counted:
+        found["counted"] = {step.counted: sum(step.counted in line for line in said.read_text().splitlines())}
+    if (document := last_json(printed.read_text())) is not None:
+        write_json(out / f"{step.name}.json", document)
+    return found
+
+
+def _exit_code(step: Step, printed: Path, said: Path) -> int | None:
+    """Exit code of a step's command: None if its time was up, and 127, as in a shell, if it could not be started."""
+    with printed.open("w") as stdout, said.open("w") as stderr:
+        try:
+            process = subprocess.Popen(
+                step.command, stdout=stdout, stderr=stderr, env=os.environ | step.env, start_new_session=True
+            )
+        except OSError as error:
+            stderr.write(f"{error}\n")
+            return NOT_STARTED
+        try:
+            return process.wait(step.timeout_s)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            return None
+        except BaseException:  # Ctrl-C
+            _end(process)
+            raise
+
+
+def as_typed(command: list[str]) -> str:
+    """A command line as a user types it."""
+    return shlex.join("python" if word == sys.executable else word for word in command)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Ends a command and its children: asked first, killed if they do not follow."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(KILL_S)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+    process.wait()
+
+
+def last_json(text: str) -> dict[str, Any] | None:
+    """The JSON object on the last line of a text, if there is one."""
+    lines = text.strip().splitlines()
+    try:
+        document = json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def machine() -> dict[str, Any]:
+    """Versions, devices, commit and settings that decide results; nothing that names the machine or its user."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(), "system": platform.system(), "processor": platform.machine(),
+        "cores": os.cpu_count(), "libraries": found, "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"),
+        "topology": _output("nvidia-smi", "topo", "-m"), "commit": _output("git", "rev-parse", "HEAD"),
+        "changed_files": len(_output("git", "status", "--porcelain").splitlines()),
+        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
+    }  # fmt: skip
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def run_all(steps: list[Step], out: Path, title: str) -> list[dict[str, Any]]:
+    """Runs steps in order, whatever happens to each; summary.json and README.md are rewritten after every one."""
+    out.mkdir(parents=True)
+    facts, done = machine(), list[dict[str, Any]]()
+    for number, step in enumerate(steps, 1):
+        print(f"[{number}/{len(steps)}] {step.name}, at most {step.timeout_s:.0f} s", file=sys.stderr, flush=True)
+        done.append(run_step(step, out))
+        print(f"        {done[-1]['status']} after {done[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
+        write_json(out / "summary.json", {"machine": facts, "steps": done})
+        with whole_file(out / "README.md") as aside:
+            aside.write_text(page(title, facts, done, out))
+    return done
+
+
+def page(title: str, facts: dict[str, Any], done: list[dict[str, Any]], out: Path) -> str:
+    """A page with the machine, a table of all steps, and what each printed."""
+    libraries = ", ".join(f"{name} {value}" for name, value in facts["libraries"].items())
+    rows = [
+        f"| {step['name']} | {step['status']} | {step['seconds']} | {counts(step)} | `{in_shell(step)}` |"
+        for step in done
+    ]  # fmt: skip
+    parts = [
+        f"# {title}", f"{', '.join(facts['devices']) or 'no GPU'}; CUDA {facts['cuda']}, {libraries}, Python "
+        f"{facts['python']}; commit {facts['commit'] or 'unknown'}, {facts['changed_files']} changed files.",
+        "\n".join(["| step | status | seconds | counted | command |", "|---|---|---|---|---|", *rows]),
+    ]  # fmt: skip
+    for step in done:
+        if text := (out / f"{step['name']}.txt").read_text().strip():
+            table = [line for line in text.splitlines() if not line.startswith("{")]
+            parts.append("\n".join([f"## {step['name']}", "", "```", *table[-60:], "```"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def counts(step: dict[str, Any]) -> str:
+    """The counted lines of a step, for the table."""
+    return ", ".join(f"{number} x {text}" for text, number in step.get("counted", {}).items())
+
+
+def in_shell(step: dict[str, Any]) -> str:
+    """A step as it is typed: environment variables, then the command."""
+    return " ".join([*(f"{name}={value}" for name, value in step["env"].items()), step["command"]])
