@@ -1,36 +1,15 @@
-"""CUDA or CPU: which device a process computes on, and how it times and copies without making the host wait."""
+"""CUDA or CPU: how a process times its device and copies to and from it without making the host wait."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from data.arrays import IntArray
-
-DeviceKind = Literal["cpu", "cuda"]
-
-
-def local_device(asked: DeviceKind | None = None) -> torch.device:
-    """The device of this process: the CUDA device with its local rank's number if there is one, else the CPU.
-
-    Args:
-        asked: "cpu" or "cuda"; None takes what is there.
-
-    Raises:
-        ValueError: If CUDA is asked for and this process has no device.
-    """
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked == "cuda" and index >= count:
-        raise ValueError(
-            f"device is 'cuda', but process {index} of this machine finds {count} CUDA devices; start at most one "
-            "process for each, or give device 'cpu'"
-        )
-    return torch.device("cuda", index) if asked != "cpu" and index < count else torch.device("cpu")
 
 
 def use_device(device: torch.device) -> None:

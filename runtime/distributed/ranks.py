@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from data.arrays import IntArray
-from runtime.distributed.device import DeviceKind, local_device, use_device
+from data.models.device import Device, pick_device
+from runtime.distributed.device import use_device
 from runtime.distributed.heartbeat import Heartbeat, RankLostError, exit_now
 
 EMULATED_DEVICES = 8
@@ -54,12 +55,12 @@ class Ranks:
         background: gloo's process group for plans and weights, which are sent while the model runs.
     """
 
-    def __init__(self, timeout_s: float = 60.0, device: DeviceKind | None = None) -> None:
+    def __init__(self, timeout_s: float = 60.0, device: Device | None = None) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if timeout_s <= 0:
             raise ValueError(f"the timeout is {timeout_s} seconds, expected more than 0")
         self.timeout_s = timeout_s
-        self.device = local_device(device)
+        self.device = pick_device(device)
         self.background: Any = None
         self._said: Counter[str] = Counter()
 

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from data.arrays import IntArray
 from data.files import sha256
+from data.models.device import Device
 from data.models.switch import Dtype, LoadedSwitch, load_dense, load_switch
 from data.models.weights import ModelWeights
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
-from runtime.distributed.device import DeviceKind, Stopwatch, to_device
+from runtime.distributed.device import Stopwatch, to_device
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchOutput, ModelBatch, forward
 from runtime.engine.controller import Controller, Preparation
@@ -38,7 +39,6 @@ from runtime.engine.generation import DecoderSteps, GenerationSettings, ended, g
 from runtime.engine.model import ReplicatedModel
 from runtime.experts.weights import ExpertSource, FileWeights, ModuleWeights
 from runtime.offload.slots import MemoryBudget
-
 
 REDUNDANT = 16
 """Replica slots of each MoE layer over several devices, unless told otherwise."""
@@ -94,7 +94,7 @@ class Engine:
         expert_overhead_tokens: int | Literal["auto"] = 0,
         homes: IntArray | None = None,
         revision: str = "",
-        device: DeviceKind | None = None,
+        device: Device | None = None,
         dtype: Dtype | None = None,
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
@@ -309,7 +309,7 @@ class Engine:
         return ids[: wanted.sequences_each * (rows.stop - rows.start)]
 
 
-def _device_of(model: Any, asked: DeviceKind | None) -> DeviceKind | None:
+def _device_of(model: Any, asked: Device | None) -> Device | None:
     """The kind of device to use; a model object stays where it is.
 
     Raises:

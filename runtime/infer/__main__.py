@@ -18,12 +18,12 @@ from rich.progress import track
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder, write_json
+from data.models.device import Device
 from data.models.switch import Dtype, load_switch
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.tracer import model_inputs
-from runtime.distributed.device import DeviceKind
 from runtime.distributed.heartbeat import RankLostError, exit_now
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, ModelBatch
@@ -53,7 +53,7 @@ def infer(
     predictor: Path | None = None,
     text: str | None = None,
     devices: int | None = None,
-    redundant: int = 16,
+    redundant: int | None = None,
     max_moves: int | None = None,
     devices_per_node: int | None = None,
     expert_overhead_tokens: int | Literal["auto"] = 0,
@@ -61,7 +61,7 @@ def infer(
     batching: BatchingConfig = BatchingConfig(),
     check: bool = True,
     allow_fallback: bool = False,
-    device: DeviceKind | None = None,
+    device: Device | None = None,
     dtype: Dtype | None = None,
     device_memory: str | None = None,
     host_memory: str | None = None,
@@ -80,7 +80,7 @@ def infer(
         text: File, folder or hub data set; by default the offline corpus' held-out batches.
         devices: Devices that the experts are spread over; under torchrun the number of processes, else 8, run and timed
             one after the other.
-        redundant: Replica slots of each MoE layer over all devices.
+        redundant: Replica slots of each MoE layer over all devices: 16, or 0 on one device, unless given.
         max_moves: Most experts copied before one batch, over all layers; no limit by default.
         devices_per_node: Devices that share a fast network, for copies and tokens to stay within; one node by default.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, which
@@ -117,7 +117,7 @@ def infer(
         engine = Engine(
             model, predictor, devices, redundant, max_moves=max_moves, devices_per_node=devices_per_node,
             expert_overhead_tokens=expert_overhead_tokens, device_memory=device_memory, host_memory=host_memory,
-            timeout_s=timeout, **chosen,
+            measure=True, timeout_s=timeout, **chosen,
             must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
         plain = plain_model(model, engine) if check else None

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.models.device import pick_device
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
-from runtime.distributed.device import local_device
 from runtime.engine.engine import Engine
 from runtime.experts.slots import ResidentSlots
 from tests.helpers.batches import batches
@@ -126,4 +126,4 @@ def test_a_layer_of_very_many_experts(counts, experts):
 def test_a_process_beyond_the_last_gpu_computes_on_the_host(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pretending(devices=1):
-        assert local_device() == torch.device("cpu")
+        assert pick_device() == torch.device("cpu")

@@ -61,7 +61,7 @@ def command(switch_folder, predictor, tmp_path, monkeypatch, capsys):
 def test_contract(command, tmp_path):
     shown = command(**{"expert-overhead-tokens": "auto"}).out
     assert "Outputs equal the plain model's" in shown
-    assert len(shown.splitlines()) <= 16
+    assert len(shown.splitlines()) <= 18  # two of them may be wrapped paths
     report = json.loads(shown.splitlines()[-1])
     assert report["batches"] == 5
     assert report["tokens"] > 0
@@ -227,7 +227,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         *(
             []
             if torch.cuda.is_available()
-            else [({"device": "cuda"}, "device is 'cuda', but process 0 of this machine finds 0 CUDA devices")]
+            else [({"device": "cuda"}, "device is cuda, and of CUDA devices torch finds none; use --device cpu")]
         ),
         ({"timeout": 0}, "the timeout is 0.0 seconds"),
         ({"host-memory": "1GiB"}, "host_memory is 1GiB without device_memory"),
