@@ -33,6 +33,7 @@ smoke: .venv/ready
 	rm -rf outputs/smoke
 	$(BIN)/python train.py --config configs/smoke.yaml
 	$(BIN)/python -m runtime.infer --predictor outputs/smoke/predictor --batches 4 --out outputs/smoke/infer
+	$(BIN)/python -m pytest tests/runtime/gpu/test_trained_predictor.py
 
 # Tests, exactness, benchmarks and sanitizers on all GPUs; outputs/predictor is trained first if it does not exist.
 gpu: .venv/ready
