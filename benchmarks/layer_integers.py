@@ -3,8 +3,8 @@
     python -m benchmarks.layer_integers
 
 Counts of all ranks to quotas (the split), and quotas to the indices of dispatch and combine, for one rank of several
-with 64 experts, 16 replica slots and 2,048 tokens a rank of Zipf-distributed load; see docs/gpu.md. The tenth percentile
-of many calls is shown, because other programs on the machine only add to a call.
+with 64 experts, 16 replica slots and 2,048 tokens a rank of Zipf-distributed load; see docs/gpu.md. Of many calls the
+tenth percentile is shown, because other programs on the machine only add to a call.
 """
 
 import json
