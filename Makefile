@@ -7,9 +7,10 @@ PREDICTOR := outputs/predictor
 export PYTHONDONTWRITEBYTECODE :=
 
 # What a second core does meanwhile: train.py's packages are compiled to bytecode, and the network's kernels, while the
-# trace is collected; the planner's kernels while the predictor trains. Later runs find all of it cached.
+# trace is collected; the kernels of planner and layer while the predictor trains. Later runs find all of it cached.
 IMPORTS := import train; from predictor.recurrence import compile_kernels; compile_kernels()
-KERNELS := from runtime.balancing.balancer import compile_kernels; compile_kernels()
+KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
+	balancer.compile_kernels(); dispatch.compile_kernels()
 
 .PHONY: run test smoke gpu clean
 

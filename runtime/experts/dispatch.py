@@ -278,6 +278,12 @@ def first_token_of_slots(quota_P: IntArray, phy2log_P: IntArray) -> IntArray:
     return first_P
 
 
+def compile_kernels() -> None:
+    """Compiles the index arithmetic and caches it on disk: some seconds once, none afterwards."""
+    counts_SE = counts_of(np.ones((1, 2), dtype=np.int32))
+    plan_dispatch(counts_SE, np.arange(2), 0, np.array([[0, 2]]), np.arange(2), (1, 2), np.zeros(1, dtype=np.int64))
+
+
 class TokenDispatch:
     """One all-to-all of tokens and the one back; call `received`, `send_back` and `combine` in this order.
 

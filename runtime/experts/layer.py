@@ -170,7 +170,7 @@ class ReplicatedExperts(nn.Module):
             token_T, counts_2E = sort_on_host(one_hot_T1E[:, 0], self._skipped_T)
             with self.waited:
                 counts_S2E = self.ranks.gather(counts_2E).numpy()
-            counts_SE, routed_E = counts_S2E[:, 0], counts_S2E[:, 1].sum(0)
+            counts_SE, routed_E = np.ascontiguousarray(counts_S2E[:, 0]), counts_S2E[:, 1].sum(0)
         else:
             if self._experts_E is None:
                 self._experts_E = torch.arange(one_hot_T1E.shape[-1], device=hidden_TD.device)
