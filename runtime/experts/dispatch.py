@@ -280,8 +280,9 @@ def first_token_of_slots(quota_P: IntArray, phy2log_P: IntArray) -> IntArray:
 
 def compile_kernels() -> None:
     """Compiles the index arithmetic and caches it on disk: some seconds once, none afterwards."""
-    counts_SE = counts_of(np.ones((1, 2), dtype=np.int32))
-    plan_dispatch(counts_SE, np.arange(2), 0, np.array([[0, 2]]), np.arange(2), (1, 2), np.zeros(1, dtype=np.int64))
+    counts_SE, phy2log = counts_of(np.ones((1, 2), dtype=np.int32)), np.arange(2)
+    phy2log.flags.writeable = False  # as in a plan: numba compiles for either
+    plan_dispatch(counts_SE, phy2log, 0, np.array([[0, 2]]), np.arange(2), (1, 2), np.zeros(1, dtype=np.int64))
 
 
 class TokenDispatch:
