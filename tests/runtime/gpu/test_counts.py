@@ -23,7 +23,7 @@ LAYER_CALLS = 2 * BATCHES  # the random model has two MoE layers
 EXPERTS = "runtime/experts/"
 
 
-def run(counts: RequestCounts, switch, dtype: torch.dtype, devices: int, measure: bool = False) -> RequestCounts:
+def run(counts: RequestCounts, switch, dtype: torch.dtype, devices: int, measure: bool | None = None) -> RequestCounts:
     """Counts of some batches, after one batch at which the engine was warm."""
     redundant = 0 if devices == 1 else 8
     with Engine(on_cuda(switch, dtype), Noise(switch.layout), devices, redundant, measure=measure) as engine:
@@ -53,10 +53,10 @@ def test_kernels_of_a_layer_on_one_device(counts, switch):
     assert counts.total("kernel", site=EXPERTS) == 19 * LAYER_CALLS, str(counts)
 
 
-@pytest.mark.parametrize(("devices", "measure"), [(1, False), (8, True)])
+@pytest.mark.parametrize(("devices", "measure"), [(1, False), (1, None), (8, True)])
 def test_times_take_events_only_if_they_are_measured(counts, switch, devices, measure):
     counts = run(counts, switch, torch.bfloat16, devices, measure)
-    assert (counts.total("timing event") > 0) == measure
+    assert (counts.total("timing event") > 0) == bool(measure)
 
 
 def test_loads_that_the_device_alone_has_counted_are_those_of_the_plain_layers(counts, switch):
@@ -101,6 +101,13 @@ def test_generate_keeps_no_events(counts, switch):
             engine.generate(tokens, **settings)
             living.append(living_events())
     assert living[1] == living[2]
+
+
+def test_closing_waits_for_the_stream_of_moves(counts, switch):
+    with Engine(on_cuda(switch), Noise(switch.layout), 8, 8) as engine:
+        list(engine.run(batches(1)))
+        counts.reset()
+    assert counts.total("sync", "Stream.synchronize") == 1, str(counts)
 
 
 def test_one_gpu_is_one_device(counts, switch_folder):

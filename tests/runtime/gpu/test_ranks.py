@@ -1,12 +1,18 @@
 """The collectives of several ranks with a GPU each, run one after another: threads, order, first calls, contexts."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from data.models.switch import load_switch
 from data.traces.trace import TokenBatch, pad_tokens
+from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import ModelBatch
 from runtime.engine.engine import Engine
+from tests.helpers.budgets import budget
 from tests.helpers.fake_ranks import (
     assert_first_calls_are_joined,
     assert_one_thread,
@@ -62,12 +68,33 @@ def test_nccl_is_called_from_one_thread(logs):
     assert_one_thread(logs)
 
 
+def test_nccl_is_called_in_one_group(logs):
+    """Two groups are two communicators, whose calls could wait for each other even from one thread."""
+    assert {call.group for log in logs for call in log.nccl} == {"default"}
+
+
 def test_all_ranks_join_the_first_call_of_a_group(logs):
     assert_first_calls_are_joined(logs)
 
 
 def test_a_rank_makes_its_own_device_current_alone(logs):
     assert [log.contexts for log in logs] == [{rank} for rank in range(WORLD)]
+
+
+def test_the_communicator_is_made_with_all_ranks_when_the_groups_open():
+    def run(rank: int):
+        with mock.patch.object(dist, "init_process_group", wraps=dist.init_process_group) as init, Ranks():
+            return init.call_args.kwargs["device_id"]
+
+    assert [log.result for log in on_fake_ranks(2, run)] == [torch.device("cuda", rank) for rank in range(2)]
+
+
+def test_threads_that_load_experts_make_the_ranks_own_device_current(switch_folder):
+    def run(rank: int):
+        with Engine(switch_folder, None, None, REDUNDANT, device_memory=budget(6), host_memory=budget(8)) as engine:
+            return list(engine.run(equal_shares(1)))
+
+    assert [log.contexts for log in on_fake_ranks(2, run)] == [{0}, {1}]
 
 
 def test_counts_are_gathered_into_one_tensor(logs):
