@@ -137,3 +137,23 @@ def test_a_forecaster_gets_copies_of_the_tokens():
     made.commit(wait=True)
     assert tokens.input_ids.tolist() == [[1, 2, 3]]
     assert (made.history[-1] == SKEWED).all()
+
+
+def test_after_closing_no_copies_are_started():
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Slow(LastBatch):
+        def forecast(self, upcoming, history):
+            asked.set()
+            go_on.wait(10)
+            return super().forecast(upcoming, history)
+
+    made = controller(Slow())
+    made.observe(SKEWED)
+    made.prepare(None)
+    future = made._future
+    assert asked.wait(10)
+    made.close()
+    go_on.set()
+    assert "the engine was closed before the weights were copied" in str(future.exception(10))
+    assert made.transfer.target is HOME
