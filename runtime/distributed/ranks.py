@@ -156,7 +156,8 @@ class Ranks:
         if self.world == 1:
             return row[None]
         rows = row.new_empty((self.world, *row.shape))
-        dist.all_gather_into_tensor(rows.view(-1), row.contiguous().view(-1))
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(rows.view(-1), row.contiguous().view(-1))
         return rows
 
     def all_to_all(self, rows: Tensor, send_sizes: list[int], out: Tensor, receive_sizes: list[int]) -> Any:

@@ -15,8 +15,9 @@ from torch.distributed import distributed_c10d
 from torch.utils._pytree import tree_leaves
 
 OPERATIONS = (
-    "all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single", "batch_isend_irecv",
-    "broadcast", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter_tensor", "scatter", "send",
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all", "all_to_all_single",
+    "batch_isend_irecv", "broadcast", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter_tensor", "scatter",
+    "send",
 )  # fmt: skip
 
 

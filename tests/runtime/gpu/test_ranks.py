@@ -99,4 +99,5 @@ def test_threads_that_load_experts_make_the_ranks_own_device_current(switch_fold
 
 def test_counts_are_gathered_into_one_tensor(logs):
     gathers = {call.operation for log in logs for call in log.nccl if "all_gather" in call.operation}
-    assert gathers == {"all_gather_into_tensor"}
+    assert gathers <= {"all_gather_single", "all_gather_into_tensor"}
+    assert gathers

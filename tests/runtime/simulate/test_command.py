@@ -138,8 +138,8 @@ def test_devices_per_node_keeps_moves_within_a_node():
     eplb, home = report["results"]
     assert home["near_moves"] == pytest.approx(0.65, abs=0.02)  # ties break by rounding, which processors differ in
     assert eplb["near_moves"] < 0.5
-    assert home["near_tokens"] == pytest.approx(0.591, abs=0.001)
-    assert home["balancedness"] == pytest.approx(0.976, abs=0.001)
+    assert home["near_tokens"] == pytest.approx(0.59, abs=0.01)
+    assert home["balancedness"] == pytest.approx(0.976, abs=0.005)
 
 
 def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
