@@ -121,7 +121,7 @@ def layer(home: ReplicationPlan, ranks: Ranks, like: torch.Tensor, overhead: int
     """A layer with random weights on this rank's devices, in the dtype of `like` and where it lies."""
     own = home.num_devices // ranks.world
     devices = range(ranks.rank * own, (ranks.rank + 1) * own)
-    weights = ResidentSlots(home, 0, devices, (D_FF, D_MODEL), like, torch.nn.ReLU())
+    weights = ResidentSlots(home, 0, devices, (D_FF, D_MODEL), like, torch.nn.ReLU(), ranks.world > 1)
     generator = torch.Generator(like.device).manual_seed(ranks.rank)
     weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
     weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
