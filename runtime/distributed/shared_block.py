@@ -48,22 +48,24 @@ class SharedBlock:
                 )
             return cls(tensor, None)
         size = math.prod(shape) * like.element_size()
-        path: str | None = None
         try:
             number, path = tempfile.mkstemp(prefix="switchcast-", dir=MEMORY)
-            os.posix_fallocate(number, 0, size)  # a page that is missing later would end the process by SIGBUS
-            os.close(number)
-            tensor = torch.from_file(path, shared=True, size=math.prod(shape), dtype=like.dtype).view(tuple(shape))
-            return cls(tensor, path)
         except OSError:
-            if path is not None:
-                Path(path).unlink(missing_ok=True)
             return cls(like.new_zeros(tuple(shape)), None)
+        try:
+            os.posix_fallocate(number, 0, size)  # a page that is missing later would end the process by SIGBUS
+            tensor = torch.from_file(path, shared=True, size=math.prod(shape), dtype=like.dtype).view(tuple(shape))
+            return cls(tensor, {"file": f"/proc/{os.getpid()}/fd/{number}", "name": path})
+        except OSError:
+            os.close(number)
+            return cls(like.new_zeros(tuple(shape)), None)
+        finally:
+            Path(path).unlink()  # at once, so that nothing is left whatever happens; others open it by its number
 
     def close_to_others(self) -> None:
         """No other process can open the memory from now on; those that have keep it."""
-        if isinstance(self.handle, str):
-            Path(self.handle).unlink(missing_ok=True)
+        if isinstance(self.handle, dict):
+            os.close(int(self.handle["file"].rpartition("/")[2]))
 
 
 def open_block(handle: Any, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -73,10 +75,11 @@ def open_block(handle: Any, shape: Sequence[int], like: Tensor) -> Tensor:
         OSError: If it is gone.
         RuntimeError: If this device cannot reach its memory.
     """
-    if isinstance(handle, str):
-        if not Path(handle).is_file():
-            raise OSError(f"{handle} is gone")
-        return torch.from_file(handle, shared=True, size=math.prod(shape), dtype=like.dtype).view(tuple(shape))
+    if isinstance(handle, dict):
+        if os.readlink(handle["file"]) != f"{handle['name']} (deleted)":  # a number of another file by now
+            raise OSError(f"{handle['name']} is gone")
+        size = math.prod(shape)
+        return torch.from_file(handle["file"], shared=True, size=size, dtype=like.dtype).view(tuple(shape))
     parts = [base64.b64decode(part["bytes"]) if isinstance(part, dict) else part for part in handle]
     # opened on the device that reads it, which needs no context on the one that owns it
     storage: Any = torch.UntypedStorage._new_shared_cuda(like.device.index, *parts)

@@ -90,8 +90,8 @@ def on_one_rank(rank: int, shared: bool, machines: int) -> tuple[list[list[list[
     with Ranks() as ranks:
         transfer = transfer_of(range(rank, rank + 1), ranks, shared)
         seen = steps(transfer)
-        paths = [block.handle for slots in transfer.layers for block in slots.blocks]
-        left = [path for path in paths if path is not None and Path(path).exists()]
+        handles = [block.handle for slots in transfer.layers for block in slots.blocks if block.handle]
+        left = [place for handle in handles for place in handle.values() if Path(place).exists()]
         return seen, transfer._mapped.pulls, left
 
 
