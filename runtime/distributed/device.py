@@ -74,10 +74,12 @@ class Stopwatch:
         elif self.on:
             self._seconds += time.perf_counter() - self._began
 
+    def restart(self, on: bool) -> None:
+        """Forgets what it has measured, and measures from now on or does not."""
+        self._seconds, self._events, self.on = 0.0, [], on
+
     def take_ms(self) -> float:
-        """Milliseconds since the last call of this method, NaN if it is off; waits until the timed work is done."""
-        if not self.on:
-            return float("nan")
+        """Milliseconds since the last call of this method; waits until the timed work is done."""
         for start, stop in zip(self._events[::2], self._events[1::2], strict=True):
             stop.synchronize()
             self._seconds += start.elapsed_time(stop) / 1e3

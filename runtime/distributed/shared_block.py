@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ class SharedBlock:
 
     Attributes:
         tensor: The tensor.
-        handle: For `open_block`; None if the memory cannot be shared.
+        handle: For `open_block`, as long as this object lives; None if the memory cannot be shared.
+        file: The open file that the handle names.
     """
 
     tensor: Tensor
-    handle: Any
+    handle: Any = None
+    file: IO[bytes] | None = None
 
     @classmethod
     def zeros(cls, shape: Sequence[int], like: Tensor) -> "SharedBlock":
@@ -42,30 +44,19 @@ class SharedBlock:
         if like.device.type == "cuda":
             tensor = like.new_zeros(tuple(shape))
             with suppress(RuntimeError):  # allocators of expandable segments have no handles
-                parts = tensor.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
-                return cls(
-                    tensor, [{"bytes": base64.b64encode(p).decode()} if isinstance(p, bytes) else p for p in parts]
-                )
-            return cls(tensor, None)
-        size = math.prod(shape) * like.element_size()
-        try:
-            number, path = tempfile.mkstemp(prefix="switchcast-", dir=MEMORY)
-        except OSError:
-            return cls(like.new_zeros(tuple(shape)), None)
-        try:
-            os.posix_fallocate(number, 0, size)  # a page that is missing later would end the process by SIGBUS
-            tensor = torch.from_file(path, shared=True, size=math.prod(shape), dtype=like.dtype).view(tuple(shape))
-            return cls(tensor, {"file": f"/proc/{os.getpid()}/fd/{number}", "name": path})
-        except OSError:
-            os.close(number)
-            return cls(like.new_zeros(tuple(shape)), None)
-        finally:
-            Path(path).unlink()  # at once, so that nothing is left whatever happens; others open it by its number
-
-    def close_to_others(self) -> None:
-        """No other process can open the memory from now on; those that have keep it."""
-        if isinstance(self.handle, dict):
-            os.close(int(self.handle["file"].rpartition("/")[2]))
+                _, *parts = tensor.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
+                text = [{"bytes": base64.b64encode(p).decode()} if isinstance(p, bytes) else p for p in parts]
+                return cls(tensor, text)
+            return cls(tensor)
+        size = math.prod(shape)
+        with suppress(OSError):
+            # unlinked when it is closed below, so that nothing is left whatever happens; others open it by its number
+            with tempfile.NamedTemporaryFile(prefix="switchcast-", dir=MEMORY) as named:
+                os.posix_fallocate(named.fileno(), 0, size * like.element_size())  # else SIGBUS where a page is missing
+                tensor = torch.from_file(named.name, shared=True, size=size, dtype=like.dtype).view(tuple(shape))
+                file = os.fdopen(os.dup(named.fileno()), "rb")
+            return cls(tensor, {"file": f"/proc/{os.getpid()}/fd/{file.fileno()}", "name": named.name}, file)
+        return cls(like.new_zeros(tuple(shape)))
 
 
 def open_block(handle: Any, shape: Sequence[int], like: Tensor) -> Tensor:

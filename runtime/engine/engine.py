@@ -190,7 +190,8 @@ class Engine:
             self.ranks.__exit__(None, None, None)
             raise
         self._open = True
-        self.controller = Controller(self.forecaster, self.planner, self.replicated.transfer, self.ranks)
+        forecaster = self.forecaster if self.replicated.places else None
+        self.controller = Controller(forecaster, self.planner, self.replicated.transfer, self.ranks)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -225,8 +226,8 @@ class Engine:
         return self._run(ModelBatch.of(batch, self.switch.model.config) for batch in batches)
 
     def _run(self, queue: Iterator[ModelBatch]) -> Iterator[BatchOutput]:
-        controller, current, first, places = self.controller, next(queue, None), True, self.replicated.places
-        if current is not None and places:
+        controller, current, first = self.controller, next(queue, None), True
+        if current is not None:
             controller.prepare(current.tokens)
         while current is not None:
             upcoming, failure = _read(queue)  # outside the lock, because the caller's iterator may use the engine
@@ -237,10 +238,10 @@ class Engine:
                 preparation = controller.commit(wait=first)
                 exposed_ms = 1e3 * (time.perf_counter() - began)
                 self.replicated.follow_plan()
-                if upcoming is not None and places:
+                if upcoming is not None:
                     controller.prepare(upcoming.tokens)
                 output = self._forward(current, preparation, exposed_ms)
-            if places:
+            if self.replicated.places:  # else nobody uses it, and on CUDA the look would wait for the device
                 controller.observe(output.stats.load)
             yield output
             if failure is not None:
@@ -257,10 +258,11 @@ class Engine:
         own = batch.part(rows)
         read = torch.zeros(len(own.tokens.mask)).bool() if own.decoder is None else own.decoder.mask.any(1)
         with self.replicated.batch(own.tokens, own.decoder, read, preparation is not None, self.measure):
-            forward_time = Stopwatch(self.switch.model.device, self.measure)
-            with forward_time:
+            stopwatch = Stopwatch(self.switch.model.device, self.measure)
+            with stopwatch:
                 logits = forward(self.switch.model, own)
-        stats = self.replicated.stats(self.measure, forward_time.take_ms(), exposed_ms, preparation)
+        compute_ms = stopwatch.take_ms() if self.measure else float("nan")
+        stats = self.replicated.stats(self.measure, compute_ms, exposed_ms, preparation)
         return BatchOutput(logits[: rows.stop - rows.start], rows, stats)
 
     @torch.no_grad()
@@ -295,8 +297,7 @@ class Engine:
         if idle:
             settings["stopping_criteria"] = [ended]
         with self._running, self.ranks.watched():
-            if self.replicated.places:
-                self.controller.prepare(batch.tokens)
+            self.controller.prepare(batch.tokens)
             preparation = self.controller.commit(wait=True)
             self.replicated.follow_plan()
             read = torch.full((len(own.mask),), not idle)

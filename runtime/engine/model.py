@@ -176,6 +176,8 @@ class ReplicatedModel:
     def _take_ms(self) -> tuple[FloatArray, FloatArray]:
         """Milliseconds each device computed, `[L, G]`, and each rank waited, `[L, S]`."""
         own = np.array([[*experts.slots.take_busy_ms(), experts.waited.take_ms()] for experts in self.layers])
+        for experts in self.layers:  # nobody would take the times of plain calls
+            experts.measure(False)
         times = self._ranks.gather(torch.from_numpy(own)).numpy()  # [S, L, own + 1]
         waited = times[:, :, -1].T if self._ranks.world > 1 else np.zeros((len(self.layers), 1))
         return np.concatenate(times[:, :, :-1], axis=-1), waited

@@ -74,11 +74,11 @@ class Slots(Protocol):
         ...
 
     def measure(self, on: bool) -> None:
-        """Says whether times are measured from now on."""
+        """Begins to measure times anew, or ends it."""
         ...
 
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds each device here computed since the last call of this method; NaN if not measured."""
+        """Milliseconds each device here computed since the last call of this method."""
         ...
 
 
@@ -115,7 +115,7 @@ class ReplicatedExperts(nn.Module):
         check_nodes(num_devices, devices_per_node)
         self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self.slots, self.phy2log, self.ranks, self.num_devices = slots, phy2log, ranks, num_devices
-        self.waited = Stopwatch(ranks.device)
+        self.waited = Stopwatch(ranks.device, on=False)
         self._skipped_T: Tensor | None = None
         self._experts_E: Tensor | None = None
         self._one_device = num_devices == 1 and np.array_equal(phy2log, np.arange(len(phy2log)))
@@ -131,9 +131,13 @@ class ReplicatedExperts(nn.Module):
             measure: Whether to measure times, which on CUDA takes events.
         """
         self.phy2log, self._skipped_T = phy2log, skipped_T
-        self.waited.on = measure
-        self.slots.measure(measure)
+        self.measure(measure)
         self.reset_counters()
+
+    def measure(self, on: bool) -> None:
+        """Begins to measure times anew, or ends it."""
+        self.waited.restart(on)
+        self.slots.measure(on)
 
     def begin_step(self, skipped_T: Tensor | None) -> None:
         """Begins a decoder step of the batch, with skipped tokens of its own; the counters go on."""

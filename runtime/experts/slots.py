@@ -70,12 +70,12 @@ class ResidentSlots:
         buffers = int(np.where(self._home_P, 1, 2).sum())
         shapes = (buffers, *shape_FD), (buffers, *reversed(shape_FD))
         self.blocks = [
-            SharedBlock.zeros(shape, like) if shared else SharedBlock(like.new_zeros(shape), None) for shape in shapes
+            SharedBlock.zeros(shape, like) if shared else SharedBlock(like.new_zeros(shape)) for shape in shapes
         ]
         self.wi_NFD, self.wo_NDF = (block.tensor for block in self.blocks)
         by_device = (stacked.chunk(len(devices)) for stacked in (self.wi_NFD, self.wo_NDF))
         self.experts = [GroupedExperts(wi_NFD, wo_NDF, activation) for wi_NFD, wo_NDF in zip(*by_device, strict=True)]
-        self._busy = [Stopwatch(like.device) for _ in devices]
+        self._busy = [Stopwatch(like.device, on=False) for _ in devices]
 
     @torch.no_grad()
     def fill(self, source: ExpertSource) -> None:
@@ -124,12 +124,12 @@ class ResidentSlots:
             return self.experts[0].compute_groups(rows_MD, ends_P)
 
     def measure(self, on: bool) -> None:
-        """Says whether times are measured from now on."""
+        """Begins to measure times anew, or ends it."""
         for stopwatch in self._busy:
-            stopwatch.on = on
+            stopwatch.restart(on)
 
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds each device here computed since the last call of this method; NaN if not measured."""
+        """Milliseconds each device here computed since the last call of this method."""
         return [stopwatch.take_ms() for stopwatch in self._busy]
 
     def _by_buffer(self, value_P: IntArray) -> IntArray:

@@ -53,9 +53,6 @@ class MappedHomes:
             except (OSError, RuntimeError) as error:
                 log.warning("the weights of rank %d cannot be mapped and will be sent instead (%s)", rank, error)
         self.pulls = [set(mapped) for mapped in ranks.exchange("mapped homes", sorted(self._blocks))]
-        for slots in layers:
-            for block in slots.blocks:
-                block.close_to_others()
 
     def home(self, layer: int, slot: int) -> list[Tensor]:
         """The two matrices in a home slot of a rank that this one has mapped."""

@@ -75,7 +75,7 @@ class OffloadedSlots:
         self.layer, self._cache, self._activation = layer, cache, activation
         self.span = slice(device * plan.slots_per_device, (device + 1) * plan.slots_per_device)
         self.expert_P = plan.phy2log[layer, self.span]
-        self._busy = Stopwatch(like.device)
+        self._busy = Stopwatch(like.device, on=False)
 
     needs_no_sizes = False
     buffers = 0, 0
@@ -105,11 +105,11 @@ class OffloadedSlots:
         raise NotImplementedError
 
     def measure(self, on: bool) -> None:
-        """Says whether times are measured from now on."""
-        self._busy.on = on
+        """Begins to measure times anew, or ends it."""
+        self._busy.restart(on)
 
     def take_busy_ms(self) -> list[float]:
-        """Milliseconds of computation since the last call, without waiting for experts; NaN if not measured."""
+        """Milliseconds of computation since the last call, without waiting for experts."""
         return [self._busy.take_ms()]
 
 

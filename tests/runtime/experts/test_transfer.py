@@ -91,7 +91,9 @@ def on_one_rank(rank: int, shared: bool, machines: int) -> tuple[list[list[list[
         transfer = transfer_of(range(rank, rank + 1), ranks, shared)
         seen = steps(transfer)
         handles = [block.handle for slots in transfer.layers for block in slots.blocks if block.handle]
-        left = [place for handle in handles for place in handle.values() if Path(place).exists()]
+        left = [handle["name"] for handle in handles if Path(handle["name"]).exists()]
+        again = WeightTransfer(transfer.layers, transfer.plan, ranks)  # a second one over the same slots
+        assert again._mapped.pulls == transfer._mapped.pulls
         return seen, transfer._mapped.pulls, left
 
 
