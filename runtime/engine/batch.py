@@ -130,6 +130,11 @@ class BatchStats:
     tiers: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
     @property
+    def measured(self) -> bool:
+        """Whether times were measured."""
+        return not np.isnan(self.compute_ms)
+
+    @property
     def layer_balancedness(self) -> FloatArray:
         """Mean device load over the largest one in each MoE layer, `[L]`; 1 is perfect."""
         return balancedness(self.device_load)

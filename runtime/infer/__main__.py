@@ -111,13 +111,10 @@ def infer(
     check_folder(out)
     exporters = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*exporters, out, settings) as telemetry:
-        chosen: dict[str, Any] = {
-            name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
-        }
         engine = Engine(
             model, predictor, devices, redundant, max_moves=max_moves, devices_per_node=devices_per_node,
             expert_overhead_tokens=expert_overhead_tokens, device_memory=device_memory, host_memory=host_memory,
-            measure=True, timeout_s=timeout, **chosen,
+            device=device, dtype=dtype, measure=True, timeout_s=timeout,
             must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
         plain = plain_model(model, engine) if check else None

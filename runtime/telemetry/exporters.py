@@ -87,7 +87,8 @@ class PrometheusEndpoint(Exporter):
         self._late.inc(document["late"])
         for reason, times in document["fallbacks"].items():  # a label per message would grow without bound
             self._fallbacks.labels(reason.partition(":")[0]).inc(times)
-        self._compute.observe(document["compute_ms"] / 1e3)
+        if document["compute_ms"] is not None:
+            self._compute.observe(document["compute_ms"] / 1e3)
         self._exposed.observe(document["exposed_ms"] / 1e3)
         for tier, counters in document["tiers"].items():
             for name, value in counters.items():
@@ -97,16 +98,21 @@ class PrometheusEndpoint(Exporter):
             self._balance.labels(layer).observe(figures["balancedness"])
             if figures["load_tv"] is not None:
                 self._error.labels(layer).observe(figures["load_tv"])
-            self._slowest.labels(layer).observe(max(figures["busy_ms"]) / 1e3)
             self._tokens.labels(layer, "local").inc(figures["tokens_local"])
             self._tokens.labels(layer, "sent").inc(figures["tokens_sent"])
             self._moves.labels(layer).inc(figures["moves"])
             self._bytes.labels(layer).inc(figures["bytes"])
-            for device, ms in enumerate(figures["busy_ms"]):
-                self._busy.labels(layer, device).inc(ms / 1e3)
-                self._device_tokens.labels(layer, device).set(figures["device_tokens"][device])
-            for rank, ms in enumerate(figures["waited_ms"]):
-                self._waited.labels(layer, rank).inc(ms / 1e3)
+            for device, tokens in enumerate(figures["device_tokens"]):
+                self._device_tokens.labels(layer, device).set(tokens)
+            if document["compute_ms"] is not None:
+                self._add_times(layer, figures)
+
+    def _add_times(self, layer: str, figures: Document) -> None:
+        self._slowest.labels(layer).observe(max(figures["busy_ms"]) / 1e3)
+        for device, ms in enumerate(figures["busy_ms"]):
+            self._busy.labels(layer, device).inc(ms / 1e3)
+        for rank, ms in enumerate(figures["waited_ms"]):
+            self._waited.labels(layer, rank).inc(ms / 1e3)
 
     def close(self, failed: bool) -> None:
         """Stops serving."""

@@ -37,7 +37,8 @@ def figures(layers: Sequence[str], stats: BatchStats) -> Document:
     `source` is the forecaster's name, "history" if the average of past loads took its place, and "none" if nothing was
     forecast or the preparation was late. `moves` and `bytes` count what the preparation before the batch copied;
     `load_tv` is the forecast's error. `tiers` counts from the start of the run. Lists have one entry a device
-    (`device_tokens`, `busy_ms`) or a rank (`waited_ms`).
+    (`device_tokens`, `busy_ms`) or a rank (`waited_ms`). `compute_ms`, `busy_ms` and `waited_ms` are None if times were
+    not measured.
     """
     done, errors = stats.preparation, forecast_error(stats)
     source = done.forecast.source if done and done.forecast else "none"
@@ -47,7 +48,7 @@ def figures(layers: Sequence[str], stats: BatchStats) -> Document:
     return {
         "source": "history" if source == Ema.name else source,
         "load_tv": None if errors is None else float(errors.mean()),
-        "compute_ms": stats.compute_ms,
+        "compute_ms": stats.compute_ms if stats.measured else None,
         "exposed_ms": stats.exposed_ms,
         "forecast_ms": done.forecast_ms if done else None,
         "plan_ms": done.plan_ms if done else None,
@@ -63,8 +64,8 @@ def figures(layers: Sequence[str], stats: BatchStats) -> Document:
                 "moves": moves[layer],
                 "bytes": moves[layer] * expert_bytes,
                 "device_tokens": stats.device_load[layer].tolist(),
-                "busy_ms": stats.busy_ms[layer].tolist(),
-                "waited_ms": stats.waited_ms[layer].tolist(),
+                "busy_ms": stats.busy_ms[layer].tolist() if stats.measured else None,
+                "waited_ms": stats.waited_ms[layer].tolist() if stats.measured else None,
             }
             for layer, name in enumerate(layers)
         ],

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.one_device import grouped
 from data.models.device import pick_device
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
+from runtime.distributed.ranks import Ranks
+from runtime.engine.batch import forward
 from runtime.engine.engine import Engine
+from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 from tests.helpers.batches import batches
 from tests.helpers.cuda_models import on_cuda
@@ -116,11 +120,16 @@ def test_one_gpu_is_one_device(counts, switch_folder):
     assert engine.home.num_devices == 1
 
 
-@pytest.mark.parametrize("experts", [1024, 2048])
-def test_a_layer_of_very_many_experts(counts, experts):
+def bfloat16_slots(experts: int) -> ResidentSlots:
+    """Slots of one device, with matrices of 8 x 8."""
     home = ReplicationPlan.at_home(contiguous_homes(1, experts), 1, 0)
     like = torch.empty(1, dtype=torch.bfloat16, device="cuda")
-    slots = ResidentSlots(home, 0, range(1), (8, 8), like, torch.nn.ReLU())
+    return ResidentSlots(home, 0, range(1), (8, 8), like, torch.nn.ReLU())
+
+
+@pytest.mark.parametrize("experts", [1024, 2048])
+def test_a_layer_of_very_many_experts(counts, experts):
+    slots = bfloat16_slots(experts)
     slots.wi_NFD.fill_(1)
     slots.wo_NDF.copy_(torch.arange(experts, device="cuda")[:, None, None].expand(-1, 8, 8))
     size = np.zeros(experts, dtype=np.int64)
@@ -134,3 +143,23 @@ def test_a_process_beyond_the_last_gpu_computes_on_the_host(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pretending(devices=1):
         assert pick_device() == torch.device("cpu")
+
+
+def test_plain_calls_keep_no_events_and_are_not_counted_to_a_batch(counts, switch):
+    batch = batches(1)[0]
+    with Engine(on_cuda(switch), None, 8, 8, measure=True) as engine:
+        list(engine.run([batch]))
+        forward(engine.switch.model, batch)
+        counts.reset()
+        forward(engine.switch.model, batch)
+        assert counts.total("timing event") == 0, str(counts)
+
+
+def test_the_plain_grouped_layer_that_docs_compare_with(counts):
+    slots = ReplicatedExperts(bfloat16_slots(64), np.arange(64), Ranks(), 1)
+    one_hot = torch.nn.functional.one_hot(torch.arange(256) % 64, 64)[:, None].to("cuda")
+    inputs = torch.randn(256, 8).bfloat16().to("cuda"), one_hot, torch.rand(256, 1).bfloat16().to("cuda")
+    layer = grouped(slots)
+    counts.reset()
+    layer(*inputs)
+    assert (counts.total("kernel"), counts.total("sync"), counts.total("upload")) == (19, 0, 0), str(counts)

@@ -186,3 +186,19 @@ def test_tiers_are_told_where_experts_do_not_fit(switch_folder, tmp_path):
     assert last["hit_rate"] == counters.hit_rate
     assert found["tier", "misses", "device"] == counters.misses
     assert found["tier", "stall_ms", "device"] == pytest.approx(last["stall_ms"])
+
+
+def test_times_that_were_not_measured_are_none_in_every_sink(switch, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    telemetry = Telemetry(port=0, file=tmp_path / "batches.jsonl", wandb=True, folder=tmp_path)
+    with telemetry, Engine(switch, None, 4, 8, measure=False) as engine:
+        for output in engine.run(batches(2)):
+            telemetry.record(LAYERS, output.stats)
+        found = scrape(telemetry.port)
+    lines = (tmp_path / "batches.jsonl").read_text().splitlines()
+    documents = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
+    assert len(documents) == 2
+    assert {document["compute_ms"] for document in documents} == {None}
+    assert documents[0]["layers"][0]["busy_ms"] is documents[0]["layers"][0]["waited_ms"] is None
+    assert found["compute_seconds_count",] == 0
+    assert found["balancedness_count", LAYERS[0]] == 2
