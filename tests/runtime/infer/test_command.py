@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -166,18 +165,6 @@ def test_bfloat16_counts_routes_and_tokens_that_differ(command):
     assert report["differing_tokens"] == round(report["differing_tokens"])
     assert "Outputs equal the plain model's up to bfloat16 rounding" in shown
     assert f"of {report['routes']:,} routes and {report['differing_tokens']} likeliest tokens differ" in shown
-
-
-@pytest.mark.parametrize("chosen", [{}, {"device": "cpu"}, {"device": "cpu", "dtype": "bfloat16"}])
-def test_the_engine_decides_on_device_and_dtype_that_are_not_given(command, chosen, monkeypatch):
-    def engine(*args, **settings):
-        raise ValueError(f"given { ({name: settings[name] for name in ('device', 'dtype') if name in settings}) }")
-
-    monkeypatch.setattr(runtime.infer.__main__, "Engine", engine)
-    monkeypatch.setattr(runtime.infer.__main__, "user_errors", nullcontext)
-    with pytest.raises(ValueError, match="given") as error:
-        command(**chosen)
-    assert str(error.value) == f"given {chosen}"
 
 
 def cut(folder: Path, tmp_path: Path) -> Path:
