@@ -128,12 +128,24 @@ def all_steps(gpus: int, predictor: Path | None, aside: Path) -> list[Step]:
     train = [Step("predictor", [sys.executable, "train.py", "--predictor", str(DEFAULT)], 1800)]
     tests = Step("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 1800)
     trace = ["--device", "cuda", "--dtype", "bfloat16", "--batching.batches", "20", "--out", str(aside / "trace")]
+    alone = [
+        sys.executable,
+        "-m",
+        "benchmarks.one_device",
+        "--device",
+        "cuda",
+        "--dtype",
+        "bfloat16",
+        "--experts",
+        "64",
+    ]
     interference = [sys.executable, "-m", "benchmarks.forecast_interference", "--predictor", str(trained)]
     return [
         tests,
         *([] if predictor else train),
         Step("collect-bfloat16", [sys.executable, "-m", "data.collect", *trace], 900),
         *exactness(gpus, trained, aside),
+        Step("one-device", alone, 900),
         *replication(gpus),
         *tiers(trained, aside),
         Step("forecast-interference", interference, 600),

@@ -1,6 +1,7 @@
 """Overhead on a single device: ReplicatedExperts against the model's own loop over experts and a bare grouped GEMM.
 
     python -m benchmarks.one_device
+    python -m benchmarks.one_device --device cuda --dtype bfloat16
 
 Switch-base geometry, Zipf loads, one process without replicas. Three arms run in turn on the same tokens: the model's
 own experts module (`loop`), sorting and two `grouped_mm` (`grouped`), and `ReplicatedExperts` (`slots`). `padded`
@@ -34,15 +35,15 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def in_slots(loop: SwitchTransformersExperts, experts: int) -> ReplicatedExperts:
-    """The loop's experts in the slots of one device."""
+def in_slots(loop: SwitchTransformersExperts, experts: int, like: torch.Tensor) -> ReplicatedExperts:
+    """The loop's experts in the slots of one device, of a tensor's device and dtype."""
     home = ReplicationPlan.at_home(contiguous_homes(1, experts), 1, 0)
-    weights = ResidentSlots(home, 0, range(1), (D_FF, D_MODEL), torch.empty(1), torch.nn.ReLU())
+    weights = ResidentSlots(home, 0, range(1), (D_FF, D_MODEL), like, torch.nn.ReLU())
     for slot, expert in enumerate(loop.children()):
         weights.wi_NFD[slot].copy_(expert.wi.weight)
         weights.wo_NDF[slot].copy_(expert.wo.weight)
         expert.wi.weight.data, expert.wo.weight.data = weights.wi_NFD[slot], weights.wo_NDF[slot]
-    return ReplicatedExperts(weights, home.phy2log[0], Ranks(), 1)
+    return ReplicatedExperts(weights, home.phy2log[0], Ranks(device=like.device.type), 1)
 
 
 def grouped(slots: ReplicatedExperts) -> Layer:
@@ -66,28 +67,32 @@ def milliseconds(layer: Layer, inputs: tuple[torch.Tensor, torch.Tensor, torch.T
     for _ in range(1 if len(inputs[0]) >= 512 else 4):
         began = time.perf_counter()
         layer(*inputs)
+        if inputs[0].is_cuda:
+            torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - began))
     return min(times)
 
 
 @torch.inference_mode()
-def measure(experts: int, repeats: int) -> list[dict[str, Any]]:
+def measure(experts: int, repeats: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Ratios of times, pair by pair, for every size, with and without padding."""
     torch.manual_seed(0)
     config = SwitchTransformersConfig(d_model=D_MODEL, d_ff=D_FF, num_experts=experts, dropout_rate=0.0)
-    loop = SwitchTransformersExperts(config).eval()
-    slots = in_slots(loop, experts)
+    loop = SwitchTransformersExperts(config).to(device, dtype).eval()
+    slots = in_slots(loop, experts, torch.empty(1, device=device, dtype=dtype))
     arms: dict[str, Layer] = {"loop": loop, "grouped": grouped(slots), "slots": slots}
     share = np.arange(1.0, experts + 1) ** -1.0
     rng, results = np.random.default_rng(0), []
     cases = [(size, padded) for size in SIZES for padded in (False, True) if not padded or size >= 4]
     for size, padded in track(cases, "sizes", console=Console(stderr=True)):
-        slots.begin_step(torch.arange(size) >= size * 3 // 4 if padded else None)
+        slots.begin_step(torch.arange(size, device=device) >= size * 3 // 4 if padded else None)
         times: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(repeats * (1 if size >= 512 else 5 if size >= 16 else 40)):  # short calls are noisier
             expert = torch.from_numpy(rng.choice(experts, size, p=share / share.sum()))
-            one_hot = torch.nn.functional.one_hot(expert, experts)[:, None]
-            inputs = (torch.randn(size, D_MODEL), one_hot, torch.rand(size, 1))
+            one_hot = torch.nn.functional.one_hot(expert, experts)[:, None].to(device)
+            inputs = (
+                torch.randn(size, D_MODEL, dtype=dtype).to(device), one_hot, torch.rand(size, 1, dtype=dtype).to(device)
+            )  # fmt: skip
             for name in list(arms) if turn % 2 else reversed(list(arms)):
                 times[name].append(milliseconds(arms[name], inputs))
         row: dict[str, Any] = {"tokens": size, "padded": padded, "slots_ms": round(median(times["slots"]), 3)}
@@ -104,10 +109,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = measure(options.experts, options.repeats)
-    table = Table(title=f"Time of the slots over that of the rivals, {options.experts} experts, one thread")
+    results = measure(options.experts, options.repeats, options.device, getattr(torch, options.dtype))
+    where = "one thread" if options.device == "cpu" else f"{torch.cuda.get_device_name()}, {options.dtype}"
+    table = Table(title=f"Time of the slots over that of the rivals, {options.experts} experts, {where}")
     for name in ("tokens", "padding", "slots ms", "over the loop", "quartiles", "over grouped_mm", "quartiles "):
         table.add_column(name, justify="right")
     for row in results:
@@ -117,7 +125,8 @@ def main() -> None:
             " - ".join(f"{ratio:.2f}" for ratio in row["over_grouped_quartiles"]),
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(json.dumps({"experts": options.experts, "torch": torch.__version__, "seed": 0, "results": results}))
+    versions = {"torch": torch.__version__, "device": where, "seed": 0}
+    print(json.dumps({"experts": options.experts, **versions, "results": results}))
 
 
 if __name__ == "__main__":

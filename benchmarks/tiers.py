@@ -72,8 +72,8 @@ class Bench:
         touch(self.switch.model)
         self.switch.model.to(ranks.device)
         self.layout: MoELayout = self.switch.layout
-        wanted = [small.layout.num_layers, small.layout.num_encoder_layers, small.layout.num_experts]
-        if (has := [self.layout.num_layers, self.layout.num_encoder_layers, self.layout.num_experts]) != wanted:
+        wanted = [small.layout.num_layers, small.layout.num_input_layers, small.layout.num_experts]
+        if (has := [self.layout.num_layers, self.layout.num_input_layers, self.layout.num_experts]) != wanted:
             raise ValueError(
                 f"{model} has {has} MoE layers, encoder MoE layers and experts, the recording has {wanted}; "
                 "see --help for make_switch's options"
@@ -165,7 +165,7 @@ class Bench:
         """Runs this rank's sequences through the model, with the experts modules that it has now."""
         device = self.ranks.device
         for layer, router in enumerate(self.routers):
-            decoding = layer >= self.layout.num_encoder_layers
+            decoding = layer >= self.layout.num_input_layers
             router.batch, router.step = own, 0 if decoding and self.mode == "generate" else None
         if self.mode == "generate":
             steps = own.decoder.input_ids.shape[1]
@@ -180,10 +180,7 @@ class Bench:
 
     def plain(self, model: str, warm: int) -> Turn:
         """Runs all batches with the model's own experts modules, all in memory."""
-        own_modules, names = (
-            load_switch(model).model.to(self.ranks.device),
-            [f"{name}.experts" for name in self.layout.module_names],
-        )
+        own_modules, names = load_switch(model).model.to(self.ranks.device), self.layout.modules
         offloaded = [self.switch.model.get_submodule(name) for name in names]
         for name in names:
             self.switch.model.set_submodule(name, own_modules.get_submodule(name))

@@ -65,11 +65,14 @@ class Prediction(NamedTuple):
     sequence_load: Tensor
 
 
-def capped(mean: Tensor, variance: Tensor, capacity: int) -> Tensor:
+def capped(mean: Tensor, variance: Tensor, capacity: int | None) -> Tensor:
     """Expected value of min(N, capacity) for a normally distributed count N; same shape as `mean`.
 
     A mean of 10 with variance 4 and a capacity of 10 gives 9.2: half of the distribution lies above the capacity.
+    Without a capacity it is the mean.
     """
+    if capacity is None:
+        return mean
     deviation = (variance + 1e-6).sqrt()
     z = (mean - capacity) / deviation
     density = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
@@ -85,8 +88,8 @@ class LoadNetwork(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.capacity, self.num_experts = layout.expert_capacity, layout.num_experts
-        self.num_encoder_layers = layout.num_encoder_layers
-        self.num_decoder_layers = layout.num_layers - layout.num_encoder_layers
+        self.num_encoder_layers = layout.num_input_layers
+        self.num_decoder_layers = layout.num_layers - layout.num_input_layers
         width = architecture.width
         self.enter = nn.Linear(layout.d_model, width)
         self.context = Recurrent(architecture.cell, width, architecture.depth, architecture.bidirectional)

@@ -45,7 +45,7 @@ class RecordedBatch:
 
     def mask(self, layer: int, layout: MoELayout) -> Tensor:
         """Positions that are not padding, for the encoder or the decoder, whichever has the layer."""
-        return self.tokens.mask if layer < layout.num_encoder_layers else self.decoder.mask
+        return self.tokens.mask if layer < layout.num_input_layers else self.decoder.mask
 
     def part(self, rows: slice) -> "RecordedBatch":
         """The batch with only these sequences."""
@@ -71,7 +71,7 @@ class RecordedBatch:
         for step in range(steps):
             needed = np.zeros((layout.num_layers, layout.num_experts), dtype=bool)
             for layer, (experts, kept) in enumerate(zip(self.experts, self.kept, strict=True)):
-                if layer < layout.num_encoder_layers:
+                if layer < layout.num_input_layers:
                     rows = kept & needed_positions(self.tokens.mask).view_as(kept) & (step == 0)
                 elif mode == "generate":
                     experts, rows = experts[:, step], torch.ones_like(kept[:, step])
@@ -134,6 +134,6 @@ class RecordedRouter(nn.Module):
 def play_back(model: Any, layout: MoELayout) -> list[RecordedRouter]:
     """Replaces each router of a model by a `RecordedRouter`, and returns them in the order of layers."""
     routers = [RecordedRouter(layer, layout.num_experts) for layer in range(layout.num_layers)]
-    for router, name in zip(routers, layout.module_names, strict=True):
-        model.set_submodule(f"{name}.router", router)
+    for router, name in zip(routers, layout.modules, strict=True):
+        model.set_submodule(f"{name.removesuffix('experts')}router", router)
     return routers

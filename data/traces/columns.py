@@ -25,7 +25,7 @@ def sequence_schema(layout: MoELayout, top: int) -> pa.Schema:
     fields += [("tokens", pa.list_(pa.int32())), ("decoder_tokens", pa.list_(pa.int32()))]
     fields += [(name, pa.list_(expert)) for name in layout.layer_names]
     if top:
-        for name in layout.layer_names[: layout.num_encoder_layers]:
+        for name in layout.layer_names[: layout.num_input_layers]:
             fields += [(f"{name}_top", pa.list_(expert)), (f"{name}_top_probability", pa.list_(pa.float16()))]
     return pa.schema(fields)
 

@@ -63,7 +63,7 @@ def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
     for number, ids in enumerate((*trace.encoder_experts, *trace.decoder_experts)):
         keys = (ids + num_experts * torch.arange(size)[:, None])[ids >= 0]
         demand = torch.bincount(keys, minlength=size * num_experts).view(size, num_experts)
-        unlimited = trace.stepwise and number >= layout.num_encoder_layers
+        unlimited = layout.expert_capacity is None or (trace.stepwise and number >= layout.num_input_layers)
         layers.append(demand if unlimited else demand.clamp(max=layout.expert_capacity))
     return torch.stack(layers, 1)
 

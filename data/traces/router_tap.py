@@ -55,7 +55,7 @@ class RouterTap:
         self.layout, self.top = layout, top
         self._calls: list[list[RouterCall]] = [[] for _ in layout.layers]
         self._handles: list[Any] = []
-        self._routers = [model.get_submodule(f"{name}.router") for name in layout.module_names]
+        self._routers = [model.get_submodule(f"{name.removesuffix('experts')}router") for name in layout.modules]
 
     def __enter__(self) -> "RouterTap":
         for layer, router in enumerate(self._routers):

@@ -164,7 +164,7 @@ class StoredTrace:
 
     def _batch(self, number: int, rows: pa.Table) -> RouterTrace:
         tokens, decoder = tokens_column(rows, "tokens"), tokens_column(rows, "decoder_tokens")
-        split = self.layout.num_encoder_layers
+        split = self.layout.num_input_layers
         names = self.layout.layer_names
         experts = [tokens_column(rows, name, PADDING).input_ids.to(torch.int16) for name in names]
         for name, ids in zip(names, experts, strict=True):

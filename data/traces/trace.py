@@ -166,6 +166,8 @@ class RouterTrace:
 
 
 def _kept(experts: Tensor, layout: MoELayout) -> Tensor:
+    if layout.expert_capacity is None:
+        return experts >= 0
     return dispatched_mask(experts, layout.num_experts, layout.expert_capacity)
 
 

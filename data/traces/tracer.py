@@ -76,7 +76,7 @@ class Tracer:
         return TokenBatch(inputs, (inputs == model.config.eos_token_id).cumsum(1) == 0)
 
     def _assemble(self, batch: TextBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
-        calls, split = self.tap.take(), self.switch.layout.num_encoder_layers
+        calls, split = self.tap.take(), self.switch.layout.num_input_layers
         encoder = [call for layer in calls[:split] for call in layer]  # each encoder router runs once per batch
         found = [torch.cat([call.experts for call in layer], 1) for layer in calls if layer]
         if self.tap.top:

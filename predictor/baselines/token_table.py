@@ -32,7 +32,7 @@ class TokenTable:
 
     def __init__(self, layout: MoELayout, traces: Iterable[RouterTrace], ema: Ema) -> None:
         self.layout, self.ema = layout, ema
-        counts_LVE = torch.zeros(layout.num_encoder_layers, layout.vocab_size, layout.num_experts)
+        counts_LVE = torch.zeros(layout.num_input_layers, layout.vocab_size, layout.num_experts)
         for trace in traces:
             mask = trace.tokens.mask
             for table, experts in zip(counts_LVE, trace.encoder_experts, strict=True):

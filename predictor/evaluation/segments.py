@@ -26,7 +26,7 @@ def segment_errors(
     forecasters: list[NeuralForecaster | TokenTable], data: RouterTraceModule, track: Track = iter
 ) -> dict[str, Any]:
     """Segment -> whether it was in the training batches (`seen`), and each forecaster's metrics with intervals."""
-    layout, split = data.layout, data.layout.num_encoder_layers
+    layout, split = data.layout, data.layout.num_input_layers
     scores: dict[str, dict[str, Scores]] = defaultdict(lambda: defaultdict(Scores))
     for step, sample in track(test_steps(data)):
         names = np.array(sample.trace.segments)

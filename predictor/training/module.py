@@ -124,7 +124,7 @@ class ForecasterModule(LightningModule):
 
     def losses(self, prediction: Prediction, sample: TraceSample) -> dict[str, Tensor]:
         """Cross-entropies of encoder tokens and of decoder sequences, and load losses with tokens known and unknown."""
-        split = self.layout.num_encoder_layers
+        split = self.layout.num_input_layers
         past_share = self.network.history.share(sample.history)
         losses = {
             "token": token_loss(prediction, sample.trace),

@@ -58,7 +58,7 @@ class ReplicatedModel:
         expert_overhead_tokens: int | Literal["auto"] = 0,
     ) -> None:
         self.switch, self._home, self._ranks, self._experts = switch, home, ranks, experts
-        self._names = [f"{name}.experts" for name in switch.layout.module_names]
+        self._names = switch.layout.modules
         self._before: list[nn.Module] = [switch.model.get_submodule(name) for name in self._names]
         if any(isinstance(module, ReplicatedExperts) for module in self._before):
             raise ValueError("another engine runs this model; close that one first")
@@ -111,7 +111,7 @@ class ReplicatedModel:
     @property
     def decoder_layers(self) -> list[ReplicatedExperts]:
         """The slots of the decoder's MoE layers."""
-        return self.layers[self.switch.layout.num_encoder_layers :]
+        return self.layers[self.switch.layout.num_input_layers :]
 
     @contextmanager
     def batch(
@@ -129,7 +129,7 @@ class ReplicatedModel:
             measure: Whether to measure times.
         """
         blank_B = read_B & ~tokens.mask.any(1)  # attention over nothing but padding reads all of it
-        device, encoder = self.switch.model.device, self.switch.layout.num_encoder_layers
+        device, encoder = self.switch.model.device, self.switch.layout.num_input_layers
         skipped_T = to_device(~(needed_positions(tokens.mask) | blank_B[:, None]).reshape(-1), device)
         skipped_U = None if decoder is None else to_device(~needed_positions(decoder.mask).reshape(-1), device)
         if self.cache is not None:

@@ -31,7 +31,7 @@ class ModuleWeights:
     """
 
     def __init__(self, model: Any, layout: MoELayout) -> None:
-        self._layers = [list(model.get_submodule(f"{name}.experts").children()) for name in layout.module_names]
+        self._layers = [list(model.get_submodule(name).children()) for name in layout.modules]
         if any(len(layer) != layout.num_experts for layer in self._layers):
             raise ValueError("another engine runs this model; close that one first")
         self._views: list[Any] = []
@@ -58,7 +58,7 @@ class FileWeights:
     """
 
     def __init__(self, weights: ModelWeights, layout: MoELayout) -> None:
-        self._weights, self._names = weights, layout.module_names
+        self._weights, self._names = weights, layout.modules
 
     def fill(self, layer: int, expert: int, wi_FD: Tensor, wo_DF: Tensor) -> None:
         """Reads one expert.
@@ -67,7 +67,7 @@ class FileWeights:
             ValueError: If the files lack the expert or store it in another shape.
         """
         for part, buffer in (("wi", wi_FD), ("wo", wo_DF)):
-            name = f"{self._names[layer]}.experts.expert_{expert}.{part}.weight"
+            name = f"{self._names[layer]}.expert_{expert}.{part}.weight"
             stored = self._weights.read(name)
             if stored.shape != buffer.shape:
                 raise ValueError(

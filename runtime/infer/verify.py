@@ -140,7 +140,7 @@ class Verifier:
             return flipped, routes
         ours, theirs = (tap.take() for tap in self._taps)
         for layer, (called, plain) in enumerate(zip(ours, theirs, strict=True)):
-            encoder = layer < self.engine.switch.layout.num_encoder_layers
+            encoder = layer < self.engine.switch.layout.num_input_layers
             tokens = batch.tokens if encoder else batch.decoder
             if tokens is None or not called:
                 continue

@@ -163,9 +163,9 @@ class ExpertFiles:
 
     def _find(self, files: Mapping[str, Path], layout: MoELayout, direct: bool) -> dict[Key, tuple[Span, Span]]:
         spans = {}
-        for layer, module in enumerate(layout.module_names):
+        for layer, module in enumerate(layout.modules):
             for expert in range(layout.num_experts):
-                name = f"{module}.experts.expert_{expert}"
+                name = f"{module}.expert_{expert}"
                 wi = self._span(files, f"{name}.wi.weight", (layout.d_ff, layout.d_model), direct)
                 wo = self._span(files, f"{name}.wo.weight", (layout.d_model, layout.d_ff), direct)
                 spans[layer, expert] = (wi, wo)

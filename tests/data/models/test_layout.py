@@ -12,8 +12,8 @@ from tests.conftest import small_switch
 def test_reads_moe_layers_off_the_model():
     layout = MoELayout.from_model(small_switch(), "m")
     assert layout.layers == (("encoder", 1), ("decoder", 1))
-    assert layout.module_names == ["encoder.block.1.layer.1.mlp", "decoder.block.1.layer.2.mlp"]
-    assert (layout.num_experts, layout.expert_capacity, layout.num_encoder_layers) == (8, 6, 1)
+    assert layout.modules == ("encoder.block.1.layer.1.mlp.experts", "decoder.block.1.layer.2.mlp.experts")
+    assert (layout.num_experts, layout.expert_capacity, layout.num_input_layers) == (8, 6, 1)
 
 
 def test_fingerprint_follows_the_routers_not_the_place_or_dtype():

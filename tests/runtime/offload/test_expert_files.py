@@ -50,10 +50,10 @@ def read(files, key, *stop):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_expert_equals_what_safetensors_reads(folder, layout, dtype, direct):
     files = ExpertFiles(ModelWeights(str(folder)).files, layout, dtype, direct)
-    for layer, module in enumerate(layout.module_names):
+    for layer, module in enumerate(layout.modules):
         for expert in range(layout.num_experts):
             wi, wo = read(files, (layer, expert))
-            prefix = f"{module}.experts.expert_{expert}"
+            prefix = f"{module}.expert_{expert}"
             assert torch.equal(wi, stored(folder, f"{prefix}.wi.weight").to(dtype))
             assert torch.equal(wo, stored(folder, f"{prefix}.wo.weight").to(dtype))
     files.close()
@@ -64,8 +64,8 @@ def test_reads_in_pieces_and_stops_between_them(folder, layout, monkeypatch):
     files = ExpertFiles(ModelWeights(str(folder)).files, layout, torch.float32)
     assert files.reader_bytes == 4096
     wi, wo = read(files, (1, 3))
-    assert torch.equal(wi, stored(folder, f"{layout.module_names[1]}.experts.expert_3.wi.weight").float())
-    assert torch.equal(wo, stored(folder, f"{layout.module_names[1]}.experts.expert_3.wo.weight").float())
+    assert torch.equal(wi, stored(folder, f"{layout.modules[1]}.expert_3.wi.weight").float())
+    assert torch.equal(wo, stored(folder, f"{layout.modules[1]}.expert_3.wo.weight").float())
     asked = iter([False, False, True])
     with pytest.raises(ReadCancelledError):
         read(files, (1, 3), lambda: next(asked))
