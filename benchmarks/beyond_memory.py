@@ -45,7 +45,7 @@ def generate(
     with (
         ResidentPeak() as peak,
         closing(ReplicatedModel(switch, home, Ranks(), MemoryBudget(budget, None, files))) as replicated,
-        replicated.batch(tokens, None, tokens.mask.any(1), prepared=True),
+        replicated.batch(tokens, None, tokens.mask.any(1), prepared=True, measure=False),
     ):
         assert replicated.cache is not None
         began = time.perf_counter()

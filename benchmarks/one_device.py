@@ -43,7 +43,7 @@ def in_slots(loop: SwitchTransformersExperts, experts: int, like: torch.Tensor) 
         weights.wi_NFD[slot].copy_(expert.wi.weight)
         weights.wo_NDF[slot].copy_(expert.wo.weight)
         expert.wi.weight.data, expert.wo.weight.data = weights.wi_NFD[slot], weights.wo_NDF[slot]
-    return ReplicatedExperts(weights, home.phy2log[0], Ranks(device=like.device.type), 1)
+    return ReplicatedExperts(weights, home.phy2log[0], Ranks(device="cuda" if like.is_cuda else "cpu"), 1)
 
 
 def grouped(slots: ReplicatedExperts) -> Layer:
@@ -64,7 +64,7 @@ def grouped(slots: ReplicatedExperts) -> Layer:
 def milliseconds(layer: Layer, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
     """Time of one call; of short calls the best of four, so that the order of the arms matters little."""
     times = []
-    for _ in range(1 if len(inputs[0]) >= 512 else 4):
+    for _ in range(1 if inputs[0].is_cpu and len(inputs[0]) >= 512 else 4):
         began = time.perf_counter()
         layer(*inputs)
         if inputs[0].is_cuda:
