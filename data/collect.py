@@ -21,7 +21,7 @@ from rich.progress import Progress
 from data.cli import from_command_line, print_json, user_errors
 from data.files import read_json, sha256, write_json
 from data.models.device import Device, pick_device
-from data.models.switch import Dtype, LoadedSwitch, load_switch
+from data.models.model import Dtype, LoadedModel, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
 from data.text.corpus_stream import corpus_splits, open_stream
@@ -61,7 +61,7 @@ class Ranks:
             dist.barrier()
 
 
-def _request(switch: LoadedSwitch, **settings: Any) -> dict[str, Any]:
+def _request(switch: LoadedModel, **settings: Any) -> dict[str, Any]:
     """All settings that the bytes of a trace depend on."""
     libraries = {name: version(name) for name in ("torch", "transformers", "numpy", "pyarrow")}
     versions = libraries | {"python": platform.python_version()}
@@ -102,7 +102,7 @@ def _write_shards(partial: Path, stream: Iterator[TextBatch], tracer: Tracer, ra
             index += 1
 
 
-def _finish(partial: Path, out: Path, switch: LoadedSwitch, request: dict[str, Any], batching: BatchingConfig) -> None:
+def _finish(partial: Path, out: Path, switch: LoadedModel, request: dict[str, Any], batching: BatchingConfig) -> None:
     """Writes trace.json, removes temporary files, and renames the folder."""
     entries = sorted(partial.glob("shard-*.json"))
     shards = [read_json(entry) for entry in entries]
@@ -150,7 +150,7 @@ def collect(
         ValueError: If the model, text or folder cannot be used; the message says what to do.
     """
     place = pick_device(device)
-    switch = load_switch(model, revision, dtype)
+    switch = load_model(model, revision, dtype)
     switch.model.to(place)
     request = _request(
         switch, text=text or OFFLINE, decode=decode, batching=asdict(batching), max_new_tokens=max_new_tokens,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.models.switch import LoadedSwitch
+from data.models.model import LoadedModel
 from data.text.batching import Decode, TextBatch
 from data.traces.router_tap import RouterTap
 from data.traces.trace import PADDING, RouterTrace, TokenBatch, pad_tokens
@@ -35,7 +35,7 @@ class Tracer:
         max_new_tokens: Most tokens the decoder generates.
     """
 
-    def __init__(self, switch: LoadedSwitch, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
+    def __init__(self, switch: LoadedModel, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
         self.switch, self.tap, self.decode, self.max_new_tokens = switch, tap, decode, max_new_tokens
 
     @torch.inference_mode()
