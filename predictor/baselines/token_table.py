@@ -35,7 +35,7 @@ class TokenTable:
         counts_LVE = torch.zeros(layout.num_input_layers, layout.vocab_size, layout.num_experts)
         for trace in traces:
             mask = trace.tokens.mask
-            for table, experts in zip(counts_LVE, trace.encoder_experts, strict=True):
+            for table, experts in zip(counts_LVE, trace.experts, strict=True):
                 where = (trace.tokens.input_ids[mask], experts[mask].long())
                 table.index_put_(where, torch.ones(len(where[0])), accumulate=True)
         seen_L1E = counts_LVE.sum(1, keepdim=True) + 1e-3

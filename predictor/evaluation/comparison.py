@@ -71,7 +71,7 @@ def compare_forecasters(
             scores.milliseconds.append(1e3 * (time.perf_counter() - started))
             scores.add(forecast, data.loads[step])
             if (chosen := chosen_experts(forecaster, sample.trace, logits)) is not None:
-                scores.token_top1.append(token_top1(chosen, sample.trace.encoder_experts).double().numpy())
+                scores.token_top1.append(token_top1(chosen, sample.trace.experts).double().numpy())
             for count, new in (new_balancers or {}).items():
                 key = (sample.trace.phase, forecaster.name, count)
                 balancer = balancers.get(key) or balancers.setdefault(key, new())
@@ -109,7 +109,7 @@ def forecast_and_logits(
 def chosen_experts(forecaster: Forecaster, trace: RouterTrace, logits: Tensor | None) -> Tensor | None:
     """The expert predicted for each token, `[L_enc, B, T]`; None if the forecaster predicts loads only."""
     if isinstance(forecaster, Oracle):
-        return trace.encoder_experts
+        return trace.experts
     if isinstance(forecaster, TokenTable):
         return forecaster.route(trace.tokens)
     return None if logits is None else logits.argmax(-1).permute(2, 0, 1)

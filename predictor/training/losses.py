@@ -29,7 +29,7 @@ def load_loss(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
 
 def token_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
     """Cross-entropy of the experts of encoder tokens, nats per token."""
-    experts_BTL = trace.encoder_experts.permute(1, 2, 0).long()  # negative on padding
+    experts_BTL = trace.experts.permute(1, 2, 0).long()  # negative on padding
     return cross_entropy(prediction.token_logits.flatten(0, 2), experts_BTL.flatten(), ignore_index=-1)
 
 
@@ -41,14 +41,14 @@ def distillation_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
     Raises:
         ValueError: If the trace does not contain the likeliest experts.
     """
-    if trace.encoder_top_experts is None or trace.encoder_top_probabilities is None:
+    if trace.top_experts is None or trace.top_probabilities is None:
         raise ValueError(
             "the trace contains no likeliest experts to distil from; collect one with --top 4, or set "
             "--model.distillation_weight 0"
         )
-    teacher_LBTK = shares(trace.encoder_top_probabilities.float())
+    teacher_LBTK = shares(trace.top_probabilities.float())
     log_share_LBTE = prediction.token_logits.log_softmax(-1).permute(2, 0, 1, 3)
-    surprise_LBT = -(teacher_LBTK * log_share_LBTE.gather(-1, trace.encoder_top_experts.long())).sum(-1)
+    surprise_LBT = -(teacher_LBTK * log_share_LBTE.gather(-1, trace.top_experts.long())).sum(-1)
     return (surprise_LBT * trace.tokens.mask).sum() / (trace.tokens.mask.sum() * len(surprise_LBT)).clamp(min=1)
 
 

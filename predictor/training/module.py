@@ -187,7 +187,7 @@ class ForecasterModule(LightningModule):
         chosen = prediction.token_logits.argmax(-1).permute(2, 0, 1)
         values = {
             "load_tv": load_tv(prediction.load, sample.load),
-            "token_top1": token_top1(chosen, sample.trace.encoder_experts),
+            "token_top1": token_top1(chosen, sample.trace.experts),
         }
         for name, value in values.items():
             mean = self.means.setdefault(f"val/{name}", LayerMean(len(value)).to(value.device))
