@@ -75,11 +75,21 @@ def _ragged(values: Tensor, keep: Tensor) -> Ragged:
     return [row[kept].flatten().numpy() for row, kept in zip(values, keep, strict=True)]
 
 
-def tokens_column(rows: pa.Table, name: str, pad: int = 0) -> TokenBatch:
-    """Reads a list column of one batch, right-padded to `[B, T]`."""
+def _complete(rows: pa.Table, name: str) -> pa.ListArray:
+    """A list column in one piece.
+
+    Raises:
+        ValueError: If it has missing values.
+    """
     chunk = rows[name].combine_chunks()
     if chunk.null_count or chunk.values.null_count:
         raise ValueError(f"column {name} has missing values; expected a number for every token")
+    return chunk
+
+
+def tokens_column(rows: pa.Table, name: str, pad: int = 0) -> TokenBatch:
+    """Reads a list column of one batch, right-padded to `[B, T]`."""
+    chunk = _complete(rows, name)
     values, offsets = chunk.flatten().to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
     return pad_tokens(np.split(values, (offsets - offsets[0])[1:-1]), pad)
 
@@ -106,9 +116,9 @@ def entries_column(rows: pa.Table, name: str, computed: Tensor, entries: int, fi
     Raises:
         ValueError: If a sequence has more or fewer numbers.
     """
-    chunk = rows[name].combine_chunks()
+    chunk = _complete(rows, name)
     found, expected = np.diff(chunk.offsets.to_numpy()), entries * computed.sum(1).numpy()
-    if chunk.null_count or not np.array_equal(found, expected):
+    if not np.array_equal(found, expected):
         raise ValueError(f"column {name} holds {found.tolist()} entries, the tokens have {expected.tolist()}")
     values = torch.from_numpy(chunk.flatten().to_numpy(zero_copy_only=False).copy())
     values = values.to(torch.int16) if not values.is_floating_point() else values

@@ -3,8 +3,8 @@
     trace = open_trace(Path("outputs/traces/switch-mini-64"))
     loads = trace.loads()  # [steps, L, E]
 
-One row of a shard is one sequence; one column holds the experts of its tokens in one MoE layer, K for each token. In a trace of counts,
-one row is one MoE layer of one batch.
+One row of a shard is one sequence; one column holds the experts of its tokens in one MoE layer, K for each token. In a
+trace of counts, one row is one MoE layer of one batch.
 """
 
 from collections.abc import Iterator

@@ -108,13 +108,12 @@ class TextTracer:
             result[:, tokens.computed] = rows[:, real.flatten()]  # both by sequence, then by position
             return result
 
-        count, top = self.switch.layout.num_layers, dict[str, Tensor]()
-        if self.tap.top:
-            top["top_experts"] = stacked(found[count : 2 * count], 0)
-            top["top_probabilities"] = stacked(found[2 * count :], 0)
+        count, top = self.switch.layout.num_layers, self.tap.top
         decoder = TokenBatch(tokens.input_ids[:, :0], tokens.mask[:, :0])
         experts = stacked(found[:count], PADDING)
         return RouterTrace(
             batch.number, batch.phase, "", batch.segments, tokens, decoder, experts,
-            experts.new_zeros(0, len(batch.segments), 0, experts.shape[-1]), **top,
+            experts.new_zeros(0, len(batch.segments), 0, experts.shape[-1]),
+            top_experts=stacked(found[count : 2 * count], 0) if top else None,
+            top_probabilities=stacked(found[2 * count :], 0) if top else None,
         )  # fmt: skip

@@ -107,14 +107,18 @@ class TokenBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TokenBatch":
         """Copies the batch to another device; `non_blocking` does not wait for copies from pinned memory."""
-        fields = (self.input_ids, self.mask, self.context, self.requests)
-        return TokenBatch(*(None if one is None else one.to(device, non_blocking=non_blocking) for one in fields))
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        context, requests = (None if one is None else moved(one) for one in (self.context, self.requests))
+        return TokenBatch(moved(self.input_ids), moved(self.mask), context, requests)
 
     def rows(self, rows: Tensor | slice, width: int | None = None) -> "TokenBatch":
         """Some of the sequences, and of them the first `width` positions."""
-        fields = (self.input_ids, self.mask, self.context)
-        cut = [None if one is None else one[rows, :width] for one in fields]
-        return TokenBatch(*cut, None if self.requests is None else self.requests[rows])
+        context = None if self.context is None else self.context[rows, :width]
+        requests = None if self.requests is None else self.requests[rows]
+        return TokenBatch(self.input_ids[rows, :width], self.mask[rows, :width], context, requests)
 
     def unwritten(self) -> "TokenBatch":
         """The batch before its tokens are written: context stays, each token that it computes becomes `UNKNOWN`."""
