@@ -24,12 +24,13 @@ class RouterTraceModule(LightningDataModule):
 
     Args:
         trace: Folder of the trace; if it does not exist, the trace is collected first.
-        model: Model of the trace: 'switch-mini-64' (bundled), a local folder, or a hub id.
+        model: Model to collect a trace from, if it does not exist: a local folder or a hub id; 'switch-mini-64'
+            (bundled) by default. A trace that exists must be of this model, if one is given.
         window: Most past loads in a sample's history.
         sequences: Approximate number of sequences in a training batch. The trace's batches are cut at random, because
             more and smaller steps learn more in the same time.
         seed: Seed of the cuts and of the order of training batches.
-        top: Likeliest experts logged for each encoder token if the trace is collected, for distillation.
+        top: Likeliest experts logged for each input token if the trace is collected, for distillation.
         batching: Settings that cut text into batches if the trace is collected.
     """
 
@@ -38,7 +39,7 @@ class RouterTraceModule(LightningDataModule):
     def __init__(
         self,
         trace: Path = Path("outputs/traces/switch-mini-64"),
-        model: str = BUNDLED,
+        model: str | None = None,
         window: int = 64,
         sequences: int = 8,
         seed: int = 0,
@@ -54,8 +55,8 @@ class RouterTraceModule(LightningDataModule):
         if self.path.exists():
             log.info("reusing the trace in %s", self.path)
         else:
-            log.info("no trace in %s yet; collecting one from %s", self.path, self.model)
-            collect(model=self.model, out=self.path, batching=self.batching, top=self.top)
+            log.info("no trace in %s yet; collecting one from %s", self.path, self.model or BUNDLED)
+            collect(model=self.model or BUNDLED, out=self.path, batching=self.batching, top=self.top)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the trace and derives its loads; later calls do nothing.
@@ -66,7 +67,7 @@ class RouterTraceModule(LightningDataModule):
         if hasattr(self, "trace"):
             return
         trace = open_trace(self.path)
-        if trace.layout.model_id != self.model:
+        if self.model not in (None, trace.layout.model_id):
             raise ValueError(
                 f"{self.path} is a trace of {trace.layout.model_id}, the configuration names {self.model}; "
                 "give --data.trace or --data.model so that they agree"
@@ -89,8 +90,8 @@ class RouterTraceModule(LightningDataModule):
         return TraceSamples(self.trace, self.loads, self.sizes, split, self.window)
 
     def tokens(self, split: str) -> Iterator[TokenBatch]:
-        """The encoder tokens of a split's batches, in their order."""
-        return (sample.trace.tokens for sample in self.samples(split))
+        """What is known of the input tokens of a split's batches one batch ahead, in their order."""
+        return (sample.trace.upcoming for sample in self.samples(split))
 
     def train_dataloader(self) -> DataLoader[TraceSample]:
         """Training batches, shuffled differently in each epoch and divided among the processes."""

@@ -29,7 +29,7 @@ class TraceSample:
 
     Attributes:
         trace: The batch's tokens and their experts.
-        load: Dispatched tokens of each expert in this batch, float32 `[L, E]`.
+        load: Dispatched assignments of each expert in this batch, float32 `[L, E]`.
         history: Loads of the batches before it, oldest first, float32 `[K, L, E]`.
     """
 
@@ -48,20 +48,20 @@ class TraceSample:
             if isinstance(value, Tensor):
                 changed[name] = moved(value)
             elif isinstance(value, TokenBatch):
-                changed[name] = TokenBatch(moved(value.input_ids), moved(value.mask))
+                changed[name] = value.to(device, non_blocking)
         return TraceSample(replace(self.trace, **changed), moved(self.load), moved(self.history))
 
 
 def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
-    """Dispatched tokens of each sequence, `[B, L, E]`; their sum over sequences is the batch's load.
+    """Dispatched assignments of each sequence, `[B, L, E]`; their sum over sequences is the batch's load.
 
     Capacity applies per sequence, so a sequence's dispatched tokens are min(demand, capacity). This is much cheaper
     than `RouterTrace.load`, which determines the dropped tokens.
     """
     size, num_experts = len(trace.segments), layout.num_experts
     layers = []
-    for number, ids in enumerate((*trace.encoder_experts, *trace.decoder_experts)):
-        keys = (ids + num_experts * torch.arange(size)[:, None])[ids >= 0]
+    for number, ids_BTK in enumerate((*trace.experts, *trace.decoder_experts)):
+        keys = (ids_BTK + num_experts * torch.arange(size)[:, None, None])[ids_BTK >= 0]
         demand = torch.bincount(keys, minlength=size * num_experts).view(size, num_experts)
         unlimited = layout.expert_capacity is None or (trace.stepwise and number >= layout.num_input_layers)
         layers.append(demand if unlimited else demand.clamp(max=layout.expert_capacity))
@@ -71,19 +71,15 @@ def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
 def part(trace: RouterTrace, rows: Tensor) -> RouterTrace:
     """Makes a batch of some of a batch's sequences and trims its padding."""
     width, decoder_width = (int(t.mask[rows].sum(1).max()) for t in (trace.tokens, trace.decoder_tokens))
-
-    def tokens(batch: TokenBatch, columns: int) -> TokenBatch:
-        return TokenBatch(batch.input_ids[rows, :columns], batch.mask[rows, :columns])
-
     return replace(
         trace,
         segments=tuple(trace.segments[row] for row in rows.tolist()),
-        tokens=tokens(trace.tokens, width),
-        decoder_tokens=tokens(trace.decoder_tokens, decoder_width),
-        encoder_experts=trace.encoder_experts[:, rows, :width],
+        tokens=trace.tokens.rows(rows, width),
+        decoder_tokens=trace.decoder_tokens.rows(rows, decoder_width),
+        experts=trace.experts[:, rows, :width],
         decoder_experts=trace.decoder_experts[:, rows, :decoder_width],
-        encoder_top_experts=None if (top := trace.encoder_top_experts) is None else top[:, rows, :width],
-        encoder_top_probabilities=None if (p := trace.encoder_top_probabilities) is None else p[:, rows, :width],
+        top_experts=None if (top := trace.top_experts) is None else top[:, rows, :width],
+        top_probabilities=None if (p := trace.top_probabilities) is None else p[:, rows, :width],
     )
 
 

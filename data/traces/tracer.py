@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, T encoder positions, U decoder positions, L MoE layers.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,11 +23,23 @@ def model_inputs(batch: TextBatch, config: Any) -> tuple[TokenBatch, TokenBatch]
     targets = pad_tokens(batch.targets, config.pad_token_id)
     start = torch.full_like(targets.input_ids[:, :1], config.decoder_start_token_id or config.pad_token_id)
     decoder = TokenBatch(torch.cat([start, targets.input_ids[:, :-1]], 1), targets.mask)
-    return pad_tokens(batch.sources, config.pad_token_id), decoder
+    return input_tokens(batch, config.pad_token_id), decoder
+
+
+def input_tokens(batch: TextBatch, pad: int) -> TokenBatch:
+    """Pads a batch's input tokens to `[B, T]`, with the request of each sequence.
+
+    Raises:
+        ValueError: If the batch holds only padding.
+    """
+    tokens = pad_tokens(batch.sources, pad)
+    if not tokens.mask.any():
+        raise ValueError(f"batch {batch.number} holds only padding; expected at least one token")
+    return replace(tokens, requests=torch.from_numpy(batch.requests))
 
 
 class Tracer:
-    """Traces batches of one model.
+    """Traces batches of one Switch model.
 
     Args:
         switch: The model.
@@ -37,6 +50,11 @@ class Tracer:
 
     def __init__(self, switch: LoadedModel, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
         self.switch, self.tap, self.decode, self.max_new_tokens = switch, tap, decode, max_new_tokens
+        self.steps = 1
+
+    def traces(self, batch: TextBatch) -> list[RouterTrace]:
+        """Runs one batch; returns the traces of its `steps`, here of one."""
+        return [self.trace(batch)]
 
     @torch.inference_mode()
     def trace(self, batch: TextBatch) -> RouterTrace:
@@ -46,8 +64,6 @@ class Tracer:
             ValueError: If it holds only padding.
         """
         tokens, decoder = model_inputs(batch, self.switch.model.config)
-        if not tokens.mask.any():
-            raise ValueError(f"batch {batch.number} holds only padding; expected at least one token")
         ids, attention = tokens.input_ids.to(self._device), tokens.mask.long().to(self._device)
         if self.decode == "generate":
             decoder = self._generate(ids, attention)
@@ -82,10 +98,10 @@ class Tracer:
         if self.tap.top:
             found += [call.top_experts for call in encoder] + [call.top_probability.half() for call in encoder]
         on_host = iter(download(found))
-        layers = [next(on_host) if layer else None for layer in calls]
+        layers = [next(on_host)[..., None] if layer else None for layer in calls]
         top: dict[str, Tensor] = {}
         if self.tap.top:
-            for name in ("encoder_top_experts", "encoder_top_probabilities"):
+            for name in ("top_experts", "top_probabilities"):
                 stacked = torch.stack([next(on_host) for _ in encoder])
                 top[name] = stacked.masked_fill(~tokens.mask[..., None], PADDING)
         return RouterTrace(
@@ -104,8 +120,8 @@ def download(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _stack(layers: list[Tensor | None], tokens: TokenBatch) -> Tensor:
-    """Stacks expert ids to `[L, B, T]` with padding marked; a layer that did not run is all padding."""
-    shape = tokens.mask.shape
+    """Stacks expert ids to `[L, B, T, 1]` with padding marked; a layer that did not run is all padding."""
+    shape = (*tokens.mask.shape, 1)
     rows = [torch.zeros(shape, dtype=torch.int16) if layer is None else layer for layer in layers]
     stacked = torch.stack(rows) if rows else torch.zeros((0, *shape), dtype=torch.int16)
-    return stacked.masked_fill(~tokens.mask, PADDING)
+    return stacked.masked_fill(~tokens.mask[..., None], PADDING)
