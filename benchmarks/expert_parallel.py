@@ -32,6 +32,7 @@ from torch.distributed.run import main as torchrun
 from benchmarks.support.injected import Stream, Upcoming, recorded, zipf
 from data.arrays import FloatArray, IntArray
 from data.cli import user_errors
+from data.models.expert import ExpertFormat
 from predictor.baselines.history import Ema
 from predictor.forecast import forecast_from_load
 from runtime.balancing.eplb import EplbPlanner
@@ -40,7 +41,7 @@ from runtime.balancing.planner import HomePlanner
 from runtime.balancing.split import balancedness, split_evenly
 from runtime.distributed.ranks import Ranks
 from runtime.engine.controller import Controller
-from runtime.experts.grouped_mm import measure_overhead
+from runtime.experts.grouped_mm import ExpertFunction, measure_overhead
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
@@ -121,10 +122,11 @@ def layer(home: ReplicationPlan, ranks: Ranks, like: torch.Tensor, overhead: int
     """A layer with random weights on this rank's devices, in the dtype of `like` and where it lies."""
     own = home.num_devices // ranks.world
     devices = range(ranks.rank * own, (ranks.rank + 1) * own)
-    weights = ResidentSlots(home, 0, devices, (D_FF, D_MODEL), like, torch.nn.ReLU(), ranks.world > 1)
+    function = ExpertFunction(ExpertFormat.plain(D_FF, D_MODEL), torch.nn.ReLU())
+    weights = ResidentSlots(home, 0, devices, function, like, ranks.world > 1)
     generator = torch.Generator(like.device).manual_seed(ranks.rank)
-    weights.wi_NFD.normal_(std=D_MODEL**-0.5, generator=generator)
-    weights.wo_NDF.normal_(std=D_FF**-0.5, generator=generator)
+    weights.tensors[0].normal_(std=D_MODEL**-0.5, generator=generator)
+    weights.tensors[1].normal_(std=D_FF**-0.5, generator=generator)
     price = measure_overhead(weights.experts[0], ranks) if overhead == "auto" else int(overhead)
     return ReplicatedExperts(weights, home.phy2log[0], ranks, home.num_devices, expert_overhead_tokens=price)
 

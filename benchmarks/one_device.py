@@ -25,8 +25,10 @@ from torch.nn.functional import grouped_mm
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
+from data.models.expert import ExpertFormat
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
+from runtime.experts.grouped_mm import ExpertFunction
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 
@@ -38,11 +40,12 @@ Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def in_slots(loop: SwitchTransformersExperts, experts: int, like: torch.Tensor) -> ReplicatedExperts:
     """The loop's experts in the slots of one device, of a tensor's device and dtype."""
     home = ReplicationPlan.at_home(contiguous_homes(1, experts), 1, 0)
-    weights = ResidentSlots(home, 0, range(1), (D_FF, D_MODEL), like, torch.nn.ReLU())
+    function = ExpertFunction(ExpertFormat.plain(D_FF, D_MODEL), torch.nn.ReLU())
+    weights = ResidentSlots(home, 0, range(1), function, like)
     for slot, expert in enumerate(loop.children()):
-        weights.wi_NFD[slot].copy_(expert.wi.weight)
-        weights.wo_NDF[slot].copy_(expert.wo.weight)
-        expert.wi.weight.data, expert.wo.weight.data = weights.wi_NFD[slot], weights.wo_NDF[slot]
+        for parameter, stacked in zip((expert.wi.weight, expert.wo.weight), weights.tensors, strict=True):
+            stacked[slot].copy_(parameter)
+            parameter.data = stacked[slot]
     return ReplicatedExperts(weights, home.phy2log[0], Ranks(device="cuda" if like.is_cuda else "cpu"), 1)
 
 
@@ -54,7 +57,7 @@ def grouped(slots: ReplicatedExperts) -> Layer:
     def layer(hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         order = one_hot[:, 0].argmax(-1).argsort(stable=True)
         offsets = one_hot.sum((0, 1)).cumsum(0).int()
-        inner = grouped_mm(hidden[order], weights.wi_NDF, offs=offsets).relu()
+        inner = grouped_mm(hidden[order], weights.wi_NDP, offs=offsets).relu()
         outer = grouped_mm(inner, weights.wo_NFD, offs=offsets) * weight[order]
         return torch.empty_like(hidden).index_copy_(0, order, outer)
 

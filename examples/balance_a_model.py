@@ -14,7 +14,7 @@ texts = [["How are you today?", "The committee met on Tuesday."], ["def main():"
 predictor = sys.argv[1] if len(sys.argv) > 1 else Ema()
 
 with Engine("switch-mini-64", predictor, num_devices=8, num_redundant_experts=16) as engine:
-    tokenizer = engine.switch.tokenizer
+    tokenizer = engine.loaded.tokenizer
     batches = (tokenizer(batch, padding=True, return_tensors="pt") for batch in texts)  # read one batch ahead
     for output in engine.run(batches):
         print(f"logits {tuple(output.logits.shape)}, balancedness {output.stats.balancedness:.3f}")

@@ -63,6 +63,11 @@ class LoadedModel:
         _check_transformers()
         return cls(model, tokenizer, layout_of(model, name))
 
+    def to(self, device: torch.device) -> None:
+        """Moves what was loaded of the model to a device."""
+        # `model.to` refuses a model without its experts, whose parameters are on the meta device
+        self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+
 
 def layout_of(model: Any, model_id: str, revision: str = "") -> MoELayout:
     """Reads the layout of a live model of any family that Switchcast takes.

@@ -18,6 +18,9 @@ MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "moe_topk")
 """Names under which routers, blocks and configurations keep the number of experts of a token."""
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Entries of a configuration's `layer_types` that are softmax attention over masked positions."""
+
 
 @dataclass(frozen=True)
 class MoEModule:
@@ -57,6 +60,12 @@ class MoEModule:
                     return found
         raise ValueError(f"{self.name}: neither its router nor the configuration tells the experts of a token")
 
+    @property
+    def shared_parameters(self) -> int:
+        """Parameters of shared experts, which compute every token beside the routed experts; no plan moves them."""
+        named = self.block.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if "shared" in name)
+
     def routing_tensors(self) -> list[Tensor]:
         """Parameters and buffers beside the experts with a row or an entry for each expert: what decides routes."""
         found = [*self.block.named_parameters(), *self.block.named_buffers()]
@@ -66,6 +75,24 @@ class MoEModule:
             for name, tensor in sorted(found, key=lambda item: item[0])
             if id(tensor) not in own and "shared" not in name and tensor.shape[:1] == (self.num_experts,)
         ]
+
+
+def attends_only(model: Any) -> bool:
+    """Whether positions see each other through masked attention alone, so that nothing reads padding.
+
+    False for layers with a state or a convolution over positions (Jamba, Qwen3-Next, LFM2 ...), and where in doubt.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    if kinds and not set(kinds) <= ATTENTION:
+        return False
+    layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    return bool(layers) and all(_is_attention(type(layer).__name__) for layer in layers)
+
+
+def _is_attention(name: str) -> bool:
+    """Whether modules of a class with this name are softmax attention, or layers around it."""
+    stateful = any(mark in name for mark in ("Lightning", "Linear", "Delta", "Mamba", "Conv", "Recurrent"))
+    return name.endswith(("Attention", "DecoderLayer")) and not stateful
 
 
 def moe_modules(model: nn.Module) -> list[MoEModule]:

@@ -1,6 +1,8 @@
 """ModelWeights: reads single tensors of a model's safetensors files, bundled, local or on the Hugging Face hub."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -107,14 +109,24 @@ class ModelWeights:
         Raises:
             ValueError: If no tensor has that name, or its file is damaged.
         """
+        return self._read(name, lambda weights: weights.get_tensor(name))
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """Reads one row of a tensor, the first axis left out; the other rows are not read.
+
+        Raises:
+            ValueError: If no tensor has that name, it has no such row, or its file is damaged.
+        """
+        return self._read(name, lambda weights: weights.get_slice(name)[row])
+
+    def _read(self, name: str, get: Callable[[Any], Tensor]) -> Tensor:
         if name not in self.files:
             raise ValueError(f"{self.model} has no weights named {name}")
         try:
             with safe_open(self.files[name], framework="pt") as weights:
-                tensor: Tensor = weights.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+                return get(weights)
+        except (SafetensorError, OSError, IndexError) as error:
             raise ValueError(f"{self.files[name]} cannot be read: {error}") from None
-        return tensor
 
 
 def read_embedding(model: str, revision: str = "") -> Tensor:

@@ -21,11 +21,12 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class ModelBatch:
-    """One batch for an encoder-decoder model.
+    """One batch for a model.
 
     Attributes:
-        tokens: Encoder tokens `[B, T]`.
-        decoder: Decoder input tokens `[B, U]`; None runs the encoder alone.
+        tokens: Tokens `[B, T]`, of the encoder where there is one.
+        decoder: Decoder input tokens `[B, U]` of an encoder-decoder model; None runs its encoder alone. A decoder-only
+            model has none.
 
     Raises:
         TypeError: If these are no tokens; see `TokenBatch.of`.
@@ -49,15 +50,25 @@ class ModelBatch:
 
         Args:
             inputs: A mapping with `input_ids` and `attention_mask`, and with `decoder_input_ids` (and
-                `decoder_attention_mask`) or `labels`; with neither, the decoder is fed its start token.
-            config: The model's configuration: its start and padding tokens.
+                `decoder_attention_mask`) or `labels`; with neither, the decoder is fed its start token. A
+                decoder-only model is fed `input_ids` alone.
+            config: The model's configuration: its vocabulary, start and padding tokens.
         """
-        batch = inputs if isinstance(inputs, cls) else cls(TokenBatch.of(inputs), _decoder_tokens(inputs, config))
+        both = config.is_encoder_decoder
+        if isinstance(inputs, cls):
+            batch = inputs
+        else:
+            batch = cls(TokenBatch.of(inputs), _decoder_tokens(inputs, config) if both else None)
+        if batch.decoder is not None and not both:
+            raise ValueError(
+                f"decoder tokens were given, and a {config.model_type} model has no encoder; leave them out"
+            )
+        vocabulary = (config if both else config.get_text_config()).vocab_size
         for tokens in (batch.tokens, batch.decoder):
             if tokens is not None and tokens.input_ids.numel():
                 low, high = int(tokens.input_ids.min()), int(tokens.input_ids.max())
-                if low < 0 or high >= config.vocab_size:
-                    raise ValueError(f"token ids are {low} to {high}, expected 0 to {config.vocab_size - 1}")
+                if low < 0 or high >= vocabulary:
+                    raise ValueError(f"token ids are {low} to {high}, expected 0 to {vocabulary - 1}")
         return batch
 
     def rows(self, rank: int, world: int) -> slice:
@@ -94,23 +105,14 @@ def _decoder_tokens(inputs: Any, config: Any) -> TokenBatch:
     return TokenBatch(shifted, labels != IGNORED_LABEL)
 
 
-def needed_positions(mask: Tensor) -> Tensor:
-    """Positions that a model must compute, bool `[B, T]`: all up to the last real token of each sequence.
-
-    Padding behind the last token is never read. Padding in front is computed: it takes up experts' capacity, and so
-    decides which of the tokens behind it are dropped.
-    """
-    return mask.flip(1).cummax(1).values.flip(1)
-
-
 @dataclass(frozen=True)
 class BatchStats:
     """What a batch took, over all ranks.
 
     Attributes:
-        load: Tokens of each expert, `[L, E]`.
-        device_load: Tokens that each device computed, `[L, G]`.
-        sent: Tokens that were sent to another rank, `[L]`.
+        load: Assignments of each expert that were computed, `[L, E]`: tokens, or with top-k routing K for each token.
+        device_load: Assignments that each device computed, `[L, G]`.
+        sent: Assignments that were sent to another rank, `[L]`.
         busy_ms: Milliseconds that each device computed experts, `[L, G]`; NaN if times were not measured.
         waited_ms: Milliseconds that each rank waited for other ranks, `[L, S]`, likewise; zeros with one rank.
         compute_ms: Milliseconds of the whole forward on this rank, likewise.
@@ -150,8 +152,9 @@ class BatchOutput:
     """The output of a batch and what it took.
 
     Attributes:
-        logits: Of this rank's sequences, `[b, U, V]`, or the encoder's last hidden states `[b, T, D]` if the decoder
-            did not run. Positions of padding hold no meaning. On CUDA they may still be under way.
+        logits: Of this rank's sequences, `[b, U, V]` (`[b, T, V]` of a decoder-only model), or the encoder's last
+            hidden states `[b, T, D]` if the decoder did not run. Positions of padding hold no meaning. On CUDA they may
+            still be under way.
         rows: Which of the batch's sequences they are.
         counted: Makes `stats`.
     """
@@ -168,13 +171,22 @@ class BatchOutput:
 
 @torch.no_grad()  # not inference_mode: routers store tensors of a forward, which later calls could not use
 def forward(model: Any, batch: ModelBatch) -> Tensor:
-    """The output of a model, plain or with slots: logits `[B, U, V]`, or encoder states `[B, T, D]`."""
+    """The output of a model, plain or with slots; see `BatchOutput.logits`."""
     ids, attention = to_device(batch.tokens.input_ids, model.device), to_device(batch.tokens.mask.long(), model.device)
+    logits: Tensor
+    if not model.config.is_encoder_decoder:
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        return logits
     if batch.decoder is None:
         states: Tensor = model.encoder(input_ids=ids, attention_mask=attention)[0]
         return states
     decoder: dict[str, Tensor] = {"decoder_input_ids": to_device(batch.decoder.input_ids, model.device)}
-    if (needed_positions(batch.decoder.mask) != batch.decoder.mask).any():  # padding that later tokens would attend to
+    if _has_padding_in_front(batch.decoder.mask):  # later tokens would attend to it
         decoder["decoder_attention_mask"] = to_device(batch.decoder.mask.long(), model.device)
-    logits: Tensor = model(input_ids=ids, attention_mask=attention, **decoder).logits
+    logits = model(input_ids=ids, attention_mask=attention, **decoder).logits
     return logits
+
+
+def _has_padding_in_front(mask: Tensor) -> bool:
+    """Whether a real token follows padding in any sequence."""
+    return bool((mask[:, 1:] & ~mask[:, :-1]).any())

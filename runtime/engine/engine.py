@@ -1,4 +1,4 @@
-"""Engine: runs a Switch Transformer with expert parallelism.
+"""Engine: runs a Mixture of Experts with expert parallelism.
 
 Before each batch, experts that are forecast to be hot are copied into replica slots. Outputs equal the unmodified
 model's.
@@ -25,7 +25,9 @@ from torch import Tensor
 from data.arrays import IntArray
 from data.files import sha256
 from data.models.device import Device
+from data.models.layout import SWITCH
 from data.models.model import Dtype, LoadedModel, load_dense, load_model
+from data.models.stored_experts import stored_experts
 from data.models.weights import ModelWeights
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
@@ -33,27 +35,30 @@ from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.distributed.device import Stopwatch, to_device
 from runtime.distributed.ranks import Ranks
+from runtime.engine.adapter import adapter_of
 from runtime.engine.batch import BatchOutput, ModelBatch, forward
 from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, GenerationSettings, ended, generation_tokens
 from runtime.engine.model import ReplicatedModel
-from runtime.experts.weights import ExpertSource, FileWeights, ModuleWeights
+from runtime.experts.weights import ExpertSource, FileWeights
 from runtime.offload.slots import MemoryBudget
 
+PER_SEQUENCE = {"decoder_input_ids", "decoder_attention_mask", "position_ids", "token_type_ids"}
+"""Settings of `generate` with one row for each sequence."""
 REDUNDANT = 16
 """Replica slots of each MoE layer over several devices, unless told otherwise."""
 
 
 class Engine:
-    """A Switch Transformer whose experts live in slots over devices, with replicas of the hot ones.
+    """A Mixture of Experts whose experts live in slots over devices, with replicas of the hot ones.
 
     Inside the `with` block, `run` balances batch after batch, `generate` writes text, and the model itself can be
     called as usual. After the block the model is what it was before, bit for bit.
 
     Args:
-        model: A transformers Switch model in evaluation mode, 'switch-mini-64' (bundled), a local model folder, or a
-            hub id. Under torchrun, or with `device_memory`, give a folder or an id: each process then reads only the
-            experts that it needs.
+        model: A model of transformers in evaluation mode (Switch, or a decoder-only family; docs/models.md lists them),
+            'switch-mini-64' (bundled), a local model folder, or a hub id. Under torchrun, or with `device_memory`, give
+            a folder or an id: each process then reads only the experts that it needs.
         predictor: A folder that `train.py` wrote, a hub id of one, or any `Forecaster`; None never replicates.
         num_devices: G, devices that the experts are spread over: under torchrun the number of processes; else 1 on
             CUDA, and on a CPU 8, which it emulates.
@@ -78,7 +83,7 @@ class Engine:
         must_agree: Further settings that must be the same on all ranks, by name.
 
     Raises:
-        TypeError: If `model` is no Switch model.
+        TypeError: If `model` is of no class that can be run.
         ValueError: If something cannot be loaded or does not fit together; the message says what to do.
     """
 
@@ -118,8 +123,8 @@ class Engine:
         cuda = self.ranks.device.type == "cuda"
         self.measure = not cuda if measure is None else measure
         dtype = dtype or ("bfloat16" if cuda else "float32")
-        self.switch, self._weights = self._load(model, revision, dtype, device_memory, host_memory)
-        layout = self.switch.layout
+        self.loaded, self._weights = self._load(model, revision, dtype, device_memory, host_memory)
+        layout = self.loaded.layout
         self.forecaster, digest = self._open_predictor(predictor)
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
         devices = self.ranks.devices(num_devices)
@@ -133,7 +138,7 @@ class Engine:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "model": layout.fingerprint(),
-            "dtype": str(self.switch.model.dtype),
+            "dtype": str(self.loaded.model.dtype),
             "forecaster": "none" if self.forecaster is None else self.forecaster.name,
             "predictor": digest,
             "experts": type(self._weights).__name__,
@@ -152,16 +157,21 @@ class Engine:
                     f"device_memory is {device_memory}, but the model is in memory already; give its folder or hub id "
                     "instead, so that experts can be read one by one"
                 )
-            switch = model if isinstance(model, LoadedModel) else LoadedModel.of(model)
-            return switch, ModuleWeights(switch.model, switch.layout)
+            loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model)
+            return loaded, adapter_of(loaded).weights()
         name, whole = str(model), self.ranks.world == 1 and device_memory is None
-        switch = (load_model if whole else load_dense)(name, revision, dtype)
-        switch.model.to(self.ranks.device)
+        loaded = (load_model if whole else load_dense)(name, revision, dtype)
+        loaded.to(self.ranks.device)
         if device_memory is not None:
-            return switch, MemoryBudget(device_memory, host_memory, ModelWeights(name, revision).files)
+            if loaded.layout.family != SWITCH:
+                raise ValueError(
+                    f"device_memory is {device_memory}, and {name} is a {loaded.layout.family} model; only Switch "
+                    "models run within a budget so far, leave it out"
+                )
+            return loaded, MemoryBudget(device_memory, host_memory, ModelWeights(name, revision).files)
         if whole:
-            return switch, ModuleWeights(switch.model, switch.layout)
-        return switch, FileWeights(ModelWeights(name, revision), switch.layout)
+            return loaded, adapter_of(loaded).weights()
+        return loaded, FileWeights(stored_experts(ModelWeights(name, revision), loaded.model, loaded.layout))
 
     def _open_predictor(self, predictor: Forecaster | Path | str | None) -> tuple[Forecaster | None, str]:
         """The forecaster, and a digest of the weights of a predictor folder."""
@@ -171,8 +181,8 @@ class Engine:
                 raise TypeError(f"predictor is {kind}, expected a folder, a hub id, or a Forecaster")
             return predictor, "none"
         folder = Path(predictor)
-        table = self.switch.model.shared.weight.detach()
-        forecaster = load_predictor(predictor, self.switch.layout, table)
+        table = self.loaded.model.get_input_embeddings().weight.detach()
+        forecaster = load_predictor(predictor, self.loaded.layout, table)
         return forecaster, sha256(folder / "model.safetensors") if folder.is_dir() else str(predictor)
 
     def __enter__(self) -> "Engine":
@@ -182,7 +192,7 @@ class Engine:
         try:
             self.ranks.check_alike(self._facts)
             self.replicated = ReplicatedModel(
-                self.switch, self.home, self.ranks, self._weights, self.devices_per_node, self.expert_overhead_tokens
+                self.loaded, self.home, self.ranks, self._weights, self.devices_per_node, self.expert_overhead_tokens
             )
         except BaseException:
             if not isinstance(self._weights, MemoryBudget):
@@ -213,7 +223,7 @@ class Engine:
 
         Args:
             batches: What a tokenizer returns (`input_ids`, `attention_mask`), with `decoder_input_ids` or `labels` if
-                the decoder is to be fed more than its start token; or `ModelBatch`es.
+                the decoder of an encoder-decoder model is to be fed more than its start token; or `ModelBatch`es.
 
         Raises:
             RankLostError: If another rank is gone.
@@ -223,7 +233,7 @@ class Engine:
         self._check_open()
         if isinstance(batches, Mapping):
             raise TypeError("run takes an iterable of batches and got one batch; write run([batch])")
-        return self._run(ModelBatch.of(batch, self.switch.model.config) for batch in batches)
+        return self._run(ModelBatch.of(batch, self.loaded.model.config) for batch in batches)
 
     def _run(self, queue: Iterator[ModelBatch]) -> Iterator[BatchOutput]:
         controller, current, first = self.controller, next(queue, None), True
@@ -258,9 +268,9 @@ class Engine:
         own = batch.part(rows)
         read = torch.zeros(len(own.tokens.mask)).bool() if own.decoder is None else own.decoder.mask.any(1)
         with self.replicated.batch(own.tokens, own.decoder, read, preparation is not None, self.measure):
-            stopwatch = Stopwatch(self.switch.model.device, self.measure)
+            stopwatch = Stopwatch(self.loaded.model.device, self.measure)
             with stopwatch:
-                logits = forward(self.switch.model, own)
+                logits = forward(self.loaded.model, own)
         compute_ms = stopwatch.take_ms() if self.measure else float("nan")
         stats = self.replicated.stats(self.measure, compute_ms, exposed_ms, preparation)
         return BatchOutput(logits[: rows.stop - rows.start], rows, stats)
@@ -274,7 +284,7 @@ class Engine:
         The ids are those that the plain model writes. Ranks stay in step until all sequences are done.
 
         Args:
-            inputs: What a tokenizer returns, or encoder token ids `[B, T]`; `input_ids=` and `attention_mask=` do as
+            inputs: What a tokenizer returns, or token ids `[B, T]`; `input_ids=` and `attention_mask=` do as
                 well. On several ranks each is given the whole batch.
             generation_config: As in transformers.
             replan_every: Decoder steps after which the placement follows the loads of the steps before; None keeps the
@@ -287,12 +297,12 @@ class Engine:
             ValueError: If `settings` ask for something else than token ids.
         """
         self._check_open()
-        model, device = self.switch.model, self.switch.model.device
+        model, device = self.loaded.model, self.loaded.model.device
         wanted = GenerationSettings.of(model, generation_config, settings)
         batch = ModelBatch(generation_tokens(inputs, settings))
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own, idle = batch.part(rows).tokens, rows.start == rows.stop
-        for name in set(settings) & {"decoder_input_ids", "decoder_attention_mask"}:
+        for name in set(settings) & PER_SEQUENCE:
             settings[name] = settings[name][slice(0, 1) if idle else rows]
         if idle:
             settings["stopping_criteria"] = [ended]
@@ -301,10 +311,12 @@ class Engine:
             preparation = self.controller.commit(wait=True)
             self.replicated.follow_plan()
             read = torch.full((len(own.mask),), not idle)
-            steps = DecoderSteps(self.replicated, self.controller, replan_every, idle, wanted)
+            prompt = own.mask.shape[1] if self.loaded.layout.causal else 0
+            mask = own.mask | (idle and self.loaded.layout.causal)  # sampling refuses attention to nothing
+            steps = DecoderSteps(self.replicated, self.controller, replan_every, idle, wanted, prompt)
             with self.replicated.batch(own, None, read, preparation is not None, measure=False), steps:
                 ids: Tensor = model.generate(
-                    input_ids=to_device(own.input_ids, device), attention_mask=to_device(own.mask.long(), device),
+                    input_ids=to_device(own.input_ids, device), attention_mask=to_device(mask.long(), device),
                     generation_config=generation_config, synced_gpus=self.ranks.world > 1, **settings,
                 )  # fmt: skip
         return ids[: wanted.sequences_each * (rows.stop - rows.start)]

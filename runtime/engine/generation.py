@@ -52,7 +52,7 @@ class GenerationSettings:
 
 
 def generation_tokens(inputs: Any, settings: dict[str, Any]) -> TokenBatch:
-    """The encoder tokens that `generate` is given in any of its ways; takes them out of `settings`.
+    """The tokens that `generate` is given in any of its ways; takes them out of `settings`.
 
     Further entries of a mapping, such as `decoder_input_ids`, join the settings.
 
@@ -89,6 +89,8 @@ class DecoderSteps:
         replan_every: Decoder steps between two placements; None keeps the placement.
         idle: Whether this rank has no sequence of its own.
         settings: Of the call.
+        prompt: Tokens of each sequence, padding included, that the stepping module is fed before it writes; 0 for a
+            decoder beside an encoder, whose first call is fed nothing written.
 
     Raises:
         ValueError: If `replan_every` is less than a step.
@@ -101,19 +103,20 @@ class DecoderSteps:
         replan_every: int | None,
         idle: bool,
         settings: GenerationSettings,
+        prompt: int,
     ) -> None:
         if replan_every is not None and replan_every < 1:
             raise ValueError(f"replan_every is {replan_every}, expected 1 or more decoder steps, or None")
         self._replicated, self._controller, self._replan_every, self._idle = replicated, controller, replan_every, idle
-        device = replicated.switch.model.device
+        device = replicated.loaded.model.device
         self._ends = to_device(torch.tensor(settings.ends, dtype=torch.int64), device)
         self._each_row = settings.stepwise
         self._ended: Tensor | None = None
-        self._step = 0
+        self._step, self._prompt, self._fed = 0, prompt, 0
 
     def __enter__(self) -> "DecoderSteps":
-        decoder = self._replicated.switch.model.decoder
-        self._handle: Any = decoder.register_forward_pre_hook(self._before_step, with_kwargs=True)
+        stepper = self._replicated.adapter.stepper
+        self._handle: Any = stepper.register_forward_pre_hook(self._before_step, with_kwargs=True)
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -130,18 +133,22 @@ class DecoderSteps:
         ids = kwargs["input_ids"]
         if self._ended is None:
             self._ended = torch.full((len(ids),), self._idle, device=ids.device)
-        elif self._each_row:  # a sequence has ended once the token that is fed is one that ends it
+        elif self._each_row and max(self._fed, ids.shape[1] - 1) >= self._prompt:  # else it reads a prompt in pieces
+            # a sequence has ended once the token that is fed is one that ends it
             self._ended = self._ended | torch.isin(ids[:, -1], self._ends)
-        skipped_T = self._ended[:, None].expand(ids.shape).reshape(-1)
-        for experts in self._replicated.decoder_layers:
+        self._fed += ids.shape[1]
+        skipped = self._ended[:, None].expand(ids.shape)
+        needed = self._replicated.adapter.step_needs(ids, kwargs.get("attention_mask"))
+        skipped_T = (skipped if needed is None else skipped | ~needed).reshape(-1)
+        for experts in self._replicated.step_layers:
             experts.begin_step(skipped_T)
         self._step += 1
 
     def _observe(self) -> None:
-        """Adds the loads since the last call to the history: the decoder's of these steps beside the encoder's."""
+        """Adds the loads since the last call to the history: an encoder's beside the decoder's of these steps."""
         if self._replicated.places:
             self._controller.observe(np.stack([experts.counters.load for experts in self._replicated.layers]))
-        for experts in self._replicated.decoder_layers:
+        for experts in self._replicated.step_layers:
             experts.reset_counters()
 
 

@@ -1,4 +1,4 @@
-"""ReplicatedModel: a Switch model with its experts modules replaced by slots, until it is closed."""
+"""ReplicatedModel: a model whose experts compute in slots, until it is closed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,8 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from torch import Tensor
 
 from data.arrays import FloatArray
 from data.models.model import LoadedModel
@@ -15,7 +14,8 @@ from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan
 from runtime.distributed.device import to_device
 from runtime.distributed.ranks import Ranks
-from runtime.engine.batch import BatchStats, needed_positions
+from runtime.engine.adapter import adapter_of
+from runtime.engine.batch import BatchStats
 from runtime.engine.controller import Preparation, Transfer
 from runtime.experts.grouped_mm import measure_overhead
 from runtime.experts.layer import ReplicatedExperts, Slots
@@ -27,10 +27,10 @@ from runtime.offload.slots import MemoryBudget, OffloadedSlots, OffloadTransfer
 
 
 class ReplicatedModel:
-    """Replaces the experts modules of a model; `close` puts them back, and the model is what it was, bit for bit.
+    """Has a model compute its experts in slots; after `close` the model is what it was, bit for bit.
 
     Args:
-        switch: The model.
+        loaded: The model.
         home: The plan without replicas.
         ranks: The ranks.
         experts: Where weights come from: all of them at once, within a budget, or an open cache, which `close` closes.
@@ -50,19 +50,15 @@ class ReplicatedModel:
 
     def __init__(
         self,
-        switch: LoadedModel,
+        loaded: LoadedModel,
         home: ReplicationPlan,
         ranks: Ranks,
         experts: ExpertSource | MemoryBudget | ExpertCache,
         devices_per_node: int | None = None,
         expert_overhead_tokens: int | Literal["auto"] = 0,
     ) -> None:
-        self.switch, self._home, self._ranks, self._experts = switch, home, ranks, experts
-        self._names = switch.layout.modules
-        self._before: list[nn.Module] = [switch.model.get_submodule(name) for name in self._names]
-        if any(isinstance(module, ReplicatedExperts) for module in self._before):
-            raise ValueError("another engine runs this model; close that one first")
-        self._activation = ACT2FN[switch.model.config.dense_act_fn]
+        self.loaded, self._home, self._ranks, self._experts = loaded, home, ranks, experts
+        self.adapter = adapter_of(loaded)
         self.cache: ExpertCache | None = None
         slots: Sequence[Slots]
         if isinstance(experts, MemoryBudget | ExpertCache):
@@ -76,26 +72,26 @@ class ReplicatedModel:
             ReplicatedExperts(each, phy2log, ranks, home.num_devices, devices_per_node, self.expert_overhead_tokens)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
         ]
-        for name, layer, before in zip(self._names, self.layers, self._before, strict=True):
-            switch.model.set_submodule(name, layer.train(before.training))
+        self.adapter.install(self.layers)
 
     def _resident(self, source: ExpertSource) -> tuple[Sequence[Slots], Transfer]:
-        layout, own = self.switch.layout, self._home.num_devices // self._ranks.world
+        own, shared = self._home.num_devices // self._ranks.world, self._ranks.world > 1
         devices = range(self._ranks.rank * own, (self._ranks.rank + 1) * own)
+        in_order = np.arange(self.loaded.layout.num_experts)
         slots = []
-        for layer in range(layout.num_layers):
-            shape, like = (layout.d_ff, layout.d_model), self.switch.model.shared.weight
-            shared = self._ranks.world > 1
-            slots.append(ResidentSlots(self._home, layer, devices, shape, like, self._activation, shared))
+        for layer, function in enumerate(self.adapter.functions):
+            whole = source.whole(layer) if np.array_equal(self._home.phy2log[layer], in_order) else None
+            whole = whole if self._home.num_devices == 1 else None
+            slots.append(ResidentSlots(self._home, layer, devices, function, self.adapter.like, shared, whole))
             slots[-1].fill(source)
         return slots, WeightTransfer(slots, self._home, self._ranks)
 
     def _cached(self, experts: MemoryBudget | ExpertCache) -> tuple[Sequence[Slots], Transfer]:
-        like = self.switch.model.shared.weight
-        self.cache = experts if isinstance(experts, ExpertCache) else experts.open(self.switch.layout, like)
+        like = self.adapter.like
+        self.cache = experts if isinstance(experts, ExpertCache) else experts.open(self.loaded.layout, like)
         slots = [
-            OffloadedSlots(self.cache, self._home, layer, self._ranks.rank, self._activation, like)
-            for layer in range(self.switch.layout.num_layers)
+            OffloadedSlots(self.cache, self._home, layer, self._ranks.rank, function.between, like)
+            for layer, function in enumerate(self.adapter.functions)
         ]
         return slots, OffloadTransfer(slots, self._home, self.cache, self._ranks)
 
@@ -109,9 +105,9 @@ class ReplicatedModel:
         return self._home.num_devices > 1 or self.cache is not None
 
     @property
-    def decoder_layers(self) -> list[ReplicatedExperts]:
-        """The slots of the decoder's MoE layers."""
-        return self.layers[self.switch.layout.num_input_layers :]
+    def step_layers(self) -> list[ReplicatedExperts]:
+        """The slots of the MoE layers that generation runs once for each token."""
+        return self.layers[self.adapter.step_layers]
 
     @contextmanager
     def batch(
@@ -122,22 +118,23 @@ class ReplicatedModel:
         Outside of it, as in a plain call of the model, layers compute all positions.
 
         Args:
-            tokens: Encoder tokens `[B, T]`.
+            tokens: Tokens of the layers that route the input `[B, T]`.
             decoder: Decoder tokens `[B, U]`; None computes all of them.
             read_B: Sequences whose encoder states a decoder reads.
             prepared: Whether the cache's expectations are for this batch.
             measure: Whether to measure times.
         """
-        blank_B = read_B & ~tokens.mask.any(1)  # attention over nothing but padding reads all of it
-        device, encoder = self.switch.model.device, self.switch.layout.num_input_layers
-        skipped_T = to_device(~(needed_positions(tokens.mask) | blank_B[:, None]).reshape(-1), device)
-        skipped_U = None if decoder is None else to_device(~needed_positions(decoder.mask).reshape(-1), device)
+        device, inputs = self.loaded.model.device, self.loaded.layout.num_input_layers
+        skipped_T, skipped_U = (
+            None if skipped is None else to_device(skipped, device)
+            for skipped in self.adapter.skipped(tokens, decoder, read_B)
+        )
         if self.cache is not None:
             if not prepared:  # the last expectations were for a batch that has run
                 self.cache.expect(None)
             self.cache.begin()
         for layer, experts in enumerate(self.layers):
-            skipped = skipped_T if layer < encoder else skipped_U
+            skipped = skipped_T if layer < inputs else skipped_U
             experts.begin(self.transfer.plan.phy2log[layer], skipped, measure)
         try:
             yield
@@ -187,10 +184,9 @@ class ReplicatedModel:
         return np.full((layers, self._home.num_devices), np.nan), np.full((layers, self._ranks.world), np.nan)
 
     def close(self) -> None:
-        """Puts the model's own modules back and frees the slots' memory, once no copy reads or writes it."""
+        """Takes the slots out of the model and frees their memory, once no copy reads or writes it."""
         self.transfer.close()
-        for name, before in zip(self._names, self._before, strict=True):
-            self.switch.model.set_submodule(name, before)
+        self.adapter.remove()
         if self.cache is not None:
             self.cache.close()
         if not isinstance(self._experts, MemoryBudget | ExpertCache):

@@ -1,13 +1,16 @@
 """Token dispatch and combine: tokens travel to the ranks that hold their expert's slots, and the outputs come back.
 
-    token_T, counts_2E = sort_on_host(one_hot_TE, skipped_T)
+    assignment_A, counts_2E = sort_on_host(choice, skipped_T, E)
     quota_SP = split_by_quota(all ranks' counts, ...)
     index, parts = plan_dispatch(quota_SP, phy2log_P, rank, windows, ...)
-    index = upload(index, device)                                           # one copy for all indices of a layer
-    dispatch = TokenDispatch(hidden_TD, token_T, index, parts[0], ranks)    # sends
-    rows_MD = dispatch.received()                                           # rows sorted by slot
+    index = upload(index, device)                                                 # one copy for a layer's indices
+    dispatch = TokenDispatch(hidden_TD, assignment_A, K, index, parts[0], ranks)  # sends
+    rows_MD = dispatch.received()                                                 # rows sorted by slot
     dispatch.send_back(output_MD)
-    dispatch.combine(output_TD, weight_T1)
+    dispatch.combine(output_AD, weight_A1)
+
+A token with K experts is dispatched K times; each time is one assignment, see `runtime.experts.routing`. With K = 1
+assignments are tokens.
 
 An example with 2 ranks of 6 tokens each and 4 experts. Rank 0 holds the homes of experts 0 and 1 and an empty replica
 slot, rank 1 holds the homes of 2 and 3 and a replica of 0: phy2log is [0, 1, -1 | 2, 3, 0].
@@ -26,8 +29,8 @@ token 1 for slot 3. Rows to compute are a rank's own and then those it receives,
 (slot 0) and 4 (slot 1), then the row from rank 1, which belongs to slot 0: by slot they are rows [0, 1, 2, 3, 5, 4],
 and slot_sizes are [5, 1, 0].
 
-Shape suffixes: T tokens of this rank, E experts, S ranks, P slots of all ranks, Q slots of this rank, M rows this rank
-computes, D model width.
+Shape suffixes: T tokens of this rank, A = T x K its assignments, E experts, S ranks, P slots of all ranks, Q slots of
+this rank, M rows this rank computes, D model width.
 """
 
 from dataclasses import dataclass
@@ -40,50 +43,6 @@ from torch import Tensor
 
 from data.arrays import IntArray
 from runtime.distributed.ranks import Ranks
-
-
-def sort_on_device(one_hot_TE: Tensor, skipped_T: Tensor | None, experts_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorts tokens by expert, then by position; no call in here waits for the device.
-
-    Args:
-        one_hot_TE: 1 in the column of the token's expert; a dropped token has an all-zero row.
-        skipped_T: Whether the token need not be computed; None means that all must.
-        experts_E: The numbers 0..E - 1.
-
-    Returns:
-        Indices of the tokens, int64 `[T]`; those that are dropped or skipped come last. For each expert the number
-        of tokens up to its last one, int32 `[E]`: where its group ends. Whether a token is left out, `[T]`.
-    """
-    chosen_T, expert_T = one_hot_TE.max(-1)
-    left_out_T = chosen_T <= (0 if skipped_T is None else skipped_T)  # 1 <= 0 alone is False: chosen and not skipped
-    key_T, token_T = expert_T.masked_fill_(left_out_T, experts_E.shape[0]).sort(stable=True)
-    return token_T, torch.searchsorted(key_T, experts_E, right=True, out_int32=True), left_out_T
-
-
-def sort_on_host(one_hot_TE: Tensor, skipped_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sorts tokens by expert, then by position, and counts them.
-
-    In numpy, because with few tokens the overhead of the calls dominates, and numpy's is smaller than torch's.
-
-    Args:
-        one_hot_TE: As in `sort_on_device`, on the CPU.
-        skipped_T: As there.
-
-    Returns:
-        Indices of the tokens to compute, int64.
-        Counts `[2, E]`, int64: the tokens to compute, and all routed tokens.
-    """
-    rows_TE = one_hot_TE.numpy()
-    tokens, experts = rows_TE.shape
-    expert_T = rows_TE.argmax(-1)
-    routed_T = rows_TE[np.arange(tokens), expert_T] > 0
-    token = (routed_T if skipped_T is None else routed_T & ~skipped_T.numpy()).nonzero()[0]
-    expert = expert_T[token]
-    counts_2E = np.empty((2, experts), dtype=np.int64)
-    counts_2E[:] = np.bincount(expert, minlength=experts)
-    if skipped_T is not None:
-        counts_2E[1] = np.bincount(expert_T[routed_T], minlength=experts)
-    return torch.from_numpy(token[expert.argsort(kind="stable")]), torch.from_numpy(counts_2E)
 
 
 @njit(cache=True, nogil=True)
@@ -125,7 +84,7 @@ class DispatchPart:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this rank, computed here or elsewhere."""
+        """Assignments of this rank's tokens, computed here or elsewhere."""
         return self.num_sent + self.num_local
 
     @property
@@ -285,6 +244,16 @@ def compile_kernels() -> None:
     plan_dispatch(counts_SE, phy2log, 0, np.array([[0, 2]]), np.arange(2), (1, 2), np.zeros(1, dtype=np.int64))
 
 
+def tokens_of(assignment_A: Tensor, per_token: int) -> Tensor:
+    """The token of each assignment."""
+    return assignment_A if per_token == 1 else assignment_A.div(per_token, rounding_mode="floor")
+
+
+def weighed(rows_MD: Tensor, weight_M1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows times router weights, in place unless the result has another dtype."""
+    return rows_MD.mul_(weight_M1) if rows_MD.dtype == dtype else rows_MD * weight_M1
+
+
 class TokenDispatch:
     """One all-to-all of tokens and the one back; call `received`, `send_back` and `combine` in this order.
 
@@ -293,19 +262,23 @@ class TokenDispatch:
 
     Args:
         hidden_TD: This rank's hidden states.
-        token_T: Its tokens sorted by expert.
+        assignment_A: Its assignments sorted by expert.
+        per_token: Assignments of a token, K.
         index: The layer's indices, on the device.
         part: Rows that stay, leave and arrive.
         ranks: The ranks.
     """
 
-    def __init__(self, hidden_TD: Tensor, token_T: Tensor, index: Tensor, part: DispatchPart, ranks: Ranks) -> None:
+    def __init__(
+        self, hidden_TD: Tensor, assignment_A: Tensor, per_token: int, index: Tensor, part: DispatchPart, ranks: Ranks
+    ) -> None:
         self.part, self._ranks, tokens, rows = part, ranks, part.num_tokens, part.num_rows
-        self._token = token_T.index_select(0, index.narrow(0, part.start, tokens))
+        self._assignment = assignment_A.index_select(0, index.narrow(0, part.start, tokens))
+        token = tokens_of(self._assignment, per_token)
         self._by_slot = index.narrow(0, part.start + tokens, rows)
         self._by_row = index.narrow(0, part.start + tokens + rows, rows)
         self._there_MD = hidden_TD.new_empty((tokens + part.num_received, hidden_TD.shape[-1]))
-        torch.index_select(hidden_TD, 0, self._token, out=self._there_MD.narrow(0, 0, tokens))
+        torch.index_select(hidden_TD, 0, token, out=self._there_MD.narrow(0, 0, tokens))
         if part.needs_exchange:
             sent, received = self._ends(self._there_MD)
             self._work = ranks.all_to_all(sent, part.send_sizes, received, part.receive_sizes)
@@ -333,11 +306,11 @@ class TokenDispatch:
         returned, outgoing = self._ends(self._back_MD)
         self._work = self._ranks.all_to_all(outgoing, part.receive_sizes, returned, part.send_sizes)
 
-    def combine(self, output_TD: Tensor, weight_T1: Tensor) -> None:
-        """Writes outputs times router weights to the tokens' rows; call `wait` first."""
+    def combine(self, output_AD: Tensor, weight_A1: Tensor) -> None:
+        """Writes outputs times router weights to the assignments' rows; call `wait` first."""
         rows_MD = self._back_MD.narrow(0, 0, self.part.num_tokens)
-        rows_MD *= weight_T1.index_select(0, self._token)
-        output_TD.index_copy_(0, self._token, rows_MD)
+        rows_MD = weighed(rows_MD, weight_A1.index_select(0, self._assignment), output_AD.dtype)
+        output_AD.index_copy_(0, self._assignment, rows_MD)
 
     def _rows(self, buffer_MD: Tensor) -> Tensor:
         """The part of a buffer that is computed here."""

@@ -6,15 +6,20 @@ Rows are sorted by expert, and so are the buffers that hold the weights:
     rows_MD                rows 0, 1 go through buffer 0; rows 2, 3, 4 through buffer 2; buffer 1 computes nothing
     offsets (grouped_mm)   [2, 2, 5]
 
-Shape suffixes: M rows, N buffers of one device, F inner width, D model width.
+Shape suffixes: M rows, N buffers of one device, F inner width, D model width, P width of the first product: F, or 2 F
+with a gate.
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from data.arrays import BoolArray, IntArray
+from data.models.expert import ExpertFormat
 from runtime.distributed.device import Stopwatch, upload
 from runtime.distributed.ranks import Ranks
 
@@ -34,6 +39,9 @@ With fewer rows its overhead dominates; with more, its intermediate results no l
 MOST_GROUPS = 1023
 """Groups of one call of CUDA's `grouped_mm`, which refuses 1,024 and more (torch's GroupMM.cu)."""
 
+ALIGNMENT = 16
+"""Bytes of which `grouped_mm` wants the strides of a matrix to be multiples."""
+
 FAST_ON_CUDA = (9, 10)
 """Major compute capabilities on which CUDA's `grouped_mm` is one kernel, in bfloat16 only (torch's GroupedBlas.cpp).
 
@@ -47,23 +55,43 @@ MANY_ROWS = 64
 """Rows that `measure_overhead` gives to one expert."""
 
 
+@dataclass(frozen=True)
+class ExpertFunction:
+    """What an expert computes.
+
+    Attributes:
+        format: Its tensors.
+        between: Applied between the two products: an activation, or a gate, which halves the width.
+    """
+
+    format: ExpertFormat
+    between: Callable[[Tensor], Tensor]
+
+    def ready(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors as they are multiplied with: matrices as `[..., in, out]`."""
+        matrices = tensors[:2] if self.format.transposed else [each.transpose(-2, -1) for each in tensors[:2]]
+        return [*matrices, *tensors[2:]]
+
+
 class GroupedExperts:
     """The experts in the buffers of one device, computed together.
 
     Args:
-        wi_NFD: First matrices as they are stored.
-        wo_NDF: Second matrices as they are stored.
-        activation: Applied between the two products.
+        tensors: The experts' tensors as they are stored, each with one row for each buffer; see `ExpertFormat`.
+        function: What they compute.
 
     Attributes:
-        wi_NDF: First matrices as they are multiplied with.
+        wi_NDP: First matrices as they are multiplied with.
         wo_NFD: Second matrices as they are multiplied with.
     """
 
-    def __init__(self, wi_NFD: Tensor, wo_NDF: Tensor, activation: nn.Module) -> None:
-        self.wi_NDF, self.wo_NFD, self._activation = wi_NFD.transpose(1, 2), wo_NDF.transpose(1, 2), activation
-        self._each = list(zip(self.wi_NDF.unbind(), self.wo_NFD.unbind(), strict=True))
-        self.fast = _is_fast(wi_NFD)
+    def __init__(self, tensors: Sequence[Tensor], function: ExpertFunction) -> None:
+        self._ready, self._between = function.ready(tensors), function.between
+        self.wi_NDP, self.wo_NFD = self._ready[:2]
+        self._each = list(zip(*(tensor.unbind() for tensor in self._ready), strict=True))
+        sides = [side for matrix in self._ready[:2] for side in matrix.shape[1:]]
+        aligned = all(side * tensors[0].itemsize % ALIGNMENT == 0 for side in sides)
+        self.fast = aligned and _is_fast(tensors[0])
 
     @property
     def needs_no_sizes(self) -> bool:
@@ -81,7 +109,7 @@ class GroupedExperts:
         """
         rows = rows_MD.shape[0]
         if rows_MD.is_cpu:
-            grouped = rows in GROUPED_MM_ROWS and not _needs_padding(size_N, reference_N).any()
+            grouped = self.fast and rows in GROUPED_MM_ROWS and not _needs_padding(size_N, reference_N).any()
         else:
             grouped = self.fast
         if grouped:
@@ -96,13 +124,24 @@ class GroupedExperts:
         for buffer in size_N.nonzero()[0].tolist():
             size = int(size_N[buffer])
             part_MD, out_MD = rows_MD.narrow(0, start, size), output_MD.narrow(0, start, size)
-            compute_expert(part_MD, *self._each[buffer], self._activation, int(reference_N[buffer]), out_MD)
+            compute_expert(part_MD, self._each[buffer], self._between, int(reference_N[buffer]), out_MD)
             start += size
         return output_MD
 
     def compute_groups(self, rows_MD: Tensor, ends_N: Tensor) -> Tensor:
         """Outputs for rows sorted by buffer, `[M, D]`; rows beyond the last end get no particular value."""
-        return grouped_mm(self._activation(grouped_mm(rows_MD, self.wi_NDF, offs=ends_N)), self.wo_NFD, offs=ends_N)
+        return self._products(rows_MD, ends_N, self._ready)
+
+    def _products(self, rows_MD: Tensor, ends_N: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Both products for the rows of some buffers, given the tensors in these buffers."""
+        wi_NDP, wo_NFD, *biases = weights
+        if not biases:
+            return grouped_mm(self._between(grouped_mm(rows_MD, wi_NDP, offs=ends_N)), wo_NFD, offs=ends_N)
+        row_M = torch.arange(rows_MD.shape[0], dtype=ends_N.dtype, device=rows_MD.device)
+        buffer_M = torch.searchsorted(ends_N, row_M, right=True, out_int32=True).clamp_(max=ends_N.shape[0] - 1)
+        first_MP, second_MD = (bias.index_select(0, buffer_M) for bias in biases)
+        inner_MF = self._between(grouped_mm(rows_MD, wi_NDP, offs=ends_N).add_(first_MP))
+        return grouped_mm(inner_MF, wo_NFD, offs=ends_N).add_(second_MD)
 
     def _in_pieces(self, rows_MD: Tensor, size_N: IntArray, ends_N: Tensor) -> Tensor:
         """As `compute_groups`, with fewer groups a call than CUDA's limit."""
@@ -110,8 +149,8 @@ class GroupedExperts:
         for first in range(0, len(size_N), MOST_GROUPS):
             buffers = slice(first, first + MOST_GROUPS)
             part_MD = rows_MD.narrow(0, start, int(size_N[buffers].sum()))
-            inner_MF = self._activation(grouped_mm(part_MD, self.wi_NDF[buffers], offs=ends_N[buffers] - start))
-            outputs_MD.append(grouped_mm(inner_MF, self.wo_NFD[buffers], offs=ends_N[buffers] - start))
+            weights = [tensor[buffers] for tensor in self._ready]
+            outputs_MD.append(self._products(part_MD, ends_N[buffers] - start, weights))
             start += part_MD.shape[0]
         return torch.cat(outputs_MD)
 
@@ -146,7 +185,7 @@ def measure_overhead(experts: GroupedExperts, ranks: Ranks, repeats: int = 2) ->
     """
     overhead = np.zeros(1, dtype=np.int64)
     if ranks.rank == 0:
-        buffer_N = np.arange(experts.wi_NDF.shape[0])
+        buffer_N = np.arange(experts.wi_NDP.shape[0])
         read = min(len(buffer_N), FEW_EXPERTS)
         one_row = _least_ms(experts, np.where(buffer_N < read, 1, 0), repeats) / read
         token = _least_ms(experts, np.where(buffer_N < 1, MANY_ROWS, 0), repeats) / MANY_ROWS
@@ -157,7 +196,7 @@ def measure_overhead(experts: GroupedExperts, ranks: Ranks, repeats: int = 2) ->
 
 def _least_ms(experts: GroupedExperts, size_N: IntArray, repeats: int) -> float:
     """Shortest of several times of one call, for experts to which the unmodified model sends many rows."""
-    rows_MD = experts.wi_NDF.new_ones((int(size_N.sum()), experts.wi_NDF.shape[1]))
+    rows_MD = experts.wi_NDP.new_ones((int(size_N.sum()), experts.wi_NDP.shape[1]))
     stopwatch, times = Stopwatch(rows_MD.device), []
     for _ in range(repeats):
         with stopwatch:
@@ -172,12 +211,33 @@ def _needs_padding(size_N: IntArray, reference_N: IntArray) -> BoolArray:
 
 
 def compute_expert(
-    rows_MD: Tensor, wi_DF: Tensor, wo_FD: Tensor, activation: nn.Module, reference_rows: int, out_MD: Tensor
+    rows_MD: Tensor,
+    weights: Sequence[Tensor],
+    between: Callable[[Tensor], Tensor],
+    reference_rows: int,
+    out_MD: Tensor,
 ) -> None:
-    """Writes one expert's output to `out_MD`; the unmodified model would multiply `reference_rows` rows with it."""
+    """Computes the output of one expert.
+
+    Args:
+        rows_MD: Its rows.
+        weights: Its tensors as they are multiplied with; see `ExpertFunction.ready`.
+        between: Applied between the two products.
+        reference_rows: Rows that the unmodified model would multiply with it.
+        out_MD: Where the output is written.
+    """
     size = rows_MD.shape[0]
     if (padding := min(reference_rows, MIN_STABLE_ROWS) - size) > 0 and rows_MD.is_cpu:
         rows_MD = torch.cat([rows_MD, rows_MD.new_zeros(padding, rows_MD.shape[1])])
-        out_MD.copy_(torch.mm(activation(torch.mm(rows_MD, wi_DF)), wo_FD).narrow(0, 0, size))
+        out_MD.copy_(_two_products(rows_MD, weights, between, None).narrow(0, 0, size))
     else:
-        torch.mm(activation(torch.mm(rows_MD, wi_DF)), wo_FD, out=out_MD)
+        _two_products(rows_MD, weights, between, out_MD)
+
+
+def _two_products(
+    rows_MD: Tensor, weights: Sequence[Tensor], between: Callable[[Tensor], Tensor], out_MD: Tensor | None
+) -> Tensor:
+    wi_DP, wo_FD, *biases = weights
+    if not biases:
+        return torch.mm(between(torch.mm(rows_MD, wi_DP)), wo_FD, out=out_MD)
+    return torch.addmm(biases[1], between(torch.addmm(biases[0], rows_MD, wi_DP)), wo_FD, out=out_MD)

@@ -7,21 +7,20 @@ product serves all its slots:
     slots of a device        home A, home B, replica, replica
     its buffers              [A, B, active, standby, standby, active]      here the second replica slot was swapped
 
-Shape suffixes: G devices of this process, P slots of this process, N buffers of this process, M rows, F inner width,
-D model width.
+Shape suffixes: G devices of this process, P slots of this process, N buffers of this process, M rows, D model width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.arrays import BoolArray, IntArray
 from runtime.balancing.plan import ReplicationPlan
 from runtime.distributed.device import Stopwatch
 from runtime.distributed.shared_block import SharedBlock
-from runtime.experts.grouped_mm import GroupedExperts
+from runtime.experts.grouped_mm import ExpertFunction, GroupedExperts
 from runtime.experts.weights import ExpertSource
 
 
@@ -38,13 +37,15 @@ class ResidentSlots:
         plan: A plan without replicas; it says which slots are homes, and of which experts.
         layer: Row of the plan.
         devices: The devices of this process, out of all the plan's devices.
-        shape_FD: Inner width and model width of an expert.
+        function: What an expert computes, and with which tensors.
         like: Any tensor with the dtype and device of the weights.
-        activation: Applied between the two products of an expert.
         shared: Whether other processes shall read the weights.
+        whole: The model's own tensors of the layer, if they may serve as the buffers: of one device that holds every
+            expert, in order, without replica slots. None allocates buffers.
 
     Attributes:
-        blocks: The memory of first and second matrices.
+        blocks: The memory of each tensor of the experts; see `ExpertFormat`.
+        tensors: The tensors in them, each with one row for each buffer.
         span: This process' slots among all slots of the plan.
         experts: The weights of each device here, ready to compute.
     """
@@ -56,38 +57,40 @@ class ResidentSlots:
         plan: ReplicationPlan,
         layer: int,
         devices: range,
-        shape_FD: tuple[int, int],
+        function: ExpertFunction,
         like: Tensor,
-        activation: nn.Module,
         shared: bool = False,
+        whole: Sequence[Tensor] | None = None,
     ) -> None:
-        self.layer, self.devices = layer, devices
+        self.layer, self.devices, self._own = layer, devices, whole is None
         self.span = slice(devices.start * plan.slots_per_device, devices.stop * plan.slots_per_device)
         self._home_P = plan.is_home_slot[self.span]
         self._expert_P = plan.phy2log[layer, self.span]
         self._first_P = first_buffers(self._home_P)
         self._swapped_P = np.zeros_like(self._first_P)
         buffers = int(np.where(self._home_P, 1, 2).sum())
-        shapes = (buffers, *shape_FD), (buffers, *reversed(shape_FD))
-        self.blocks = [
-            SharedBlock.zeros(shape, like) if shared else SharedBlock(like.new_zeros(shape)) for shape in shapes
-        ]
-        self.wi_NFD, self.wo_NDF = (block.tensor for block in self.blocks)
-        by_device = (stacked.chunk(len(devices)) for stacked in (self.wi_NFD, self.wo_NDF))
-        self.experts = [GroupedExperts(wi_NFD, wo_NDF, activation) for wi_NFD, wo_NDF in zip(*by_device, strict=True)]
+        if whole is None:
+            shapes = [(buffers, *shape) for shape in function.format.shapes]
+            self.blocks = [
+                SharedBlock.zeros(shape, like) if shared else SharedBlock(like.new_zeros(shape)) for shape in shapes
+            ]
+        else:
+            self.blocks = [SharedBlock(tensor) for tensor in whole]
+        self.tensors = [block.tensor for block in self.blocks]
+        by_device = zip(*(tensor.chunk(len(devices)) for tensor in self.tensors), strict=True)
+        self.experts = [GroupedExperts(tensors, function) for tensors in by_device]
         self._busy = [Stopwatch(like.device, on=False) for _ in devices]
 
     @torch.no_grad()
     def fill(self, source: ExpertSource) -> None:
-        """Reads the experts of the home slots."""
-        for slot in np.flatnonzero(self._home_P):
-            buffer = int(self._first_P[slot])
-            source.fill(self.layer, int(self._expert_P[slot]), self.wi_NFD[buffer], self.wo_NDF[buffer])
+        """Reads the experts of the home slots, unless the buffers are the model's own tensors."""
+        for slot in np.flatnonzero(self._home_P) if self._own else ():
+            source.fill(self.layer, int(self._expert_P[slot]), self._buffer(int(self._first_P[slot])))
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert's weights."""
-        return self.wi_NFD[0].nbytes + self.wo_NDF[0].nbytes
+        return sum(tensor[0].nbytes for tensor in self.tensors)
 
     @property
     def active_buffers(self) -> IntArray:
@@ -97,7 +100,7 @@ class ResidentSlots:
     @property
     def buffers(self) -> tuple[int, int]:
         """Devices here, and buffers of each."""
-        return len(self.experts), self.wi_NFD.shape[0] // len(self.experts)
+        return len(self.experts), len(self.tensors[0]) // len(self.experts)
 
     def compute(self, rows_MD: Tensor, size_P: IntArray, reference_P: IntArray, ends: Tensor | None) -> Tensor:
         """Computes rows sorted by slot, device after device; see `runtime.experts.layer.Slots`."""
@@ -116,7 +119,7 @@ class ResidentSlots:
     @property
     def needs_no_sizes(self) -> bool:
         """Whether `compute_groups` may be called: one device, no replica slots, and one kernel for all experts."""
-        return len(self.experts) == 1 and len(self._first_P) == self.wi_NFD.shape[0] and self.experts[0].needs_no_sizes
+        return len(self.experts) == 1 and len(self._first_P) == len(self.tensors[0]) and self.experts[0].needs_no_sizes
 
     def compute_groups(self, rows_MD: Tensor, ends_P: Tensor) -> Tensor:
         """Outputs for rows sorted by slot, whose sizes only the device knows; see `GroupedExperts.compute_groups`."""
@@ -135,8 +138,8 @@ class ResidentSlots:
     def _by_buffer(self, value_P: IntArray) -> IntArray:
         """A value of each slot at its active buffer, 0 at standby buffers, device by device: `[G, N / G]`."""
         value_N = value_P
-        if len(value_P) < self.wi_NFD.shape[0]:  # without replica slots there is one buffer for each slot
-            value_N = np.zeros(self.wi_NFD.shape[0], dtype=np.int64)
+        if len(value_P) < len(self.tensors[0]):  # without replica slots there is one buffer for each slot
+            value_N = np.zeros(len(self.tensors[0]), dtype=np.int64)
             value_N[self.active_buffers] = value_P
         return value_N.reshape(len(self.devices), -1)
 
@@ -144,17 +147,19 @@ class ResidentSlots:
         """Whether a slot of the plan belongs to this process."""
         return self.span.start <= slot < self.span.stop
 
-    def active(self, slot: int) -> tuple[Tensor, Tensor]:
-        """The active copy of a slot of the plan."""
-        buffer = int(self.active_buffers[slot - self.span.start])
-        return self.wi_NFD[buffer], self.wo_NDF[buffer]
+    def _buffer(self, buffer: int) -> list[Tensor]:
+        """The tensors of the expert in a buffer."""
+        return [tensor[buffer] for tensor in self.tensors]
 
-    def standby(self, slot: int) -> tuple[Tensor, Tensor]:
+    def active(self, slot: int) -> list[Tensor]:
+        """The active copy of a slot of the plan."""
+        return self._buffer(int(self.active_buffers[slot - self.span.start]))
+
+    def standby(self, slot: int) -> list[Tensor]:
         """The standby copy of a replica slot of the plan; what is written to it takes effect at `commit`."""
         local = slot - self.span.start
         assert not self._home_P[local], f"slot {slot} is a home slot and has no standby copy"
-        buffer = int(self._first_P[local] + 1 - self._swapped_P[local])
-        return self.wi_NFD[buffer], self.wo_NDF[buffer]
+        return self._buffer(int(self._first_P[local] + 1 - self._swapped_P[local]))
 
     def commit(self, slots: Iterable[int]) -> None:
         """Makes the standby copy of each written slot active. Slots of other processes are ignored."""

@@ -40,22 +40,22 @@ class MappedHomes:
         shares = [[block.handle for block in slots.blocks] for slots in layers]
         self._blocks: dict[int, list[list[Tensor]]] = {}
         for rank, (host, handles) in enumerate(ranks.exchange("homes", (ranks.host, shares))):
-            if rank == ranks.rank or host != ranks.host or any(None in pair for pair in handles):
+            if rank == ranks.rank or host != ranks.host or any(None in each for each in handles):
                 continue
             try:
                 self._blocks[rank] = [
                     [
                         open_block(handle, block.tensor.shape, block.tensor)
-                        for handle, block in zip(pair, slots.blocks, strict=True)
+                        for handle, block in zip(each, slots.blocks, strict=True)
                     ]
-                    for pair, slots in zip(handles, layers, strict=True)
+                    for each, slots in zip(handles, layers, strict=True)
                 ]
             except (OSError, RuntimeError) as error:
                 log.warning("the weights of rank %d cannot be mapped and will be sent instead (%s)", rank, error)
         self.pulls = [set(mapped) for mapped in ranks.exchange("mapped homes", sorted(self._blocks))]
 
     def home(self, layer: int, slot: int) -> list[Tensor]:
-        """The two matrices in a home slot of a rank that this one has mapped."""
+        """The tensors in a home slot of a rank that this one has mapped."""
         rank, slot = divmod(slot, self._first.shape[1])
         return [block[self._first[rank, slot]] for block in self._blocks[rank][layer]]
 
@@ -73,7 +73,7 @@ class WeightTransfer:
         self.layers, self.plan, self.ranks = layers, plan, ranks
         self._moves: list[SlotMove] = []
         self._target: ReplicationPlan | None = None
-        self._copies = BackgroundCopies(layers[0].wi_NFD.device)
+        self._copies = BackgroundCopies(layers[0].tensors[0].device)
         self._mapped = MappedHomes(layers, plan, ranks)
 
     @torch.inference_mode()

@@ -41,12 +41,12 @@ def text_batches(
 
     By default they are the offline corpus' held-out batches from where the topic always changes.
     """
-    stream = open_stream(text, engine.switch.tokenizer, "teacher", batching)
+    stream = open_stream(text, engine.loaded.tokenizer, "teacher", batching)
     if text is None:
         splits = corpus_splits(batching)
         stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
     for batch in islice(stream, count):
-        yield batch.phase, ModelBatch(*model_inputs(batch, engine.switch.model.config))
+        yield batch.phase, ModelBatch(*model_inputs(batch, engine.loaded.model.config))
 
 
 def infer(
@@ -141,7 +141,7 @@ def infer(
 
 def plain_model(name: str, revision: str, engine: Engine) -> Any:
     """The unmodified model in the engine's dtype, on its device."""
-    dtype: Any = str(engine.switch.model.dtype).removeprefix("torch.")
+    dtype: Any = str(engine.loaded.model.dtype).removeprefix("torch.")
     return load_model(name, revision, dtype).model.to(engine.ranks.device)
 
 
@@ -157,7 +157,7 @@ def run(
     checks: list[BatchCheck] = []
     stats: list[BatchStats] = []
     queue: list[tuple[str, ModelBatch]] = []
-    verifier, layers, controller = Verifier(engine, plain), engine.switch.layout.layer_names, engine.controller
+    verifier, layers, controller = Verifier(engine, plain), engine.loaded.layout.layer_names, engine.controller
     console = Console(stderr=True, quiet=engine.ranks.rank > 0)
     if telemetry.port is not None:
         console.print(f"metrics: http://localhost:{telemetry.port}/metrics")

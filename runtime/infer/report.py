@@ -43,10 +43,10 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
     differences = [check.logit_difference for check in checks if check.logit_difference is not None]
     alike = [check.same_argmax * check.tokens for check in checks if check.same_argmax is not None]
     tokens = sum(check.tokens for check in checks)
-    layout = engine.switch.layout
+    layout = engine.loaded.layout
     return {
         "model": layout.model_id,
-        "dtype": str(engine.switch.model.dtype).removeprefix("torch."),
+        "dtype": str(engine.loaded.model.dtype).removeprefix("torch."),
         "device": engine.ranks.device.type,
         "processes": engine.ranks.world,
         "devices": engine.home.num_devices,

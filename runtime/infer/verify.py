@@ -79,7 +79,7 @@ class Verifier:
         self._last_plan = self._plan = engine.home
         self._taps: list[RouterTap] = []
         if plain is not None and plain.dtype != torch.float32:
-            self._taps = [RouterTap(model, engine.switch.layout) for model in (engine.switch.model, plain)]
+            self._taps = [RouterTap(model, engine.loaded.layout) for model in (engine.loaded.model, plain)]
 
     def __enter__(self) -> Self:
         for tap in self._taps:
@@ -123,7 +123,7 @@ class Verifier:
         found[3], found[4] = self._compare_routes(batch, output.rows)
         everyone = self.engine.ranks.gather(found)
         if not everyone.isfinite().all():
-            raise ValueError(f"logits of {self.engine.switch.layout.model_id} are not finite; its weights are damaged")
+            raise ValueError(f"logits of {self.engine.loaded.layout.model_id} are not finite; its weights are damaged")
         _, alike, tokens, flipped, routes = everyone.sum(0).tolist()
         return Comparison(
             float(everyone[:, 0].max()),
@@ -140,7 +140,7 @@ class Verifier:
             return flipped, routes
         ours, theirs = (tap.take() for tap in self._taps)
         for layer, (called, plain) in enumerate(zip(ours, theirs, strict=True)):
-            encoder = layer < self.engine.switch.layout.num_input_layers
+            encoder = layer < self.engine.loaded.layout.num_input_layers
             tokens = batch.tokens if encoder else batch.decoder
             if tokens is None or not called:
                 continue

@@ -6,13 +6,13 @@ replicas and recently used experts share one budget; the experts with the larges
 Shape suffixes: L MoE layers, E logical experts, P slots of this process, M rows, D model width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.arrays import IntArray
 from data.models.layout import MoELayout
@@ -70,7 +70,13 @@ class OffloadedSlots:
     can_overlap = False
 
     def __init__(
-        self, cache: ExpertCache, plan: ReplicationPlan, layer: int, device: int, activation: nn.Module, like: Tensor
+        self,
+        cache: ExpertCache,
+        plan: ReplicationPlan,
+        layer: int,
+        device: int,
+        activation: Callable[[Tensor], Tensor],
+        like: Tensor,
     ) -> None:
         self.layer, self._cache, self._activation = layer, cache, activation
         self.span = slice(device * plan.slots_per_device, (device + 1) * plan.slots_per_device)
@@ -97,7 +103,7 @@ class OffloadedSlots:
             target = result_MD.narrow(0, start, size)
             with self._busy:
                 part = rows_MD.narrow(0, start, size)
-                compute_expert(part, wi_FD.T, wo_DF.T, self._activation, int(plain_P[slot]), target)
+                compute_expert(part, (wi_FD.T, wo_DF.T), self._activation, int(plain_P[slot]), target)
         return result_MD
 
     def compute_groups(self, rows_MD: Tensor, ends_P: Tensor) -> Tensor:

@@ -101,8 +101,8 @@ def shards(rank: int, folder: str) -> tuple[list[int], int]:
     """Number of buffers of each layer, and of expert weights elsewhere in the model."""
     with Engine(folder, num_redundant_experts=4) as engine:
         list(engine.run(iter(batches(2))))
-        held = [len(experts.slots.wi_NFD) for experts in engine.replicated.layers]
-        return held, sum("expert_" in name for name, _ in engine.switch.model.named_parameters())
+        held = [len(experts.slots.tensors[0]) for experts in engine.replicated.layers]
+        return held, sum("expert_" in name for name, _ in engine.loaded.model.named_parameters())
 
 
 def test_each_rank_reads_its_own_experts_only(switch_folder):

@@ -17,7 +17,7 @@ DEVICES, REDUNDANT = 4, 8
 
 
 def assert_answers_unchanged(engine: Engine) -> list:
-    plain = copy.deepcopy(engine.switch.model)
+    plain = copy.deepcopy(engine.loaded.model)
     with engine:
         outputs = list(engine.run(iter(batches())))
     for batch, output in zip(batches(), outputs, strict=True):

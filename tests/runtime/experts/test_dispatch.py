@@ -1,10 +1,9 @@
-"""Sorting by expert, the worked example of the module, and: under any quotas each token is computed exactly once."""
+"""The worked example of the module, and: under any quotas each token is computed exactly once."""
 
 import threading
 from itertools import chain
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,39 +13,13 @@ from runtime.experts.dispatch import (
     TokenDispatch,
     first_token_of_slots,
     plan_dispatch,
-    sort_on_device,
-    sort_on_host,
 )
-
-EXPERTS = 5
-CHOICES = st.lists(st.tuples(st.integers(0, EXPERTS), st.booleans()), min_size=1, max_size=40)
+from runtime.experts.routing import sort_on_host
 
 
 def one_hot(experts, size: int) -> torch.Tensor:
     """All-zero rows for experts beyond the last one, as for dropped tokens."""
     return torch.nn.functional.one_hot(torch.as_tensor(experts, dtype=torch.int64), size + 1)[:, :size]
-
-
-@pytest.mark.parametrize("all_needed", [False, True])
-@given(chosen=CHOICES)
-def test_sorting_equals_a_plain_loop(all_needed, chosen):
-    needed = None if all_needed else torch.tensor([flag for _, flag in chosen])
-    choices = one_hot([expert for expert, _ in chosen], EXPERTS)
-    expected = [
-        [token for token, (chose, flag) in enumerate(chosen) if chose == expert and (flag or all_needed)]
-        for expert in range(EXPERTS)
-    ]
-    sizes = [len(each) for each in expected]
-    skipped = None if needed is None else ~needed
-    tokens, counts = sort_on_host(choices, skipped)
-    assert tokens.tolist() == list(chain.from_iterable(expected))
-    assert counts[0].tolist() == sizes
-    assert counts[1].tolist() == [sum(chose == expert for chose, _ in chosen) for expert in range(EXPERTS)]
-    tokens, ends, left_out = sort_on_device(choices, skipped, torch.arange(EXPERTS))
-    assert tokens.tolist()[: sum(sizes)] == list(chain.from_iterable(expected))
-    assert sorted(tokens.tolist()) == list(range(len(chosen)))
-    assert ends.tolist() == np.cumsum(sizes).tolist()
-    assert set(left_out.nonzero().flatten().tolist()) == set(range(len(chosen))) - set(chain.from_iterable(expected))
 
 
 class FakeRanks:
@@ -87,13 +60,13 @@ def round_trip(experts, quota_SP, phy2log_P, halves=False) -> list[tuple[torch.T
     def run(rank: int) -> None:
         hidden = torch.tensor([[1000.0 * rank + token] for token in range(len(experts[rank]))])
         slots = slice(rank * per_rank, (rank + 1) * per_rank)
-        tokens, _ = sort_on_host(one_hot(experts[rank], num_experts), None)
+        tokens, _ = sort_on_host(one_hot(experts[rank], num_experts)[:, None], None, num_experts)
         load = np.zeros(world, dtype=np.int64)
         index, parts = plan_dispatch(quota_SP, phy2log_P, rank, windows, *buffers, load)
         assert load.tolist() == quota_SP.sum(0).reshape(world, -1).sum(1).tolist()
         output, computed = torch.full_like(hidden, -1), []
         for part in parts:
-            dispatch = TokenDispatch(hidden, tokens, torch.from_numpy(index), part, ranks.of(rank))
+            dispatch = TokenDispatch(hidden, tokens, 1, torch.from_numpy(index), part, ranks.of(rank))
             dispatch.wait()
             rows = dispatch.received()
             ends = index[part.ends_at : part.ends_at + per_rank]
@@ -118,7 +91,8 @@ EXAMPLE_PLAN = np.array([0, 1, -1, 2, 3, 0])
 
 
 def test_the_worked_example():
-    sorted_tokens, counts = zip(*(sort_on_host(one_hot(experts, 4), None) for experts in EXAMPLE), strict=True)
+    sorted_both = [sort_on_host(one_hot(experts, 4)[:, None], None, 4) for experts in EXAMPLE]
+    sorted_tokens, counts = zip(*sorted_both, strict=True)
     assert [tokens.tolist() for tokens in sorted_tokens] == [[0, 2, 3, 5, 4, 1], [0, 2, 4, 5, 3, 1]]
     counts_SE = torch.stack([both[0] for both in counts]).numpy()
     assert counts_SE.tolist() == [[4, 1, 1, 0], [4, 0, 1, 1]]

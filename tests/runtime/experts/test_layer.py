@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
+from data.models.expert import ExpertFormat
 from data.models.layout import MoELayout
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
-from runtime.experts.grouped_mm import measure_overhead
+from runtime.experts.grouped_mm import ExpertFunction, measure_overhead
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
@@ -45,9 +46,8 @@ class SmallLayer:
         self.plain: SwitchTransformersExperts = model.encoder.block[1].layer[1].mlp.experts
         home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), DEVICES, REDUNDANT)
         self.source = ModuleWeights(model, MoELayout.from_model(model, "random"))
-        self.slots = ResidentSlots(
-            home, 0, range(DEVICES), (48, WIDTH), model.shared.weight, self.plain["expert_0"].act
-        )
+        function = ExpertFunction(ExpertFormat.plain(48, WIDTH), self.plain["expert_0"].act)
+        self.slots = ResidentSlots(home, 0, range(DEVICES), function, model.shared.weight)
         self.slots.fill(self.source)
         self.layer = ReplicatedExperts(self.slots, home.phy2log[0], Ranks(), DEVICES)
         self.transfer = WeightTransfer([self.slots], home, Ranks())
@@ -103,12 +103,12 @@ def test_a_replica_gets_no_tokens_where_its_expert_costs_more_than_it_saves():
 
 def test_the_measured_price_of_an_expert_is_a_number_of_tokens():
     small = SmallLayer()
-    before = small.slots.wi_NFD.clone()
+    before = small.slots.tensors[0].clone()
     for experts in small.slots.experts:
         price = measure_overhead(experts, small.layer.ranks)
         assert isinstance(price, int)
         assert 0 <= price < 64
-    assert torch.equal(small.slots.wi_NFD, before)
+    assert torch.equal(small.slots.tensors[0], before)
 
 
 def test_rows_that_are_not_needed_are_neither_computed_nor_counted():
@@ -140,7 +140,7 @@ def test_release_gives_the_experts_their_own_storage_bit_for_bit():
     untouched, small = SmallLayer().plain, SmallLayer()
     small.activate(random_plan(small.transfer.plan, 3))
     small.source.release()
-    small.slots.wi_NFD.zero_()
+    small.slots.tensors[0].zero_()
     for name, parameter in small.plain.named_parameters():
         assert torch.equal(parameter, untouched.get_parameter(name)), name
 

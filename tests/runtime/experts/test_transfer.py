@@ -7,22 +7,25 @@ import numpy as np
 import pytest
 import torch
 
+from data.models.expert import ExpertFormat
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
 from runtime.distributed.shared_block import MEMORY, SharedBlock
+from runtime.experts.grouped_mm import ExpertFunction
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
 from tests.helpers.processes import on_ranks
 
 DEVICES, REDUNDANT, EXPERTS, LAYERS = 2, 4, 4, 2  # slots of a device: 2 homes, 2 replicas
+FUNCTION = ExpertFunction(ExpertFormat.plain(8, 4), torch.nn.ReLU())
 
 
 class Numbered:
     """Weights that are all the number of their layer and expert."""
 
-    def fill(self, layer, expert, wi_FD, wo_DF):
-        wi_FD.fill_(10 * layer + expert + 1)
-        wo_DF.fill_(10 * layer + expert + 1)
+    def fill(self, layer, expert, buffers):
+        for buffer in buffers:
+            buffer.fill_(10 * layer + expert + 1)
 
     def release(self):
         pass
@@ -30,9 +33,7 @@ class Numbered:
 
 def transfer_of(devices: range, ranks: Ranks, shared: bool = False) -> WeightTransfer:
     home = ReplicationPlan.at_home(contiguous_homes(LAYERS, EXPERTS), DEVICES, REDUNDANT)
-    layers = [
-        ResidentSlots(home, layer, devices, (8, 4), torch.empty(1), torch.nn.ReLU(), shared) for layer in range(LAYERS)
-    ]
+    layers = [ResidentSlots(home, layer, devices, FUNCTION, torch.empty(1), shared) for layer in range(LAYERS)]
     for slots in layers:
         slots.fill(Numbered())
     return WeightTransfer(layers, home, ranks)

@@ -9,10 +9,12 @@ import torch
 
 from benchmarks.one_device import grouped
 from data.models.device import pick_device
+from data.models.expert import ExpertFormat
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import forward
 from runtime.engine.engine import Engine
+from runtime.experts.grouped_mm import ExpertFunction
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 from tests.helpers.batches import batches
@@ -116,7 +118,7 @@ def test_closing_waits_for_the_stream_of_moves(counts, switch):
 
 def test_one_gpu_is_one_device(counts, switch_folder):
     engine = Engine(switch_folder, None, num_redundant_experts=0)
-    assert engine.switch.model.device == torch.device("cuda", 0)
+    assert engine.loaded.model.device == torch.device("cuda", 0)
     assert engine.home.num_devices == 1
 
 
@@ -124,14 +126,14 @@ def bfloat16_slots(experts: int) -> ResidentSlots:
     """Slots of one device, with matrices of 8 x 8."""
     home = ReplicationPlan.at_home(contiguous_homes(1, experts), 1, 0)
     like = torch.empty(1, dtype=torch.bfloat16, device="cuda")
-    return ResidentSlots(home, 0, range(1), (8, 8), like, torch.nn.ReLU())
+    return ResidentSlots(home, 0, range(1), ExpertFunction(ExpertFormat.plain(8, 8), torch.nn.ReLU()), like)
 
 
 @pytest.mark.parametrize("experts", [1024, 2048])
 def test_a_layer_of_very_many_experts(counts, experts):
     slots = bfloat16_slots(experts)
-    slots.wi_NFD.fill_(1)
-    slots.wo_NDF.copy_(torch.arange(experts, device="cuda")[:, None, None].expand(-1, 8, 8))
+    slots.tensors[0].fill_(1)
+    slots.tensors[1].copy_(torch.arange(experts, device="cuda")[:, None, None].expand(-1, 8, 8))
     size = np.zeros(experts, dtype=np.int64)
     size[[0, 3, experts - 1]] = 1, 2, 1
     rows = slots.compute(torch.full((4, 8), 0.125, dtype=torch.bfloat16, device="cuda"), size, size, None)
@@ -149,9 +151,9 @@ def test_plain_calls_keep_no_events_and_are_not_counted_to_a_batch(counts, switc
     batch = batches(1)[0]
     with Engine(on_cuda(switch), None, 8, 8, measure=True) as engine:
         list(engine.run([batch]))
-        forward(engine.switch.model, batch)
+        forward(engine.loaded.model, batch)
         counts.reset()
-        forward(engine.switch.model, batch)
+        forward(engine.loaded.model, batch)
         assert counts.total("timing event") == 0, str(counts)
 
 

@@ -99,7 +99,7 @@ def test_a_plain_call_of_the_model_inside_the_engine(counts, switch):
     batch = batches(1)[0]
     with Engine(on_cuda(switch), Noise(switch.layout), DEVICES, REDUNDANT) as engine, torch.inference_mode():
         (_,) = engine.run([batch])
-        ours = forward(engine.switch.model, batch)
+        ours = forward(engine.loaded.model, batch)
     torch.testing.assert_close(ours.cpu(), forward(switch.model, batch), rtol=0, atol=1e-5)
 
 

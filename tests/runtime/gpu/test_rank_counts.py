@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from data.models.expert import ExpertFormat
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
+from runtime.experts.grouped_mm import ExpertFunction
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.slots import ResidentSlots
 from tests.helpers.cuda_requests import COUNTS
@@ -22,7 +24,8 @@ def layer_of(rank: int, tokens: int, dtype: torch.dtype):
     phy2log[~home.is_home_slot] = np.arange(REDUNDANT) + EXPERTS // 2
     with Ranks() as ranks, torch.no_grad():
         like = torch.empty(1, dtype=dtype, device=ranks.device)
-        slots = ResidentSlots(home, 0, range(rank, rank + 1), (48, WIDTH), like, torch.nn.ReLU())
+        function = ExpertFunction(ExpertFormat.plain(48, WIDTH), torch.nn.ReLU())
+        slots = ResidentSlots(home, 0, range(rank, rank + 1), function, like)
         layer = ReplicatedExperts(slots, phy2log, ranks, WORLD)
         expert = (2 * torch.arange(tokens) + torch.arange(tokens) // 32) % EXPERTS
         one_hot = torch.nn.functional.one_hot(expert, EXPERTS)[:, None].to(ranks.device)

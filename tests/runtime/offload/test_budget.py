@@ -30,7 +30,7 @@ def compare_outputs(rank: int, folder: str, experts: int) -> dict[str, object]:
     plain = load_model(folder).model
     found: dict[str, object] = {}
     with Engine(folder, num_redundant_experts=4, device_memory=budget(experts)) as engine:
-        layout = engine.switch.layout
+        layout = engine.loaded.layout
         forecasters = {"none": None, "noise": Noise(layout), "last": LastBatch(), "absurd": Absurd(layout)}
         for name, forecaster in forecasters.items():
             engine.controller.forecaster = forecaster
