@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.support.machine import ResidentPeak, memory_bytes, resident_bytes, touch
 from data.cli import from_command_line, user_errors
-from data.models.switch import LoadedSwitch, load_dense
+from data.models.model import LoadedModel, load_dense
 from data.models.weights import ModelWeights
 from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
@@ -37,7 +37,7 @@ PROMPTS = (
 
 
 def generate(
-    switch: LoadedSwitch, tokens: TokenBatch, files: Mapping[str, Path], budget: str, new: int
+    switch: LoadedModel, tokens: TokenBatch, files: Mapping[str, Path], budget: str, new: int
 ) -> dict[str, Any]:
     """Generates greedily under a budget, and measures time, memory and reads."""
     layout, before = switch.layout, resident_bytes()

@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 
 from data.models.layout import MoELayout
-from data.models.switch import load_switch
+from data.models.model import load_model
 from data.models.weights import BUNDLED
 from data.traces.trace import TokenBatch
 from predictor.familiarity import Familiarity
@@ -93,7 +93,7 @@ def compare(name: str, encoder: Any, layout: MoELayout, config: str) -> dict[str
 def main() -> None:
     """Measures both pairs."""
     torch.manual_seed(0)
-    bundled = load_switch(BUNDLED)
+    bundled = load_model(BUNDLED)
     results = [
         compare("switch-base-8 geometry", *base_8(), "switch_base_8.yaml"),
         compare(BUNDLED, bundled.model.encoder, bundled.layout, "default.yaml"),

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.forecast_cost import forecaster
 from data.cli import from_command_line, user_errors
-from data.models.switch import load_switch
+from data.models.model import load_model
 from data.models.weights import BUNDLED
 from data.traces.trace import TokenBatch
 from predictor.checkpoint import load_predictor
@@ -155,7 +155,7 @@ def forecast_interference(predictor: Path | None = None, pairs: int = 20) -> lis
     if pairs < 1:
         raise ValueError(f"pairs is {pairs}; at least 1 is needed")
     torch.set_num_threads(1)  # one core launches, the other one forecasts
-    layout = load_switch(BUNDLED).layout
+    layout = load_model(BUNDLED).layout
     made: Forecaster = forecaster(layout, "default.yaml") if predictor is None else load_predictor(predictor, layout)
     rng, results = np.random.default_rng(0), []
     for sequences, length in SIZES:

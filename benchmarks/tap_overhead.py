@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from data.cli import from_command_line, user_errors
-from data.models.switch import LoadedSwitch, load_switch
+from data.models.model import LoadedModel, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import open_stream
@@ -26,7 +26,7 @@ from data.traces.tracer import model_inputs
 
 
 @torch.inference_mode()
-def milliseconds(switch: LoadedSwitch, batches: list[tuple[TokenBatch, TokenBatch]], tap: RouterTap | None) -> float:
+def milliseconds(switch: LoadedModel, batches: list[tuple[TokenBatch, TokenBatch]], tap: RouterTap | None) -> float:
     """Milliseconds of one pass over the batches; a tap is emptied after each batch, as `data.collect` does."""
     start = time.perf_counter()
     for tokens, decoder in batches:
@@ -44,7 +44,7 @@ def tap_overhead(model: str = BUNDLED, repeats: int = 10, batches: int = 4) -> d
         repeats: Number of pairs.
         batches: Batches of 16 sequences in one measurement.
     """
-    switch = load_switch(model)
+    switch = load_model(model)
     batching = BatchingConfig(smallest=16, largest=16)
     stream = islice(open_stream(None, switch.tokenizer, "teacher", batching), batches)
     inputs = [model_inputs(batch, switch.model.config) for batch in stream]

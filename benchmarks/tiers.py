@@ -33,7 +33,7 @@ from benchmarks.support.recorded import Mode, RecordedBatch, RecordedRouter, pla
 from benchmarks.support.turns import Turn, over_ranks, show, stats_since, summarise
 from data.cli import from_command_line, user_errors
 from data.models.layout import MoELayout
-from data.models.switch import LoadedSwitch, load_dense, load_switch
+from data.models.model import LoadedModel, load_dense, load_model
 from data.models.weights import BUNDLED, ModelWeights
 from data.text.batching import BatchingConfig
 from predictor.baselines.history import Ema
@@ -64,7 +64,7 @@ class Bench:
     """What all turns share: the model, the recorded batches, the forecaster and this rank's experts."""
 
     def __init__(
-        self, model: str, batches: list[RecordedBatch], small: LoadedSwitch, predictor: Path | None, mode: Mode,
+        self, model: str, batches: list[RecordedBatch], small: LoadedModel, predictor: Path | None, mode: Mode,
         ranks: Ranks,
     ) -> None:  # fmt: skip
         self.switch, self.batches, self.mode, self.ranks = load_dense(model), batches, mode, ranks
@@ -180,7 +180,7 @@ class Bench:
 
     def plain(self, model: str, warm: int) -> Turn:
         """Runs all batches with the model's own experts modules, all in memory."""
-        own_modules, names = load_switch(model).model.to(self.ranks.device), self.layout.modules
+        own_modules, names = load_model(model).model.to(self.ranks.device), self.layout.modules
         offloaded = [self.switch.model.get_submodule(name) for name in names]
         for name in names:
             self.switch.model.set_submodule(name, own_modules.get_submodule(name))
@@ -244,7 +244,7 @@ def tiers(
         torchrun(["--standalone", "--nproc-per-node", str(ranks), "-m", "benchmarks.tiers", *sys.argv[1:]])
         return
     torch.set_num_threads(1)
-    small = load_switch(BUNDLED)
+    small = load_model(BUNDLED)
     batching = BatchingConfig(batches=40, smallest=sequences, largest=sequences, length=length)
     with Ranks() as group:
         bench = Bench(model, record(small, batching, phases, per_phase), small, predictor, mode, group)

@@ -8,7 +8,7 @@ from hypothesis import settings
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from data.models.layout import MoELayout
-from data.models.switch import LoadedSwitch
+from data.models.model import LoadedModel
 from data.pretrain.__main__ import Recipe, train_tokenizer
 from data.text.corpus import Document
 
@@ -43,7 +43,7 @@ def switch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def switch() -> LoadedSwitch:
+def switch() -> LoadedModel:
     """A live random model with its layout, without a tokenizer."""
     model = small_switch()
-    return LoadedSwitch(model, None, MoELayout.from_model(model, "random"))
+    return LoadedModel(model, None, MoELayout.from_model(model, "random"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.models.switch import load_switch
+from data.models.model import load_model
 from data.models.weights import BUNDLED
 from predictor.checkpoint import save_predictor
 from predictor.forecaster import NeuralForecaster
@@ -48,7 +48,7 @@ def test_plan_from_loads(run, tmp_path):
 
 
 def test_forecast_in_your_engine(run, tmp_path):
-    switch = load_switch(BUNDLED)
+    switch = load_model(BUNDLED)
     torch.manual_seed(0)
     network = LoadNetwork(switch.layout, Architecture(width=16, depth=1))
     table, spread = switch.model.shared.weight.detach(), torch.ones(2, switch.layout.num_layers, 3)

@@ -49,8 +49,8 @@ assert data.OWNER == "the project"
 for name in switchcast.__all__:
     where = getattr(switchcast, name).__module__
     assert where.startswith("switchcast."), (name, where)
-from switchcast.data.models.switch import load_switch
-print(load_switch("switch-mini-64").layout.num_experts)
+from switchcast.data.models.model import load_model
+print(load_model("switch-mini-64").layout.num_experts)
 """
     assert python("-c", script).split() == ["64"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.arrays import BoolArray, IntArray
 from data.models.layout import MoELayout
-from data.models.switch import LoadedSwitch
+from data.models.model import LoadedModel
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.router_tap import RouterTap
@@ -82,9 +82,7 @@ class RecordedBatch:
 
 
 @torch.inference_mode()
-def record(
-    switch: LoadedSwitch, batching: BatchingConfig, phases: Sequence[str], per_phase: int
-) -> list[RecordedBatch]:
+def record(switch: LoadedModel, batching: BatchingConfig, phases: Sequence[str], per_phase: int) -> list[RecordedBatch]:
     """Runs the bundled model on the last `per_phase` held-out batches of each phase of the offline corpus."""
     splits, kept = corpus_splits(batching), dict[str, list[RecordedBatch]]()
     with RouterTap(switch.model, switch.layout) as tap:

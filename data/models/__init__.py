@@ -1,1 +1,1 @@
-"""Switch Transformers: layout of the MoE layers (`layout`), models (`switch`), single tensors of a file (`weights`)."""
+"""Mixture-of-Experts models: layout of the MoE layers (`layout`), loading (`model`), single tensors (`weights`)."""

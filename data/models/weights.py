@@ -9,6 +9,16 @@ from data.files import read_json
 
 BUNDLED = "switch-mini-64"
 """Name of the model that this package contains (data/bundled/switch-mini-64/README.md)."""
+EMBEDDINGS = (
+    "shared.weight",
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "backbone.embeddings.weight",
+    "model.embeddings.weight",
+    "model.word_embeddings.weight",
+    "transformer.wte.weight",
+)
+"""Names of the token embedding table in files: of Switch, of most decoder-only families, and of some alone."""
 
 
 def locate(model: str) -> str:
@@ -105,3 +115,16 @@ class ModelWeights:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.files[name]} cannot be read: {error}") from None
         return tensor
+
+
+def read_embedding(model: str, revision: str = "") -> Tensor:
+    """Reads the token embedding table `[V, D]` in float32 without loading the rest of the model.
+
+    Raises:
+        ValueError: If the model has no safetensors weights, they are damaged, or no table has a known name.
+    """
+    weights = ModelWeights(model, revision)
+    name = next((name for name in EMBEDDINGS if name in weights.files), None)
+    if name is None:
+        raise ValueError(f"{model} has no token embedding table under a known name ({', '.join(EMBEDDINGS)})")
+    return weights.read(name).float()

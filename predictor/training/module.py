@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
-from data.models.switch import read_embedding
+from data.models.weights import read_embedding
 from data.traces.dataset import TraceSample
 from predictor.evaluation.metrics import LayerMean, likeliest, load_tv, token_top1
 from predictor.forecaster import NeuralForecaster

@@ -25,7 +25,7 @@ from torch import Tensor
 from data.arrays import IntArray
 from data.files import sha256
 from data.models.device import Device
-from data.models.switch import Dtype, LoadedSwitch, load_dense, load_switch
+from data.models.model import Dtype, LoadedModel, load_dense, load_model
 from data.models.weights import ModelWeights
 from predictor.checkpoint import load_predictor
 from predictor.forecast import Forecaster
@@ -144,7 +144,7 @@ class Engine:
 
     def _load(
         self, model: Any, revision: str, dtype: Dtype, device_memory: int | str | None, host_memory: int | str | None
-    ) -> tuple[LoadedSwitch, ExpertSource | MemoryBudget]:
+    ) -> tuple[LoadedModel, ExpertSource | MemoryBudget]:
         """The model, and where its experts' weights come from."""
         if not isinstance(model, str | Path):
             if device_memory is not None:
@@ -152,10 +152,10 @@ class Engine:
                     f"device_memory is {device_memory}, but the model is in memory already; give its folder or hub id "
                     "instead, so that experts can be read one by one"
                 )
-            switch = model if isinstance(model, LoadedSwitch) else LoadedSwitch.of(model)
+            switch = model if isinstance(model, LoadedModel) else LoadedModel.of(model)
             return switch, ModuleWeights(switch.model, switch.layout)
         name, whole = str(model), self.ranks.world == 1 and device_memory is None
-        switch = (load_switch if whole else load_dense)(name, revision, dtype)
+        switch = (load_model if whole else load_dense)(name, revision, dtype)
         switch.model.to(self.ranks.device)
         if device_memory is not None:
             return switch, MemoryBudget(device_memory, host_memory, ModelWeights(name, revision).files)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from data.arrays import FloatArray
-from data.models.switch import LoadedSwitch
+from data.models.model import LoadedModel
 from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan
 from runtime.distributed.device import to_device
@@ -50,7 +50,7 @@ class ReplicatedModel:
 
     def __init__(
         self,
-        switch: LoadedSwitch,
+        switch: LoadedModel,
         home: ReplicationPlan,
         ranks: Ranks,
         experts: ExpertSource | MemoryBudget | ExpertCache,

@@ -19,7 +19,7 @@ from rich.progress import track
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder, write_json
 from data.models.device import Device
-from data.models.switch import Dtype, load_switch
+from data.models.model import Dtype, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
@@ -133,7 +133,7 @@ def infer(
 def plain_model(name: str, engine: Engine) -> Any:
     """The unmodified model in the engine's dtype, on its device."""
     dtype: Any = str(engine.switch.model.dtype).removeprefix("torch.")
-    return load_switch(name, dtype=dtype).model.to(engine.ranks.device)
+    return load_model(name, dtype=dtype).model.to(engine.ranks.device)
 
 
 def run(

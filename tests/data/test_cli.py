@@ -126,7 +126,7 @@ def test_an_interrupted_collection_says_that_it_resumes(monkeypatch, capsys):
     def interrupted(*args, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.collect.load_switch", interrupted)
+    monkeypatch.setattr("data.collect.load_model", interrupted)
     monkeypatch.setattr("sys.argv", ["collect"])
     with pytest.raises(SystemExit):
         data.collect.main()

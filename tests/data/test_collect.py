@@ -11,7 +11,7 @@ import torch
 
 import data.collect
 from data.collect import collect
-from data.models.switch import load_switch
+from data.models.model import load_model
 from data.text.batching import BatchingConfig, text_stream
 from data.text.corpus import read_text
 from data.traces.store import open_trace
@@ -76,7 +76,7 @@ def test_generating_logs_every_step_of_every_unfinished_sequence(switch_folder, 
     collect(str(switch_folder), tmp_path / "trace", text, decode="generate", batching=BATCHING, max_new_tokens=5)
     stored = open_trace(tmp_path / "trace")
     trace = next(stored.traces())
-    switch = load_switch(str(switch_folder))
+    switch = load_model(str(switch_folder))
     written = switch.model.generate(
         input_ids=trace.tokens.input_ids, attention_mask=trace.tokens.mask.long(), max_new_tokens=5, do_sample=False
     )
@@ -119,7 +119,7 @@ def test_bfloat16_routes_are_those_of_the_model_in_bfloat16(switch_folder, text,
     stored = collect(str(switch_folder), tmp_path / "trace", text, **settings, device="cpu")
     assert stored.about["dtype"] == "bfloat16"
     assert "device" not in stored.about, "the CPU is the default of the format"
-    switch = load_switch(str(switch_folder), dtype="bfloat16")
+    switch = load_model(str(switch_folder), dtype="bfloat16")
     for trace in stored.traces():
         with torch.no_grad():
             output = switch.model(
@@ -161,7 +161,7 @@ def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text
     whole, cut = (
         [
             row
-            for batch in text_stream(read_text(text), load_switch(str(switch_folder)).tokenizer, "none", batching)
+            for batch in text_stream(read_text(text), load_model(str(switch_folder)).tokenizer, "none", batching)
             for row in batch.sources
         ]
         for batching in (BatchingConfig(batches=50, length=32), BatchingConfig(batches=50, length=32, token_budget=70))
@@ -169,7 +169,7 @@ def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text
     assert [row.tolist() for row in cut] == [row.tolist() for row in whole]
     for batch in text_stream(
         read_text(text),
-        load_switch(str(switch_folder)).tokenizer,
+        load_model(str(switch_folder)).tokenizer,
         "none",
         BatchingConfig(batches=50, length=32, token_budget=70),
     ):

@@ -5,10 +5,10 @@ import copy
 import torch
 
 from data.models.layout import MoELayout
-from data.models.switch import LoadedSwitch
+from data.models.model import LoadedModel
 
 
-def on_cuda(switch: LoadedSwitch, dtype: torch.dtype = torch.float32) -> LoadedSwitch:
+def on_cuda(switch: LoadedModel, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """A copy of a live model on the current device."""
     model = copy.deepcopy(switch.model).to("cuda", dtype)
-    return LoadedSwitch(model, None, MoELayout.from_model(model, "random"))
+    return LoadedModel(model, None, MoELayout.from_model(model, "random"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.models.switch import read_embedding
+from data.models.weights import read_embedding
 from data.traces.trace import TokenBatch, pad_tokens
 from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor, save_predictor
 from predictor.forecaster import NeuralForecaster

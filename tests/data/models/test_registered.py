@@ -49,3 +49,10 @@ def test_a_model_without_experts_is_refused():
     }
     with pytest.raises(ValueError, match="tiny is a llama model without experts"):
         registered_layout(LlamaForCausalLM(LlamaConfig(**sizes)), "tiny")
+
+
+def test_a_router_that_does_not_tell_its_top_k_is_refused(monkeypatch):
+    model = small_qwen3()
+    monkeypatch.setattr("data.models.registered.TOP_K_NAMES", ("number of experts",))
+    with pytest.raises(ValueError, match=r"mlp.experts: neither its router nor the configuration tells the experts of"):
+        registered_layout(model, "m")

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.models.switch import load_switch
+from data.models.model import load_model
 from data.text.batching import BatchingConfig, time_splits
 from data.text.corpus import SEGMENTS, Document
 from data.text.corpus_stream import PHASES, UNSEEN, UNSEEN_MIX, corpus_splits, corpus_stream, phase_sizes, topic_mixes
@@ -46,7 +46,7 @@ def test_stream(switch_folder):
     batching = BatchingConfig(batches=8, smallest=2, largest=4, length=128)
     words = [f"word{n} is number {n} of many words that follow" for n in range(3000)]
     documents = [Document(segment, f"{segment} {word}") for segment in SEGMENTS for word in words[:300]]
-    tokenizer = load_switch(str(switch_folder)).tokenizer
+    tokenizer = load_model(str(switch_folder)).tokenizer
     batches = list(corpus_stream(documents, tokenizer, "none", batching))
     assert list(Counter(batch.phase for batch in batches).items()) == list(phase_sizes(batching).items())
     assert len(corpus_splits(batching)) == len(batches)
@@ -61,6 +61,6 @@ def test_stream(switch_folder):
 
 def test_a_segment_that_runs_dry_says_so(switch_folder):
     documents = [Document(segment, f"only document of segment {segment} with some words") for segment in SEGMENTS]
-    tokenizer = load_switch(str(switch_folder)).tokenizer
+    tokenizer = load_model(str(switch_folder)).tokenizer
     with pytest.raises(ValueError, match=r"segment '.*' has no text left at batch \d+; lower --batching.batches"):
         list(corpus_stream(documents, tokenizer, "none", BatchingConfig(batches=8)))

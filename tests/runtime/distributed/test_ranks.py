@@ -12,7 +12,7 @@ import torch
 
 import runtime.engine.controller
 from data.models.layout import MoELayout
-from data.models.switch import LoadedSwitch
+from data.models.model import LoadedModel
 from predictor.baselines.history import LastBatch
 from runtime.engine.batch import ModelBatch
 from runtime.engine.engine import Engine
@@ -25,9 +25,9 @@ from tests.helpers.processes import on_ranks
 SETTINGS = {"max_new_tokens": 14, "do_sample": False}
 
 
-def model(seed: int = 0) -> LoadedSwitch:
+def model(seed: int = 0) -> LoadedModel:
     switch = small_switch(seed=seed)
-    return LoadedSwitch(switch, None, MoELayout.from_model(switch, "random"))
+    return LoadedModel(switch, None, MoELayout.from_model(switch, "random"))
 
 
 def outputs(rank: int) -> dict[str, object]:
@@ -53,7 +53,7 @@ def outputs(rank: int) -> dict[str, object]:
     return found
 
 
-def same_text(switch: LoadedSwitch, plain) -> bool:
+def same_text(switch: LoadedModel, plain) -> bool:
     """Greedy text of rows that end at different steps, with plans that stay and plans that change."""
     tokens = unusual()[0].tokens
     written = plain.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **SETTINGS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.models.switch import load_switch
+from data.models.model import load_model
 from predictor.checkpoint import save_predictor
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
@@ -21,7 +21,7 @@ def counts():
 def predictor_folder(tmp_path_factory, switch_folder):
     """A predictor as `train.py` writes it, with random weights."""
     torch.manual_seed(0)
-    switch, folder = load_switch(str(switch_folder)), tmp_path_factory.mktemp("predictors") / "random"
+    switch, folder = load_model(str(switch_folder)), tmp_path_factory.mktemp("predictors") / "random"
     layout = switch.layout
     network = LoadNetwork(layout, Architecture(width=8, depth=1))
     folder.mkdir()

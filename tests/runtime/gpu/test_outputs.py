@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.models.layout import MoELayout
-from data.models.switch import load_switch
+from data.models.model import load_model
 from data.traces.trace import TokenBatch
 from runtime.engine.batch import ModelBatch, forward
 from runtime.engine.engine import Engine
@@ -48,7 +48,7 @@ def test_outputs_stay_while_replicas_move_over_8_devices(counts, switch, dtype, 
 
 
 def test_forecasts_come_from_the_network_of_a_predictor_folder(counts, switch_folder, predictor_folder):
-    plain = load_switch(str(switch_folder)).model
+    plain = load_model(str(switch_folder)).model
     with Engine(switch_folder, predictor_folder, DEVICES, REDUNDANT, dtype="float32") as engine:
         outputs = assert_outputs_equal(engine, plain, batches())
         assert engine.controller.fallbacks == {}
@@ -105,7 +105,7 @@ def test_a_plain_call_of_the_model_inside_the_engine(counts, switch):
 
 @pytest.mark.parametrize("experts", [3, 12])
 def test_experts_within_a_memory_budget(counts, switch_folder, experts):
-    plain = load_switch(str(switch_folder)).model
+    plain = load_model(str(switch_folder)).model
     memory = {"device_memory": budget(experts), "host_memory": budget(experts + 2), "dtype": "float32"}
     with Engine(switch_folder, Noise(MoELayout.from_model(plain, "random")), **memory) as engine:
         outputs = assert_outputs_equal(engine, plain, batches())

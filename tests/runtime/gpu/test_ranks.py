@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.models.switch import load_switch
+from data.models.model import load_model
 from data.traces.trace import TokenBatch, pad_tokens
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import ModelBatch
@@ -38,7 +38,7 @@ def equal_shares(count: int) -> list[ModelBatch]:
 @pytest.fixture(scope="module", params=[1, 2], ids=["one machine", "two machines"])
 def logs(request, switch_folder):
     """Four ranks run batches, of which each waits for its preparation; plans leave ranks out of moves."""
-    layout = load_switch(str(switch_folder)).layout
+    layout = load_model(str(switch_folder)).layout
 
     def run(rank: int):
         with Engine(switch_folder, Noise(layout), None, REDUNDANT, max_moves=1, dtype="bfloat16") as engine:

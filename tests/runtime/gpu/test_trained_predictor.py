@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.models.switch import load_switch
+from data.models.model import load_model
 from data.models.weights import BUNDLED
 from runtime.engine.batch import ModelBatch, forward
 from runtime.engine.engine import Engine
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not PREDICTOR.exists(), reason="make smoke train
 
 
 def test_forecasts_are_the_networks_and_outputs_the_plain_models():
-    plain = load_switch(BUNDLED)
+    plain = load_model(BUNDLED)
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if len(line) > 60]
     tokens = [plain.tokenizer(lines[i : i + 8], padding=True, return_tensors="pt") for i in (0, 8, 16)]
     batches = [ModelBatch.of(dict(each) | {"labels": each["input_ids"]}, plain.model.config) for each in tokens]

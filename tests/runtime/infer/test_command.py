@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import runtime.infer.__main__
 from data.files import sha256
-from data.models.switch import load_switch
+from data.models.model import load_model
 from predictor.checkpoint import save_predictor
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
@@ -33,7 +33,7 @@ MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "expose
 def predictor(switch_folder, tmp_path) -> Path:
     """An untrained predictor of the random model."""
     torch.manual_seed(0)
-    switch = load_switch(str(switch_folder))
+    switch = load_model(str(switch_folder))
     network = LoadNetwork(switch.layout, Architecture(width=8, depth=1))
     spread = torch.zeros(2, switch.layout.num_layers, 3)
     save_predictor(tmp_path / "predictor", NeuralForecaster(switch.layout, network, switch.model.shared.weight, spread))

@@ -4,13 +4,13 @@ import copy
 
 import torch
 
-from data.models.switch import LoadedSwitch
+from data.models.model import LoadedModel
 from runtime.engine.engine import Engine
 from runtime.infer.verify import Verifier
 from tests.helpers.batches import batches
 
 
-def checked(switch: LoadedSwitch, plain) -> list:
+def checked(switch: LoadedModel, plain) -> list:
     with Engine(switch, None, 4, 4) as engine, Verifier(engine, plain) as verifier:
         given = batches()
         return [verifier.check(batch, output, "") for batch, output in zip(given, engine.run(given), strict=True)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.models.switch import load_switch
+from data.models.model import load_model
 from predictor.baselines.history import LastBatch
 from predictor.forecast import forecast_from_load
 from runtime.engine.batch import ModelBatch
@@ -27,7 +27,7 @@ class Absurd(Noise):
 
 def compare_outputs(rank: int, folder: str, experts: int) -> dict[str, object]:
     """Compares logits and greedy text with the unmodified model's; the budget holds `experts` of its 16 experts."""
-    plain = load_switch(folder).model
+    plain = load_model(folder).model
     found: dict[str, object] = {}
     with Engine(folder, num_redundant_experts=4, device_memory=budget(experts)) as engine:
         layout = engine.switch.layout

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.support.policies import CosinePolicy, LastBatchPolicy, LfuPolicy, OraclePolicy
 from data.models.layout import MoELayout
-from data.models.switch import LoadedSwitch, load_dense, load_switch
+from data.models.model import LoadedModel, load_dense, load_model
 from data.models.weights import ModelWeights
 from data.traces.trace import pad_tokens
 from predictor.baselines.history import LastBatch
@@ -72,7 +72,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def plain(switch_folder):
-    return load_switch(str(switch_folder))
+    return load_model(str(switch_folder))
 
 
 def batches(count=5):
@@ -96,7 +96,7 @@ def replicated_over(switch, cache):
 
 def offloaded(folder, share, policy=LruPolicy, host_share=None):
     """A model whose cache holds a share of the experts: the loaded model, its MoE layers and the cache."""
-    switch: LoadedSwitch = load_dense(str(folder))
+    switch: LoadedModel = load_dense(str(folder))
     layout, files = switch.layout, open_files(folder, switch.layout)
     whole, reserve = len(files) * 2 * files.shape.padded_bytes, LOADERS * files.reader_bytes
     device = int(share * whole) + PAGE + (reserve if host_share is None else 0)

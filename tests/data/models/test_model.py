@@ -9,10 +9,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from data.models.layout import MoELayout
-from data.models.switch import LoadedSwitch, check_is_switch, load_dense, load_switch, read_embedding
-from data.models.weights import BUNDLED, ModelWeights
+from data.models.model import LoadedModel, check_model, load_dense, load_model
+from data.models.weights import BUNDLED, ModelWeights, read_embedding
 from data.pretrain.grouped_experts import group_experts, ungroup_experts
 from tests.conftest import small_switch
+from tests.data.models.test_registered import small_qwen3
 
 
 @pytest.fixture
@@ -24,15 +25,15 @@ def test_sharded_bf16_checkpoint(switch_folder, folder):
     (folder / "model.safetensors").unlink()
     small_switch().to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
-    whole, sharded = load_switch(str(switch_folder)), load_switch(str(folder))
+    whole, sharded = load_model(str(switch_folder)), load_model(str(folder))
     assert sharded.layout.fingerprint() == whole.layout.fingerprint()
     assert sharded.model.dtype == torch.float32
-    assert load_switch(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert load_model(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
     assert torch.equal(read_embedding(str(folder)), sharded.model.shared.weight)
 
 
 def test_bundled_model_is_what_its_card_says():
-    switch = load_switch(BUNDLED)
+    switch = load_model(BUNDLED)
     assert switch.layout.num_experts == 64
     assert switch.layout.layer_names == ["encoder_1", "encoder_3", "decoder_1", "decoder_3"]
     assert torch.equal(read_embedding(BUNDLED), switch.model.shared.weight)
@@ -42,7 +43,7 @@ def test_bundled_model_is_what_its_card_says():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_loads_without_its_experts(dtype):
-    whole, dense = load_switch(BUNDLED, dtype=dtype), load_dense(BUNDLED, dtype=dtype)
+    whole, dense = load_model(BUNDLED, dtype=dtype), load_dense(BUNDLED, dtype=dtype)
     ours, theirs = dense.model.state_dict(), whole.model.state_dict()
     assert list(ours) == [name for name in theirs if ".experts." not in name]
     assert all(torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype for name, value in ours.items())
@@ -66,14 +67,14 @@ def test_missing_weights_are_not_filled_with_random_ones(folder):
     del weights["encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights .* first encoder.block.1.*expert_3.wi"):
-        load_switch(str(folder))
+        load_model(str(folder))
 
 
 def test_truncated_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="could not be loaded"):
-        load_switch(str(folder))
+        load_model(str(folder))
     with pytest.raises(ValueError, match=r"the weights of .* cannot be read"):
         read_embedding(str(folder))
 
@@ -81,27 +82,27 @@ def test_truncated_weights(folder):
 def test_old_transformers_are_refused(folder, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.17.0")
     with pytest.raises(ValueError, match=r"transformers 5.17.0 records wrong router logits .*>=5.18"):
-        check_is_switch(str(folder))
+        check_model(str(folder))
 
 
-def test_folders_that_hold_no_switch_model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    with pytest.raises(ValueError, match="is a mixtral model; expected switch_transformers"):
-        load_switch(str(tmp_path))
+def test_folders_that_hold_no_model_with_experts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(ValueError, match="is a t5 model; expected switch_transformers, or a decoder-only"):
+        load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
-        load_switch(str(tmp_path))
+        load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json holds a list, expected a JSON object"):
-        load_switch(str(tmp_path))
+        load_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"nonsense is not a folder; expected .switch-mini-64., a local model folder"):
-        load_switch("nonsense")
+        load_model("nonsense")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").unlink()
-    for load in (load_switch, load_dense):
-        with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer.json or spiece.model\); copy the model's"):
+    for load in (load_model, load_dense):
+        with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer.json or spiece.model .*\); copy"):
             load(str(folder))
 
 
@@ -117,7 +118,7 @@ def test_configurations_that_make_no_model(folder):
     config = json.loads((folder / "config.json").read_text())
     for change in ({"d_model": "wide"}, {"dense_act_fn": "nope"}):
         (folder / "config.json").write_text(json.dumps(config | change))
-        for load in (load_switch, load_dense):
+        for load in (load_model, load_dense):
             with pytest.raises(ValueError, match="could not be loaded"):
                 load(str(folder))
 
@@ -144,7 +145,7 @@ def test_grouped_experts_train_like_the_models_own():
 
 def test_a_live_model_is_wrapped_as_it_is():
     model = small_switch()
-    switch = LoadedSwitch.of(model, "its tokenizer")
+    switch = LoadedModel.of(model, "its tokenizer")
     assert switch.model is model
     assert switch.tokenizer == "its tokenizer"
     assert switch.layout == MoELayout.from_model(model, "SwitchTransformersForConditionalGeneration")
@@ -152,18 +153,75 @@ def test_a_live_model_is_wrapped_as_it_is():
 
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"is in training mode, .*; call model.eval\(\) first$"):
-        LoadedSwitch.of(small_switch().train())
+        LoadedModel.of(small_switch().train())
 
 
 def test_a_live_model_keeps_the_name_it_was_loaded_by(switch_folder):
     model = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(switch_folder)
-    assert LoadedSwitch.of(model).layout == load_switch(str(switch_folder)).layout
-    assert LoadedSwitch.of(model).tokenizer is None
+    assert LoadedModel.of(model).layout == load_model(str(switch_folder)).layout
+    assert LoadedModel.of(model).tokenizer is None
 
 
-def test_live_objects_that_are_no_switch_model_are_refused():
+def test_live_objects_that_are_no_model_with_a_head_are_refused():
     encoder = transformers.SwitchTransformersEncoderModel(small_switch().config)
-    for wrong in (encoder, torch.nn.Linear(2, 2), "google/switch-base-8"):
-        expected = f"^got a {type(wrong).__name__}, expected a SwitchTransformersForConditionalGeneration$"
+    for wrong in (encoder, small_qwen3().model, torch.nn.Linear(2, 2), "google/switch-base-8"):
+        expected = f"^got a {type(wrong).__name__}, expected a SwitchTransformersForConditionalGeneration, or a "
         with pytest.raises(TypeError, match=expected):
-            LoadedSwitch.of(wrong)
+            LoadedModel.of(wrong)
+
+
+@pytest.fixture
+def qwen3_folder(tmp_path, switch_folder):
+    """A decoder-only model in the hub's format, which stores one tensor for each expert and matrix."""
+    folder = tmp_path / "qwen3"
+    small_qwen3(vocab_size=400).save_pretrained(folder)
+    shutil.copy(switch_folder / "tokenizer.json", folder)
+    return folder
+
+
+def test_a_decoder_only_model_loads_with_and_without_its_experts(qwen3_folder):
+    whole, dense = load_model(str(qwen3_folder)), load_dense(str(qwen3_folder))
+    live = LoadedModel.of(small_qwen3(vocab_size=400))
+    assert whole.layout.fingerprint() == dense.layout.fingerprint() == live.layout.fingerprint()
+    assert type(dense.model) is type(whole.model)
+    theirs = whole.model.state_dict()
+    for name, value in dense.model.state_dict().items():
+        assert value.is_meta == (".experts." in name), name
+        assert value.shape == theirs[name].shape
+        assert value.is_meta or torch.equal(value, theirs[name])
+    ids = torch.arange(10)[None]
+    assert torch.equal(whole.model(input_ids=ids).logits, live.model(input_ids=ids).logits)
+    assert torch.equal(read_embedding(str(qwen3_folder)), whole.model.get_input_embeddings().weight)
+    assert load_dense(str(qwen3_folder), dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "llama4_text"}, r"is a llama4_text model, .*: its router weights scale the input"),
+        ({"model_type": "dbrx"}, r"is a dbrx model, which Switchcast cannot run: its experts are blocks of its own"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"has quantised weights \(mxfp4\), .* copy of the model"),
+        ({"num_experts_per_tok": 9}, r"sends a token to 9 of 8 experts; expected 1 to all of them"),
+        ({"decoder_sparse_step": 5}, r"is a qwen3_moe model without experts that Switchcast can run"),
+        ({"hidden_size": "wide"}, r"could not be loaded"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_run_are_refused_before_weights_are_read(qwen3_folder, changes, expected):
+    config = json.loads((qwen3_folder / "config.json").read_text())
+    (qwen3_folder / "config.json").write_text(json.dumps(config | changes))
+    (qwen3_folder / "model.safetensors").unlink()
+    for load in (load_model, load_dense):
+        with pytest.raises(ValueError, match=expected):
+            load(str(qwen3_folder))
+
+
+def test_an_expert_that_is_missing_is_named(qwen3_folder):
+    weights = load_file(qwen3_folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, qwen3_folder / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_model, load_dense):
+        with pytest.raises(ValueError, match=r"lacks 1 weights .*, first model.norm.weight"):
+            load(str(qwen3_folder))
+    save_file({"other": weights["lm_head.weight"]}, qwen3_folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no token embedding table under a known name \(shared.weight, model.embed_"):
+        read_embedding(str(qwen3_folder))

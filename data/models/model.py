@@ -1,0 +1,234 @@
+"""Loads a Mixture of Experts: the bundled Switch Transformer, a local folder, or a model of the Hugging Face hub."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from data.files import read_json
+from data.models.family import check_family
+from data.models.layout import SWITCH, MoELayout
+from data.models.registered import moe_modules, registered_layout
+from data.models.weights import ModelWeights, locate, model_file
+
+OLDEST_TRANSFORMERS = "5.18"
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A Mixture of Experts that is ready to run.
+
+    Attributes:
+        model: A Switch Transformer, or a decoder-only model with the experts interface of transformers, in evaluation
+            mode.
+        tokenizer: The model's tokenizer; None if the caller has none.
+        layout: Identity and geometry of the MoE layers.
+    """
+
+    model: Any
+    tokenizer: Any
+    layout: MoELayout
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any = None) -> "LoadedModel":
+        """Wraps a live model, which is used as it is.
+
+        Args:
+            model: A model of transformers: `SwitchTransformersForConditionalGeneration`, or a decoder-only Mixture of
+                Experts with its language model head, such as `Qwen3MoeForCausalLM`.
+            tokenizer: The model's tokenizer, for callers that need one.
+
+        Raises:
+            TypeError: If the model is of another class.
+            ValueError: If the model is in training mode, or Switchcast cannot run its family.
+        """
+        from transformers import GenerationMixin
+
+        if not isinstance(model, GenerationMixin):
+            raise TypeError(
+                f"got a {type(model).__name__}, expected a SwitchTransformersForConditionalGeneration, or a "
+                "decoder-only Mixture of Experts of transformers with its head, such as Qwen3MoeForCausalLM"
+            )
+        live: Any = model
+        name = live.config.name_or_path or type(model).__name__
+        check_family(name, live.config.to_dict())
+        if live.training:
+            raise ValueError("the model is in training mode, where routers add noise; call model.eval() first")
+        _check_transformers()
+        return cls(model, tokenizer, layout_of(model, name))
+
+
+def layout_of(model: Any, model_id: str, revision: str = "") -> MoELayout:
+    """Reads the layout of a live model of any family that Switchcast takes.
+
+    Raises:
+        ValueError: If it has no experts, or its MoE layers do not fit together.
+    """
+    read = MoELayout.from_model if model.config.model_type == SWITCH else registered_layout
+    return read(model, model_id, revision)
+
+
+def _check_transformers() -> None:
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise ValueError(
+            f"transformers {transformers.__version__} records wrong router logits for Switch models, and its experts "
+            f"interface differs; install transformers>={OLDEST_TRANSFORMERS}"
+        )
+
+
+def check_model(model: str, revision: str = "") -> str:
+    """Refuses models that Switchcast cannot run before weights are read; returns the family.
+
+    Raises:
+        ValueError: If the model's family is refused, it has no experts, or the installed transformers is too old.
+    """
+    _check_transformers()
+    config = read_json(model_file(model, revision, "config.json"))
+    check_family(model, config)
+    family: str = config["model_type"]
+    if family != SWITCH:  # a Switch model's configuration tells its experts
+        with _errors_of(model):
+            outline = _outline(model, revision)
+        registered_layout(outline, model, revision)
+    return family
+
+
+def load_tokenizer(place: str, revision: str) -> Any:
+    """Loads a model's tokenizer.
+
+    Raises:
+        ValueError: If a local folder has no tokenizer; transformers would construct one without a vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(place).is_dir() and not any((Path(place) / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(f"the folder has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's into it")
+    return AutoTokenizer.from_pretrained(place, revision=revision or "main")
+
+
+def load_model(model: str, revision: str = "", dtype: Dtype = "float32") -> LoadedModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+        model: `BUNDLED`, a local folder, or a hub id.
+        revision: Revision of a hub model.
+        dtype: Dtype of the weights; routers always compute in float32.
+
+    Raises:
+        ValueError: If Switchcast cannot run the model, or files are missing, damaged or incomplete.
+    """
+    return _load(model, revision, dtype, _class_of(check_model(model, revision), model, revision))
+
+
+def _load(
+    model: str, revision: str, dtype: Dtype, kind: Any, final: Any = None, absent: Mapping[str, nn.Module] | None = None
+) -> LoadedModel:
+    """Loads a model as one class and returns it as another, with the modules that were absent until then."""
+    with _errors_of(model):
+        live, report = kind.from_pretrained(
+            locate(model),
+            revision=revision or "main",
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = load_tokenizer(locate(model), revision)
+    if wrong := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise ValueError(f"{model} lacks {len(wrong)} weights or has them in another shape, first {wrong[0]}")
+    live.__class__ = final or kind
+    for name, module in (absent or {}).items():
+        live.set_submodule(name, module)
+    return LoadedModel(live.eval(), tokenizer, layout_of(live, model, revision))
+
+
+def load_dense(model: str, revision: str = "", dtype: Dtype = "float32") -> LoadedModel:
+    """Loads a model without its experts, so that no process has to hold all of them.
+
+    The experts modules of a Switch model stay empty; those of other families keep their parameters' names and shapes,
+    on the meta device. Arguments and errors are those of `load_model`.
+    """
+    family = check_model(model, revision)
+    if family == SWITCH:
+        return _load_dense_switch(model, revision, dtype)
+    kind, taken = _class_of(family, model, revision), {}
+
+    class WithoutExperts(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for layer in moe_modules(self):
+                taken[layer.name] = layer.experts
+                self.set_submodule(layer.name, nn.Module())
+
+    # transformers looks up by the class how files are laid out
+    WithoutExperts.__name__, WithoutExperts.__module__ = kind.__name__, kind.__module__
+    return _load(model, revision, dtype, WithoutExperts, kind, taken)
+
+
+def _class_of(family: str, model: str, revision: str) -> Any:
+    """The model class of transformers for a family."""
+    from transformers import AutoConfig, AutoModelForCausalLM, SwitchTransformersForConditionalGeneration
+
+    if family == SWITCH:
+        return SwitchTransformersForConditionalGeneration
+    with _errors_of(model):
+        config: Any = AutoConfig.from_pretrained(locate(model), revision=revision or "main")
+        return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def _outline(model: str, revision: str) -> Any:
+    """The model on the meta device: modules and shapes without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(locate(model), revision=revision or "main")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@contextmanager
+def _errors_of(model: str) -> Iterator[None]:
+    """Turns what transformers raises on a damaged folder, which is of many kinds, into a ValueError."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # missing weights are refused by name
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{model} could not be loaded: {error}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _load_dense_switch(model: str, revision: str, dtype: Dtype) -> LoadedModel:
+    from transformers import AutoConfig, GenerationConfig, SwitchTransformersForConditionalGeneration
+
+    weights, place = ModelWeights(model, revision), locate(model)
+    with _errors_of(model):
+        config: Any = AutoConfig.from_pretrained(place, revision=revision or "main")
+        tokenizer: Any = load_tokenizer(place, revision)
+        with torch.device("meta"):
+            switch: Any = SwitchTransformersForConditionalGeneration(config)
+    for name in [name for name, _ in switch.named_modules() if name.endswith(".mlp.experts")]:
+        switch.set_submodule(name, nn.Module())
+    kind, names = getattr(torch, dtype), [name for name in switch.state_dict() if name in weights.files]
+    found = {name: weights.read(name).to(kind, copy=True) for name in names}  # copied, because files may change
+    try:
+        switch.load_state_dict(found, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{model} could not be loaded: {error}") from None
+    switch.tie_weights()
+    if missing := [name for name, value in switch.state_dict().items() if value.is_meta]:
+        raise ValueError(f"{model} lacks {len(missing)} weights, first {missing[0]}")
+    with suppress(OSError):  # without the file, generation uses the model's configuration
+        switch.generation_config = GenerationConfig.from_pretrained(place, revision=revision or "main")
+    return LoadedModel(switch.eval(), tokenizer, MoELayout.from_model(switch, model, revision))
