@@ -62,11 +62,11 @@ class Ranks:
             dist.barrier()
 
 
-def _request(switch: LoadedModel, **settings: Any) -> dict[str, Any]:
+def _request(loaded: LoadedModel, **settings: Any) -> dict[str, Any]:
     """All settings that the bytes of a trace depend on."""
     libraries = {name: version(name) for name in ("torch", "transformers", "numpy", "pyarrow")}
     versions = libraries | {"python": platform.python_version()}
-    return {"layout": switch.layout.to_json(), **settings, "versions": versions}
+    return {"layout": loaded.layout.to_json(), **settings, "versions": versions}
 
 
 def _prepare(partial: Path, request: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def _write_shards(
                 for batch in chunk:
                     traces += tracer.traces(batch)
                     progress.advance(task)
-                shard = write_shard(partial / f"part-{index:05d}.parquet", traces, tracer.switch.layout)
+                shard = write_shard(partial / f"part-{index:05d}.parquet", traces, tracer.loaded.layout)
                 write_json(partial / f"shard-{index:05d}.json", shard)
             progress.update(task, completed=min((index + 1) * SHARD_BATCHES, total))
             index += 1
@@ -115,7 +115,7 @@ def _finish(
     of_texts = corpus_splits(batching) if request["text"] == OFFLINE else time_splits(texts)
     splits = [split for split in of_texts for _ in range(tracer.steps)]
     facts = {key: value for key, value in request.items() if key != "layout"}
-    write_about(partial, tracer.switch.layout, shards, splits, "tokens", **facts)
+    write_about(partial, tracer.loaded.layout, shards, splits, "tokens", **facts)
     for leftover in [partial / "request.json", *entries]:
         leftover.unlink()
     partial.rename(out)
@@ -141,7 +141,7 @@ def collect(
     finished shard.
 
     Args:
-        model: 'switch-mini-64' (bundled), a local folder, or a hub id such as google/switch-base-8.
+        model: 'switch-mini-64' (bundled), a local folder, or a hub id such as google/loaded-base-8.
         out: Folder of the trace; it appears complete or not at all.
         text: File, folder or hub data set `owner/name[:config[:split]]`; the offline corpus by default.
         decode: "teacher" masks spans of the text and feeds the decoder the true tokens, "generate" decodes greedily,
@@ -160,10 +160,10 @@ def collect(
         ValueError: If the model, text or folder cannot be used; the message says what to do.
     """
     place = pick_device(device)
-    switch = load_model(model, revision, dtype)
-    switch.model.to(place)
+    loaded = load_model(model, revision, dtype)
+    loaded.model.to(place)
     request = _request(
-        switch, text=text or OFFLINE, decode=decode, batching=asdict(batching), max_new_tokens=max_new_tokens,
+        loaded, text=text or OFFLINE, decode=decode, batching=asdict(batching), max_new_tokens=max_new_tokens,
         dtype=dtype, **({"top": top} if top else {}), **({DEVICE: place.type} if place.type != "cpu" else {}),
     )  # fmt: skip
     if out.exists():
@@ -174,9 +174,9 @@ def collect(
             _prepare(partial, request)
         ranks.barrier()
         total = len(corpus_splits(batching)) if text is None else batching.batches
-        stream = open_stream(text, switch.tokenizer, decode, batching, switch.layout.causal)
-        with RouterTap(switch.model, switch.layout, top) as tap:
-            tracer = (TextTracer if switch.layout.causal else Tracer)(switch, tap, decode, max_new_tokens)
+        stream = open_stream(text, loaded.tokenizer, decode, batching, loaded.layout.causal)
+        with RouterTap(loaded.model, loaded.layout, top) as tap:
+            tracer = (TextTracer if loaded.layout.causal else Tracer)(loaded, tap, decode, max_new_tokens)
             _write_shards(partial, stream, tracer, ranks, total)
         ranks.barrier()
         if ranks.rank == 0:

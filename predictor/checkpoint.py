@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.files import read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
-from data.models.weights import ModelWeights
+from data.models.weights import read_embedding
 from predictor.familiarity import Familiarity
 from predictor.forecaster import NeuralForecaster
 from predictor.hub import download_predictor, is_hub_id
@@ -150,7 +150,7 @@ def load_predictor(
         return NeuralForecaster(trained, network, None, spread, familiarity)
     if embedding is None:
         model = layout or trained
-        embedding = ModelWeights(model.model_id, model.revision).read("shared.weight")
+        embedding = read_embedding(model.model_id, model.revision)
     if embedding.shape != (trained.vocab_size, trained.d_model):
         raise ValueError(
             f"the embedding table is {tuple(embedding.shape)}, {folder} needs {(trained.vocab_size, trained.d_model)}"

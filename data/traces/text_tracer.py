@@ -5,11 +5,11 @@ Shape suffixes: B sequences, T prompt positions, N tokens of one call, K experts
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from data.models.model import LoadedModel
 from data.text.batching import Decode, TextBatch
 from data.traces.router_tap import RouterTap
 from data.traces.trace import DECODE, PADDING, RouterTrace, TokenBatch, pad_tokens
@@ -23,15 +23,15 @@ class TextTracer:
     """Traces batches of one decoder-only model.
 
     Args:
-        switch: The model.
+        loaded: The model.
         tap: A `RouterTap` on the model, entered as a context.
         decode: "generate" writes `max_new_tokens` tokens after each text, greedily and past any end of sequence, and
             traces every step; otherwise the text alone is run.
         max_new_tokens: Tokens written after each text.
     """
 
-    def __init__(self, switch: Any, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
-        self.switch, self.tap, self.generates = switch, tap, decode == "generate"
+    def __init__(self, loaded: LoadedModel, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
+        self.loaded, self.tap, self.generates = loaded, tap, decode == "generate"
         self.steps = max_new_tokens if self.generates else 1
         """Traces of one batch: the text, and one for each token written but the last, which is never fed."""
 
@@ -42,7 +42,7 @@ class TextTracer:
         Raises:
             ValueError: If it holds only padding.
         """
-        tokens, model = input_tokens(batch, 0), self.switch.model
+        tokens, model = input_tokens(batch, 0), self.loaded.model
         if not self.generates:
             ids, attention = tokens.input_ids.to(model.device), tokens.mask.long().to(model.device)
             model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
@@ -108,7 +108,7 @@ class TextTracer:
             result[:, tokens.computed] = rows[:, real.flatten()]  # both by sequence, then by position
             return result
 
-        count, top = self.switch.layout.num_layers, self.tap.top
+        count, top = self.loaded.layout.num_layers, self.tap.top
         decoder = TokenBatch(tokens.input_ids[:, :0], tokens.mask[:, :0])
         experts = stacked(found[:count], PADDING)
         return RouterTrace(

@@ -42,14 +42,14 @@ class Tracer:
     """Traces batches of one Switch model.
 
     Args:
-        switch: The model.
+        loaded: The model.
         tap: A `RouterTap` on the model, entered as a context.
         decode: "teacher" feeds the decoder the true targets, "generate" decodes greedily, "none" skips the decoder.
         max_new_tokens: Most tokens the decoder generates.
     """
 
-    def __init__(self, switch: LoadedModel, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
-        self.switch, self.tap, self.decode, self.max_new_tokens = switch, tap, decode, max_new_tokens
+    def __init__(self, loaded: LoadedModel, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
+        self.loaded, self.tap, self.decode, self.max_new_tokens = loaded, tap, decode, max_new_tokens
         self.steps = 1
 
     def traces(self, batch: TextBatch) -> list[RouterTrace]:
@@ -63,14 +63,14 @@ class Tracer:
         Raises:
             ValueError: If it holds only padding.
         """
-        tokens, decoder = model_inputs(batch, self.switch.model.config)
+        tokens, decoder = model_inputs(batch, self.loaded.model.config)
         ids, attention = tokens.input_ids.to(self._device), tokens.mask.long().to(self._device)
         if self.decode == "generate":
             decoder = self._generate(ids, attention)
         else:
-            hidden = self.switch.model.encoder(input_ids=ids, attention_mask=attention)[0]
+            hidden = self.loaded.model.encoder(input_ids=ids, attention_mask=attention)[0]
             if self.decode == "teacher":
-                self.switch.model.decoder(
+                self.loaded.model.decoder(
                     input_ids=decoder.input_ids.to(self._device),
                     encoder_hidden_states=hidden,
                     encoder_attention_mask=attention,
@@ -79,12 +79,12 @@ class Tracer:
 
     @property
     def _device(self) -> torch.device:
-        device: torch.device = self.switch.model.device
+        device: torch.device = self.loaded.model.device
         return device
 
     def _generate(self, ids: Tensor, attention: Tensor) -> TokenBatch:
         """Decodes greedily; returns the decoder's inputs `[B, U]`, padded after each sequence's end."""
-        model = self.switch.model
+        model = self.loaded.model
         written = model.generate(
             input_ids=ids, attention_mask=attention, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
         ).cpu()
@@ -92,7 +92,7 @@ class Tracer:
         return TokenBatch(inputs, (inputs == model.config.eos_token_id).cumsum(1) == 0)
 
     def _assemble(self, batch: TextBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
-        calls, split = self.tap.take(), self.switch.layout.num_input_layers
+        calls, split = self.tap.take(), self.loaded.layout.num_input_layers
         encoder = [call for layer in calls[:split] for call in layer]  # each encoder router runs once per batch
         found = [torch.cat([call.experts for call in layer], 1) for layer in calls if layer]
         if self.tap.top:
