@@ -8,9 +8,7 @@ Weights are random, so the text is noise; reads, routing and memory use are real
 
 import json
 import time
-from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from benchmarks.support.machine import ResidentPeak, memory_bytes, resident_byte
 from data.byte_sizes import show_bytes
 from data.cli import from_command_line, user_errors
 from data.models.model import LoadedModel, load_dense
+from data.models.stored_experts import StoredExperts, stored_experts
 from data.models.weights import ModelWeights
 from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
@@ -36,15 +35,13 @@ PROMPTS = (
 )
 
 
-def generate(
-    switch: LoadedModel, tokens: TokenBatch, files: Mapping[str, Path], budget: str, new: int
-) -> dict[str, Any]:
+def generate(switch: LoadedModel, tokens: TokenBatch, stored: StoredExperts, budget: str, new: int) -> dict[str, Any]:
     """Generates greedily under a budget, and measures time, memory and reads."""
     layout, before = switch.layout, resident_bytes()
     home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), 1, 0)
     with (
         ResidentPeak() as peak,
-        closing(ReplicatedModel(switch, home, Ranks(), MemoryBudget(budget, None, files))) as replicated,
+        closing(ReplicatedModel(switch, home, Ranks(), MemoryBudget(budget, None, stored))) as replicated,
         replicated.batch(tokens, None, tokens.mask.any(1), prepared=True, measure=False),
     ):
         assert replicated.cache is not None
@@ -74,14 +71,15 @@ def beyond_memory(
         new: Number of tokens to generate for each prompt.
     """
     torch.set_num_threads(1)
-    console, paths = Console(width=150), ModelWeights(model).files
-    whole = sum(path.stat().st_size for path in set(paths.values()))
+    console, weights = Console(width=150), ModelWeights(model)
+    whole = sum(path.stat().st_size for path in set(weights.files.values()))
     switch = load_dense(model)
+    stored = stored_experts(weights, switch.model, switch.layout)
     touch(switch.model)
     tokens = TokenBatch.of(switch.tokenizer(list(PROMPTS), padding=True, return_tensors="pt"))
     results = []
     for budget in budgets:
-        done = generate(switch, tokens, paths, budget, new)
+        done = generate(switch, tokens, stored, budget, new)
         results.append(done)
         console.print(
             f"{show_bytes(whole)} of weights, {budget} for experts: {done['seconds']} s, process grew by "

@@ -34,6 +34,7 @@ from benchmarks.support.turns import Turn, over_ranks, show, stats_since, summar
 from data.cli import from_command_line, user_errors
 from data.models.layout import MoELayout
 from data.models.model import LoadedModel, load_dense, load_model
+from data.models.stored_experts import stored_experts
 from data.models.weights import BUNDLED, ModelWeights
 from data.text.batching import BatchingConfig
 from predictor.baselines.history import Ema
@@ -68,10 +69,10 @@ class Bench:
         ranks: Ranks,
     ) -> None:  # fmt: skip
         self.switch, self.batches, self.mode, self.ranks = load_dense(model), batches, mode, ranks
-        self.files = ModelWeights(model).files
         touch(self.switch.model)
         self.switch.model.to(ranks.device)
         self.layout: MoELayout = self.switch.layout
+        self.stored = stored_experts(ModelWeights(model), self.switch.model, self.layout)
         wanted = [small.layout.num_layers, small.layout.num_input_layers, small.layout.num_experts]
         if (has := [self.layout.num_layers, self.layout.num_input_layers, self.layout.num_experts]) != wanted:
             raise ValueError(
@@ -100,7 +101,7 @@ class Bench:
 
     def turn(self, arm: str, budget: float, warm: int, mbps: float | None = None) -> Turn:
         """Runs all batches with one arm's cache."""
-        files = ThrottledFiles(self.files, self.layout, torch.float32, mbps=mbps)
+        files = ThrottledFiles(self.stored, self.layout, torch.float32, mbps=mbps)
         buffers = int((1.0 if arm == "all_resident" else budget) * len(files) / self.ranks.world)
         memory = self.memory(files, buffers)
         turn, policy = Turn(), self.policy(arm, buffers)
@@ -136,7 +137,7 @@ class Bench:
 
     def memory(self, files: ThrottledFiles, buffers: int) -> tuple[int, int | None]:
         """Bytes of the device tier, and of host memory below a GPU, which then holds all experts."""
-        experts, readers = 2 * files.shape.padded_bytes, LOADERS * files.reader_bytes
+        experts, readers = files.shape.padded_bytes, LOADERS * files.reader_bytes
         if self.ranks.device.type == "cpu":
             return buffers * experts + readers + PAGE, None
         return buffers * experts + PAGE, len(files) * experts + readers + PAGE
@@ -249,7 +250,7 @@ def tiers(
     with Ranks() as group:
         bench = Bench(model, record(small, batching, phases, per_phase), small, predictor, mode, group)
         kept: dict[str, list[Turn]] = {arm: [] for arm in (["plain"] if plain else []) + list(arms)}
-        speed = read_speed(ThrottledFiles(bench.files, bench.layout, torch.float32))
+        speed = read_speed(ThrottledFiles(bench.stored, bench.layout, torch.float32))
         for number in track(range(turns), "turns", console=Console(stderr=True, quiet=group.rank > 0)):
             for arm in np.roll(list(kept), -number):
                 kept[arm].append(bench.plain(model, warm) if arm == "plain" else bench.turn(arm, budget, warm, mbps))

@@ -25,7 +25,6 @@ from torch import Tensor
 from data.arrays import IntArray
 from data.files import sha256
 from data.models.device import Device
-from data.models.layout import SWITCH
 from data.models.model import Dtype, LoadedModel, load_dense, load_model
 from data.models.stored_experts import stored_experts
 from data.models.weights import ModelWeights
@@ -162,16 +161,12 @@ class Engine:
         name, whole = str(model), self.ranks.world == 1 and device_memory is None
         loaded = (load_model if whole else load_dense)(name, revision, dtype)
         loaded.to(self.ranks.device)
-        if device_memory is not None:
-            if loaded.layout.family != SWITCH:
-                raise ValueError(
-                    f"device_memory is {device_memory}, and {name} is a {loaded.layout.family} model; only Switch "
-                    "models run within a budget so far, leave it out"
-                )
-            return loaded, MemoryBudget(device_memory, host_memory, ModelWeights(name, revision).files)
         if whole:
             return loaded, adapter_of(loaded).weights()
-        return loaded, FileWeights(stored_experts(ModelWeights(name, revision), loaded.model, loaded.layout))
+        stored = stored_experts(ModelWeights(name, revision), loaded.model, loaded.layout)
+        return loaded, FileWeights(stored) if device_memory is None else MemoryBudget(
+            device_memory, host_memory, stored
+        )
 
     def _open_predictor(self, predictor: Forecaster | Path | str | None) -> tuple[Forecaster | None, str]:
         """The forecaster, and a digest of the weights of a predictor folder."""

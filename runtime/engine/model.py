@@ -90,7 +90,7 @@ class ReplicatedModel:
         like = self.adapter.like
         self.cache = experts if isinstance(experts, ExpertCache) else experts.open(self.loaded.layout, like)
         slots = [
-            OffloadedSlots(self.cache, self._home, layer, self._ranks.rank, function.between, like)
+            OffloadedSlots(self.cache, self._home, layer, self._ranks.rank, function, like)
             for layer, function in enumerate(self.adapter.functions)
         ]
         return slots, OffloadTransfer(slots, self._home, self.cache, self._ranks)

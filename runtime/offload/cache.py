@@ -1,9 +1,9 @@
 """ExpertCache: provides any expert of a model from memory that holds only some of them, evicting and prefetching.
 
-    with ExpertCache.open(files, layout, torch.float32, device_memory="2GiB") as cache:
+    with ExpertCache.open(stored, layout, torch.float32, device_memory="2GiB") as cache:
         cache.expect(forecast)                        # load of the next batch
         cache.begin()                                 # that batch begins
-        for expert, wi, wo in cache.use(layer, [3, 17]):
+        for expert, tensors in cache.use(layer, [3, 17]):
             ...
 
 On an accelerator, experts are copied from page-locked host memory, which is filled from disk. On a CPU they are read
@@ -11,8 +11,7 @@ from disk into the memory where they are computed; a second tier of host memory 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from data.byte_sizes import parse_bytes
 from data.models.layout import MoELayout
+from data.models.stored_experts import StoredExperts
 from predictor.forecast import LoadForecast
 from runtime.offload.expert_files import ExpertFiles, never
 from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
@@ -47,19 +47,22 @@ class TierReader:
 
     def read(self, key: Key, buffer: ExpertBuffer, stop: Callable[[], bool] = never) -> None:
         """Copies an expert into a buffer, on a CUDA stream of the calling thread's own; returns when it is done."""
-        buffer.align(0, 0)
+        buffer.align([0] * len(buffer.regions))
         self.below.request([key])
         for source in self.below.acquire([key]):
-            if not buffer.wi.is_cuda:
-                buffer.wi.copy_(source.wi)
-                buffer.wo.copy_(source.wo)
+            if not buffer.storage.is_cuda:
+                self._copy(source, buffer)
                 continue
             if not hasattr(self._thread, "stream"):
-                self._thread.stream = torch.cuda.Stream(buffer.wi.device)  # type: ignore[no-untyped-call]
+                self._thread.stream = torch.cuda.Stream(buffer.storage.device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(self._thread.stream):
-                buffer.wi.copy_(source.wi, non_blocking=True)
-                buffer.wo.copy_(source.wo, non_blocking=True)
+                self._copy(source, buffer)
             self._thread.stream.synchronize()  # the source buffer may be evicted as soon as this loop ends
+
+    @staticmethod
+    def _copy(source: ExpertBuffer, target: ExpertBuffer) -> None:
+        for ours, theirs in zip(target.tensors, source.tensors, strict=True):
+            ours.copy_(theirs, non_blocking=True)
 
 
 class ExpertCache:
@@ -110,7 +113,7 @@ class ExpertCache:
     @classmethod
     def open(
         cls,
-        files: Mapping[str, Path],
+        stored: StoredExperts,
         layout: MoELayout,
         dtype: torch.dtype,
         device_memory: int | str,
@@ -120,7 +123,7 @@ class ExpertCache:
         """Opens a model's files with the forecast policy, which falls back to LRU where forecasts do not pay.
 
         Args:
-            files: The file that holds each tensor, by tensor name; see `data.models.weights.ModelWeights`.
+            stored: The experts in the model's files.
             layout: The model's MoE layers.
             dtype: Dtype in which experts are computed.
             device_memory: Bytes on the device that computes, as a number or like '2GiB'.
@@ -131,10 +134,10 @@ class ExpertCache:
             ValueError: If a file is damaged, or a budget cannot be read or is too small.
         """
         budget, below = parse_bytes(device_memory), None if host_memory is None else parse_bytes(host_memory)
-        stored = ExpertFiles(files, layout, dtype)
+        files = ExpertFiles(stored, layout, dtype)
         shape = (layout.num_layers, layout.num_experts)
-        buffers = max(budget // (2 * stored.shape.padded_bytes), 1)
-        return cls(stored, LruFallback(ForecastPolicy(*shape), *shape, buffers), budget, below, device)
+        buffers = max(budget // files.shape.padded_bytes, 1)
+        return cls(files, LruFallback(ForecastPolicy(*shape), *shape, buffers), budget, below, device)
 
     def report(self) -> dict[str, Any]:
         """Counters of each tier by its name, the policy's name, and its number of fallbacks to LRU; for JSON."""
@@ -172,8 +175,8 @@ class ExpertCache:
         for tier in self.tiers:
             tier.plan(next_use_LE, prefetch_candidates)
 
-    def use(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yields the experts that a layer needs now as `(expert, wi [F, D], wo [D, F])`, resident ones first.
+    def use(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yields the experts that a layer needs now and their tensors, resident ones first.
 
         Absent experts are loaded while the caller computes. Weights may be used until the next ones are asked for.
 
@@ -188,7 +191,7 @@ class ExpertCache:
             self._plan()
         for buffer in upper.acquire(keys):
             assert buffer.key is not None
-            yield buffer.key[1], buffer.wi, buffer.wo
+            yield buffer.key[1], buffer.tensors
 
     def close(self) -> None:
         """Cancels running loads, ends the loader threads, frees the memory and closes the files."""

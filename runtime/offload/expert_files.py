@@ -1,30 +1,34 @@
 """ExpertFiles: reads single experts from a model folder's safetensors files, by offset and past the page cache.
 
-Each expert is read directly into its buffer, which has space for the partial pages around the matrices. If the file
-stores another dtype, the expert passes through a small read buffer of the loader thread and is cast from there. No file
-is read or memory-mapped as a whole.
+Each expert is read directly into its buffer, which has space for the partial pages around its tensors. A tensor stored
+in several parts, such as a gate and the matrix beside it, is put together by where its parts are read to. Where a file
+stores another dtype, or a part begins at another byte of a page than in the buffer, the part passes through a small
+read buffer of the loader thread. No file is read or memory-mapped as a whole.
+
+Where a family's files need another conversion than that, experts are read and converted as transformers does
+(`StoredExperts.read`), which takes longer, and more memory, and is logged.
 """
 
-import json
+import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.models.layout import MoELayout
+from data.models.stored_experts import Part, StoredExperts
 from runtime.offload.memory import PAGE, ExpertBuffer, ExpertShape, Key
+from runtime.offload.safetensors_file import DTYPES, SafetensorsFile, Span
 
-MAX_HEADER = 100_000_000
-"""Bytes. The safetensors format allows no longer header; a larger length means that the file is damaged."""
+log = logging.getLogger(__name__)
+
 PIECE = 4 << 20
 """Bytes per read call. A read can be cancelled between two pieces only, so smaller pieces delay demand loads less."""
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 class ReadCancelledError(Exception):
@@ -36,149 +40,83 @@ def never() -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Span:
-    """Position of one tensor in a file.
-
-    Attributes:
-        file: The file.
-        start: Byte of the file at which the tensor begins.
-        size: Bytes of the tensor.
-        dtype: Dtype in which the file stores it.
-    """
-
-    file: "SafetensorsFile"
-    start: int
-    size: int
-    dtype: torch.dtype
-
-    @property
-    def end(self) -> int:
-        """Byte of the file after the tensor's last."""
-        return self.start + self.size
-
-
-class SafetensorsFile:
-    """One safetensors file, open for reading by offset.
-
-    Args:
-        path: The file.
-        direct: Whether to read past the page cache where the file system supports it.
-
-    Raises:
-        ValueError: If the file is not in the safetensors format, or is shorter than its header requires.
-    """
-
-    def __init__(self, path: Path, direct: bool) -> None:
-        self.path, self.direct = path, direct and hasattr(os, "O_DIRECT")
-        self.fd = os.open(path, os.O_RDONLY)
-        try:
-            self.header, self.data_start = self._read_header()
-        except BaseException:
-            os.close(self.fd)
-            raise
-        if self.direct:
-            self._open_direct()
-
-    def _read_header(self) -> tuple[dict[str, Any], int]:
-        """Returns the header and the byte at which the tensors begin."""
-        size = os.fstat(self.fd).st_size
-        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise ValueError(f"{self.path} is not a safetensors file, or its header is cut off; download it again")
-        try:
-            header: dict[str, Any] = json.loads(os.pread(self.fd, length, 8))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path} has a damaged safetensors header; download it again") from None
-        if (expected := 8 + length + max(ends, default=0)) > size:
-            raise ValueError(
-                f"{self.path} has {size} bytes, but its header requires {expected}; it is cut off, download it again"
-            )
-        return header, 8 + length
-
-    def _open_direct(self) -> None:
-        """Replaces the file descriptor by one for direct reads, if a first direct read succeeds."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-        except OSError:
-            self.direct = False
-            return
-        try:
-            with mmap.mmap(-1, PAGE) as page:
-                os.preadv(fd, [page], 0)
-        except OSError:
-            os.close(fd)
-            self.direct = False
-            return
-        os.close(self.fd)
-        self.fd = fd
-
-    def span(self, name: str, shape: tuple[int, int]) -> Span:
-        """Finds a tensor.
-
-        Raises:
-            ValueError: If it is missing, has another shape, or has a dtype or an offset that cannot be read.
-        """
-        if (entry := self.header.get(name)) is None:
-            raise ValueError(f"{self.path} has no weights named {name}, but the index lists them; download it again")
-        if tuple(entry["shape"]) != shape:
-            raise ValueError(f"{self.path}: {name} has shape {entry['shape']}, expected {list(shape)}")
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{self.path}: {name} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}")
-        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        if (self.data_start + begin) % dtype.itemsize or end - begin != shape[0] * shape[1] * dtype.itemsize:
-            raise ValueError(
-                f"{self.path}: {name} is not aligned to its dtype or has the wrong size; "
-                "save the model again with save_pretrained"
-            )
-        return Span(self, self.data_start + begin, end - begin, dtype)
-
-
 class ExpertFiles:
     """Reads experts of a model folder, from any number of threads at once.
 
     Args:
-        files: The file that holds each tensor, by tensor name; see `data.models.weights.ModelWeights`.
+        stored: The experts in the files.
         layout: The model's MoE layers.
         dtype: Dtype to which experts are cast.
         direct: Whether to read past the page cache where the file system supports it. Otherwise the pages are dropped
             from the page cache after each read, so that the experts do not take memory twice.
 
+    Attributes:
+        shape: Size of one expert.
+        converts: Whether experts are converted after they are read, because their bytes are stored in another order.
+
     Raises:
         ValueError: If files are damaged or lack an expert.
     """
 
-    def __init__(self, files: Mapping[str, Path], layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
-        self.shape = ExpertShape(layout.d_ff, layout.d_model, dtype)
+    def __init__(self, stored: StoredExperts, layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
+        self.shape, self._stored = ExpertShape(stored.format.shapes, dtype), stored
         self._read_buffers = threading.local()
         self._files: dict[Path, SafetensorsFile] = {}
+        self._spans: dict[Key, list[list[Span]]] = {}
+        keys = list(product(range(layout.num_layers), range(layout.num_experts)))
         try:
-            self._spans = self._find(files, layout, direct)
+            for key in keys:
+                self._spans[key] = self._find(key, direct)
         except BaseException:
             self.close()
             raise
-        widest = max(span.size for spans in self._spans.values() for span in spans)
+        self.converts = not all(self._spans.values())
+        if self.converts:
+            log.warning(
+                "%s stores experts of a %s model in a form that is converted when it is read: each load takes longer, "
+                "and goes through the page cache", stored.weights.model, layout.family,
+            )  # fmt: skip
+        widest = max((span.size for spans in self._spans.values() for each in spans for span in each), default=0)
         self._piece = min(PIECE, -(-widest // PAGE) * PAGE + PAGE)
 
-    def _find(self, files: Mapping[str, Path], layout: MoELayout, direct: bool) -> dict[Key, tuple[Span, Span]]:
-        spans = {}
-        for layer, module in enumerate(layout.modules):
-            for expert in range(layout.num_experts):
-                name = f"{module}.expert_{expert}"
-                wi = self._span(files, f"{name}.wi.weight", (layout.d_ff, layout.d_model), direct)
-                wo = self._span(files, f"{name}.wo.weight", (layout.d_model, layout.d_ff), direct)
-                spans[layer, expert] = (wi, wo)
+    def _find(self, key: Key, direct: bool) -> list[list[Span]]:
+        """The spans of each tensor of an expert; none if it is to be converted."""
+        if (tensors := self._stored.parts(*key)) is None:
+            return []
+        return [
+            self._spans_of(parts, shape, direct)
+            for parts, shape in zip(tensors, self._stored.format.shapes, strict=True)
+        ]
+
+    def _spans_of(self, parts: list[Part], expected: tuple[int, ...], direct: bool) -> list[Span]:
+        """The spans of parts that make up a tensor, neighbours in one."""
+        files = [self._file(part, direct) for part in parts]
+        shapes = [file.shape(part) for file, part in zip(files, parts, strict=True)]
+        whole = (sum(shape[0] for shape in shapes if shape), *shapes[0][1:])
+        if whole != expected or any(shape[1:] != expected[1:] for shape in shapes):
+            found = " and ".join(f"{part} has shape {list(shape)}" for part, shape in zip(parts, shapes, strict=True))
+            together = " when put together" if len(parts) > 1 else ""
+            raise ValueError(f"{files[0].path}: {found}, expected {list(expected)}{together}")
+        spans: list[Span] = []
+        for file, part in zip(files, parts, strict=True):
+            span = file.span(part)
+            if spans and (joined := spans[-1].joined(span)) is not None:
+                spans[-1] = joined
+            else:
+                spans.append(span)
         return spans
 
-    def _span(self, files: Mapping[str, Path], name: str, shape: tuple[int, int], direct: bool) -> Span:
-        if name not in files:
+    def _file(self, part: Part, direct: bool) -> SafetensorsFile:
+        files = self._stored.weights.files
+        if part.name not in files:
             folder = next(iter(files.values())).parent
-            raise ValueError(f"{folder} has no weights named {name}; its files are incomplete, download them again")
-        path = files[name]
+            raise ValueError(
+                f"{folder} has no weights named {part.name}; its files are incomplete, download them again"
+            )
+        path = files[part.name]
         if path not in self._files:
             self._files[path] = SafetensorsFile(path, direct)
-        return self._files[path].span(name, shape)
+        return self._files[path]
 
     def __len__(self) -> int:
         """Number of experts in all layers."""
@@ -186,8 +124,8 @@ class ExpertFiles:
 
     @property
     def reader_bytes(self) -> int:
-        """Bytes of the read buffer that each loader thread may allocate."""
-        return self._piece
+        """Bytes that each loader thread may allocate: its read buffer, or an expert as stored and as converted."""
+        return 2 * self._stored.format.nbytes(torch.float32) if self.converts else self._piece
 
     def has(self, key: Key) -> bool:
         """Whether the model has this expert: all of them are on disk."""
@@ -198,38 +136,56 @@ class ExpertFiles:
 
         Args:
             key: The expert.
-            buffer: A buffer in host memory; its matrices are aligned as in the file.
+            buffer: A buffer in host memory; its tensors are aligned as in the file.
             stop: Called between pieces; True cancels the read.
 
         Raises:
             OSError: If the file ends early or cannot be read; the message names it.
             ReadCancelledError: If `stop` returned True.
+            ValueError: The same as OSError, of an expert that is converted.
         """
-        spans = self._spans[key]
-        same_dtype = [span.dtype == self.shape.dtype for span in spans]
-        buffer.align(*(span.start % PAGE if same else 0 for span, same in zip(spans, same_dtype, strict=True)))
-        for span, same, storage, matrix in zip(spans, same_dtype, buffer.storage, (buffer.wi, buffer.wo), strict=True):
-            if same:
-                self._read_pages(span, memoryview(storage.numpy()), stop)
-            else:
-                self._read_cast(span, matrix.view(-1), stop)
-            if not span.file.direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(span.file.fd, span.start, span.size, os.POSIX_FADV_DONTNEED)
+        if not (tensors := self._spans[key]):
+            self._read_converted(key, buffer, stop)
+            return
+        offsets = [spans[0].start % PAGE if spans[0].dtype == self.shape.dtype else 0 for spans in tensors]
+        buffer.align(offsets)
+        for spans, offset, region, tensor in zip(tensors, offsets, buffer.regions, buffer.tensors, strict=True):
+            begin, whole, flat = offset, region.numpy().data, tensor.view(-1)
+            for span in spans:
+                count = span.size // span.dtype.itemsize
+                if span.dtype == self.shape.dtype and begin % PAGE == span.start % PAGE:
+                    self._read_pages(span, whole, begin, stop)
+                else:
+                    first = (begin - offset) // self.shape.dtype.itemsize
+                    self._read_cast(span, flat[first : first + count], stop)
+                begin += count * self.shape.dtype.itemsize
+                if not span.file.direct and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(span.file.fd, span.start, span.size, os.POSIX_FADV_DONTNEED)
 
-    def _read_pages(self, span: Span, storage: memoryview, stop: Callable[[], bool]) -> None:
-        """Reads all pages that a matrix touches into its storage, where it lies at the same byte of a page.
+    def _read_converted(self, key: Key, buffer: ExpertBuffer, stop: Callable[[], bool]) -> None:
+        if stop():
+            raise ReadCancelledError
+        buffer.align([0] * len(buffer.regions))
+        for tensor, converted in zip(buffer.tensors, self._stored.read(*key), strict=True):
+            tensor.copy_(converted)
 
-        A matrix of 10,000 bytes at byte 5,000 of the file touches the pages from 4,096 to 16,384. These 12,288 bytes
-        are read to the start of the storage, in which the matrix then begins at byte 904 (`ExpertBuffer.align`).
+    def _read_pages(self, span: Span, region: memoryview, begin: int, stop: Callable[[], bool]) -> None:
+        """Reads all pages that a span touches to a byte of a region that is the same byte of a page.
+
+        A span of 10,000 bytes at byte 5,000 of the file touches the pages from 4,096 to 16,384. Read to byte 904 of the
+        region, these 12,288 bytes go to its start, where the span then begins at byte 904. What the region held before
+        byte 904, the end of the span before, is kept.
         """
         first, done = span.start - span.start % PAGE, 0
+        into, before = region[begin - begin % PAGE :], bytes(region[begin - begin % PAGE : begin])
         whole = -(-(span.end - first) // PAGE) * PAGE
         while first + done < span.end:
-            count = self._pread(span, storage[done : min(done + PIECE, whole)], first + done, stop)
+            count = self._pread(span, into[done : min(done + PIECE, whole)], first + done, stop)
             done += count if first + done + count >= span.end else count - count % PAGE
+        into[: len(before)] = before
 
     def _read_cast(self, span: Span, target: Tensor, stop: Callable[[], bool]) -> None:
-        """Reads a matrix piece by piece into the thread's read buffer and casts each piece into place."""
+        """Reads a span piece by piece into the thread's read buffer and copies each piece into place, cast."""
         pages, typed = self._read_buffer()
         size, done = span.dtype.itemsize, 0
         while done < span.size:
@@ -241,7 +197,7 @@ class ExpertFiles:
             done += fresh
 
     def _pread(self, span: Span, target: memoryview, position: int, stop: Callable[[], bool]) -> int:
-        """Reads at a byte of the file; returns the bytes read: at least a page, or all that is left of the matrix."""
+        """Reads at a byte of the file; returns the bytes read: at least a page, or all that is left of the span."""
         if stop():
             raise ReadCancelledError
         try:

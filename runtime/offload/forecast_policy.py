@@ -85,11 +85,13 @@ class ForecastPolicy(NextUsePolicy):
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
         self._need = NeedProbability(num_layers)
+        self._forecast_pass = -1
         self._current_load_LE: FloatArray | None = None
         self._upcoming_load_LE: FloatArray | None = None
 
     def begin(self) -> None:
         super().begin()
+        self._forecast_pass = self.layer_order.pass_index
         self._current_load_LE, self._upcoming_load_LE = self._upcoming_load_LE, None
 
     def expect(self, forecast: LoadForecast | None) -> None:
@@ -98,7 +100,7 @@ class ForecastPolicy(NextUsePolicy):
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         frequency_E = self.frequency_LE[layer].copy()
         super().observe(layer, experts, costs)
-        if self.layer_order.first_layer:  # a decoder step: the forecast was for the whole batch
+        if self.layer_order.pass_index != self._forecast_pass:  # a step: the forecast was for the whole batch
             self._current_load_LE = None
         if self._current_load_LE is not None:
             needed_E = self.last_LE[layer].astype(np.float64)

@@ -1,9 +1,8 @@
-"""The expert buffers allocated within a memory budget.
+"""The expert buffers allocated within a memory budget."""
 
-Shape suffixes: F inner width, D model width.
-"""
-
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +22,36 @@ class ExpertShape:
     """Size of one expert.
 
     Attributes:
-        d_ff: F.
-        d_model: D.
+        shapes: Shape of each of its tensors; see `data.models.expert.ExpertFormat`.
         dtype: Dtype of the weights in every tier of memory; files may store another one.
     """
 
-    d_ff: int
-    d_model: int
+    shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
 
     @property
+    def tensor_bytes(self) -> list[int]:
+        """Bytes of each tensor."""
+        return [prod(shape) * self.dtype.itemsize for shape in self.shapes]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of both matrices."""
-        return 2 * self.d_ff * self.d_model * self.dtype.itemsize
+        """Bytes of all tensors."""
+        return sum(self.tensor_bytes)
+
+    @property
+    def region_bytes(self) -> list[int]:
+        """Bytes reserved for each tensor: its whole pages and one more.
+
+        A direct read copies whole pages of the file, and the tensor may begin at any byte of the first page. A tensor
+        of 10,000 bytes touches up to 4 pages, so 4 * 4096 bytes are reserved.
+        """
+        return [-(-size // PAGE) * PAGE + PAGE for size in self.tensor_bytes]
 
     @property
     def padded_bytes(self) -> int:
-        """Bytes reserved for one matrix: its whole pages and one more.
-
-        A direct read copies whole pages of the file, and the matrix may begin at any byte of the first page. A matrix
-        of 10,000 bytes touches up to 4 pages, so 4 * 4096 bytes are reserved.
-        """
-        return -(-self.nbytes // 2 // PAGE) * PAGE + PAGE
+        """Bytes reserved for an expert."""
+        return sum(self.region_bytes)
 
 
 @dataclass(eq=False)
@@ -52,10 +59,10 @@ class ExpertBuffer:
     """Memory for one expert.
 
     Attributes:
-        storage: Bytes reserved for the two matrices, page-aligned, `[2, padded_bytes]`.
+        storage: Bytes reserved for the expert, page-aligned, `[padded_bytes]`.
         shape: Size of the expert.
-        wi: First matrix `[F, D]`, a view into the first row of `storage`.
-        wo: Second matrix `[D, F]`, a view into the second row.
+        regions: The bytes of `storage` that are reserved for each tensor.
+        tensors: The expert's tensors, each a view into its region.
         key: The expert that the buffer holds or that is being loaded into it; None if it is empty.
         ready: Whether loading has finished.
         unused: Whether the expert was prefetched and has not been used since.
@@ -64,21 +71,23 @@ class ExpertBuffer:
 
     storage: Tensor
     shape: ExpertShape
-    wi: Tensor = field(init=False)
-    wo: Tensor = field(init=False)
+    regions: list[Tensor] = field(init=False)
+    tensors: list[Tensor] = field(init=False)
     key: Key | None = None
     ready: bool = False
     unused: bool = False
     last_read: Any = None
 
     def __post_init__(self) -> None:
-        self.align(0, 0)
+        self.regions = list(self.storage.split_with_sizes(self.shape.region_bytes))
+        self.align([0] * len(self.regions))
 
-    def align(self, wi_offset: int, wo_offset: int) -> None:
-        """Sets the byte at which each matrix begins in its row of `storage`."""
-        size, (wi, wo) = self.shape.nbytes // 2, self.storage
-        self.wi = wi[wi_offset : wi_offset + size].view(self.shape.dtype).view(self.shape.d_ff, self.shape.d_model)
-        self.wo = wo[wo_offset : wo_offset + size].view(self.shape.dtype).view(self.shape.d_model, self.shape.d_ff)
+    def align(self, offsets: Sequence[int]) -> None:
+        """Sets the byte at which each tensor begins in its region."""
+        sizes = zip(self.regions, offsets, self.shape.tensor_bytes, self.shape.shapes, strict=True)
+        self.tensors = [
+            region[offset : offset + size].view(self.shape.dtype).view(shape) for region, offset, size, shape in sizes
+        ]
 
 
 class BufferPool:
@@ -96,7 +105,7 @@ class BufferPool:
 
     def __init__(self, shape: ExpertShape, count: int, device: torch.device, page_locked: bool = False) -> None:
         self.shape, self._page_locked = shape, page_locked
-        size = count * 2 * shape.padded_bytes + PAGE
+        size = count * shape.padded_bytes + PAGE
         if device.type == "cpu" and size > (free := free_bytes()):  # Linux grants allocations beyond free memory
             raise ValueError(
                 f"experts need {show_bytes(size)}, but only {show_bytes(free)} are free; lower the memory budget"
@@ -111,8 +120,8 @@ class BufferPool:
         if page_locked:  # torch rounds its own pinned allocations up to a power of two, which would break the budget
             _check(torch.cuda.cudart().cudaHostRegister(self._raw.data_ptr(), self._raw.nbytes, 0))  # type: ignore[no-untyped-call]
         first = -self._raw.data_ptr() % PAGE
-        used = self._raw[first : first + count * 2 * shape.padded_bytes]
-        self.buffers = [ExpertBuffer(storage, shape) for storage in used.view(count, 2, shape.padded_bytes)]
+        used = self._raw[first : first + count * shape.padded_bytes]
+        self.buffers = [ExpertBuffer(storage, shape) for storage in used.view(count, shape.padded_bytes)]
 
     @property
     def nbytes(self) -> int:
@@ -138,11 +147,11 @@ def buffers_within(budget: int, shape: ExpertShape, reserve: int, name: str) -> 
     Raises:
         ValueError: If not one buffer fits; the message has the smallest budget that suffices.
     """
-    if (count := (budget - reserve - PAGE) // (2 * shape.padded_bytes)) < 1:
-        least = 2 * shape.padded_bytes + reserve + PAGE
+    if (count := (budget - reserve - PAGE) // shape.padded_bytes) < 1:
+        least = shape.padded_bytes + reserve + PAGE
         raise ValueError(
             f"{name} is {show_bytes(budget)}, too little for one expert, which takes "
-            f"{show_bytes(2 * shape.padded_bytes)} and {show_bytes(reserve)} of read buffers; "
+            f"{show_bytes(shape.padded_bytes)} and {show_bytes(reserve)} of read buffers; "
             f"give at least {least} bytes ({show_bytes(least)})"
         )
     return count

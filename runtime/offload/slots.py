@@ -6,9 +6,8 @@ replicas and recently used experts share one budget; the experts with the larges
 Shape suffixes: L MoE layers, E logical experts, P slots of this process, M rows, D model width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from data.arrays import IntArray
 from data.models.layout import MoELayout
+from data.models.stored_experts import StoredExperts
 from predictor.forecast import LoadForecast, forecast_from_load
 from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.distributed.device import Stopwatch
 from runtime.distributed.ranks import Ranks
-from runtime.experts.grouped_mm import compute_expert
+from runtime.experts.grouped_mm import ExpertFunction, compute_expert
 from runtime.offload.cache import ExpertCache
 
 LOAD_RESOLUTION = 1000
@@ -35,12 +35,12 @@ class MemoryBudget:
     Attributes:
         device_memory: Bytes where experts are computed, as a number or like '2GiB'.
         host_memory: Bytes of host memory below it, likewise; required for an accelerator, optional on a CPU.
-        files: The file that holds each tensor, by tensor name; see `data.models.weights.ModelWeights`.
+        stored: The experts in these files.
     """
 
     device_memory: int | str
     host_memory: int | str | None
-    files: Mapping[str, Path]
+    stored: StoredExperts
 
     def open(self, layout: MoELayout, like: Tensor) -> ExpertCache:
         """Opens an expert cache with the dtype and on the device of a tensor.
@@ -48,7 +48,7 @@ class MemoryBudget:
         Raises:
             ValueError: If files are damaged or incomplete, or the budget does not hold one expert.
         """
-        return ExpertCache.open(self.files, layout, like.dtype, self.device_memory, self.host_memory, like.device)
+        return ExpertCache.open(self.stored, layout, like.dtype, self.device_memory, self.host_memory, like.device)
 
 
 class OffloadedSlots:
@@ -59,7 +59,7 @@ class OffloadedSlots:
         plan: The active plan.
         layer: Index of the layer.
         device: Index of this process among the plan's devices.
-        activation: Activation between the two matrix products of an expert.
+        function: What an expert computes.
         like: A tensor on the device that computes.
 
     Attributes:
@@ -75,10 +75,10 @@ class OffloadedSlots:
         plan: ReplicationPlan,
         layer: int,
         device: int,
-        activation: Callable[[Tensor], Tensor],
+        function: ExpertFunction,
         like: Tensor,
     ) -> None:
-        self.layer, self._cache, self._activation = layer, cache, activation
+        self.layer, self._cache, self._function = layer, cache, function
         self.span = slice(device * plan.slots_per_device, (device + 1) * plan.slots_per_device)
         self.expert_P = plan.phy2log[layer, self.span]
         self._busy = Stopwatch(like.device, on=False)
@@ -97,13 +97,14 @@ class OffloadedSlots:
         result_MD, start_P = torch.empty_like(rows_MD), size_P.cumsum() - size_P
         active = sorted(np.flatnonzero(size_P).tolist(), key=lambda slot: -size_P[slot])  # most rows first
         slot_of = {int(self.expert_P[slot]): slot for slot in active}
-        for expert, wi_FD, wo_DF in self._cache.use(self.layer, list(slot_of)):
+        for expert, tensors in self._cache.use(self.layer, list(slot_of)):
             slot = slot_of[expert]
             start, size = int(start_P[slot]), int(size_P[slot])
             target = result_MD.narrow(0, start, size)
             with self._busy:
                 part = rows_MD.narrow(0, start, size)
-                compute_expert(part, (wi_FD.T, wo_DF.T), self._activation, int(plain_P[slot]), target)
+                weights = self._function.ready(tensors)
+                compute_expert(part, weights, self._function.between, int(plain_P[slot]), target)
         return result_MD
 
     def compute_groups(self, rows_MD: Tensor, ends_P: Tensor) -> Tensor:

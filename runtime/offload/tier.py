@@ -192,9 +192,9 @@ class Tier:
                 buffer = self._wait_for_any(waiting)
                 assert buffer.key is not None
                 yield buffer
-                if buffer.wi.is_cuda:
+                if buffer.storage.is_cuda:
                     buffer.last_read = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                    buffer.last_read.record(torch.cuda.current_stream(buffer.wi.device))
+                    buffer.last_read.record(torch.cuda.current_stream(buffer.storage.device))
                 waiting.remove(buffer.key)
                 self._unpin([buffer.key])
         finally:
@@ -229,7 +229,7 @@ class Tier:
 
     def _load_until_closed(self) -> None:
         """Body of a loader thread."""
-        use_device(self.pool.buffers[0].wi.device)
+        use_device(self.pool.buffers[0].storage.device)
         while (job := self._next_job()) is not None:
             error: Exception | None = None
             try:
@@ -259,7 +259,7 @@ class Tier:
                 if job is not None:
                     self._evict(job.buffer)
                     self._table.assign(job.buffer, job.key)
-                    in_use = 2 * self.pool.shape.padded_bytes * len(self._table)
+                    in_use = self.pool.shape.padded_bytes * len(self._table)
                     self.stats.peak_bytes = max(self.stats.peak_bytes, in_use)
                     if not self._running:
                         self._running_since = time.perf_counter()

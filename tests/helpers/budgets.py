@@ -1,12 +1,25 @@
-"""Memory budgets for a given number of experts of the random test model."""
+"""Memory budgets for a given number of experts of the random test model, and the experts in its files."""
+
+from pathlib import Path
 
 import torch
 
+from data.models.expert import ExpertFormat
+from data.models.layout import MoELayout
+from data.models.stored_experts import StoredExperts, stored_experts
+from data.models.weights import ModelWeights
 from runtime.offload.cache import LOADERS
 from runtime.offload.memory import PAGE, ExpertShape
+from tests.conftest import small_switch
 
 
 def budget(experts: int) -> int:
     """Bytes of these many expert buffers and of the loader threads' read buffers."""
-    padded = ExpertShape(48, 32, torch.float32).padded_bytes
-    return 2 * experts * padded + LOADERS * padded + PAGE
+    shape = ExpertShape(ExpertFormat.plain(48, 32).shapes, torch.float32)
+    return experts * shape.padded_bytes + LOADERS * shape.region_bytes[0] + PAGE
+
+
+def stored_switch(folder: Path) -> StoredExperts:
+    """The experts in a folder of `small_switch`."""
+    model = small_switch()
+    return stored_experts(ModelWeights(str(folder)), model, MoELayout.from_model(model, "random"))

@@ -7,43 +7,41 @@ import pytest
 import torch
 
 from data.models.layout import MoELayout
-from data.models.weights import ModelWeights
 from runtime.offload.cache import LOADERS, ExpertCache
 from runtime.offload.expert_files import ExpertFiles
 from runtime.offload.memory import PAGE
 from runtime.offload.policy import LruPolicy
 from tests.conftest import small_switch
+from tests.helpers.budgets import stored_switch
 
 
 @pytest.fixture
 def cache_and_cut(tmp_path):
     """A cache that holds all experts of a model, and a function that truncates the model's file."""
     small_switch().save_pretrained(tmp_path)
-    files = ModelWeights(str(tmp_path)).files
     layout = MoELayout.from_model(small_switch(), "random")
-    cache = ExpertCache(ExpertFiles(files, layout, torch.float32), LruPolicy(2, 8), 1 << 20)
+    cache = ExpertCache(ExpertFiles(stored_switch(tmp_path), layout, torch.float32), LruPolicy(2, 8), 1 << 20)
     yield cache, lambda: os.truncate(tmp_path / "model.safetensors", 30_000)
     cache.close()
 
 
 def test_a_file_cut_off_while_in_use_fails_only_the_experts_to_be_read(cache_and_cut):
     cache, cut_off = cache_and_cut
-    resident = {expert: (wi.clone(), wo.clone()) for expert, wi, wo in cache.use(1, [0, 1])}
+    resident = {expert: [tensor.clone() for tensor in tensors] for expert, tensors in cache.use(1, [0, 1])}
     cut_off()
     with pytest.raises(OSError, match=r"model\.safetensors has 30000 bytes, but \d+ are needed; it is cut off"):
         list(cache.use(1, [0, 5, 6, 7]))
-    for expert, wi, wo in cache.use(1, [0, 1]):
-        assert torch.equal(wi, resident[expert][0])
-        assert torch.equal(wo, resident[expert][1])
+    for expert, tensors in cache.use(1, [0, 1]):
+        assert all(map(torch.equal, tensors, resident[expert]))
 
 
 def test_a_budget_below_one_expert_is_refused_with_the_smallest_that_works(tmp_path):
     small_switch().save_pretrained(tmp_path)
-    layout, stored = MoELayout.from_model(small_switch(), "random"), ModelWeights(str(tmp_path)).files
+    layout, stored = MoELayout.from_model(small_switch(), "random"), stored_switch(tmp_path)
 
     def open_cache(**budgets):
         files = ExpertFiles(stored, layout, torch.float32)
-        least = 2 * files.shape.padded_bytes + LOADERS * files.reader_bytes + PAGE
+        least = files.shape.padded_bytes + LOADERS * files.reader_bytes + PAGE
         cache = ExpertCache(files, LruPolicy(2, 8), **{name: least + extra for name, extra in budgets.items()})
         return cache, least
 
@@ -55,7 +53,7 @@ def test_a_budget_below_one_expert_is_refused_with_the_smallest_that_works(tmp_p
     assert f"give at least {least} bytes" in str(refused.value)
     with cache:
         assert len(cache.tiers[0].pool.buffers) == 1
-        assert [expert for expert, _, _ in cache.use(0, [3, 5, 1])] == [3, 5, 1]
+        assert [expert for expert, _ in cache.use(0, [3, 5, 1])] == [3, 5, 1]
     with pytest.raises(ValueError, match="host_memory is"):
         open_cache(device_memory=0, host_memory=-1)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("switchcast-host")]

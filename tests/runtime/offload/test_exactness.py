@@ -10,18 +10,19 @@ import torch
 from benchmarks.support.policies import CosinePolicy, LastBatchPolicy, LfuPolicy, OraclePolicy
 from data.models.layout import MoELayout
 from data.models.model import LoadedModel, load_dense, load_model
-from data.models.weights import ModelWeights
 from data.traces.trace import pad_tokens
 from predictor.baselines.history import LastBatch
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
-from runtime.engine.batch import ModelBatch, forward, needed_positions
+from runtime.engine.adapter import needed_positions
+from runtime.engine.batch import ModelBatch, forward
 from runtime.engine.model import ReplicatedModel
 from runtime.offload.cache import LOADERS, ExpertCache
 from runtime.offload.expert_files import ExpertFiles
 from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
 from runtime.offload.memory import PAGE
 from runtime.offload.policy import LruPolicy, NextUsePolicy
+from tests.helpers.budgets import stored_switch
 
 
 class Random(NextUsePolicy):
@@ -86,7 +87,7 @@ def batches(count=5):
 
 
 def open_files(folder, layout: MoELayout, direct=True):
-    return ExpertFiles(ModelWeights(str(folder)).files, layout, torch.float32, direct)
+    return ExpertFiles(stored_switch(folder), layout, torch.float32, direct)
 
 
 def replicated_over(switch, cache):
@@ -98,7 +99,7 @@ def offloaded(folder, share, policy=LruPolicy, host_share=None):
     """A model whose cache holds a share of the experts: the loaded model, its MoE layers and the cache."""
     switch: LoadedModel = load_dense(str(folder))
     layout, files = switch.layout, open_files(folder, switch.layout)
-    whole, reserve = len(files) * 2 * files.shape.padded_bytes, LOADERS * files.reader_bytes
+    whole, reserve = len(files) * files.shape.padded_bytes, LOADERS * files.reader_bytes
     device = int(share * whole) + PAGE + (reserve if host_share is None else 0)
     host = None if host_share is None else int(host_share * whole) + PAGE + reserve
     cache = ExpertCache(files, policy(layout.num_layers, layout.num_experts), device, host)
@@ -122,7 +123,7 @@ def test_outputs_equal_the_unmodified_models(switch_folder, plain, policy, share
         tier = cache.tiers[0]
         assert len(tier.pool.buffers) == int(share * 16)
         assert_same_outputs(plain, switch, cache)
-        assert tier.stats.peak_bytes <= share * 16 * 2 * tier.pool.shape.padded_bytes
+        assert tier.stats.peak_bytes <= share * 16 * tier.pool.shape.padded_bytes
         if share < 0.5 and policy is LruPolicy:
             assert tier.stats.misses > 50
 
@@ -189,7 +190,7 @@ def test_a_damaged_file_fails_the_batch_and_is_named(tmp_path, plain):
     plain.tokenizer.save_pretrained(tmp_path)
     switch = load_dense(str(tmp_path))
     first, other = batches(2)
-    with ExpertCache.open(ModelWeights(str(tmp_path)).files, switch.layout, torch.float32, "1MiB") as cache:
+    with ExpertCache.open(stored_switch(tmp_path), switch.layout, torch.float32, "1MiB") as cache:
         replicated_over(switch, cache)
         short = ModelBatch(pad_tokens([first.tokens.input_ids[0, :2].numpy()], pad=0))
         torch.testing.assert_close(forward(switch.model, short), forward(plain.model, short), rtol=0, atol=1e-5)
@@ -207,9 +208,9 @@ def test_a_damaged_file_fails_the_batch_and_is_named(tmp_path, plain):
 def test_outputs_are_equal_on_a_gpu_while_experts_are_evicted(switch_folder, plain):
     switch = load_dense(str(switch_folder))
     layout, files = switch.layout, open_files(switch_folder, switch.layout)
-    policy, expert = Random(layout.num_layers, layout.num_experts), 3 * files.shape.padded_bytes
+    policy, expert = Random(layout.num_layers, layout.num_experts), files.shape.padded_bytes
     switch.model.to("cuda")
-    with ExpertCache(files, policy, 3 * expert, 6 * expert + LOADERS * files.reader_bytes, "cuda") as cache:
+    with ExpertCache(files, policy, 5 * expert, 9 * expert + LOADERS * files.reader_bytes, "cuda") as cache:
         replicated_over(switch, cache)
         for batch in batches():
             cache.begin()

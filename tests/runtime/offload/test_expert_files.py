@@ -8,10 +8,10 @@ from safetensors import safe_open
 
 from data.byte_sizes import parse_bytes, show_bytes
 from data.models.layout import MoELayout
-from data.models.weights import ModelWeights
 from runtime.offload.expert_files import ExpertFiles, ReadCancelledError
 from runtime.offload.memory import BufferPool
 from tests.conftest import small_switch
+from tests.helpers.budgets import stored_switch
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def read(files, key, *stop):
     buffer = BufferPool(files.shape, 1, torch.device("cpu")).buffers[0]
     buffer.storage.fill_(255)
     files.read(key, buffer, *stop)
-    return buffer.wi, buffer.wo
+    return buffer.tensors
 
 
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_expert_equals_what_safetensors_reads(folder, layout, dtype, direct):
-    files = ExpertFiles(ModelWeights(str(folder)).files, layout, dtype, direct)
+    files = ExpertFiles(stored_switch(folder), layout, dtype, direct)
     for layer, module in enumerate(layout.modules):
         for expert in range(layout.num_experts):
             wi, wo = read(files, (layer, expert))
@@ -62,7 +62,7 @@ def test_every_expert_equals_what_safetensors_reads(folder, layout, dtype, direc
 
 def test_reads_in_pieces_and_stops_between_them(folder, layout, monkeypatch):
     monkeypatch.setattr("runtime.offload.expert_files.PIECE", 4096)
-    files = ExpertFiles(ModelWeights(str(folder)).files, layout, torch.float32)
+    files = ExpertFiles(stored_switch(folder), layout, torch.float32)
     assert files.reader_bytes == 4096
     wi, wo = read(files, (1, 3))
     assert torch.equal(wi, stored(folder, f"{layout.modules[1]}.expert_3.wi.weight").float())
@@ -74,7 +74,7 @@ def test_reads_in_pieces_and_stops_between_them(folder, layout, monkeypatch):
 
 def test_damaged_files_are_refused_when_opened(layout, tmp_path):
     small_switch().save_pretrained(tmp_path)
-    files, path = ModelWeights(str(tmp_path)).files, tmp_path / "model.safetensors"
+    files, path = stored_switch(tmp_path), tmp_path / "model.safetensors"
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(
         ValueError, match=r"model\.safetensors has \d+ bytes, but its header requires \d+; it is cut off"
@@ -91,7 +91,7 @@ def test_damaged_files_are_refused_when_opened(layout, tmp_path):
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_file_cut_off_after_opening_is_named(layout, tmp_path, direct):
     small_switch().save_pretrained(tmp_path)
-    files = ExpertFiles(ModelWeights(str(tmp_path)).files, layout, torch.float32, direct)
+    files = ExpertFiles(stored_switch(tmp_path), layout, torch.float32, direct)
     os.truncate(tmp_path / "model.safetensors", 30_000)
     with pytest.raises(OSError, match=r"model\.safetensors has 30000 bytes, but \d+ are needed"):
         read(files, (1, 7))
@@ -100,10 +100,10 @@ def test_a_file_cut_off_after_opening_is_named(layout, tmp_path, direct):
 def test_another_number_of_experts_or_dtype_is_refused(tmp_path, layout):
     small_switch(num_experts=4).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no weights named .*expert_4\.wi\.weight"):
-        ExpertFiles(ModelWeights(str(tmp_path)).files, layout, torch.float32)
+        ExpertFiles(stored_switch(tmp_path), layout, torch.float32)
     small_switch().half().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="stored as F16; expected one of F32, BF16"):
-        ExpertFiles(ModelWeights(str(tmp_path)).files, layout, torch.float32)
+        ExpertFiles(stored_switch(tmp_path), layout, torch.float32)
 
 
 def test_budgets_are_parsed_from_text():

@@ -34,8 +34,8 @@ class Gate:
                 self.change.wait(0.01)
             if key in self.broken:
                 raise OSError(f"weights of {key} cannot be read")
-        buffer.wi.fill_(key[1])
-        buffer.wo.fill_(key[1])
+        for tensor in buffer.tensors:
+            tensor.fill_(key[1])
 
     def allow(self, *keys):
         with self.change:
@@ -64,7 +64,7 @@ def make(gate):
     made = []
 
     def make(buffers, loaders=1):
-        pool = BufferPool(ExpertShape(2, 3, torch.float32), buffers, torch.device("cpu"))
+        pool = BufferPool(ExpertShape(((2, 3), (3, 2)), torch.float32), buffers, torch.device("cpu"))
         made.append(Tier("test", pool, gate, loaders))
         return made[-1]
 
@@ -78,8 +78,7 @@ def use(tier, *experts):
     keys, arrived = [key(expert) for expert in experts], []
     tier.request(keys)
     for buffer in tier.acquire(keys):
-        assert (buffer.wi == buffer.key[1]).all()
-        assert (buffer.wo == buffer.key[1]).all()
+        assert all((tensor == buffer.key[1]).all() for tensor in buffer.tensors)
         arrived.append(buffer.key[1])
     return arrived
 
@@ -140,7 +139,7 @@ def test_a_pinned_expert_is_not_evicted(make, gate):
     first = next(buffers)
     tier.plan(np.array([[9.0, 0.0, 0.0]]), [key(2)])
     gate.wait_for(key(0))  # no other load begins: the only buffer is in use
-    assert (first.wi == first.key[1]).all()
+    assert (first.tensors[0] == first.key[1]).all()
     assert next(buffers).key == key(1)
 
 

@@ -68,7 +68,7 @@ def test_the_page_has_the_forecast_and_the_next_uses():
 
 def test_the_tier_prefetches_and_evicts_as_the_page_says():
     source = InstantSource()
-    pool = BufferPool(ExpertShape(2, 3, torch.float32), 3, torch.device("cpu"))
+    pool = BufferPool(ExpertShape(((2, 3), (3, 2)), torch.float32), 3, torch.device("cpu"))
     with closing(Tier("test", pool, source, loaders=1)) as tier:
         for key in [(0, 0), (0, 3), (1, 0)]:
             tier.request([key])
