@@ -130,7 +130,7 @@ class StoredFamily:
             return [Part(sources[None][0], expert)]
         patterns = {pattern: names for pattern, names in sources.items() if pattern is not None}
         converter = self._converters[next(iter(patterns))]
-        if not _puts_together(converter):
+        if not puts_together(converter):
             return None
         return [
             self._part(target, expert, pattern, patterns[pattern])
@@ -176,7 +176,7 @@ class StoredFamily:
         return whole[0]
 
 
-def _puts_together(converter: Any) -> bool:
+def puts_together(converter: Any) -> bool:
     """Whether a converter of transformers stacks experts, and puts each one's parts one after the other, at most.
 
     Stacked over the experts, the first axis of one expert is axis 1.
