@@ -29,7 +29,7 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Names of the first flat layout. ORDINARY are English words too: they count where they are imported, called or quoted.
 OLD_WORDS = """
     SlotExperts SlotWeights CachedSlots SlottedModel SlotTransfer CacheTransfer Shelf Tally Foreseen LikeLast
-    LikeNearest Peers BatchCost LiveExperts StoredExperts BatchFormer TrafficBatch LoadForecaster
+    LikeNearest Peers BatchCost LiveExperts BatchFormer TrafficBatch LoadForecaster
     LearnedForecaster Replicator shelf tally foresight slotted peers wishes in_force held_up_ms wake_tokens
     ALIKE GROUPED PIPELINED LIKELY LATEST NEWS
 """

@@ -1,8 +1,9 @@
 """LayerOrder: predicts in how many layers each MoE layer runs next, from the order in which layers have run.
 
 A *pass* is one run over layers in ascending order. A forward of encoder and decoder is a pass over all layers, an
-encoder alone a pass over its own. In generation each decoder step is a pass that begins at the decoder's first layer. A
-pass is expected to run the same layers as the last one that began with the same layer.
+encoder alone a pass over its own. In generation each decoder step is a pass that begins at the decoder's first layer,
+which in a decoder-only model is the first of all. A pass is expected to run the same layers as the last one that began
+with the same layer.
 """
 
 import numpy as np
@@ -63,11 +64,6 @@ class LayerOrder:
     def pass_length(self) -> int:
         """Number of layers that the current pass is expected to run."""
         return len(self._expected)
-
-    @property
-    def first_layer(self) -> int | None:
-        """Layer with which the current pass began; None before it has run."""
-        return self._pass[0] if self._pass else None
 
     def distances(self) -> tuple[FloatArray, BoolArray, FloatArray]:
         """Distance of each layer's next run.

@@ -30,11 +30,14 @@ def test_a_forecast_decides_what_is_prefetched_first_and_evicted_last():
     assert next_use_LE[0, 1] < next_use_LE[0, 0]  # the next batch needs expert 1, not 0
 
 
-def test_a_forecast_of_a_batch_is_not_used_for_decoder_steps():
+@pytest.mark.parametrize("step", [1, 0], ids=["decoder beside an encoder", "decoder-only"])
+def test_a_forecast_of_a_batch_is_not_used_for_decoder_steps(step):
     policy = ForecastPolicy(2, 4)
     policy.expect(forecast([[9, 9, 9, 9], [9, 9, 9, 9]]))
     policy.begin()
-    for layer in (0, 1, 1):
+    policy.observe(0, [0], 0)
+    assert {(1, 0), (1, 1), (1, 2), (1, 3)} <= set(policy.prefetch_candidates())
+    for layer in (1, step):
         policy.observe(layer, [0], 0)
     assert policy.prefetch_candidates() == []
     assert np.array_equal(policy.current(), policy.frequency_LE)
