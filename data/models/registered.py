@@ -92,7 +92,7 @@ def attends_only(model: Any) -> bool:
 def _is_attention(name: str) -> bool:
     """Whether modules of a class with this name are softmax attention, or layers around it."""
     stateful = any(mark in name for mark in ("Lightning", "Linear", "Delta", "Mamba", "Conv", "Recurrent"))
-    return name.endswith(("Attention", "DecoderLayer")) and not stateful
+    return name.endswith(("Attention", "DecoderLayer", "Gate")) and not stateful
 
 
 def moe_modules(model: nn.Module) -> list[MoEModule]:
