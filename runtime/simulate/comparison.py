@@ -192,7 +192,7 @@ def _replay_all(
     known = recorded.loads[:start].sum(0).astype(np.float64)
     bare = ReplicationPlan.at_home(order, devices, 0)
     empty = ReplicationPlan.at_home(order, devices, redundant)
-    flat = ReplicationPlan.at_home(flat_homes(known, devices), devices, redundant)
+    flat = ReplicationPlan.at_home(flat_homes(known, devices, redundant), devices, redundant)
     home, exposed = settings.home_planner(), settings.home_planner(hardware.move_tokens)
     with Progress(console=console, transient=True, disable=console is None) as progress:
         names = [name for name in settings.planners if name != "contiguous"]
