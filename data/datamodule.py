@@ -32,6 +32,8 @@ class RouterTraceModule(LightningDataModule):
         seed: Seed of the cuts and of the order of training batches.
         top: Likeliest experts logged for each input token if the trace is collected, for distillation.
         batching: Settings that cut text into batches if the trace is collected.
+        decode: Share of training batches (0 to 1) that become decode steps, whose tokens are not written yet, where the
+            trace is of a decoder-only model; without them a predictor does not learn to forecast such steps.
     """
 
     layout: MoELayout
@@ -45,10 +47,13 @@ class RouterTraceModule(LightningDataModule):
         seed: int = 0,
         top: int = 0,
         batching: BatchingConfig = BatchingConfig(),
+        decode: float = 0.25,
     ) -> None:
+        if not 0 <= decode <= 1:
+            raise ValueError(f"decode is {decode}, expected a share of training batches, 0 to 1")
         super().__init__()
         self.path, self.model, self.window = trace, model, window
-        self.sequences, self.seed, self.top, self.batching = sequences, seed, top, batching
+        self.sequences, self.seed, self.top, self.batching, self.decode = sequences, seed, top, batching, decode
 
     def prepare_data(self) -> None:
         """Collects the trace if it is missing; Lightning calls this on one process only."""
@@ -99,7 +104,7 @@ class RouterTraceModule(LightningDataModule):
         assert trainer is not None
         samples = TraceSamples(
             self.trace, self.loads, self.sizes, "train", self.window, lambda: trainer.current_epoch,
-            self.sequences, self.seed, trainer.global_rank, trainer.world_size,
+            self.sequences, self.seed, trainer.global_rank, trainer.world_size, self.decode,
         )  # fmt: skip
         return DataLoader(samples, batch_size=None)
 

@@ -134,12 +134,20 @@ class LoadNetwork(nn.Module):
         if self.attention is not None:
             hidden = hidden + self.attention(hidden, mask_BT)
         with torch.autocast(hidden.device.type, enabled=False):  # sums over thousands of tokens need full precision
-            counted = mask_BT if computed_BT is None else computed_BT
-            return self._forecast(hidden.to(self.enter.weight.dtype), counted, history_KLE)
+            hidden = hidden.to(self.enter.weight.dtype)
+            if computed_BT is None or computed_BT is mask_BT:
+                return self._forecast(hidden, self._logits(hidden), mask_BT, history_KLE)
+            logits_BTLE = hidden.new_zeros(*mask_BT.shape, self.num_encoder_layers, self.num_experts)
+            logits_BTLE[computed_BT] = self._logits(hidden[computed_BT])  # none of the context's is used
+            return self._forecast(hidden, logits_BTLE, computed_BT, history_KLE)
 
-    def _forecast(self, hidden: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
-        """The prediction from the hidden state of every token, `[B, T, H]`."""
-        logits = self.encoder_heads(hidden).unflatten(-1, (self.num_encoder_layers, self.num_experts))
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits over experts in each input layer, `[..., L_in, E]`, from hidden states `[..., H]`."""
+        logits: Tensor = self.encoder_heads(hidden)
+        return logits.view(*hidden.shape[:-1], self.num_encoder_layers, self.num_experts)
+
+    def _forecast(self, hidden: Tensor, logits: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
+        """The prediction from the hidden state `[B, T, H]` and the logits of every token."""
         load_BLE, variance_BLE = self._expected_load(logits, mask_BT[..., None].to(logits.dtype))
         sequence_load = load_BLE[:, :0]
         if self.num_decoder_layers:

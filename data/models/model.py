@@ -122,7 +122,7 @@ def load_model(model: str, revision: str = "", dtype: Dtype = "float32") -> Load
     """Loads a model and its tokenizer.
 
     Args:
-        model: `BUNDLED`, a local folder, or a hub id.
+        model: the name of a bundled model, a local folder, or a hub id.
         revision: Revision of a hub model.
         dtype: Dtype of the weights; routers always compute in float32.
 

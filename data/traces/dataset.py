@@ -17,10 +17,12 @@ from torch.utils.data import IterableDataset
 from data.arrays import IntArray
 from data.models.layout import MoELayout
 from data.traces.store import StoredTrace
-from data.traces.trace import RouterTrace, TokenBatch
+from data.traces.trace import DECODE, PADDING, RouterTrace, TokenBatch
 
 POOL = 1024
 """Most training batches in memory while shuffling."""
+AHEAD = 8
+"""Most tokens of a sequence that a training batch leaves unwritten."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,32 @@ def part(trace: RouterTrace, rows: Tensor) -> RouterTrace:
     )
 
 
+def as_decode(trace: RouterTrace, rng: np.random.Generator) -> RouterTrace:
+    """Makes a decode step of a decoder-only model's text: up to `AHEAD` tokens at a random place of each sequence.
+
+    The tokens before them become context, those behind them are left out.
+    """
+    computed = trace.tokens.computed
+    counts = computed.sum(1).numpy()
+    first = computed.int().argmax(1).numpy() + rng.integers(0, np.maximum(counts, 1))
+    ahead = int(rng.integers(1, AHEAD + 1))
+    place = torch.arange(computed.shape[1])
+    start = torch.from_numpy(first)[:, None]
+    mask = trace.tokens.mask & (place < start + ahead)
+    kept = computed & mask & (place >= start)
+    width = max(int(mask.sum(1).max()), 1)
+    tokens = replace(trace.tokens, mask=mask, context=mask & ~kept).rows(slice(None), width)
+    return replace(
+        trace,
+        phase=DECODE,
+        tokens=tokens,
+        decoder_tokens=trace.decoder_tokens,
+        experts=trace.experts.masked_fill(~kept[..., None], PADDING)[:, :, :width],
+        top_experts=None if (top := trace.top_experts) is None else top[:, :, :width],
+        top_probabilities=None if (p := trace.top_probabilities) is None else p[:, :, :width],
+    )
+
+
 class TraceSamples(IterableDataset[TraceSample]):
     """Batches of one split, in order or shuffled by seed and epoch; every rank gets the same number of them.
 
@@ -97,6 +125,7 @@ class TraceSamples(IterableDataset[TraceSample]):
         seed: Seed of cuts and shuffle.
         rank: Rank of this process, 0..world - 1.
         world: Number of processes that share the batches.
+        decode: Share of shuffled training batches that become decode steps, for decoder-only models.
     """
 
     def __init__(
@@ -111,7 +140,9 @@ class TraceSamples(IterableDataset[TraceSample]):
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        decode: float = 0.0,
     ) -> None:
+        self.decode = decode if trace.layout.causal else 0.0
         self.trace, self.loads, self.split, self.window = trace, torch.from_numpy(loads).float(), split, window
         mine = [size for name, size in sizes if name == split]
         self.count = len(mine) if epoch is None else sum(self._parts(size, sequences) for size in mine)
@@ -149,7 +180,11 @@ class TraceSamples(IterableDataset[TraceSample]):
             size = len(sample.trace.segments)
             loads = sequence_loads(sample.trace, self.trace.layout).float()
             for rows in torch.from_numpy(rng.permutation(size)).tensor_split(self._parts(size, self.sequences)):
-                pool.append(TraceSample(part(sample.trace, rows), loads[rows].sum(0), sample.history))
+                cut, load = part(sample.trace, rows), loads[rows].sum(0)
+                if cut.phase != DECODE and rng.random() < self.decode:
+                    cut = as_decode(cut, rng)
+                    load = sequence_loads(cut, self.trace.layout).sum(0).float()
+                pool.append(TraceSample(cut, load, sample.history))
             while len(pool) > POOL:
                 yield pool.pop(int(rng.integers(len(pool))))
         for index in rng.permutation(len(pool)):

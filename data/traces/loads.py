@@ -53,12 +53,14 @@ class RecordedLoads:
         loads: Tokens of each expert, `[steps, L, E]`.
         batches: What is known of the input tokens of each step before it runs; None where only counts were recorded.
         layout: The model's layout; None where only counts were recorded.
+        sequences: Loads of each sequence, `[steps][B, L, E]`; None unless requests were served.
     """
 
     name: str
     loads: IntArray
     batches: "list[TokenBatch] | None" = None
     layout: "MoELayout | None" = None
+    sequences: "list[Counts] | None" = None
 
 
 def read_loads(path: Path, num_experts: int | None = None) -> RecordedLoads:

@@ -33,9 +33,9 @@ def token_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
     experts_BTLK = trace.experts.permute(1, 2, 0, 3).long()  # negative on padding and context
     if experts_BTLK.shape[-1] == 1:
         return cross_entropy(prediction.token_logits.flatten(0, 2), experts_BTLK.flatten(), ignore_index=PADDING)
-    real = experts_BTLK >= 0
-    surprise = -prediction.token_logits.log_softmax(-1).gather(-1, experts_BTLK.clamp(min=0)) * real
-    return surprise.sum() / real.sum().clamp(min=1)
+    real = trace.tokens.computed
+    log_share_NLE = prediction.token_logits[real].log_softmax(-1)
+    return -log_share_NLE.gather(-1, experts_BTLK[real]).sum() / max(int(real.sum()) * experts_BTLK[0, 0].numel(), 1)
 
 
 def distillation_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
