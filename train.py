@@ -138,10 +138,12 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
         write_report(new, f"Expert load of {data.layout.model_id}", ladder, data.layout.layer_names)
         load_predictor(new, data.layout)
     track_results(cli.trainer, ladder, data.layout.layer_names, folder)
-    host = "" if data.model == BUNDLED else f" --model {data.model}"
+    layout = data.layout
+    host = "" if layout.model_id == BUNDLED else f" --model {layout.model_id}"
+    following = f"runtime.infer{host}" if layout.d_model else f"runtime.simulate {data.path}"
     print(f"\n{result_table(about['metrics'])}")
     print(f"More: {folder / 'report.html'}, python -m predictor.show {folder}")
-    print(f"Next: python -m runtime.infer{host} --predictor {folder}")
+    print(f"Next: python -m {following} --predictor {folder}")
     return {"predictor": str(folder), "trace": str(data.path), "test": summarise(ladder)}
 
 

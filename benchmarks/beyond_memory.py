@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.support.machine import ResidentPeak, memory_bytes, resident_bytes, touch
+from data.byte_sizes import show_bytes
 from data.cli import from_command_line, user_errors
 from data.models.model import LoadedModel, load_dense
 from data.models.weights import ModelWeights
@@ -25,7 +26,6 @@ from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
 from runtime.engine.model import ReplicatedModel
-from runtime.offload.memory import show_bytes
 from runtime.offload.slots import MemoryBudget
 
 PROMPTS = (
@@ -45,7 +45,7 @@ def generate(
     with (
         ResidentPeak() as peak,
         closing(ReplicatedModel(switch, home, Ranks(), MemoryBudget(budget, None, files))) as replicated,
-        replicated.batch(tokens, None, tokens.mask.any(1), prepared=True),
+        replicated.batch(tokens, None, tokens.mask.any(1), prepared=True, measure=False),
     ):
         assert replicated.cache is not None
         began = time.perf_counter()

@@ -88,7 +88,7 @@ class Arm:
             self.plan = self.controller.transfer.plan.phy2log[0]
         experts.begin(self.plan, None)
         spent: list[float] = []
-        experts.split = self._timed_split(spent)  # type: ignore[method-assign]
+        experts.split = self._timed_split(spent)  # type: ignore[assignment, method-assign]
         if self.forecaster is not None:
             self.controller.prepare(None)
         experts(hidden, one_hot, weight)

@@ -46,7 +46,7 @@ def in_slots(loop: SwitchTransformersExperts, experts: int, like: torch.Tensor) 
         for parameter, stacked in zip((expert.wi.weight, expert.wo.weight), weights.tensors, strict=True):
             stacked[slot].copy_(parameter)
             parameter.data = stacked[slot]
-    return ReplicatedExperts(weights, home.phy2log[0], Ranks(device=like.device.type), 1)
+    return ReplicatedExperts(weights, home.phy2log[0], Ranks(device="cuda" if like.is_cuda else "cpu"), 1)
 
 
 def grouped(slots: ReplicatedExperts) -> Layer:
@@ -67,7 +67,7 @@ def grouped(slots: ReplicatedExperts) -> Layer:
 def milliseconds(layer: Layer, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
     """Time of one call; of short calls the best of four, so that the order of the arms matters little."""
     times = []
-    for _ in range(1 if len(inputs[0]) >= 512 else 4):
+    for _ in range(1 if inputs[0].is_cpu and len(inputs[0]) >= 512 else 4):
         began = time.perf_counter()
         layer(*inputs)
         if inputs[0].is_cuda:

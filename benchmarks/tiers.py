@@ -122,7 +122,7 @@ class Bench:
                 ready.result()
                 own = self.own_sequences(batch)
                 decoder = None if self.mode == "generate" else own.decoder
-                with replicated.batch(own.tokens, decoder, own.decoder.mask.any(1), prepared=True):
+                with replicated.batch(own.tokens, decoder, own.decoder.mask.any(1), prepared=True, measure=False):
                     if number + 1 < len(self.batches):
                         ready = forecasting.submit(self._forecast, arm, cache, number + 1)
                     self.run(own)

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, auto_cli
@@ -64,9 +65,14 @@ def print_json(document: object) -> None:
 def from_command_line(function: Callable[..., Result]) -> Result:
     """Calls a function with arguments from the command line; its docstring becomes the help text.
 
-    An option may be written with hyphens or underscores: `--like-this` or `--like_this`.
+    An option may be written with hyphens or underscores: `--like-this` or `--like_this`. A switch needs no value:
+    `--check` alone is `--check true`.
     """
     words = [word.partition("=") if word.startswith("--") else ("", "", word) for word in sys.argv[1:]]
     args = ["--" * bool(name) + name[2:].replace("-", "_") + equals + value for name, equals, value in words]
+    switches = {f"--{name}" for name, each in signature(function).parameters.items() if each.annotation is bool}
+    for place, word in enumerate(args):
+        if word in switches and (place + 1 == len(args) or args[place + 1].startswith("--")):
+            args[place] = f"{word}=true"
     result: Any = auto_cli(function, args=args, parser_class=OneLineParser)
     return result  # type: ignore[no-any-return]

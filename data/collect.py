@@ -1,4 +1,4 @@
-"""Collects a router trace: runs a Switch Transformer over text and stores the expert of every token.
+"""Collects a router trace: runs a model over text and stores the experts of every token.
 
 Run it with `python -m data.collect --out outputs/traces/switch-mini-64`; without --text it reads the offline corpus.
 Under `torchrun --nproc-per-node N -m data.collect ...` the ranks divide the work; the trace is identical byte for byte.
@@ -27,6 +27,7 @@ from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
 from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.router_tap import RouterTap
 from data.traces.store import Shard, StoredTrace, open_trace, write_about, write_shard
+from data.traces.text_tracer import TextTracer
 from data.traces.tracer import Tracer
 
 SHARD_BATCHES = 32
@@ -61,11 +62,11 @@ class Ranks:
             dist.barrier()
 
 
-def _request(switch: LoadedModel, **settings: Any) -> dict[str, Any]:
+def _request(loaded: LoadedModel, **settings: Any) -> dict[str, Any]:
     """All settings that the bytes of a trace depend on."""
     libraries = {name: version(name) for name in ("torch", "transformers", "numpy", "pyarrow")}
     versions = libraries | {"python": platform.python_version()}
-    return {"layout": switch.layout.to_json(), **settings, "versions": versions}
+    return {"layout": loaded.layout.to_json(), **settings, "versions": versions}
 
 
 def _prepare(partial: Path, request: dict[str, Any]) -> None:
@@ -86,7 +87,9 @@ def _finished_shard(partial: Path, index: int) -> Shard | None:
     return shard if file.exists() and sha256(file) == shard["sha256"] else None
 
 
-def _write_shards(partial: Path, stream: Iterator[TextBatch], tracer: Tracer, ranks: Ranks, total: int) -> None:
+def _write_shards(
+    partial: Path, stream: Iterator[TextBatch], tracer: Tracer | TextTracer, ranks: Ranks, total: int
+) -> None:
     """Traces this rank's shards, every `world`-th one; finished shards are kept."""
     with Progress(console=Console(stderr=True), disable=ranks.rank > 0) as progress:
         task, index = progress.add_task("tracing", total=total), 0
@@ -94,22 +97,25 @@ def _write_shards(partial: Path, stream: Iterator[TextBatch], tracer: Tracer, ra
             if index % ranks.world == ranks.rank and _finished_shard(partial, index) is None:
                 traces = []
                 for batch in chunk:
-                    traces.append(tracer.trace(batch))
+                    traces += tracer.traces(batch)
                     progress.advance(task)
-                shard = write_shard(partial / f"part-{index:05d}.parquet", traces, tracer.switch.layout)
+                shard = write_shard(partial / f"part-{index:05d}.parquet", traces, tracer.loaded.layout)
                 write_json(partial / f"shard-{index:05d}.json", shard)
             progress.update(task, completed=min((index + 1) * SHARD_BATCHES, total))
             index += 1
 
 
-def _finish(partial: Path, out: Path, switch: LoadedModel, request: dict[str, Any], batching: BatchingConfig) -> None:
+def _finish(
+    partial: Path, out: Path, tracer: Tracer | TextTracer, request: dict[str, Any], batching: BatchingConfig
+) -> None:
     """Writes trace.json, removes temporary files, and renames the folder."""
     entries = sorted(partial.glob("shard-*.json"))
     shards = [read_json(entry) for entry in entries]
-    count = sum(shard["batches"] for shard in shards)
-    splits = corpus_splits(batching) if request["text"] == OFFLINE else time_splits(count)
+    texts = sum(shard["batches"] for shard in shards) // tracer.steps
+    of_texts = corpus_splits(batching) if request["text"] == OFFLINE else time_splits(texts)
+    splits = [split for split in of_texts for _ in range(tracer.steps)]
     facts = {key: value for key, value in request.items() if key != "layout"}
-    write_about(partial, switch.layout, shards, splits, "tokens", **facts)
+    write_about(partial, tracer.loaded.layout, shards, splits, "tokens", **facts)
     for leftover in [partial / "request.json", *entries]:
         leftover.unlink()
     partial.rename(out)
@@ -127,22 +133,26 @@ def collect(
     top: int = 0,
     device: Device | None = None,
 ) -> StoredTrace:
-    """Collects the router trace of a Switch Transformer over a stream of text.
+    """Collects the router trace of a model over a stream of text.
+
+    The model is a Switch Transformer, or a decoder-only model with the experts interface of transformers.
 
     An existing trace of the same request is reused. After an interruption, the same command resumes at the last
     finished shard.
 
     Args:
-        model: 'switch-mini-64' (bundled), a local folder, or a hub id such as google/switch-base-8.
+        model: 'switch-mini-64' (bundled), a local folder, or a hub id such as google/loaded-base-8.
         out: Folder of the trace; it appears complete or not at all.
         text: File, folder or hub data set `owner/name[:config[:split]]`; the offline corpus by default.
         decode: "teacher" masks spans of the text and feeds the decoder the true tokens, "generate" decodes greedily,
-            token by token, "none" runs the encoder alone.
+            token by token, "none" runs the encoder alone. A decoder-only model is run on the text as it is; with
+            "generate" it then writes `max_new_tokens` tokens, and each step becomes a batch of phase `decode`.
         batching: Settings that cut text into batches.
         max_new_tokens: Most tokens the decoder generates with --decode generate.
         dtype: Dtype of the model's weights: bfloat16 halves its memory and is fastest on a GPU.
         revision: Revision of a hub model.
-        top: Number of likeliest experts logged for each encoder token with their probabilities, for distillation.
+        top: Number of likeliest experts logged for each input token with their probabilities, for distillation; of a
+            decoder-only model all that its router chooses.
         device: Where the model runs: CUDA where there is a device for this process, else the CPU. A finished trace of
             another device is reused, because only routes that were nearly undecided differ.
 
@@ -150,10 +160,10 @@ def collect(
         ValueError: If the model, text or folder cannot be used; the message says what to do.
     """
     place = pick_device(device)
-    switch = load_model(model, revision, dtype)
-    switch.model.to(place)
+    loaded = load_model(model, revision, dtype)
+    loaded.model.to(place)
     request = _request(
-        switch, text=text or OFFLINE, decode=decode, batching=asdict(batching), max_new_tokens=max_new_tokens,
+        loaded, text=text or OFFLINE, decode=decode, batching=asdict(batching), max_new_tokens=max_new_tokens,
         dtype=dtype, **({"top": top} if top else {}), **({DEVICE: place.type} if place.type != "cpu" else {}),
     )  # fmt: skip
     if out.exists():
@@ -164,12 +174,13 @@ def collect(
             _prepare(partial, request)
         ranks.barrier()
         total = len(corpus_splits(batching)) if text is None else batching.batches
-        stream = open_stream(text, switch.tokenizer, decode, batching)
-        with RouterTap(switch.model, switch.layout, top) as tap:
-            _write_shards(partial, stream, Tracer(switch, tap, decode, max_new_tokens), ranks, total)
+        stream = open_stream(text, loaded.tokenizer, decode, batching, loaded.layout.causal)
+        with RouterTap(loaded.model, loaded.layout, top) as tap:
+            tracer = (TextTracer if loaded.layout.causal else Tracer)(loaded, tap, decode, max_new_tokens)
+            _write_shards(partial, stream, tracer, ranks, total)
         ranks.barrier()
         if ranks.rank == 0:
-            _finish(partial, out, switch, request, batching)
+            _finish(partial, out, tracer, request, batching)
         ranks.barrier()
     return open_trace(out)
 

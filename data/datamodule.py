@@ -24,13 +24,16 @@ class RouterTraceModule(LightningDataModule):
 
     Args:
         trace: Folder of the trace; if it does not exist, the trace is collected first.
-        model: Model of the trace: 'switch-mini-64' (bundled), a local folder, or a hub id.
+        model: Model to collect a trace from, if it does not exist: a local folder or a hub id; 'switch-mini-64'
+            (bundled) by default. A trace that exists must be of this model, if one is given.
         window: Most past loads in a sample's history.
         sequences: Approximate number of sequences in a training batch. The trace's batches are cut at random, because
             more and smaller steps learn more in the same time.
         seed: Seed of the cuts and of the order of training batches.
-        top: Likeliest experts logged for each encoder token if the trace is collected, for distillation.
+        top: Likeliest experts logged for each input token if the trace is collected, for distillation.
         batching: Settings that cut text into batches if the trace is collected.
+        decode: Share of training batches (0 to 1) that become decode steps, whose tokens are not written yet, where the
+            trace is of a decoder-only model; without them a predictor does not learn to forecast such steps.
     """
 
     layout: MoELayout
@@ -38,24 +41,27 @@ class RouterTraceModule(LightningDataModule):
     def __init__(
         self,
         trace: Path = Path("outputs/traces/switch-mini-64"),
-        model: str = BUNDLED,
+        model: str | None = None,
         window: int = 64,
         sequences: int = 8,
         seed: int = 0,
         top: int = 0,
         batching: BatchingConfig = BatchingConfig(),
+        decode: float = 0.25,
     ) -> None:
+        if not 0 <= decode <= 1:
+            raise ValueError(f"decode is {decode}, expected a share of training batches, 0 to 1")
         super().__init__()
         self.path, self.model, self.window = trace, model, window
-        self.sequences, self.seed, self.top, self.batching = sequences, seed, top, batching
+        self.sequences, self.seed, self.top, self.batching, self.decode = sequences, seed, top, batching, decode
 
     def prepare_data(self) -> None:
         """Collects the trace if it is missing; Lightning calls this on one process only."""
         if self.path.exists():
             log.info("reusing the trace in %s", self.path)
         else:
-            log.info("no trace in %s yet; collecting one from %s", self.path, self.model)
-            collect(model=self.model, out=self.path, batching=self.batching, top=self.top)
+            log.info("no trace in %s yet; collecting one from %s", self.path, self.model or BUNDLED)
+            collect(model=self.model or BUNDLED, out=self.path, batching=self.batching, top=self.top)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the trace and derives its loads; later calls do nothing.
@@ -66,7 +72,7 @@ class RouterTraceModule(LightningDataModule):
         if hasattr(self, "trace"):
             return
         trace = open_trace(self.path)
-        if trace.layout.model_id != self.model:
+        if self.model not in (None, trace.layout.model_id):
             raise ValueError(
                 f"{self.path} is a trace of {trace.layout.model_id}, the configuration names {self.model}; "
                 "give --data.trace or --data.model so that they agree"
@@ -89,8 +95,8 @@ class RouterTraceModule(LightningDataModule):
         return TraceSamples(self.trace, self.loads, self.sizes, split, self.window)
 
     def tokens(self, split: str) -> Iterator[TokenBatch]:
-        """The encoder tokens of a split's batches, in their order."""
-        return (sample.trace.tokens for sample in self.samples(split))
+        """What is known of the input tokens of a split's batches one batch ahead, in their order."""
+        return (sample.trace.upcoming for sample in self.samples(split))
 
     def train_dataloader(self) -> DataLoader[TraceSample]:
         """Training batches, shuffled differently in each epoch and divided among the processes."""
@@ -98,7 +104,7 @@ class RouterTraceModule(LightningDataModule):
         assert trainer is not None
         samples = TraceSamples(
             self.trace, self.loads, self.sizes, "train", self.window, lambda: trainer.current_epoch,
-            self.sequences, self.seed, trainer.global_rank, trainer.world_size,
+            self.sequences, self.seed, trainer.global_rank, trainer.world_size, self.decode,
         )  # fmt: skip
         return DataLoader(samples, batch_size=None)
 

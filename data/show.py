@@ -28,7 +28,7 @@ WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
 def table(trace: StoredTrace, skew: TraceStatistics) -> Table:
     """Makes a table of the statistics with one row per MoE layer."""
     layout = trace.layout
-    padding = "" if skew.padding is None else f", {skew.padding:.0%} of encoder positions padding"
+    padding = "" if skew.padding is None else f", {skew.padding:.0%} of positions padding"
     title = f"{layout.model_id}: {trace.num_batches} batches, {layout.num_experts} experts{padding}"
     shown = Table("MoE layer", "tokens", "hottest / mean", "dropped", "step to step TV", "sampling alone", title=title)
     for layer, name in enumerate(layout.layer_names):

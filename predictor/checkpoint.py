@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.files import read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
-from data.models.weights import ModelWeights
+from data.models.weights import read_embedding
 from predictor.familiarity import Familiarity
 from predictor.forecaster import NeuralForecaster
 from predictor.hub import download_predictor, is_hub_id
@@ -30,7 +30,7 @@ SPREAD, KNOWN, USUAL = "spread", "known_tokens", "usual_share_known"
 
 
 def save_predictor(folder: Path, forecaster: NeuralForecaster, about: dict[str, Any] | None = None) -> None:
-    """Writes model.safetensors and config.json; the host model's embedding table is not saved.
+    """Writes model.safetensors and config.json; of embedding tables only the network's own is saved.
 
     Args:
         folder: Folder to write into.
@@ -93,6 +93,14 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
     return tensors
 
 
+def _differences(layout: MoELayout, trained: MoELayout) -> str:
+    """What tells two models apart beside their weights, such as `: family qwen3_moe, not olmoe`; empty if nothing."""
+    names = {"family": "family", "experts_per_token": "experts per token", "num_experts": "experts", "layers": "layers"}
+    pairs = [(name, getattr(layout, field), getattr(trained, field)) for field, name in names.items()]
+    found = [f"{name} {found}, not {wanted}" for name, found, wanted in pairs if found != wanted]
+    return f": {found[0]}" if found else ""
+
+
 def load_predictor(
     folder_or_hub_id: str | Path,
     layout: MoELayout | None = None,
@@ -105,7 +113,7 @@ def load_predictor(
         folder_or_hub_id: A local folder, or a hub id "owner/name" as a string.
         layout: Layout of the model to forecast for; None means the model that the predictor was trained for.
         embedding: Token embeddings `[V, D]` of that model; None reads them from the model that `layout` names. The
-            predictor runs on the CPU, whatever device they are on.
+            predictor runs on the CPU, whatever device they are on. Not used by a predictor with its own table.
         revision: Branch, tag or commit on the hub.
 
     Raises:
@@ -124,8 +132,9 @@ def load_predictor(
     trained = MoELayout.from_json(config["layout"])
     if layout is not None and layout.fingerprint() != trained.fingerprint():
         raise ValueError(
-            f"{folder} was trained for {trained.model_id} (fingerprint {trained.fingerprint()}), "
-            f"the model is {layout.model_id} (fingerprint {layout.fingerprint()}); train a predictor for it"
+            f"{folder} was trained for {trained.model_id} (fingerprint {trained.fingerprint()}), the model is "
+            f"{layout.model_id} (fingerprint {layout.fingerprint()}{_differences(layout, trained)}); train a predictor "
+            "for it"
         )
     weights = _read_weights(folder / WEIGHTS, config["weights_sha256"])
     try:
@@ -137,9 +146,11 @@ def load_predictor(
         raise ValueError(f"{folder / CONFIG} and {WEIGHTS} do not fit together: {error}") from None
     if (expected := (2, trained.num_layers, 3)) != tuple(spread.shape):
         raise ValueError(f"{folder / WEIGHTS} has a spread of shape {tuple(spread.shape)}, expected {expected}")
+    if network.embedding is not None:
+        return NeuralForecaster(trained, network, None, spread, familiarity)
     if embedding is None:
         model = layout or trained
-        embedding = ModelWeights(model.model_id, model.revision).read("shared.weight")
+        embedding = read_embedding(model.model_id, model.revision)
     if embedding.shape != (trained.vocab_size, trained.d_model):
         raise ValueError(
             f"the embedding table is {tuple(embedding.shape)}, {folder} needs {(trained.vocab_size, trained.d_model)}"

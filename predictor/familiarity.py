@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.traces.trace import TokenBatch
+from data.traces.trace import UNKNOWN, TokenBatch
 
 MIN_OCCURRENCES = 5
 """Occurrences in the training batches that make a token known."""
@@ -36,7 +36,8 @@ class Familiarity:
         """Finds the known tokens in the training batches and their usual share in the validation batches."""
         counts = torch.zeros(vocabulary, dtype=torch.int64)
         for batch in train:
-            counts += torch.bincount(batch.input_ids[batch.mask], minlength=vocabulary)
+            ids = batch.input_ids[batch.computed]
+            counts += torch.bincount(ids[ids != UNKNOWN], minlength=vocabulary)
         known = counts >= MIN_OCCURRENCES
         return cls(known, min(_known_share(known, batch) for batch in val))
 
@@ -51,5 +52,7 @@ class Familiarity:
 
 
 def _known_share(known: Tensor, batch: TokenBatch) -> float:
-    """Share of known tokens among a batch's tokens, padding left out."""
-    return float(known[batch.input_ids[batch.mask]].float().mean())
+    """Share of known tokens among a batch's tokens and their context; 1 where all are still to be written."""
+    ids = batch.input_ids[batch.mask]
+    written = ids[ids != UNKNOWN]
+    return float(known[written].float().mean()) if len(written) else 1.0

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.arrays import IntArray
 from data.models.layout import MoELayout
-from data.traces.trace import TokenBatch
+from data.traces.trace import UNKNOWN, TokenBatch
 from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast, forecast_from_load
 from predictor.layers import WINDOW
@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
     """A predicted load and three terms of its squared error.
 
     Attributes:
-        load: Expected dispatched tokens, `[L, E]`.
+        load: Expected dispatched assignments, `[L, E]`.
         terms: Each `[L, E]`, stacked to `[3, L, E]`: the variance of independent choices; the squared load, for a bias
             proportional to it; and the squared difference between this forecast and the history-based one (the last
             load, if there is only history): the more a forecast departs from history, the larger its error tends to be.
@@ -38,7 +38,7 @@ class NeuralForecaster:
     Args:
         layout: Layout of the host model.
         network: The trained network.
-        embedding: The host model's token embeddings, `[V, D]`.
+        embedding: The host model's token embeddings, `[V, D]`; None for a network with its own.
         spread: Weights of the three terms of `Estimate` in the squared error of a load, for forecasts with tokens (0)
             and without (1), `[2, L, 3]`.
         familiarity: Lowers the weight of the token forecast on unfamiliar text; None leaves it at 1.
@@ -50,7 +50,7 @@ class NeuralForecaster:
         self,
         layout: MoELayout,
         network: LoadNetwork,
-        embedding: Tensor,
+        embedding: Tensor | None,
         spread: Tensor,
         familiarity: Familiarity | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class NeuralForecaster:
         upcoming: TokenBatch | Mapping[str, Any] | None,
         history: IntArray | Tensor | Sequence[Any] | None = None,
     ) -> tuple[LoadForecast, Tensor | None]:
-        """The forecast, and the logits behind it over the experts of each token, `[B, T, L_enc, E]`.
+        """The forecast, and the logits behind it over the experts of each token, `[B, T, L_in, E]`.
 
         Arguments and errors are those of `forecast`. The logits are None if no tokens are known.
         """
@@ -155,14 +155,15 @@ class NeuralForecaster:
         Raises:
             ValueError: If a token id has no row in the embedding table.
         """
-        ids, rows = upcoming.input_ids, len(self.embedding)
-        if wrong := [number for number in (int(ids.max()), int(ids.min())) if not 0 <= number < rows]:
+        ids, rows = upcoming.input_ids, self.layout.vocab_size if self.embedding is None else len(self.embedding)
+        least = 0 if self.network.unknown is None else UNKNOWN
+        if wrong := [number for number in (int(ids.max()), int(ids.min())) if not least <= number < rows]:
             raise ValueError(
                 f"token id {wrong[0]} has no row in the table of {rows} embeddings; use the tokenizer of "
                 f"{self.layout.model_id}"
             )
-        x_BTD = nn.functional.embedding(ids, self.embedding)
-        prediction: Prediction = self.network(x_BTD, upcoming.mask, past_KLE)
+        x_BTD = self.network.embed(ids, self.embedding)
+        prediction: Prediction = self.network(x_BTD, upcoming.mask, past_KLE, upcoming.computed)
         return prediction
 
     @torch.inference_mode()
@@ -173,4 +174,4 @@ class NeuralForecaster:
             return empty, empty
         share = self.network.history.share(past_KLE)
         load = share * past_KLE[-1].sum(-1, keepdim=True)
-        return load, load * (1 - share)
+        return load, load * (1 - self.layout.experts_per_token * share).clamp(min=0)

@@ -1,8 +1,9 @@
-"""LoadNetwork: token embeddings of the coming batch and past loads in, predicted load of every expert out. Plain torch.
+"""LoadNetwork: tokens of the coming batch and past loads in, predicted load of every expert out. Plain torch.
 
-Encoder layers: one head per MoE layer gives every token a distribution over experts. The distributions are summed per
-sequence, limited to the expert capacity, and summed over sequences.
-Decoder layers: the decoder's tokens are not known ahead. Each encoder token predicts how many decoder tokens it causes
+Input layers (the encoder's, or all of a decoder-only model): one head per MoE layer gives every token a distribution
+over experts, of which each of its K choices is a draw. The distributions are summed per sequence, limited to the expert
+capacity, and summed over sequences. Context is read but not counted.
+Decoder layers: the decoder's tokens are not known ahead. Each input token predicts how many decoder tokens it causes
 and which experts they go to (at a masked span: the missing words).
 The forecast can be blended with past loads; without tokens, past loads alone give the forecast.
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from data.models.layout import MoELayout
+from data.traces.trace import UNKNOWN
 from predictor.layers import HistoryMix, Recurrent, SparseAttention
 
 Cell = Literal["sru", "lstm"]
@@ -33,6 +35,8 @@ class Architecture:
         bidirectional: Whether half of each layer's channels reads from right to left.
         sparse_attention: Whether a sparsemax attention with a residual connection follows the recurrent layers.
         history: Whether past loads are blended into forecasts from tokens; forecasts without tokens always use them.
+        own_embedding: Whether the network learns its own token embeddings, of width H, instead of reading the host
+            model's. Always so where the trace's model has none.
     """
 
     cell: Cell = "sru"
@@ -41,6 +45,7 @@ class Architecture:
     bidirectional: bool = True
     sparse_attention: bool = False
     history: bool = False
+    own_embedding: bool = False
 
     def __post_init__(self) -> None:
         if self.cell not in ("sru", "lstm"):
@@ -53,10 +58,10 @@ class Prediction(NamedTuple):
     """The network's output for one batch.
 
     Attributes:
-        token_logits: Logits over experts of each token in each encoder layer, `[B, T, L_enc, E]`.
-        load: Expected dispatched tokens, `[L, E]`.
+        token_logits: Logits over experts of each token in each input layer, `[B, T, L_in, E]`.
+        load: Expected dispatched assignments, `[L, E]`.
         variance: Variance of the load if tokens choose their experts independently, `[L, E]`; without gradient.
-        sequence_load: Expected decoder tokens of each sequence, before history is blended in, `[B, L_dec, E]`.
+        sequence_load: Expected decoder assignments of each sequence, before history is blended in, `[B, L_dec, E]`.
     """
 
     token_logits: Tensor
@@ -88,10 +93,14 @@ class LoadNetwork(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.capacity, self.num_experts = layout.expert_capacity, layout.num_experts
-        self.num_encoder_layers = layout.num_input_layers
+        self.top_k, self.num_encoder_layers = layout.experts_per_token, layout.num_input_layers
         self.num_decoder_layers = layout.num_layers - layout.num_input_layers
         width = architecture.width
-        self.enter = nn.Linear(layout.d_model, width)
+        own = architecture.own_embedding or not layout.d_model
+        self.embedding = nn.Embedding(layout.vocab_size, width) if own else None
+        self.unknown = nn.Parameter(torch.zeros(width if own else layout.d_model)) if layout.causal else None
+        """Embedding of a token that is not written yet; encoders know all their tokens."""
+        self.enter = nn.Linear(width if own else layout.d_model, width)
         self.context = Recurrent(architecture.cell, width, architecture.depth, architecture.bidirectional)
         self.attention = SparseAttention(width) if architecture.sparse_attention else None
         self.encoder_heads = nn.Linear(width, self.num_encoder_layers * self.num_experts)
@@ -100,18 +109,45 @@ class LoadNetwork(nn.Module):
             self.decoder_length = nn.Linear(width, 1)
         self.history = HistoryMix(layout.num_layers, architecture.history)
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
-        """Forecasts the load of a batch from its token embeddings and the loads of the batches before it."""
+    def embed(self, ids_BT: Tensor, table_VD: Tensor | None) -> Tensor:
+        """Embeddings `[B, T, D]` of tokens, from the network's own table or the host model's."""
+        table = table_VD if self.embedding is None else self.embedding.weight
+        assert table is not None, "a network without its own table needs the host model's"
+        if self.unknown is None:
+            return nn.functional.embedding(ids_BT, table)
+        x_BTD = nn.functional.embedding(ids_BT.clamp(min=0), table)
+        return torch.where(ids_BT[..., None] == UNKNOWN, self.unknown, x_BTD)
+
+    def forward(
+        self, x_BTD: Tensor, mask_BT: Tensor, history_KLE: Tensor, computed_BT: Tensor | None = None
+    ) -> Prediction:
+        """Forecasts the load of a batch.
+
+        Args:
+            x_BTD: Its token embeddings.
+            mask_BT: True for real tokens.
+            history_KLE: Loads of the batches before it.
+            computed_BT: True for the tokens that the batch computes; None for all real ones.
+        """
         hidden = self.enter(x_BTD)
         hidden = self.context(hidden, mask_BT)
         if self.attention is not None:
             hidden = hidden + self.attention(hidden, mask_BT)
         with torch.autocast(hidden.device.type, enabled=False):  # sums over thousands of tokens need full precision
-            return self._forecast(hidden.to(self.enter.weight.dtype), mask_BT, history_KLE)
+            hidden = hidden.to(self.enter.weight.dtype)
+            if computed_BT is None or computed_BT is mask_BT:
+                return self._forecast(hidden, self._logits(hidden), mask_BT, history_KLE)
+            logits_BTLE = hidden.new_zeros(*mask_BT.shape, self.num_encoder_layers, self.num_experts)
+            logits_BTLE[computed_BT] = self._logits(hidden[computed_BT])  # none of the context's is used
+            return self._forecast(hidden, logits_BTLE, computed_BT, history_KLE)
 
-    def _forecast(self, hidden: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
-        """The prediction from the hidden state of every token, `[B, T, H]`."""
-        logits = self.encoder_heads(hidden).unflatten(-1, (self.num_encoder_layers, self.num_experts))
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits over experts in each input layer, `[..., L_in, E]`, from hidden states `[..., H]`."""
+        logits: Tensor = self.encoder_heads(hidden)
+        return logits.view(*hidden.shape[:-1], self.num_encoder_layers, self.num_experts)
+
+    def _forecast(self, hidden: Tensor, logits: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
+        """The prediction from the hidden state `[B, T, H]` and the logits of every token."""
         load_BLE, variance_BLE = self._expected_load(logits, mask_BT[..., None].to(logits.dtype))
         sequence_load = load_BLE[:, :0]
         if self.num_decoder_layers:
@@ -130,12 +166,15 @@ class LoadNetwork(nn.Module):
     def _expected_load(self, logits_BTLE: Tensor, tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
         """Expected load, limited by the capacity, and its variance before that limit, `[B, L, E]` each.
 
+        A token goes to an expert with K times its share; a share is 1 / K at most, up to the error of the network.
+
         Args:
             logits_BTLE: Logits over experts of each position and layer.
             tokens_BT1: Number of tokens that each position contributes; 0 on padding.
         """
         share_BTM, tokens_B1T = logits_BTLE.softmax(-1).flatten(2), tokens_BT1.transpose(1, 2)
-        mean_BLE = (tokens_B1T @ share_BTM).view(logits_BTLE.shape[0], *logits_BTLE.shape[2:])
+        mean_BLE = self.top_k * (tokens_B1T @ share_BTM).view(logits_BTLE.shape[0], *logits_BTLE.shape[2:])
         with torch.no_grad():  # it only smooths the capacity limit; its gradient would add 10 % to a step
-            variance_BLE = mean_BLE - (tokens_B1T @ share_BTM.square()).view_as(mean_BLE)
+            squares_BLE = (tokens_B1T @ share_BTM.square()).view_as(mean_BLE)
+            variance_BLE = (mean_BLE - self.top_k**2 * squares_BLE).clamp(min=0)
         return capped(mean_BLE, variance_BLE, self.capacity), variance_BLE

@@ -9,7 +9,8 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 from data.models.layout import MoELayout
 from data.models.model import LoadedModel
-from data.pretrain.__main__ import Recipe, train_tokenizer
+from data.pretrain.switch import SENTINELS
+from data.pretrain.tokenizer import train_tokenizer
 from data.text.corpus import Document
 
 # The same examples in every run; deadlines would fail on a busy machine.
@@ -36,9 +37,8 @@ def switch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder in the hub's format, with random weights and a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("models") / "switch-random-8"
     small_switch().save_pretrained(folder)
-    train_tokenizer([Document("words", text) for text in TEXTS], Recipe(vocabulary=400).vocabulary).save_pretrained(
-        folder
-    )
+    documents = [Document("words", text) for text in TEXTS]
+    train_tokenizer(documents, 400, SENTINELS).save_pretrained(folder)
     return folder
 
 

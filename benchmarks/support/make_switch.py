@@ -44,7 +44,8 @@ def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> T
     """A random matrix, scaled so that it does not change the magnitude of hidden states; norms are ones."""
     if len(shape) == 1:
         return torch.ones(shape)
-    return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+    scale: float = shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator) * scale
 
 
 def make_switch(
@@ -85,7 +86,7 @@ def make_switch(
     generator, kind = torch.Generator().manual_seed(seed), getattr(torch, dtype)
     parts = list(shards(shapes, kind))
     out.mkdir(parents=True, exist_ok=True)
-    holder = {}
+    holder: dict[str, str] = {}
     for number, names in enumerate(track(parts, f"writing {out.name}", console=Console(stderr=True)), 1):
         shard = f"model-{number:05}-of-{len(parts):05}.safetensors"
         tensors = {name: random_weight(name, shapes[name], generator).to(kind) for name in names}

@@ -20,7 +20,7 @@ from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.router_tap import RouterTap
 from data.traces.trace import TokenBatch
 from data.traces.tracer import model_inputs
-from runtime.engine.batch import needed_positions
+from runtime.engine.adapter import needed_positions
 
 Mode = Literal["full", "encoder", "generate"]
 

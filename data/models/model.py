@@ -101,9 +101,7 @@ def check_model(model: str, revision: str = "") -> str:
     check_family(model, config)
     family: str = config["model_type"]
     if family != SWITCH:  # a Switch model's configuration tells its experts
-        with _errors_of(model):
-            outline = _outline(model, revision)
-        registered_layout(outline, model, revision)
+        registered_layout(_outline(family, model, revision), model, revision)
     return family
 
 
@@ -124,7 +122,7 @@ def load_model(model: str, revision: str = "", dtype: Dtype = "float32") -> Load
     """Loads a model and its tokenizer.
 
     Args:
-        model: `BUNDLED`, a local folder, or a hub id.
+        model: the name of a bundled model, a local folder, or a hub id.
         revision: Revision of a hub model.
         dtype: Dtype of the weights; routers always compute in float32.
 
@@ -189,13 +187,27 @@ def _class_of(family: str, model: str, revision: str) -> Any:
         return AutoModelForCausalLM._model_mapping[type(config)]
 
 
-def _outline(model: str, revision: str) -> Any:
-    """The model on the meta device: modules and shapes without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def outline(model: str, revision: str = "") -> LoadedModel:
+    """A model on the meta device: modules, shapes and layout without weights or tokenizer.
 
-    config: Any = AutoConfig.from_pretrained(locate(model), revision=revision or "main")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    Raises:
+        ValueError: If Switchcast cannot run the model.
+    """
+    _check_transformers()
+    config = read_json(model_file(model, revision, "config.json"))
+    check_family(model, config)
+    live = _outline(config["model_type"], model, revision)
+    return LoadedModel(live, None, layout_of(live, model, revision))
+
+
+def _outline(family: str, model: str, revision: str) -> Any:
+    """The model on the meta device: modules and shapes without weights."""
+    from transformers import AutoConfig
+
+    with _errors_of(model):
+        config: Any = AutoConfig.from_pretrained(locate(model), revision=revision or "main")
+        with torch.device("meta"):
+            return _class_of(family, model, revision)(config)
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from torch import Tensor
 from data.files import read_json
 
 BUNDLED = "switch-mini-64"
-"""Name of the model that this package contains (data/bundled/switch-mini-64/README.md)."""
+"""Name of the model that commands run unless told otherwise."""
+BUNDLED_MODELS = (BUNDLED, "qwen3-mini-64")
+"""Names of the models that this package contains; see their README.md in data/bundled."""
 EMBEDDINGS = (
     "shared.weight",
     "model.embed_tokens.weight",
@@ -24,18 +26,19 @@ EMBEDDINGS = (
 
 
 def locate(model: str) -> str:
-    """Returns the folder of the bundled model or of a local model; a hub id is returned as it is.
+    """Returns the folder of a bundled or a local model; a hub id is returned as it is.
 
     Raises:
         ValueError: If `model` is neither a folder nor a hub id.
     """
-    if model == BUNDLED:
-        return str(Path(__file__).parents[1] / "bundled" / BUNDLED)
+    if model in BUNDLED_MODELS:
+        return str(Path(__file__).parents[1] / "bundled" / model)
     if model and Path(model).is_dir():
         return model
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ValueError(
-            f"{model} is not a folder; expected '{BUNDLED}', a local model folder, or a hub id 'owner/name'"
+            f"{model} is not a folder; expected {' or '.join(map(repr, BUNDLED_MODELS))}, a local model folder, or a "
+            "hub id 'owner/name'"
         )
     return model
 
@@ -80,7 +83,7 @@ class ModelWeights:
     """A model's weights, read by tensor name; the rest of a file is not read.
 
     Args:
-        model: `BUNDLED`, a local folder, or a hub id.
+        model: the name of a bundled model, a local folder, or a hub id.
         revision: Revision of a hub model.
 
     Attributes:

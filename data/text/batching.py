@@ -60,8 +60,9 @@ class TextBatch:
         number: Number of the batch in the stream, from 0.
         phase: Part of the stream, such as "steady"; "text" for the user's own text.
         segments: Segment of each sequence, `[B]`.
-        sources: Encoder token ids of each sequence.
+        sources: Input token ids of each sequence: the encoder's, or the text of a decoder-only model.
         targets: Decoder target ids of each sequence; empty arrays unless spans are masked.
+        requests: Number of each sequence in the stream, `[B]`: every sequence is a request of its own.
     """
 
     number: int
@@ -69,6 +70,7 @@ class TextBatch:
     segments: tuple[str, ...]
     sources: list[IntArray]
     targets: list[IntArray]
+    requests: IntArray
 
 
 def time_splits(count: int) -> list[str]:
@@ -105,20 +107,25 @@ class Batcher:
 
     Args:
         tokenizer: The model's tokenizer.
-        decode: "teacher" masks spans of the text as `span_corruption` does; otherwise text stays as it is.
+        decode: "teacher" masks spans of the text as `span_corruption` does; otherwise text stays as it is, with an
+            end-of-sequence token behind it.
         batching: Sizes, lengths and seed.
+        causal: Whether the text is for a decoder-only model, which gets it without masks and end.
 
     Raises:
         ValueError: If spans are to be masked and the tokenizer has no sentinel tokens.
     """
 
-    def __init__(self, tokenizer: Any, decode: Decode, batching: BatchingConfig) -> None:
-        self.batching = batching
+    def __init__(self, tokenizer: Any, decode: Decode, batching: BatchingConfig, causal: bool = False) -> None:
+        self.batching, self.causal = batching, causal
         self._held: list[Row] = []
-        self._eos, self._mask_spans = tokenizer.eos_token_id, decode == "teacher"
+        self._requests = 0
+        self._eos, self._mask_spans = tokenizer.eos_token_id, decode == "teacher" and not causal
+        if not self._mask_spans:
+            return
         known = [tokenizer.convert_tokens_to_ids(f"<extra_id_{index}>") for index in range(100)]
         self._sentinels = np.array([idx for idx in known if idx is not None and idx != tokenizer.unk_token_id])
-        if self._mask_spans and not len(self._sentinels):
+        if not len(self._sentinels):
             raise ValueError("the tokenizer has no <extra_id_0> to mask spans with; use --decode none or generate")
 
     def rng(self, number: int) -> np.random.Generator:
@@ -133,7 +140,10 @@ class Batcher:
             return None
         shaped = [self._shape(ids, rng) for _, ids in taken]
         segments = tuple(segment for segment, _ in taken)
-        return TextBatch(number, phase, segments, [source for source, _ in shaped], [target for _, target in shaped])
+        requests = np.arange(self._requests, self._requests + len(taken))
+        self._requests += len(taken)
+        sources, targets = [source for source, _ in shaped], [target for _, target in shaped]
+        return TextBatch(number, phase, segments, sources, targets, requests)
 
     def _take(self, rows: Iterator[Row], size: int) -> list[Row]:
         taken: list[Row] = []
@@ -153,18 +163,20 @@ class Batcher:
         """Returns encoder input and decoder target; the target is empty unless spans are masked."""
         if self._mask_spans:
             return corrupt(ids, self._sentinels, self._eos, rng)
+        if self.causal:
+            return ids, np.array([], dtype=np.int64)
         return np.append(ids[: self.batching.length - 1], self._eos), np.array([], dtype=np.int64)
 
 
 def text_stream(
-    documents: Iterable[Document], tokenizer: Any, decode: Decode, batching: BatchingConfig
+    documents: Iterable[Document], tokenizer: Any, decode: Decode, batching: BatchingConfig, causal: bool = False
 ) -> Iterator[TextBatch]:
     """Yields batches of the user's own text in its order, at most `batching.batches` of them.
 
     Raises:
         ValueError: If the text has no usable line.
     """
-    batcher, rows = Batcher(tokenizer, decode, batching), sequences(documents, tokenizer, batching.length)
+    batcher, rows = Batcher(tokenizer, decode, batching, causal), sequences(documents, tokenizer, batching.length)
     for number in range(batching.batches):
         batch = batcher.form(number, "text", rows, batcher.rng(number))
         if batch is None and number == 0:

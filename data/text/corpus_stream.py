@@ -53,7 +53,7 @@ def topic_mixes(pattern: str, base: FloatArray, count: int, rng: np.random.Gener
 
 
 def corpus_stream(
-    documents: Iterable[Document], tokenizer: Any, decode: Decode, batching: BatchingConfig
+    documents: Iterable[Document], tokenizer: Any, decode: Decode, batching: BatchingConfig, causal: bool = False
 ) -> Iterator[TextBatch]:
     """Yields the batches of the default stream; no sequence is used twice.
 
@@ -64,7 +64,8 @@ def corpus_stream(
     for document in documents:
         by_segment[document.segment].append(document)
     pools = {name: sequences(texts, tokenizer, batching.length) for name, texts in by_segment.items()}
-    batcher, rng, number = Batcher(tokenizer, decode, batching), np.random.default_rng(batching.seed), 0
+    batcher = Batcher(tokenizer, decode, batching, causal)
+    rng, number = np.random.default_rng(batching.seed), 0
     for phase, count in phase_sizes(batching).items():
         mix, pattern = (UNSEEN_MIX, UNSEEN_PATTERN) if phase == UNSEEN else (TRAINED_MIX, phase)
         for shares in topic_mixes(pattern, np.array(list(mix.values())), count, rng):
@@ -90,8 +91,10 @@ def _draw(
         yield row
 
 
-def open_stream(text: str | None, tokenizer: Any, decode: Decode, batching: BatchingConfig) -> Iterator[TextBatch]:
-    """Yields batches of the user's text, or of the offline corpus if `text` is None."""
+def open_stream(
+    text: str | None, tokenizer: Any, decode: Decode, batching: BatchingConfig, causal: bool = False
+) -> Iterator[TextBatch]:
+    """Yields batches of the user's text, or of the offline corpus if `text` is None; `causal` as in `Batcher`."""
     if text is None:
-        return corpus_stream(offline_corpus("traffic"), tokenizer, decode, batching)
-    return text_stream(read_text(text), tokenizer, decode, batching)
+        return corpus_stream(offline_corpus("traffic"), tokenizer, decode, batching, causal)
+    return text_stream(read_text(text), tokenizer, decode, batching, causal)

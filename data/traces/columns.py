@@ -1,6 +1,7 @@
 """Arrow columns of a trace's shards: schemas, router traces and counts to tables, columns back to tensors."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,16 @@ from data.traces.trace import RouterTrace, TokenBatch, pad_tokens
 Ragged = list[np.ndarray[Any, Any]]
 
 
-def sequence_schema(layout: MoELayout, top: int) -> pa.Schema:
+def sequence_schema(layout: MoELayout, top: int, version: int) -> pa.Schema:
     """Columns of one sequence: its batch, its tokens, and the expert ids of each MoE layer.
 
-    With `top`, each MoE layer of the encoder has two more columns: likeliest experts and their probabilities.
+    Format 2 adds the request and the number of context tokens. With `top`, each MoE layer of the input has two more
+    columns: likeliest experts and their probabilities.
     """
     expert = pa.uint8() if layout.num_experts <= 256 else pa.int16()
     fields = [("batch", pa.int32()), ("phase", pa.string()), ("segment", pa.string()), ("length", pa.int32())]
+    if version > 1:
+        fields += [("request", pa.int64()), ("context", pa.int32())]
     fields += [("tokens", pa.list_(pa.int32())), ("decoder_tokens", pa.list_(pa.int32()))]
     fields += [(name, pa.list_(expert)) for name in layout.layer_names]
     if top:
@@ -30,19 +34,21 @@ def sequence_schema(layout: MoELayout, top: int) -> pa.Schema:
     return pa.schema(fields)
 
 
-def sequence_table(traces: list[RouterTrace], layout: MoELayout) -> pa.Table:
+def sequence_table(traces: list[RouterTrace], layout: MoELayout, version: int) -> pa.Table:
     """Converts batches to a table with one row per sequence; padding is left out."""
-    top = traces[0].encoder_top_experts
-    schema = sequence_schema(layout, 0 if top is None else top.shape[-1])
+    top = traces[0].top_experts
+    schema = sequence_schema(layout, 0 if top is None else top.shape[-1], version)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for trace in traces:
-        size = len(trace.segments)
+        tokens, size = trace.tokens, len(trace.segments)
         columns["batch"] += [trace.batch] * size
         columns["phase"] += [trace.phase] * size
         columns["segment"] += trace.segments
-        columns["length"] += trace.tokens.mask.sum(1).tolist()
-        columns["tokens"] += _ragged(trace.tokens.input_ids, trace.tokens)
-        columns["decoder_tokens"] += _ragged(trace.decoder_tokens.input_ids, trace.decoder_tokens)
+        columns["length"] += tokens.mask.sum(1).tolist()
+        columns["request"] += [None] * size if tokens.requests is None else tokens.requests.tolist()
+        columns["context"] += (tokens.mask & ~tokens.computed).sum(1).tolist()
+        columns["tokens"] += _ragged(tokens.input_ids, tokens.mask)
+        columns["decoder_tokens"] += _ragged(trace.decoder_tokens.input_ids, trace.decoder_tokens.mask)
         for name, rows in zip(layout.layer_names, _layers(trace), strict=True):
             columns[name] += rows
         for name, experts, probabilities in _top_entries(trace, layout):
@@ -52,39 +58,72 @@ def sequence_table(traces: list[RouterTrace], layout: MoELayout) -> pa.Table:
 
 
 def _layers(trace: RouterTrace) -> list[Ragged]:
-    encoder = [_ragged(layer, trace.tokens) for layer in trace.encoder_experts]
-    return encoder + [_ragged(layer, trace.decoder_tokens) for layer in trace.decoder_experts]
+    layers = [_ragged(layer, trace.tokens.computed) for layer in trace.experts]
+    return layers + [_ragged(layer, trace.decoder_tokens.mask) for layer in trace.decoder_experts]
 
 
 def _top_entries(trace: RouterTrace, layout: MoELayout) -> Iterator[tuple[str, Ragged, Ragged]]:
-    """Yields each encoder layer's name, likeliest experts, and their probabilities, token after token."""
-    if trace.encoder_top_experts is None or trace.encoder_top_probabilities is None:
+    """Yields each input layer's name, likeliest experts, and their probabilities, token after token."""
+    if trace.top_experts is None or trace.top_probabilities is None:
         return
-    for name, *pair in zip(
-        layout.layer_names, trace.encoder_top_experts, trace.encoder_top_probabilities, strict=False
-    ):
-        experts, probabilities = (_ragged(values, trace.tokens) for values in pair)
+    for name, *pair in zip(layout.layer_names, trace.top_experts, trace.top_probabilities, strict=False):
+        experts, probabilities = (_ragged(values, trace.tokens.computed) for values in pair)
         yield name, experts, probabilities
 
 
-def _ragged(values: Tensor, tokens: TokenBatch) -> Ragged:
-    return [row[keep].flatten().numpy() for row, keep in zip(values, tokens.mask, strict=True)]
+def _ragged(values: Tensor, keep: Tensor) -> Ragged:
+    return [row[kept].flatten().numpy() for row, kept in zip(values, keep, strict=True)]
+
+
+def _complete(rows: pa.Table, name: str) -> pa.ListArray:
+    """A list column in one piece.
+
+    Raises:
+        ValueError: If it has missing values.
+    """
+    chunk = rows[name].combine_chunks()
+    if chunk.null_count or chunk.values.null_count:
+        raise ValueError(f"column {name} has missing values; expected a number for every token")
+    return chunk
 
 
 def tokens_column(rows: pa.Table, name: str, pad: int = 0) -> TokenBatch:
     """Reads a list column of one batch, right-padded to `[B, T]`."""
-    chunk = rows[name].combine_chunks()
-    if chunk.null_count or chunk.values.null_count:
-        raise ValueError(f"column {name} has missing values; expected a number for every token")
+    chunk = _complete(rows, name)
     values, offsets = chunk.flatten().to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
     return pad_tokens(np.split(values, (offsets - offsets[0])[1:-1]), pad)
 
 
-def entries_column(rows: pa.Table, name: str, tokens: TokenBatch, entries: int) -> Tensor:
-    """Reads a list column with `entries` numbers per token of one batch, `[B, T, entries]`; 0 on padding."""
-    values = torch.from_numpy(rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
-    result = values.new_zeros((*tokens.mask.shape, entries))
-    result[tokens.mask] = values.view(-1, entries)  # both are ordered by sequence, then by position
+def input_tokens(rows: pa.Table) -> TokenBatch:
+    """Reads the input tokens of one batch with their context and requests, right-padded to `[B, T]`."""
+    tokens = tokens_column(rows, "tokens")
+    if "request" not in rows.column_names:  # format 1
+        return tokens
+    requests, context = rows["request"], torch.from_numpy(rows["context"].to_numpy().copy())
+    if bool((context < 0).any()) or bool((context > tokens.mask.sum(1)).any()):
+        raise ValueError(f"context holds {context.tolist()}, expected 0 to the number of tokens of each sequence")
+    before = torch.arange(tokens.mask.shape[1]) < context[:, None]
+    return replace(
+        tokens,
+        context=before if bool(before.any()) else None,
+        requests=None if requests.null_count else torch.from_numpy(requests.to_numpy().copy()),
+    )
+
+
+def entries_column(rows: pa.Table, name: str, computed: Tensor, entries: int, fill: int = 0) -> Tensor:
+    """Reads a list column with `entries` numbers for each computed token of one batch, `[B, T, entries]`.
+
+    Raises:
+        ValueError: If a sequence has more or fewer numbers.
+    """
+    chunk = _complete(rows, name)
+    found, expected = np.diff(chunk.offsets.to_numpy()), entries * computed.sum(1).numpy()
+    if not np.array_equal(found, expected):
+        raise ValueError(f"column {name} holds {found.tolist()} entries, the tokens have {expected.tolist()}")
+    values = torch.from_numpy(chunk.flatten().to_numpy(zero_copy_only=False).copy())
+    values = values.to(torch.int16) if not values.is_floating_point() else values
+    result = values.new_full((*computed.shape, entries), fill)
+    result[computed] = values.view(-1, entries)  # both are ordered by sequence, then by position
     return result
 
 

@@ -17,10 +17,12 @@ from torch.utils.data import IterableDataset
 from data.arrays import IntArray
 from data.models.layout import MoELayout
 from data.traces.store import StoredTrace
-from data.traces.trace import RouterTrace, TokenBatch
+from data.traces.trace import DECODE, PADDING, RouterTrace, TokenBatch
 
 POOL = 1024
 """Most training batches in memory while shuffling."""
+AHEAD = 8
+"""Most tokens of a sequence that a training batch leaves unwritten."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class TraceSample:
 
     Attributes:
         trace: The batch's tokens and their experts.
-        load: Dispatched tokens of each expert in this batch, float32 `[L, E]`.
+        load: Dispatched assignments of each expert in this batch, float32 `[L, E]`.
         history: Loads of the batches before it, oldest first, float32 `[K, L, E]`.
     """
 
@@ -48,20 +50,20 @@ class TraceSample:
             if isinstance(value, Tensor):
                 changed[name] = moved(value)
             elif isinstance(value, TokenBatch):
-                changed[name] = TokenBatch(moved(value.input_ids), moved(value.mask))
+                changed[name] = value.to(device, non_blocking)
         return TraceSample(replace(self.trace, **changed), moved(self.load), moved(self.history))
 
 
 def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
-    """Dispatched tokens of each sequence, `[B, L, E]`; their sum over sequences is the batch's load.
+    """Dispatched assignments of each sequence, `[B, L, E]`; their sum over sequences is the batch's load.
 
     Capacity applies per sequence, so a sequence's dispatched tokens are min(demand, capacity). This is much cheaper
     than `RouterTrace.load`, which determines the dropped tokens.
     """
     size, num_experts = len(trace.segments), layout.num_experts
     layers = []
-    for number, ids in enumerate((*trace.encoder_experts, *trace.decoder_experts)):
-        keys = (ids + num_experts * torch.arange(size)[:, None])[ids >= 0]
+    for number, ids_BTK in enumerate((*trace.experts, *trace.decoder_experts)):
+        keys = (ids_BTK + num_experts * torch.arange(size)[:, None, None])[ids_BTK >= 0]
         demand = torch.bincount(keys, minlength=size * num_experts).view(size, num_experts)
         unlimited = layout.expert_capacity is None or (trace.stepwise and number >= layout.num_input_layers)
         layers.append(demand if unlimited else demand.clamp(max=layout.expert_capacity))
@@ -71,19 +73,41 @@ def sequence_loads(trace: RouterTrace, layout: MoELayout) -> Tensor:
 def part(trace: RouterTrace, rows: Tensor) -> RouterTrace:
     """Makes a batch of some of a batch's sequences and trims its padding."""
     width, decoder_width = (int(t.mask[rows].sum(1).max()) for t in (trace.tokens, trace.decoder_tokens))
-
-    def tokens(batch: TokenBatch, columns: int) -> TokenBatch:
-        return TokenBatch(batch.input_ids[rows, :columns], batch.mask[rows, :columns])
-
     return replace(
         trace,
         segments=tuple(trace.segments[row] for row in rows.tolist()),
-        tokens=tokens(trace.tokens, width),
-        decoder_tokens=tokens(trace.decoder_tokens, decoder_width),
-        encoder_experts=trace.encoder_experts[:, rows, :width],
+        tokens=trace.tokens.rows(rows, width),
+        decoder_tokens=trace.decoder_tokens.rows(rows, decoder_width),
+        experts=trace.experts[:, rows, :width],
         decoder_experts=trace.decoder_experts[:, rows, :decoder_width],
-        encoder_top_experts=None if (top := trace.encoder_top_experts) is None else top[:, rows, :width],
-        encoder_top_probabilities=None if (p := trace.encoder_top_probabilities) is None else p[:, rows, :width],
+        top_experts=None if (top := trace.top_experts) is None else top[:, rows, :width],
+        top_probabilities=None if (p := trace.top_probabilities) is None else p[:, rows, :width],
+    )
+
+
+def as_decode(trace: RouterTrace, rng: np.random.Generator) -> RouterTrace:
+    """Makes a decode step of a decoder-only model's text: up to `AHEAD` tokens at a random place of each sequence.
+
+    The tokens before them become context, those behind them are left out.
+    """
+    computed = trace.tokens.computed
+    counts = computed.sum(1).numpy()
+    first = computed.int().argmax(1).numpy() + rng.integers(0, np.maximum(counts, 1))
+    ahead = int(rng.integers(1, AHEAD + 1))
+    place = torch.arange(computed.shape[1])
+    start = torch.from_numpy(first)[:, None]
+    mask = trace.tokens.mask & (place < start + ahead)
+    kept = computed & mask & (place >= start)
+    width = max(int(mask.sum(1).max()), 1)
+    tokens = replace(trace.tokens, mask=mask, context=mask & ~kept).rows(slice(None), width)
+    return replace(
+        trace,
+        phase=DECODE,
+        tokens=tokens,
+        decoder_tokens=trace.decoder_tokens,
+        experts=trace.experts.masked_fill(~kept[..., None], PADDING)[:, :, :width],
+        top_experts=None if (top := trace.top_experts) is None else top[:, :, :width],
+        top_probabilities=None if (p := trace.top_probabilities) is None else p[:, :, :width],
     )
 
 
@@ -101,6 +125,7 @@ class TraceSamples(IterableDataset[TraceSample]):
         seed: Seed of cuts and shuffle.
         rank: Rank of this process, 0..world - 1.
         world: Number of processes that share the batches.
+        decode: Share of shuffled training batches that become decode steps, for decoder-only models.
     """
 
     def __init__(
@@ -115,7 +140,9 @@ class TraceSamples(IterableDataset[TraceSample]):
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        decode: float = 0.0,
     ) -> None:
+        self.decode = decode if trace.layout.causal else 0.0
         self.trace, self.loads, self.split, self.window = trace, torch.from_numpy(loads).float(), split, window
         mine = [size for name, size in sizes if name == split]
         self.count = len(mine) if epoch is None else sum(self._parts(size, sequences) for size in mine)
@@ -153,7 +180,11 @@ class TraceSamples(IterableDataset[TraceSample]):
             size = len(sample.trace.segments)
             loads = sequence_loads(sample.trace, self.trace.layout).float()
             for rows in torch.from_numpy(rng.permutation(size)).tensor_split(self._parts(size, self.sequences)):
-                pool.append(TraceSample(part(sample.trace, rows), loads[rows].sum(0), sample.history))
+                cut, load = part(sample.trace, rows), loads[rows].sum(0)
+                if cut.phase != DECODE and rng.random() < self.decode:
+                    cut = as_decode(cut, rng)
+                    load = sequence_loads(cut, self.trace.layout).sum(0).float()
+                pool.append(TraceSample(cut, load, sample.history))
             while len(pool) > POOL:
                 yield pool.pop(int(rng.integers(len(pool))))
         for index in rng.permutation(len(pool)):

@@ -6,11 +6,17 @@
 | numpy | `.npy`, or `.npz` with the key `counts`, `[steps, L, E]` |
 | SGLang's expert-distribution recorder | `.pt`, or a folder of them with one file for each rank |
 | TensorRT-LLM's expert statistics | folder of `meta_info.json` and `rank*.safetensors` |
+| vLLM's routed experts | `.npz` with the key `routed_experts`, or `*routed_experts.npy`, ids `[tokens, L, K]` |
+| Megatron's router trace | `.jsonl`, or a folder of them with one file for each rank |
+
+vLLM does not record steps: its tokens are counted in steps of 512.
 
 Importing this module loads numpy alone: torch, pyarrow and safetensors are imported by the readers that need them.
-Shape suffixes: L MoE layers, E logical experts, P physical slots (experts and their replicas).
+Shape suffixes: T tokens, K experts of a token, L MoE layers, E logical experts, P physical slots (experts and their
+replicas).
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +31,13 @@ if TYPE_CHECKING:
     from data.models.layout import MoELayout
     from data.traces.trace import TokenBatch
 
-KEY = "counts"
-FORMATS = "a trace folder, .npy or .npz counts, an SGLang recording (.pt), or a TensorRT-LLM folder"
+KEY, ROUTED = "counts", "routed_experts"
+FORMATS = (
+    "a trace folder, .npy or .npz counts or routed_experts, a Megatron router trace (.jsonl), an SGLang recording "
+    "(.pt), or a TensorRT-LLM folder"
+)
+STEP_TOKENS = 512
+"""Tokens of a step where a recording has no steps."""
 MOST_TOKENS = 2**53
 """Up to here float64, in which counts are summed, is exact."""
 Counts = np.ndarray[Any, Any]
@@ -40,18 +51,24 @@ class RecordedLoads:
     Attributes:
         name: Path of the recording.
         loads: Tokens of each expert, `[steps, L, E]`.
-        batches: Encoder tokens of each step; None where only counts were recorded.
+        batches: What is known of the input tokens of each step before it runs; None where only counts were recorded.
         layout: The model's layout; None where only counts were recorded.
+        sequences: Loads of each sequence, `[steps][B, L, E]`; None unless requests were served.
     """
 
     name: str
     loads: IntArray
     batches: "list[TokenBatch] | None" = None
     layout: "MoELayout | None" = None
+    sequences: "list[Counts] | None" = None
 
 
-def read_loads(path: Path) -> RecordedLoads:
+def read_loads(path: Path, num_experts: int | None = None) -> RecordedLoads:
     """Reads a recording of any format in the table above.
+
+    Args:
+        path: The recording.
+        num_experts: Experts of a layer, where ids were recorded; by default one more than the largest id.
 
     Raises:
         ValueError: If the path is no recording, or the recording is damaged or holds something other than counts.
@@ -59,9 +76,11 @@ def read_loads(path: Path) -> RecordedLoads:
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected {FORMATS}")
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, num_experts)
     if path.suffix in (".npy", ".npz"):
-        return RecordedLoads(str(path), check_loads(_numpy(path), path))
+        return RecordedLoads(str(path), check_loads(_numpy(path, num_experts), path))
+    if path.suffix == ".jsonl":
+        return RecordedLoads(str(path), _megatron([path], num_experts))
     if path.suffix == ".pt":
         return RecordedLoads(str(path), check_loads(_sglang(path, [path]), path))
     raise ValueError(f"{path} is not a recording; expected {FORMATS}")
@@ -102,7 +121,7 @@ def total_variation(share: FloatArray, other: FloatArray) -> FloatArray:
     return np.asarray(np.abs(share - other).sum(-1) / 2)
 
 
-def _read_folder(folder: Path) -> RecordedLoads:
+def _read_folder(folder: Path, num_experts: int | None) -> RecordedLoads:
     if (folder / "trace.json").exists():
         from data.traces.store import open_trace
 
@@ -115,20 +134,96 @@ def _read_folder(folder: Path) -> RecordedLoads:
         return RecordedLoads(str(folder), check_loads(_sglang(folder, recordings), folder))
     if files := sorted(folder.glob("rank*.safetensors")):
         return RecordedLoads(str(folder), check_loads(_tensorrt_llm(folder, files), folder))
-    raise ValueError(f"{folder} has no trace.json, no *.pt, and no rank*.safetensors; expected {FORMATS}")
+    if files := sorted(folder.glob("router_trace_rank*.jsonl")):
+        return RecordedLoads(str(folder), _megatron(files, num_experts))
+    raise ValueError(
+        f"{folder} has no trace.json, no *.pt, no rank*.safetensors and no router_trace_rank*.jsonl; expected {FORMATS}"
+    )
 
 
-def _numpy(path: Path) -> Counts:
+def _numpy(path: Path, num_experts: int | None) -> Counts:
+    routed = path.stem.endswith(ROUTED)
     try:
         array = np.load(path, allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
             with array:
-                if KEY not in array:
-                    raise ValueError(f"it holds {sorted(array)}, expected the key '{KEY}'")
-                array = array[KEY]
+                routed = ROUTED in array
+                if KEY not in array and not routed:
+                    raise ValueError(f"it holds {sorted(array)}, expected the key '{KEY}' or '{ROUTED}'")
+                array = array[ROUTED if routed else KEY]
     except Exception as error:  # zip, zlib and numpy each raise their own on a damaged file
         raise ValueError(f"{path} cannot be read as loads: {error}") from None
-    counts: Counts = array
+    return _vllm(path, array, num_experts) if routed else array
+
+
+def _vllm(path: Path, routed_TLK: Counts, num_experts: int | None) -> Counts:
+    """Counts of expert ids; layers without experts, which hold one id everywhere, are left out."""
+    if routed_TLK.ndim != 3 or routed_TLK.dtype.kind not in "iu" or 0 in routed_TLK.shape:
+        raise ValueError(
+            f"{path} holds {routed_TLK.dtype} {routed_TLK.shape}, expected expert ids [tokens, layers, experts of a "
+            "token]"
+        )
+    sparse = [layer for layer in range(routed_TLK.shape[1]) if len(np.unique(routed_TLK[:, layer])) > 1]
+    if not sparse:
+        raise ValueError(f"{path} holds one expert id in all layers; expected the experts of each token")
+    starts = range(0, len(routed_TLK), STEP_TOKENS)
+    steps = [routed_TLK[start : start + STEP_TOKENS, sparse] for start in starts]
+    size = _experts_of(path, [routed_TLK], num_experts)
+    return np.stack([_count_ids(step.transpose(1, 0, 2), size) for step in steps])
+
+
+def _experts_of(path: Path, ids: "list[Counts]", num_experts: int | None) -> int:
+    """Experts of a layer, as given or one more than the largest id.
+
+    Raises:
+        ValueError: If an id is negative, or not below the number given.
+    """
+    least, most = min(int(one.min()) for one in ids), max(int(one.max()) for one in ids)
+    if least < 0 or (num_experts is not None and most >= num_experts):
+        raise ValueError(
+            f"{path} holds expert {least if least < 0 else most}, expected 0 to {(num_experts or most + 1) - 1}"
+        )
+    return num_experts or most + 1
+
+
+def _count_ids(ids: Counts, num_experts: int) -> IntArray:
+    """Counts `[L, E]` of expert ids `[L, ...]`."""
+    return np.stack([np.bincount(layer.reshape(-1), minlength=num_experts) for layer in ids])
+
+
+def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
+    """Counts of records with the ids `top_indices [tokens, K]` of one step and layer, summed over ranks.
+
+    Layers of block "mtp" follow those of block "decoder". Where records of several stages stand side by side, those of
+    the stage that comes first count.
+    """
+    found: dict[tuple[int, tuple[str, int, int]], list[Counts]] = {}
+    stage = None
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                record = json.loads(line)
+                place = (str(record.get("block", "decoder")), int(record.get("mtp_idx", 0)), int(record["layer"]))
+                step, ids = int(record["step"]), np.asarray(record["top_indices"])
+                stage = record.get("stage") if stage is None else stage
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file}, line {number} is not a record of Megatron's router trace: {error}") from None
+            if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
+                raise ValueError(
+                    f"{file}, line {number}: top_indices has shape {ids.shape}, expected ids [tokens, topk]"
+                )
+            if record.get("stage") == stage:
+                found.setdefault((step, place), []).append(ids)
+    if not found:
+        raise ValueError(f"{files[0]} holds no record; expected one JSON document a line")
+    steps, layers = sorted({step for step, _ in found}), sorted({place for _, place in found})
+    if missing := [(step, place) for step in steps for place in layers if (step, place) not in found]:
+        raise ValueError(f"{files[0].parent} lacks step {missing[0][0]} of layer {missing[0][1][2]}")
+    size = _experts_of(files[0], [ids for group in found.values() for ids in group], num_experts)
+    counts = np.zeros((len(steps), len(layers), size), dtype=np.int64)
+    for (step, place), group in found.items():
+        for ids in group:
+            counts[steps.index(step), layers.index(place)] += np.bincount(ids.reshape(-1), minlength=size)
     return counts
 
 

@@ -21,7 +21,7 @@ class TraceStatistics:
         tokens: Dispatched tokens, summed over batches.
         hottest: Load of the hottest expert divided by the mean load, median over batches.
         dropped: Fraction of demand that was dropped for capacity; None if only counts were logged.
-        padding: Fraction of encoder positions that were padding; None if only counts were logged.
+        padding: Fraction of input positions that were padding; None if only counts were logged.
         step_tv: Total variation distance (0 to 1) between the shares of consecutive batches, mean over batches.
         floor_tv: `step_tv` if every batch were drawn from the same distribution: the part that sampling alone causes.
         phases: Phase of the stream that each batch belongs to; None if only counts were logged.
@@ -64,7 +64,7 @@ def measure(trace: StoredTrace) -> TraceStatistics:
             rows.append(batch.load(trace.layout))
             demand = batch.demand(trace.layout) + (0 if demand is None else demand)
             positions += batch.tokens.mask.numel()
-            real += batch.tokens.num_tokens
+            real += int(batch.tokens.mask.sum())
             phases.append(batch.phase)
         loads = np.stack(rows)
     else:

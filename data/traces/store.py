@@ -3,8 +3,8 @@
     trace = open_trace(Path("outputs/traces/switch-mini-64"))
     loads = trace.loads()  # [steps, L, E]
 
-One row of a shard is one sequence; one column holds the experts of its tokens in one MoE layer. In a trace of counts,
-one row is one MoE layer of one batch.
+One row of a shard is one sequence; one column holds the experts of its tokens in one MoE layer, K for each token. In a
+trace of counts, one row is one MoE layer of one batch.
 """
 
 from collections.abc import Iterator
@@ -26,13 +26,15 @@ from data.traces.columns import (
     counts_schema,
     counts_table,
     entries_column,
+    input_tokens,
     sequence_schema,
     sequence_table,
     tokens_column,
 )
 from data.traces.trace import PADDING, RouterTrace, TokenBatch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, FORMAT_VERSION)
 TRACE_JSON = "trace.json"
 Granularity = Literal["tokens", "counts"]
 Shard = dict[str, Any]
@@ -40,7 +42,7 @@ Shard = dict[str, Any]
 
 def write_shard(path: Path, traces: list[RouterTrace], layout: MoELayout) -> Shard:
     """Writes batches to one Parquet file, completely or not at all; returns its entry for trace.json."""
-    _write(path, sequence_table(traces, layout))
+    _write(path, sequence_table(traces, layout, FORMAT_VERSION))
     tokens = sum(trace.tokens.num_tokens for trace in traces)
     sequences = sum(len(trace.segments) for trace in traces)
     return {
@@ -116,7 +118,7 @@ class StoredTrace:
         """
         if self.about["granularity"] != "tokens":
             raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
-        schema = sequence_schema(self.layout, self.about.get("top", 0))
+        schema = sequence_schema(self.layout, self.about.get("top", 0), self.about["format_version"])
         for path, table in self._tables(schema):
             splits = self.splits
             for number, rows in _by_batch(table):
@@ -128,8 +130,8 @@ class StoredTrace:
                     raise ValueError(f"{path}: {error}") from None
 
     def batches(self) -> Iterator[TokenBatch]:
-        """Yields the encoder tokens of each batch."""
-        return (trace.tokens for trace in self.traces())
+        """Yields what is known of the input tokens of each batch before it runs."""
+        return (trace.upcoming for trace in self.traces())
 
     def loads(self) -> IntArray:
         """Loads of all batches, `[steps, L, E]`."""
@@ -163,10 +165,13 @@ class StoredTrace:
             yield path, table
 
     def _batch(self, number: int, rows: pa.Table) -> RouterTrace:
-        tokens, decoder = tokens_column(rows, "tokens"), tokens_column(rows, "decoder_tokens")
-        split = self.layout.num_input_layers
+        tokens, decoder = input_tokens(rows), tokens_column(rows, "decoder_tokens")
+        split, top_k = self.layout.num_input_layers, self.layout.experts_per_token
         names = self.layout.layer_names
-        experts = [tokens_column(rows, name, PADDING).input_ids.to(torch.int16) for name in names]
+        computed = [tokens.computed] * split + [decoder.mask] * (len(names) - split)
+        experts = [
+            entries_column(rows, name, routed, top_k, PADDING) for name, routed in zip(names, computed, strict=True)
+        ]
         for name, ids in zip(names, experts, strict=True):
             if ids.numel() and int(ids.max()) >= self.layout.num_experts:
                 raise ValueError(f"{name} holds expert {int(ids.max())}; the model has {self.layout.num_experts}")
@@ -178,24 +183,24 @@ class StoredTrace:
             segments=tuple(rows["segment"].to_pylist()),
             tokens=tokens,
             decoder_tokens=decoder,
-            encoder_experts=_stack(experts[:split], tokens),
-            decoder_experts=_stack(experts[split:], decoder),
+            experts=_stack(experts[:split], tokens, top_k),
+            decoder_experts=_stack(experts[split:], decoder, top_k),
             stepwise=self.about.get("decode") == "generate",
-            encoder_top_experts=top_experts,
-            encoder_top_probabilities=top_probabilities,
+            top_experts=top_experts,
+            top_probabilities=top_probabilities,
         )
 
     def _top(self, rows: pa.Table, tokens: TokenBatch, names: list[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Reads likeliest experts and their probabilities, `[L_enc, B, T, K]`; None if they were not logged."""
+        """Reads likeliest experts and their probabilities, `[L_in, B, T, top]`; None if they were not logged."""
         if not (top := self.about.get("top", 0)):
             return None, None
-        experts = [entries_column(rows, f"{name}_top", tokens, top).to(torch.int16) for name in names]
-        probabilities = [entries_column(rows, f"{name}_top_probability", tokens, top) for name in names]
+        experts = [entries_column(rows, f"{name}_top", tokens.computed, top) for name in names]
+        probabilities = [entries_column(rows, f"{name}_top_probability", tokens.computed, top) for name in names]
         return torch.stack(experts), torch.stack(probabilities)
 
 
-def _stack(layers: list[Tensor], tokens: TokenBatch) -> Tensor:
-    return torch.stack(layers) if layers else torch.zeros((0, *tokens.mask.shape), dtype=torch.int16)
+def _stack(layers: list[Tensor], tokens: TokenBatch, top_k: int) -> Tensor:
+    return torch.stack(layers) if layers else torch.zeros((0, *tokens.mask.shape, top_k), dtype=torch.int16)
 
 
 def _by_batch(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
@@ -216,9 +221,10 @@ def open_trace(path: Path | str) -> StoredTrace:
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; expected a trace written by `python -m data.collect`")
     about = read_json(path / TRACE_JSON)
-    if about.get("format_version") != FORMAT_VERSION:
+    if about.get("format_version") not in READ_VERSIONS:
         raise ValueError(
-            f"{path / TRACE_JSON} has format version {about.get('format_version')}; this version reads {FORMAT_VERSION}"
+            f"{path / TRACE_JSON} has format version {about.get('format_version')}; this version reads "
+            f"{' and '.join(map(str, READ_VERSIONS))}"
         )
     if missing := {"layout", "granularity", "splits", "shards"} - about.keys():
         raise ValueError(f"{path / TRACE_JSON} lacks {sorted(missing)}; it was edited or cut short")

@@ -1,10 +1,11 @@
-"""TokenBatch and RouterTrace: the tokens of one batch, the expert of every token, and the loads derived from them.
+"""TokenBatch and RouterTrace: the tokens of one batch, the experts of every token, and the loads derived from them.
 
-Shape suffixes: B sequences, T encoder positions, U decoder positions, L MoE layers (encoder first), E logical experts.
+Shape suffixes: B sequences, T input positions, U decoder positions, K experts of a token, L MoE layers (those of the
+input first), E logical experts. Input tokens are the encoder's, or the text of a decoder-only model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,29 @@ from data.arrays import IntArray
 from data.models.layout import MoELayout
 
 PADDING = -1
+"""Expert of a position that was not routed: padding, or context."""
+UNKNOWN = -1
+"""Id of a token that is not written yet when a forecast is made."""
+DECODE = "decode"
+"""Phase of steps that compute the token written last; it is not known one step ahead."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The encoder tokens of one batch, known before it runs.
+    """The input tokens of one batch, known before it runs.
 
     Attributes:
-        input_ids: Token ids, int64 `[B, T]`.
+        input_ids: Token ids, int64 `[B, T]`; `UNKNOWN` for a token that the model has not written yet.
         mask: True where a token is real, False where it is padding, bool `[B, T]`.
+        context: True for tokens that earlier batches computed, bool `[B, T]`: a forecaster reads them, this batch does
+            not route them. None if the batch computes all its tokens.
+        requests: Number of the request that each sequence belongs to, int64 `[B]`; None if unknown.
     """
 
     input_ids: Tensor
     mask: Tensor
+    context: Tensor | None = None
+    requests: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.mask.shape or self.input_ids.dim() != 2:
@@ -36,6 +47,20 @@ class TokenBatch:
             )
         if self.mask.dtype != torch.bool:
             raise ValueError(f"mask has dtype {self.mask.dtype}, expected torch.bool")
+        if self.context is not None and (
+            self.context.dtype != torch.bool
+            or self.context.shape != self.mask.shape
+            or bool((self.context & ~self.mask).any())
+        ):
+            raise ValueError(
+                f"context is {self.context.dtype} {tuple(self.context.shape)}, expected torch.bool "
+                f"{tuple(self.mask.shape)} and True on real tokens only"
+            )
+        if self.requests is not None and self.requests.shape != self.mask.shape[:1]:
+            raise ValueError(
+                f"requests have shape {tuple(self.requests.shape)}, expected one number for each of the "
+                f"{len(self.mask)} sequences"
+            )
 
     @classmethod
     def of(cls, inputs: Any) -> "TokenBatch":
@@ -50,7 +75,7 @@ class TokenBatch:
             ValueError: If ids and mask have different shapes, or sequences have different lengths.
         """
         if isinstance(inputs, cls):
-            return cls(inputs.input_ids.cpu(), inputs.mask.cpu())
+            return inputs.to(torch.device("cpu"))
         if isinstance(inputs, Tensor | np.ndarray):
             inputs = {"input_ids": inputs}
         if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
@@ -71,9 +96,33 @@ class TokenBatch:
         return cls(ids, mask.bool())
 
     @property
+    def computed(self) -> Tensor:
+        """True for the tokens that this batch computes: neither padding nor context, bool `[B, T]`."""
+        return self.mask if self.context is None else self.mask & ~self.context
+
+    @property
     def num_tokens(self) -> int:
-        """Number of tokens in the batch; padding is not counted."""
-        return int(self.mask.sum())
+        """Number of tokens that the batch computes; neither padding nor context is counted."""
+        return int(self.computed.sum())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "TokenBatch":
+        """Copies the batch to another device; `non_blocking` does not wait for copies from pinned memory."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        context, requests = (None if one is None else moved(one) for one in (self.context, self.requests))
+        return TokenBatch(moved(self.input_ids), moved(self.mask), context, requests)
+
+    def rows(self, rows: Tensor | slice, width: int | None = None) -> "TokenBatch":
+        """Some of the sequences, and of them the first `width` positions."""
+        context = None if self.context is None else self.context[rows, :width]
+        requests = None if self.requests is None else self.requests[rows]
+        return TokenBatch(self.input_ids[rows, :width], self.mask[rows, :width], context, requests)
+
+    def unwritten(self) -> "TokenBatch":
+        """The batch before its tokens are written: context stays, each token that it computes becomes `UNKNOWN`."""
+        return replace(self, input_ids=self.input_ids.masked_fill(self.computed, UNKNOWN))
 
 
 def _as_tensor(values: Any, name: str) -> Tensor:
@@ -119,14 +168,15 @@ class RouterTrace:
         phase: Part of the stream that the batch belongs to, such as "steady".
         split: "train", "gap", "val" or "test".
         segments: Segment (topic, language, source) of each sequence, `[B]`.
-        tokens: Encoder tokens `[B, T]`.
-        decoder_tokens: Decoder input tokens `[B, U]`; U is 0 if the decoder did not run.
-        encoder_experts: Expert of each encoder token, int16 `[L_enc, B, T]`, `PADDING` on padding.
-        decoder_experts: Expert of each decoder token, int16 `[L_dec, B, U]`, `PADDING` on padding.
+        tokens: Input tokens `[B, T]`.
+        decoder_tokens: Decoder input tokens `[B, U]`; U is 0 if the decoder did not run, or there is no encoder.
+        experts: Experts of each input token in the layers that route it, likeliest first, int16 `[L_in, B, T, K]`;
+            `PADDING` on padding and context.
+        decoder_experts: Experts of each decoder token, int16 `[L_dec, B, U, K]`, `PADDING` on padding.
         stepwise: Whether the decoder ran token by token; its capacity then never drops a token.
-        encoder_top_experts: The K likeliest experts of each encoder token, likeliest first, int16 `[L_enc, B, T, K]`;
-            None if they were not logged.
-        encoder_top_probabilities: Router probabilities of these experts, float16 `[L_enc, B, T, K]`.
+        top_experts: The likeliest experts of each input token, likeliest first, int16 `[L_in, B, T, top]`; None if they
+            were not logged.
+        top_probabilities: Router probabilities of these experts, float16 `[L_in, B, T, top]`.
     """
 
     batch: int
@@ -135,42 +185,53 @@ class RouterTrace:
     segments: tuple[str, ...]
     tokens: TokenBatch
     decoder_tokens: TokenBatch
-    encoder_experts: Tensor
+    experts: Tensor
     decoder_experts: Tensor
     stepwise: bool = False
-    encoder_top_experts: Tensor | None = None
-    encoder_top_probabilities: Tensor | None = None
+    top_experts: Tensor | None = None
+    top_probabilities: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, experts, tokens in (
-            ("encoder_experts", self.encoder_experts, self.tokens),
+            ("experts", self.experts, self.tokens),
             ("decoder_experts", self.decoder_experts, self.decoder_tokens),
         ):
-            if experts.shape[1:] != tokens.input_ids.shape:
+            if experts.dim() != 4 or experts.shape[1:3] != tokens.input_ids.shape:
                 raise ValueError(
-                    f"batch {self.batch}: {name} has shape {tuple(experts.shape)}, "
-                    f"its tokens {tuple(tokens.input_ids.shape)}"
+                    f"batch {self.batch}: {name} has shape {tuple(experts.shape)}, expected [L, B, T, K] for tokens "
+                    f"{tuple(tokens.input_ids.shape)}"
                 )
 
+    @property
+    def requests(self) -> Tensor | None:
+        """Number of the request that each sequence belongs to, int64 `[B]`; None if unknown."""
+        return self.tokens.requests
+
+    @property
+    def upcoming(self) -> TokenBatch:
+        """What is known of the input tokens one batch ahead: in phase `decode` not the token that is written last."""
+        return self.tokens.unwritten() if self.phase == DECODE else self.tokens
+
     def demand(self, layout: MoELayout) -> IntArray:
-        """Tokens whose router chose each expert, `[L, E]`; padding is not counted."""
-        layers = [_count(ids, ids >= 0, layout) for ids in (*self.encoder_experts, *self.decoder_experts)]
+        """Assignments of each expert, `[L, E]`: tokens whose router chose it; padding is not counted."""
+        layers = [_count(ids, ids >= 0, layout) for ids in (*self.experts, *self.decoder_experts)]
         return torch.stack(layers).numpy()
 
     def load(self, layout: MoELayout) -> IntArray:
-        """Dispatched tokens of each expert, `[L, E]`: demand minus the tokens dropped for capacity."""
-        layers = [_count(ids, _kept(ids, layout), layout) for ids in self.encoder_experts]
+        """Dispatched assignments of each expert, `[L, E]`: demand minus those dropped for capacity."""
+        layers = [_count(ids, _kept(ids, layout), layout) for ids in self.experts]
         for ids in self.decoder_experts:
             layers.append(_count(ids, ids >= 0 if self.stepwise else _kept(ids, layout), layout))
         return torch.stack(layers).numpy()
 
 
 def _kept(experts: Tensor, layout: MoELayout) -> Tensor:
+    """True for assignments `[B, T, K]` within the capacity, which a token's experts use in their order."""
     if layout.expert_capacity is None:
         return experts >= 0
-    return dispatched_mask(experts, layout.num_experts, layout.expert_capacity)
+    return dispatched_mask(experts.flatten(-2), layout.num_experts, layout.expert_capacity).view_as(experts)
 
 
 def _count(experts: Tensor, keep: Tensor, layout: MoELayout) -> Tensor:
-    """Tokens of each expert at the positions to keep, `[E]`."""
+    """Assignments of each expert at the entries to keep, `[E]`."""
     return torch.bincount(experts[keep].long(), minlength=layout.num_experts)

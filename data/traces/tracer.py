@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, T encoder positions, U decoder positions, L MoE layers.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,21 +23,38 @@ def model_inputs(batch: TextBatch, config: Any) -> tuple[TokenBatch, TokenBatch]
     targets = pad_tokens(batch.targets, config.pad_token_id)
     start = torch.full_like(targets.input_ids[:, :1], config.decoder_start_token_id or config.pad_token_id)
     decoder = TokenBatch(torch.cat([start, targets.input_ids[:, :-1]], 1), targets.mask)
-    return pad_tokens(batch.sources, config.pad_token_id), decoder
+    return input_tokens(batch, config.pad_token_id), decoder
+
+
+def input_tokens(batch: TextBatch, pad: int) -> TokenBatch:
+    """Pads a batch's input tokens to `[B, T]`, with the request of each sequence.
+
+    Raises:
+        ValueError: If the batch holds only padding.
+    """
+    tokens = pad_tokens(batch.sources, pad)
+    if not tokens.mask.any():
+        raise ValueError(f"batch {batch.number} holds only padding; expected at least one token")
+    return replace(tokens, requests=torch.from_numpy(batch.requests))
 
 
 class Tracer:
-    """Traces batches of one model.
+    """Traces batches of one Switch model.
 
     Args:
-        switch: The model.
+        loaded: The model.
         tap: A `RouterTap` on the model, entered as a context.
         decode: "teacher" feeds the decoder the true targets, "generate" decodes greedily, "none" skips the decoder.
         max_new_tokens: Most tokens the decoder generates.
     """
 
-    def __init__(self, switch: LoadedModel, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
-        self.switch, self.tap, self.decode, self.max_new_tokens = switch, tap, decode, max_new_tokens
+    def __init__(self, loaded: LoadedModel, tap: RouterTap, decode: Decode, max_new_tokens: int) -> None:
+        self.loaded, self.tap, self.decode, self.max_new_tokens = loaded, tap, decode, max_new_tokens
+        self.steps = 1
+
+    def traces(self, batch: TextBatch) -> list[RouterTrace]:
+        """Runs one batch; returns the traces of its `steps`, here of one."""
+        return [self.trace(batch)]
 
     @torch.inference_mode()
     def trace(self, batch: TextBatch) -> RouterTrace:
@@ -45,16 +63,14 @@ class Tracer:
         Raises:
             ValueError: If it holds only padding.
         """
-        tokens, decoder = model_inputs(batch, self.switch.model.config)
-        if not tokens.mask.any():
-            raise ValueError(f"batch {batch.number} holds only padding; expected at least one token")
+        tokens, decoder = model_inputs(batch, self.loaded.model.config)
         ids, attention = tokens.input_ids.to(self._device), tokens.mask.long().to(self._device)
         if self.decode == "generate":
             decoder = self._generate(ids, attention)
         else:
-            hidden = self.switch.model.encoder(input_ids=ids, attention_mask=attention)[0]
+            hidden = self.loaded.model.encoder(input_ids=ids, attention_mask=attention)[0]
             if self.decode == "teacher":
-                self.switch.model.decoder(
+                self.loaded.model.decoder(
                     input_ids=decoder.input_ids.to(self._device),
                     encoder_hidden_states=hidden,
                     encoder_attention_mask=attention,
@@ -63,12 +79,12 @@ class Tracer:
 
     @property
     def _device(self) -> torch.device:
-        device: torch.device = self.switch.model.device
+        device: torch.device = self.loaded.model.device
         return device
 
     def _generate(self, ids: Tensor, attention: Tensor) -> TokenBatch:
         """Decodes greedily; returns the decoder's inputs `[B, U]`, padded after each sequence's end."""
-        model = self.switch.model
+        model = self.loaded.model
         written = model.generate(
             input_ids=ids, attention_mask=attention, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
         ).cpu()
@@ -76,16 +92,16 @@ class Tracer:
         return TokenBatch(inputs, (inputs == model.config.eos_token_id).cumsum(1) == 0)
 
     def _assemble(self, batch: TextBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
-        calls, split = self.tap.take(), self.switch.layout.num_input_layers
+        calls, split = self.tap.take(), self.loaded.layout.num_input_layers
         encoder = [call for layer in calls[:split] for call in layer]  # each encoder router runs once per batch
         found = [torch.cat([call.experts for call in layer], 1) for layer in calls if layer]
         if self.tap.top:
             found += [call.top_experts for call in encoder] + [call.top_probability.half() for call in encoder]
         on_host = iter(download(found))
-        layers = [next(on_host) if layer else None for layer in calls]
+        layers = [next(on_host)[..., None] if layer else None for layer in calls]
         top: dict[str, Tensor] = {}
         if self.tap.top:
-            for name in ("encoder_top_experts", "encoder_top_probabilities"):
+            for name in ("top_experts", "top_probabilities"):
                 stacked = torch.stack([next(on_host) for _ in encoder])
                 top[name] = stacked.masked_fill(~tokens.mask[..., None], PADDING)
         return RouterTrace(
@@ -104,8 +120,8 @@ def download(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _stack(layers: list[Tensor | None], tokens: TokenBatch) -> Tensor:
-    """Stacks expert ids to `[L, B, T]` with padding marked; a layer that did not run is all padding."""
-    shape = tokens.mask.shape
+    """Stacks expert ids to `[L, B, T, 1]` with padding marked; a layer that did not run is all padding."""
+    shape = (*tokens.mask.shape, 1)
     rows = [torch.zeros(shape, dtype=torch.int16) if layer is None else layer for layer in layers]
     stacked = torch.stack(rows) if rows else torch.zeros((0, *shape), dtype=torch.int16)
-    return stacked.masked_fill(~tokens.mask, PADDING)
+    return stacked.masked_fill(~tokens.mask[..., None], PADDING)

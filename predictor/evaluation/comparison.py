@@ -15,7 +15,7 @@ from data.traces.trace import RouterTrace, TokenBatch
 from predictor.baselines.history import Ema, LastBatch, Oracle, Stationary, Uniform
 from predictor.baselines.ridge import RidgeForecaster
 from predictor.baselines.token_table import TokenTable
-from predictor.evaluation.metrics import token_top1
+from predictor.evaluation.metrics import likeliest, token_top1
 from predictor.evaluation.scores import Scores
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory
 from predictor.forecaster import NeuralForecaster
@@ -67,11 +67,11 @@ def compare_forecasters(
         for forecaster in forecasters:
             scores = stream.setdefault(forecaster.name, Scores())
             started = time.perf_counter()
-            forecast, logits = forecast_and_logits(forecaster, sample.trace.tokens, data.loads[:step])
+            forecast, logits = forecast_and_logits(forecaster, sample.trace.upcoming, data.loads[:step])
             scores.milliseconds.append(1e3 * (time.perf_counter() - started))
             scores.add(forecast, data.loads[step])
             if (chosen := chosen_experts(forecaster, sample.trace, logits)) is not None:
-                scores.token_top1.append(token_top1(chosen, sample.trace.encoder_experts).double().numpy())
+                scores.token_top1.append(token_top1(chosen, sample.trace.experts).double().numpy())
             for count, new in (new_balancers or {}).items():
                 key = (sample.trace.phase, forecaster.name, count)
                 balancer = balancers.get(key) or balancers.setdefault(key, new())
@@ -100,16 +100,16 @@ def test_steps(data: RouterTraceModule) -> Iterable[tuple[int, TraceSample]]:
 def forecast_and_logits(
     forecaster: Forecaster, upcoming: TokenBatch, history: LoadHistory
 ) -> tuple[LoadForecast, Tensor | None]:
-    """The forecast, and the logits `[B, T, L_enc, E]` of a network, so that it runs once for both."""
+    """The forecast, and the logits `[B, T, L_in, E]` of a network, so that it runs once for both."""
     if isinstance(forecaster, NeuralForecaster):
         return forecaster.forecast_and_logits(upcoming, history)
     return forecaster.forecast(upcoming, history), None
 
 
 def chosen_experts(forecaster: Forecaster, trace: RouterTrace, logits: Tensor | None) -> Tensor | None:
-    """The expert predicted for each token, `[L_enc, B, T]`; None if the forecaster predicts loads only."""
+    """The K experts predicted for each token, `[L_in, B, T, K]`; None if the forecaster predicts loads only."""
     if isinstance(forecaster, Oracle):
-        return trace.encoder_experts
+        return trace.experts
     if isinstance(forecaster, TokenTable):
-        return forecaster.route(trace.tokens)
-    return None if logits is None else logits.argmax(-1).permute(2, 0, 1)
+        return forecaster.route(trace.upcoming)
+    return None if logits is None else likeliest(logits, trace.experts.shape[-1])

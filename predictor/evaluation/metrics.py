@@ -59,14 +59,22 @@ def sampling_floor(load_LE: Tensor) -> Tensor:
 
 
 def token_top1(chosen: Tensor, experts: Tensor) -> Tensor:
-    """Share of real tokens whose expert was predicted, `[L_enc]`.
+    """Share of the experts of real tokens that were predicted, `[L_in]`; with K of 1 the share of tokens.
 
     Args:
-        chosen: Predicted expert of each token, `[L_enc, B, T]`.
-        experts: True expert, negative on padding, `[L_enc, B, T]`.
+        chosen: The K predicted experts of each token, `[L_in, B, T, K]`.
+        experts: Its K true experts, negative on padding, `[L_in, B, T, K]`.
     """
     real = experts >= 0
-    return ((chosen == experts) & real).sum((1, 2)) / real.sum((1, 2)).clamp(min=1)
+    found = (experts[..., None] == chosen[..., None, :]).any(-1)
+    return (found & real).sum((1, 2, 3)) / real.sum((1, 2, 3)).clamp(min=1)
+
+
+def likeliest(logits_BTLE: Tensor, top_k: int) -> Tensor:
+    """The `top_k` experts with the highest logits of each token, `[L_in, B, T, K]`."""
+    if top_k == 1:
+        return logits_BTLE.argmax(-1, keepdim=True).permute(2, 0, 1, 3)
+    return logits_BTLE.topk(top_k, -1).indices.permute(2, 0, 1, 3)
 
 
 class LayerMean(Metric):

@@ -26,7 +26,7 @@ class Scores:
         floor: `sampling_floor` of the true load, `[N][L]`.
         hot_recall: Share of the hot experts found, `[N][L]`.
         nll: Negative log-likelihood of a token's expert, nats, `[N][L]`.
-        token_top1: Share of tokens whose expert was predicted, `[N][L_enc]`; empty for forecasters of loads alone.
+        token_top1: Share of the tokens' experts that were predicted, `[N][L_in]`; empty for forecasters of loads alone.
         balancedness: Number of redundant experts -> balancedness, mean over layers, `[N]`.
         regret: Number of redundant experts -> balancedness with the oracle's forecast less `balancedness`, `[N]`.
         milliseconds: Duration of one forecast, `[N]`.

@@ -1,6 +1,6 @@
 """segment_errors: forecast errors per segment of the text (topic, language), seen in training or not.
 
-The sequences of one segment in a test batch are forecast as a batch of their own, in the encoder's layers. A trained
+The sequences of one segment in a test batch are forecast as a batch of their own, in the input layers. A trained
 predictor gets their tokens only, because past loads are of whole batches, not of one segment.
 """
 
@@ -38,13 +38,13 @@ def segment_errors(
             truth = sequence_loads(piece, layout)[:, :split].sum(0).float()
             for forecaster in forecasters:
                 past = data.loads[:0] if isinstance(forecaster, NeuralForecaster) else data.loads[:step]
-                forecast, logits = forecast_and_logits(forecaster, piece.tokens, past)
+                forecast, logits = forecast_and_logits(forecaster, piece.upcoming, past)
                 load = torch.from_numpy(forecast.load[:split]).float()
                 its = scores[str(segment)][forecaster.name]
                 its.load_tv.append(load_tv(load, truth).numpy())
                 chosen = chosen_experts(forecaster, piece, logits)
                 if chosen is not None:
-                    its.token_top1.append(token_top1(chosen, piece.encoder_experts).double().numpy())
+                    its.token_top1.append(token_top1(chosen, piece.experts).double().numpy())
     seen = {segment for sample in data.samples("train") for segment in sample.trace.segments}
     return {
         segment: {"seen": segment in seen} | {name: _figures(its) for name, its in forecast.items()}

@@ -9,7 +9,7 @@ REDUNDANT = (16, 8)
 CAPTIONS = {
     "load_tv": "Total variation between forecast and true load (lower is better)",
     "hot_recall": "Share of the 16 hottest experts found",
-    "token_top1": "Share of tokens whose expert was predicted",
+    "token_top1": "Share of tokens whose expert was predicted (with top-k routing: of their experts)",
     "balancedness_r16": "Balancedness, 8 devices, 16 redundant experts (1 is perfect)",
     "regret_r16": "Regret: balancedness of the oracle's forecast less this one's, 16 redundant experts",
     "gap_closed_r16": "Share of the gap between last batch and oracle that is closed, 16 redundant experts",

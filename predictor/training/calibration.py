@@ -46,7 +46,7 @@ def calibrate_spread(forecaster: NeuralForecaster, samples: Iterable[TraceSample
     """Weights of the sources, `[2, L, S]`: for forecasts from tokens and history, then from history alone."""
     known, unknown, truth = [], [], []
     for sample in samples:
-        known.append(forecaster.estimate(sample.trace.tokens, sample.history))
+        known.append(forecaster.estimate(sample.trace.upcoming, sample.history))
         unknown.append(forecaster.estimate(None, sample.history))
         truth.append(sample.load)
     loads = torch.stack(truth)

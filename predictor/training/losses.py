@@ -1,12 +1,13 @@
 """Training losses: errors of a batch's load, of each token's expert, and of each sequence's experts.
 
-Shape suffixes: B sequences, T encoder positions, U decoder positions, K top entries, L MoE layers, E logical experts.
+Shape suffixes: B sequences, T input positions, U decoder positions, K experts or top entries of a token, L MoE layers,
+E logical experts.
 """
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from data.traces.trace import RouterTrace
+from data.traces.trace import PADDING, RouterTrace
 from predictor.evaluation.metrics import shares
 from predictor.network import Prediction
 
@@ -28,9 +29,13 @@ def load_loss(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
 
 
 def token_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
-    """Cross-entropy of the experts of encoder tokens, nats per token."""
-    experts_BTL = trace.encoder_experts.permute(1, 2, 0).long()  # negative on padding
-    return cross_entropy(prediction.token_logits.flatten(0, 2), experts_BTL.flatten(), ignore_index=-1)
+    """Cross-entropy of the experts of input tokens, nats per expert: the mean over each token's K experts."""
+    experts_BTLK = trace.experts.permute(1, 2, 0, 3).long()  # negative on padding and context
+    if experts_BTLK.shape[-1] == 1:
+        return cross_entropy(prediction.token_logits.flatten(0, 2), experts_BTLK.flatten(), ignore_index=PADDING)
+    real = trace.tokens.computed
+    log_share_NLE = prediction.token_logits[real].log_softmax(-1)
+    return -log_share_NLE.gather(-1, experts_BTLK[real]).sum() / max(int(real.sum()) * experts_BTLK[0, 0].numel(), 1)
 
 
 def distillation_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
@@ -41,21 +46,22 @@ def distillation_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
     Raises:
         ValueError: If the trace does not contain the likeliest experts.
     """
-    if trace.encoder_top_experts is None or trace.encoder_top_probabilities is None:
+    if trace.top_experts is None or trace.top_probabilities is None:
         raise ValueError(
-            "the trace contains no likeliest experts to distil from; collect one with --top 4, or set "
-            "--model.distillation_weight 0"
+            "the trace contains no likeliest experts to distil from; collect one with --top 4 (of a decoder-only "
+            "model: its experts of a token), or set --model.distillation_weight 0"
         )
-    teacher_LBTK = shares(trace.encoder_top_probabilities.float())
+    teacher_LBTK = shares(trace.top_probabilities.float())
     log_share_LBTE = prediction.token_logits.log_softmax(-1).permute(2, 0, 1, 3)
-    surprise_LBT = -(teacher_LBTK * log_share_LBTE.gather(-1, trace.encoder_top_experts.long())).sum(-1)
-    return (surprise_LBT * trace.tokens.mask).sum() / (trace.tokens.mask.sum() * len(surprise_LBT)).clamp(min=1)
+    surprise_LBT = -(teacher_LBTK * log_share_LBTE.gather(-1, trace.top_experts.long())).sum(-1)
+    real = trace.tokens.computed
+    return (surprise_LBT * real).sum() / (real.sum() * len(surprise_LBT)).clamp(min=1)
 
 
 def sequence_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
     """Cross-entropy of the experts of decoder tokens, nats per token; one forecast share serves a whole sequence."""
     log_share_LBE = shares(prediction.sequence_load).clamp(min=LEAST_SHARE).log().transpose(0, 1)
-    experts_LBU = trace.decoder_experts.long()
+    experts_LBU = trace.decoder_experts.long().flatten(2)  # each of a token's experts is an entry
     real = experts_LBU >= 0
     surprise_LBU = -log_share_LBE.gather(2, experts_LBU.clamp(min=0)) * real
     return surprise_LBU.sum() / real.sum().clamp(min=1)

@@ -19,7 +19,7 @@ from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
 from data.models.weights import read_embedding
 from data.traces.dataset import TraceSample
-from predictor.evaluation.metrics import LayerMean, load_tv, token_top1
+from predictor.evaluation.metrics import LayerMean, likeliest, load_tv, token_top1
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork, Prediction
 from predictor.training.losses import distillation_loss, load_loss, sequence_loss, token_loss
@@ -43,19 +43,19 @@ def keep_freed_memory() -> None:
 
 
 class ForecasterModule(LightningModule):
-    """Trains a `LoadNetwork` on a trace; layout and embedding come from the data module's trace.
+    """Trains a `LoadNetwork` on a trace; layout and, unless it learns its own, embedding come from the trace's model.
 
     Args:
         architecture: Shape of the network.
         learning_rate: Peak of AdamW's one-cycle schedule.
-        token_weight: Weight of the loss on encoder tokens; the losses on decoder and history have weight 1.
-        encoder_load_weight: Weight of the load loss of the encoder's layers.
+        token_weight: Weight of the loss on input tokens; the losses on decoder and history have weight 1.
+        encoder_load_weight: Weight of the load loss of the input layers.
         distillation_weight: Weight of the loss on the routers' likeliest experts; above 0 the trace must contain them.
         weight_decay: AdamW's decoupled weight decay.
     """
 
     network: LoadNetwork
-    embedding: Tensor
+    embedding: Tensor | None
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class ForecasterModule(LightningModule):
         self.weights = {"token": token_weight, "load": encoder_load_weight, "distillation": distillation_weight}
 
     def setup(self, stage: str) -> None:
-        """Builds the network for the trace's model and reads that model's embedding table.
+        """Builds the network for the trace's model and, unless it learns its own, reads that model's embedding table.
 
         Raises:
             ValueError: If the embedding table does not fit the trace, or has values that are not finite.
@@ -88,7 +88,11 @@ class ForecasterModule(LightningModule):
         assert isinstance(data, RouterTraceModule)
         self.layout: MoELayout = data.layout
         self.network = LoadNetwork(self.layout, self.architecture)
+        if self.network.embedding is not None:
+            self.embedding = None
+            return
         self.register_buffer("embedding", read_embedding(self.layout.model_id, self.layout.revision), persistent=False)
+        assert self.embedding is not None
         if len(self.embedding) < self.layout.vocab_size:
             raise ValueError(
                 f"{self.layout.model_id} has {len(self.embedding)} embeddings, the trace was made with a vocabulary of "
@@ -117,13 +121,13 @@ class ForecasterModule(LightningModule):
 
     def forward(self, sample: TraceSample) -> Prediction:
         """Forecasts one batch."""
-        tokens = sample.trace.tokens
-        x_BTD = nn.functional.embedding(tokens.input_ids, self.embedding)
-        prediction: Prediction = self.network(x_BTD, tokens.mask, sample.history)
+        tokens = sample.trace.upcoming
+        x_BTD = self.network.embed(tokens.input_ids, self.embedding)
+        prediction: Prediction = self.network(x_BTD, tokens.mask, sample.history, tokens.computed)
         return prediction
 
     def losses(self, prediction: Prediction, sample: TraceSample) -> dict[str, Tensor]:
-        """Cross-entropies of encoder tokens and of decoder sequences, and load losses with tokens known and unknown."""
+        """Cross-entropies of input tokens and of decoder sequences, and load losses with tokens known and unknown."""
         split = self.layout.num_input_layers
         past_share = self.network.history.share(sample.history)
         losses = {
@@ -184,10 +188,10 @@ class ForecasterModule(LightningModule):
     def validation_step(self, sample: TraceSample, step: int) -> None:
         """Adds load error and token top-1 of a batch to the means over the validation batches."""
         prediction = self(sample)
-        chosen = prediction.token_logits.argmax(-1).permute(2, 0, 1)
+        chosen = likeliest(prediction.token_logits, self.layout.experts_per_token)
         values = {
             "load_tv": load_tv(prediction.load, sample.load),
-            "token_top1": token_top1(chosen, sample.trace.encoder_experts),
+            "token_top1": token_top1(chosen, sample.trace.experts),
         }
         for name, value in values.items():
             mean = self.means.setdefault(f"val/{name}", LayerMean(len(value)).to(value.device))
@@ -210,7 +214,8 @@ class ForecasterModule(LightningModule):
         """A forecaster with the present weights, on the CPU; its spread is not calibrated yet."""
         network = LoadNetwork(self.layout, self.architecture)
         network.load_state_dict({name: value.cpu() for name, value in self.network.state_dict().items()})
-        return NeuralForecaster(self.layout, network, self.embedding.cpu(), torch.ones(2, self.layout.num_layers, 3))
+        table = None if self.embedding is None else self.embedding.cpu()
+        return NeuralForecaster(self.layout, network, table, torch.ones(2, self.layout.num_layers, 3))
 
     def configure_optimizers(self) -> Any:
         """AdamW under a one-cycle schedule that ends with the last epoch."""

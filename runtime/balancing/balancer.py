@@ -47,13 +47,14 @@ class Balancer:
         num_redundant_experts: R, replica slots a layer over all devices.
         forecaster: "last", "mean" or "ema" (of past loads), or any `Forecaster`.
         planner: Any `Planner`; by default a `HomePlanner` with the limits below.
-        homes: Experts in the order of the home slots, `[L, E]`; by default chosen so that the first load is flat.
+        homes: As `ReplicationPlan.at_home` takes them, `[L, E]` or `[L, P]`; by default chosen so that the first load
+            is flat.
         max_moves: Most experts moved before a batch, over all layers; None moves as many as pay.
         devices_per_node: Devices that share a fast network; the planner prefers copies within a node, and `split`
             keeps tokens there. None means one node.
 
     Raises:
-        ValueError: If experts or redundant experts do not divide over the devices, or an option is unknown.
+        ValueError: If experts and redundant experts do not divide over the devices, or an option is unknown.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Balancer:
         """
         array = _whole_tokens(load)
         if self._plan is None:
-            self._begin(flat_homes(array.astype(np.float64), self.num_devices))
+            self._begin(flat_homes(array.astype(np.float64), self.num_devices, self.num_redundant_experts))
         expected = (len(self.plan.phy2log), self.plan.num_experts)
         if array.shape != expected:
             raise ValueError(f"the load has shape {array.shape}, the plan is for {expected} layers and experts")
@@ -144,7 +145,7 @@ class Balancer:
 
     def _begin(self, homes: IntArray) -> None:
         self._plan = ReplicationPlan.at_home(homes, self.num_devices, self.num_redundant_experts)
-        self._history = np.zeros((0, *homes.shape), dtype=np.int64)
+        self._history = np.zeros((0, len(homes), self._plan.num_experts), dtype=np.int64)
 
 
 def _array(values: Any) -> npt.NDArray[Any]:

@@ -10,8 +10,8 @@ mean device load. The score is .78; a copy of expert 0 on device 1 makes both lo
 
     >>> load = np.array([[[1.2], [0.4], [0.3], [0.1]]], dtype=np.float32)
     >>> sure, free = np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.float32)
-    >>> factor = np.ones((2, 2), dtype=np.float32)
-    >>> held, saved = improve(np.array([[-1, -1]]), np.array([[0, 0, 1, 1]]), load, sure, free, factor, 2)
+    >>> factor, first = np.ones((2, 2), dtype=np.float32), np.array([[0, 1, 2]])
+    >>> held, saved = improve(np.array([[-1, -1]]), first, np.array([[0, 0, 1, 1]]), load, sure, free, factor, 2)
     >>> held.tolist(), round(float(saved[0]), 3)
     ([[-1, 0]], 0.78)
 
@@ -22,15 +22,18 @@ import numpy as np
 from numba import njit
 
 from data.arrays import Float32Array, IntArray
-from runtime.balancing.water_filling import Layer, copy, replace, score, start
+from runtime.balancing.matching import fill
+from runtime.balancing.water_filling import Layer, copy, fork, replace, score, start, start_exactly, start_like
 
-WORK = 40_000
+WORK, LARGE_WORK = 40_000, 150_000
 """Work allowed on one layer before one batch: trials, times slots and devices, times scenarios and six."""
 ROUND, ROUGH_ROUND, SURE_ROUND = 20, 3, 48
 """Changes relaxed in full to choose one: in general; while slots are empty or the overload is above `ROUGH`, when most
 copies help; and for a forecast without spread, whose single scenario costs little."""
 ROUGH = 0.2
 """Overload in units of the mean device load."""
+FILL_PRICE = 2.0
+"""Price of a copy that `fill` places, relative to one of the search: it counts the largest device alone."""
 EXPERTS, DEVICES = 12, 8
 """Experts considered for copying and devices to copy to: the experts that relieve most, the devices with most space."""
 
@@ -38,6 +41,7 @@ EXPERTS, DEVICES = 12, 8
 @njit(cache=True, nogil=True)
 def improve(
     held_LR: IntArray,
+    first_LG: IntArray,
     home_LE: IntArray,
     load_LEK: Float32Array,
     weight_K: Float32Array,
@@ -49,6 +53,7 @@ def improve(
 
     Args:
         held_LR: Expert in each replica slot, -1 where empty.
+        first_LG: First replica slot of each device, and R at the end, `[L, G + 1]`.
         home_LE: Home device of each expert.
         load_LEK: Load of each expert in each scenario.
         weight_K: Weight of each scenario; they sum to 1.
@@ -61,25 +66,68 @@ def improve(
     """
     improved = held_LR.copy()
     gain = np.zeros(len(held_LR), dtype=np.float32)
+    work = (held_LR.shape[1] + first_LG.shape[1] - 1) * (6 + weight_K.size)
     for i in range(len(held_LR)):
-        layer = start(held_LR[i], home_LE[i], load_LEK[i], len(factor_GG))
-        before = score(layer.load, weight_K)
-        gain[i] = before - _search(layer, before, weight_K, price_L[i], factor_GG, max_moves)
+        if WORK >= work * ROUGH_ROUND * held_LR.shape[1]:  # the search alone can fill all slots
+            layer, trials, placed = start(held_LR[i], first_LG[i], home_LE[i], load_LEK[i]), WORK // work, 0
+            before = score(layer.load, weight_K)
+        else:
+            layer, before, placed = _filled(
+                held_LR[i], first_LG[i], home_LE[i], load_LEK[i], weight_K, price_L[i], factor_GG, max_moves
+            )
+            trials = LARGE_WORK // work
+        current = score(layer.load, weight_K)
+        gain[i] = before - _search(layer, current, weight_K, price_L[i], factor_GG, max_moves - placed, trials)
         for slot in range(layer.held.size):
             improved[i, slot] = layer.held[slot]
     return improved, gain
 
 
 @njit(cache=True, nogil=True)
+def _filled(
+    held_R: IntArray,
+    first_G: IntArray,
+    home_E: IntArray,
+    load_EK: Float32Array,
+    weight_K: Float32Array,
+    price: float,
+    factor_GG: Float32Array,
+    max_moves: int,
+) -> tuple[Layer, np.float32, int]:
+    """A layer after `fill` for the expected load, relaxed in all scenarios; the score before; copies placed."""
+    load_E1 = _expected(load_EK, weight_K)
+    layer = start_exactly(held_R, first_G, home_E, load_E1)
+    if weight_K.size == 1:
+        before = score(layer.load, weight_K)
+        placed = fill(layer, np.float32(FILL_PRICE * price), factor_GG, max_moves)
+        return layer, before, placed
+    before = score(start_like(layer, load_EK, load_E1[:, 0]).load, weight_K)
+    placed = fill(layer, np.float32(FILL_PRICE * price), factor_GG, max_moves)
+    return start_like(layer, load_EK, load_E1[:, 0]), before, placed
+
+
+@njit(cache=True, nogil=True)
+def _expected(load_EK: Float32Array, weight_K: Float32Array) -> Float32Array:
+    """Weighted mean of the scenarios, `[E, 1]`."""
+    mean = np.zeros((len(load_EK), 1), dtype=np.float32)
+    for expert in range(len(load_EK)):
+        for k in range(weight_K.size):
+            mean[expert, 0] += weight_K[k] * load_EK[expert, k]
+    return mean
+
+
+@njit(cache=True, nogil=True)
 def _search(
-    layer: Layer, current: np.float32, weight_K: Float32Array, price: float, factor_GG: Float32Array, max_moves: int
+    layer: Layer,
+    current: np.float32,
+    weight_K: Float32Array,
+    price: float,
+    factor_GG: Float32Array,
+    max_moves: int,
+    trials: int,
 ) -> np.float32:
     """Improves the layer in place; returns its score."""
-    slots_per_device = layer.held.size // len(layer.load)
-    scratch = Layer(
-        layer.held.copy(), layer.home, layer.on_replica.copy(), layer.at_home.copy(), layer.load.copy(), layer.changed
-    )
-    trials = WORK // ((layer.held.size + len(layer.load)) * (6 + weight_K.size))
+    scratch = fork(layer)
     for _ in range(max_moves):
         if current <= price or trials <= 0:  # even a perfect balance would save less than a move costs
             break
@@ -91,7 +139,7 @@ def _search(
                 break
             copy(layer, scratch, experts[i])
             replace(scratch, slots[i], experts[i])
-            device = slots[i] // slots_per_device
+            device = layer.device[slots[i]]
             cost = score(scratch.load, weight_K) + price * factor_GG[layer.home[experts[i]], device]
             trials -= 1
             if cost < least:
@@ -112,7 +160,7 @@ def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntAr
     fall from 2.72 to 2, and 2 * .6 * .6 = .72. The loss of the copy that is overwritten is estimated from the tokens
     now on it in the same way: with equal loads, sending f tokens home adds 2 f ** 2.
     """
-    held, slots_per_device = layer.held, layer.held.size // len(layer.load)
+    held = layer.held
     loss_R = np.zeros(held.size, dtype=np.float32)
     for slot in range(held.size):
         for k in range(weight_K.size):
@@ -124,9 +172,8 @@ def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntAr
     for expert in _largest(relief_E, EXPERTS):
         home = layer.home[expert]
         for device in devices:
-            first = device * slots_per_device
             present = device == home
-            for slot in range(first, first + slots_per_device):
+            for slot in range(layer.first[device], layer.first[device + 1]):
                 present = present or held[slot] == expert
             if present:
                 continue
@@ -137,7 +184,7 @@ def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntAr
                 gain += np.float32(2) * weight_K[k] * flow * (gap - flow)
             if gain <= 0:
                 continue
-            for slot in range(first, first + slots_per_device):
+            for slot in range(layer.first[device], layer.first[device + 1]):
                 _insert(gain - loss_R[slot], slot, expert, gains, slots, experts)
                 if held[slot] < 0:  # an empty slot loses nothing, so the slots after it cannot be better
                     break

@@ -1,23 +1,24 @@
-"""Compiled integer kernels of the token split: max-flow quotas, even quotas, and which source's tokens take which slot.
+"""Compiled integer kernels of the token split: quotas of least time, even quotas, and which source's tokens go where.
 
-`runtime.balancing.split` is the interface. An expert's tokens can be computed on any device that holds a copy. Starting
-from a split in which every token stays where it is, the most loaded device sheds tokens along chains of copies (expert
-a from device 0 to 3, expert b from 3 to 5, ...) to a device below the mean, until no chain leads from it to a device
-with at least two tokens less. No split is then better, because the devices that the chains reach hold only tokens that
-no other device can take. Chains are searched breadth first (shortest augmenting paths, Edmonds and Karp 1972); chains
-that take no token away from its own device are tried first.
+`runtime.balancing.split` is the interface, `runtime.balancing.leveling` the max-flow. Here is what comes before and
+after it: a first split that keeps tokens on their own device, then on their own node, as far as the mean device time
+allows; the choice of slots where an active slot has a price; and the sources of each slot's tokens.
 
-Three devices with two slots each; expert 0 has copies on devices 0 and 1, expert 1 on devices 1 and 2. The loads start
-as [8, 4, 0], the mean is 4. Device 0 can give tokens of expert 0 only to device 1, which is at the mean already; device
-1 can pass on tokens of expert 1 to device 2. So 4 tokens of expert 0 move from device 0 to 1 and, in the same step, 4
-tokens of expert 1 from device 1 to 2; the loads become [4, 4, 4]:
+Three devices with two slots each; expert 0 has copies on devices 0 and 1, expert 1 on devices 1 and 2:
 
     >>> phy2log = np.array([0, -1, 1, 0, 2, 1])
     >>> least_time_quotas(np.array([[8, 4, 0]]), np.array([8, 4, 0]), phy2log, 3, 0, 3).tolist()
     [[4, 0, 0, 4, 0, 4]]
 
-numba compiles these loops once and caches them; they run without the GIL. They are written as plain loops because numba
-takes twice as long to compile array expressions.
+With an overhead of 10 tokens for each active slot, a copy that would save 3 tokens stays without any:
+
+    >>> phy2log, counts = np.array([0, 1, 0, 2]), np.array([[100, 0, 94]])
+    >>> least_time_quotas(counts, counts[0], phy2log, 2, 0, 2).tolist()
+    [[97, 0, 3, 94]]
+    >>> least_time_quotas(counts, counts[0], phy2log, 2, 10, 2).tolist()
+    [[100, 0, 0, 94]]
+
+numba compiles these loops once and caches them; they run without the GIL.
 
 Shape suffixes: S source devices, E experts, P slots, G devices.
 """
@@ -25,7 +26,8 @@ Shape suffixes: S source devices, E experts, P slots, G devices.
 import numpy as np
 from numba import njit
 
-from data.arrays import BoolArray, IntArray
+from data.arrays import IntArray
+from runtime.balancing.leveling import Copies, Flow, copies_by_expert, level
 
 
 @njit(cache=True, nogil=True)
@@ -36,14 +38,16 @@ def even_quotas(counts_SE: IntArray, phy2log: IntArray) -> IntArray:
     from source 0 and 1 + 2 from source 1, so that both slots get 3.
     """
     num_sources, num_experts = counts_SE.shape
-    first, slots = _slots_by_expert(phy2log, num_experts)
+    copies = copies_by_expert(phy2log, num_experts, 1, 1)
     quota = np.zeros((num_sources, phy2log.size), dtype=np.int64)
     for source in range(num_sources):
-        for expert in range(num_experts):
-            copies = first[expert + 1] - first[expert]
-            each, odd = divmod(counts_SE[source, expert], copies)
-            for k in range(copies):
-                quota[source, slots[first[expert] + k]] = each + (1 if (k + source) % copies < odd else 0)
+        for slot in copies.slots:
+            first, stop = copies.begin[slot], copies.end[slot]
+            if copies.slots[first] != slot:
+                continue
+            each, odd = divmod(counts_SE[source, phy2log[slot]], stop - first)
+            for k in range(stop - first):
+                quota[source, copies.slots[first + k]] = each + (1 if (k + source) % (stop - first) < odd else 0)
     return quota
 
 
@@ -58,253 +62,226 @@ def least_time_quotas(
 ) -> IntArray:
     """Quotas `[S, P]` whose slowest device takes the least time; `runtime.balancing.split.split_by_quota` explains it.
 
-    With an overhead, slots are switched off one by one, those with fewest tokens first, as long as the slowest device
-    does not get slower: an exact choice of slots would be a mixed-integer program.
+    With an overhead, the split over all slots competes with one that makes slots active one by one, because an exact
+    choice of slots would be a mixed-integer program.
     """
-    first, slots = _slots_by_expert(phy2log, counts_SE.shape[1])
-    local_P = _local_tokens(counts_SE, phy2log, num_devices)
-    settled_P = np.zeros(phy2log.size, dtype=np.bool_)  # slots that have been tried
-    active_P = np.ones(phy2log.size, dtype=np.bool_)
-    quota_P, slowest = _balance(total_E, local_P, phy2log, first, slots, active_P, num_devices, expert_overhead_tokens)
-    while expert_overhead_tokens > 0:
-        # a slot with more tokens than its overhead saves more than it costs
-        slot = _lightest(quota_P, settled_P, expert_overhead_tokens, phy2log, first)
-        if slot < 0:
-            break
-        settled_P[slot] = True
-        if _active_copies(phy2log[slot], first, slots, active_P) > 1:
-            active_P[slot] = False
-            trial_P, trial = _balance(
-                total_E, local_P, phy2log, first, slots, active_P, num_devices, expert_overhead_tokens
-            )
-            if trial <= slowest:
-                quota_P, slowest = trial_P, trial
-            else:
-                active_P[slot] = True
-    return _assign_sources(counts_SE, quota_P, first, slots, num_devices, devices_per_node)
+    copies = copies_by_expert(phy2log, total_E.size, num_devices, num_devices)
+    near = copies
+    if devices_per_node < num_devices:
+        near = copies_by_expert(phy2log, total_E.size, num_devices, devices_per_node)
+    own_P = _own_tokens(counts_SE, phy2log, num_devices)
+    flow = Flow(
+        np.zeros_like(own_P), own_P, np.zeros(num_devices, dtype=np.int64), np.ones(phy2log.size, dtype=np.bool_)
+    )
+    for slot, expert in enumerate(phy2log):
+        if expert >= 0 and total_E[expert] > 0:
+            flow.load[slot // (phy2log.size // num_devices)] += expert_overhead_tokens
+    _first_split(flow, counts_SE, total_E, phy2log, copies, near, devices_per_node)
+    nodes = devices_per_node < num_devices
+    slowest = level(flow, copies, near, nodes)
+    if expert_overhead_tokens > 0:
+        few = _few_slots(total_E, own_P, phy2log, copies, num_devices, expert_overhead_tokens)
+        if level(few, copies, near, nodes) <= slowest:
+            flow = few
+    return _assign_sources(counts_SE, flow.quota, own_P, phy2log, copies, num_devices, devices_per_node)
 
 
 @njit(cache=True, nogil=True)
-def _balance(
+def _first_split(
+    flow: Flow,
+    counts_SE: IntArray,
     total_E: IntArray,
-    local_P: IntArray,
     phy2log: IntArray,
-    first: IntArray,
-    slots: IntArray,
-    active_P: BoolArray,
-    num_devices: int,
-    expert_overhead_tokens: int,
-) -> tuple[IntArray, int]:
-    """Tokens per slot `[P]` that make the greatest device time as small as whole tokens allow, and that time."""
-    slots_per_device = phy2log.size // num_devices
-    quota_P = np.zeros(phy2log.size, dtype=np.int64)
-    load_G = np.zeros(num_devices, dtype=np.int64)
-    for slot in range(phy2log.size):  # tokens whose own device holds their expert stay there
-        if active_P[slot] and phy2log[slot] >= 0:
-            quota_P[slot] = local_P[slot]
-            overhead = expert_overhead_tokens if total_E[phy2log[slot]] > 0 else 0
-            load_G[slot // slots_per_device] += local_P[slot] + overhead
-    for expert in range(total_E.size):  # the expert's other tokens go to the least loaded device that holds it
-        rest, best = total_E[expert], -1
-        for i in range(first[expert], first[expert + 1]):
-            slot = slots[i]
-            rest -= quota_P[slot]
-            if active_P[slot] and (best < 0 or load_G[slot // slots_per_device] < load_G[best // slots_per_device]):
-                best = slot
-        quota_P[best] += rest
-        load_G[best // slots_per_device] += rest
-    nothing, everywhere = np.zeros(local_P.size, dtype=np.int64), np.ones(num_devices, dtype=np.bool_)
-    floor = _mean_load(load_G, everywhere)  # a lower bound: no split has a smaller maximum
-    while True:
-        heavy = int(np.argmax(load_G))
-        if load_G[heavy] <= floor:
-            return quota_P, load_G[heavy]
-        kept_P = local_P  # first without sending any token away from its own device
-        light, via, reached_G = _find_chain(heavy, floor, quota_P, kept_P, load_G, phy2log, first, slots, active_P)
-        if light < 0:
-            kept_P = nothing
-            light, via, reached_G = _find_chain(heavy, floor, quota_P, kept_P, load_G, phy2log, first, slots, active_P)
-        if light < 0:
-            # No reached device can give tokens to a device outside. Their mean is then a lower bound too, and a higher
-            # one, since each of them holds at least `floor` and the heavy one more.
-            floor = _mean_load(load_G, reached_G)
-        else:
-            _shed(heavy, light, floor, via, quota_P, kept_P, load_G)
-
-
-@njit(cache=True, nogil=True)
-def _find_chain(
-    heavy: int,
-    floor: int,
-    quota_P: IntArray,
-    kept_P: IntArray,
-    load_G: IntArray,
-    phy2log: IntArray,
-    first: IntArray,
-    slots: IntArray,
-    active_P: BoolArray,
-) -> tuple[int, IntArray, BoolArray]:
-    """Looks for the nearest device below the floor that the heavy device can shed tokens to, breadth first.
-
-    Returns:
-        The device, or -1; for each device reached, the slot its tokens leave and the slot they enter, `[G, 2]`; the
-        devices reached, `[G]`. In the module's example: device 2; via[1] = (0, 3), via[2] = (2, 5).
-    """
-    num_devices = load_G.size
-    slots_per_device = phy2log.size // num_devices
-    via = np.empty((num_devices, 2), dtype=np.int64)
-    reached = np.zeros(num_devices, dtype=np.bool_)
-    queue = np.empty(num_devices, dtype=np.int64)
-    queue[0], head, tail = heavy, 0, 1
-    reached[heavy] = True
-    while head < tail:
-        device = queue[head]
-        head += 1
-        for leave in range(device * slots_per_device, (device + 1) * slots_per_device):
-            expert = phy2log[leave]
-            if expert < 0 or quota_P[leave] <= kept_P[leave]:
-                continue
-            for i in range(first[expert], first[expert + 1]):
-                enter = slots[i]
-                other = enter // slots_per_device
-                if reached[other] or not active_P[enter]:
-                    continue
-                reached[other] = True
-                via[other, 0], via[other, 1] = leave, enter
-                if load_G[other] < floor:
-                    return other, via, reached
-                queue[tail] = other
-                tail += 1
-    return -1, via, reached
-
-
-@njit(cache=True, nogil=True)
-def _shed(
-    heavy: int, light: int, floor: int, via: IntArray, quota_P: IntArray, kept_P: IntArray, load_G: IntArray
+    copies: Copies,
+    near: Copies,
+    devices_per_node: int,
 ) -> None:
-    """Moves as many tokens along the chain as every link carries, until one of its ends is at the floor, in place.
+    """Splits without chains, in place: own device, then own node, then wherever there is room below the mean time."""
+    slots_per_device = phy2log.size // flow.load.size
+    for slot, expert in enumerate(phy2log):  # tokens whose own device holds their expert stay there
+        if expert >= 0:
+            alone = copies.end[slot] - copies.begin[slot] == 1
+            flow.quota[slot] = total_E[expert] if alone else flow.own[slot]
+            flow.load[slot // slots_per_device] += flow.quota[slot]
+    left_E = total_E.copy()
+    for slot, expert in enumerate(phy2log):
+        if expert >= 0:
+            left_E[expert] -= flow.quota[slot]
+    target = -(-(flow.load.sum() + left_E.sum()) // flow.load.size)
+    if devices_per_node < flow.load.size and counts_SE.shape[0] > 1:
+        for group in near.slots:
+            if near.slots[near.begin[group]] != group or left_E[phy2log[group]] == 0:
+                continue
+            expert, node = phy2log[group], group // slots_per_device // devices_per_node
+            tokens = 0
+            for source in range(node * devices_per_node, (node + 1) * devices_per_node):
+                tokens += counts_SE[source, expert]
+            for i in range(near.begin[group], near.end[group]):
+                tokens -= flow.quota[near.slots[i]]
+            left_E[expert] -= _pour(flow, near, group, tokens, target)
+    firsts = _slots_with_and_without_copies(copies)[1]
+    for i in np.argsort(copies.end[firsts] - copies.begin[firsts], kind="mergesort"):  # few copies leave little choice
+        _pour(flow, copies, firsts[i], left_E[phy2log[firsts[i]]], target)
 
-    The chain is followed backwards, from the light device to the heavy one. Devices in the middle give as many tokens
-    as they take, so only the loads of the two ends change.
+
+@njit(cache=True, nogil=True)
+def _pour(flow: Flow, copies: Copies, slot: int, tokens: int, target: int) -> int:
+    """Gives tokens to a slot's group, in place: to each device up to the target, the rest to the least loaded device."""
+    slots_per_device, left, least = flow.quota.size // flow.load.size, tokens, slot
+    for i in range(copies.begin[slot], copies.end[slot]):
+        enter = copies.slots[i]
+        part = min(left, max(target - flow.load[enter // slots_per_device], 0))
+        flow.quota[enter] += part
+        flow.load[enter // slots_per_device] += part
+        left -= part
+        if flow.load[enter // slots_per_device] < flow.load[least // slots_per_device]:
+            least = enter
+    flow.quota[least] += left
+    flow.load[least // slots_per_device] += left
+    return tokens
+
+
+@njit(cache=True, nogil=True)
+def _few_slots(
+    total_E: IntArray, own_P: IntArray, phy2log: IntArray, copies: Copies, num_devices: int, overhead: int
+) -> Flow:
+    """A split that makes a second slot of an expert active only where that relieves the slowest device.
+
+    First each expert, from the most to the least loaded, gets one slot: on the device that would take least time. Then,
+    as long as the slowest device gets faster, one of its experts moves to another of its slots, in whole or in part.
     """
-    slots_per_device = quota_P.size // load_G.size
-    tokens = min(load_G[heavy] - floor, floor - load_G[light])
-    device = light
-    while device != heavy:
-        leave = via[device, 0]
-        tokens = min(tokens, quota_P[leave] - kept_P[leave])
-        device = leave // slots_per_device
-    device = light
-    while device != heavy:
-        leave, enter = via[device, 0], via[device, 1]
-        quota_P[leave] -= tokens
-        quota_P[enter] += tokens
-        device = leave // slots_per_device
-    load_G[heavy] -= tokens
-    load_G[light] += tokens
+    slots_per_device = phy2log.size // num_devices
+    quota_P, load_G = np.zeros(phy2log.size, dtype=np.int64), np.zeros(num_devices, dtype=np.int64)
+    active_P = np.zeros(phy2log.size, dtype=np.bool_)
+    slot_E = np.empty(total_E.size, dtype=np.int64)
+    for slot in copies.slots:
+        slot_E[phy2log[slot]] = slot
+    for expert in np.argsort(-total_E, kind="mergesort"):
+        best = slot_E[expert]
+        for i in range(copies.begin[best], copies.end[best]):
+            if load_G[copies.slots[i] // slots_per_device] < load_G[best // slots_per_device]:
+                best = copies.slots[i]
+        active_P[best] = True
+        quota_P[best] = total_E[expert]
+        load_G[best // slots_per_device] += total_E[expert] + (overhead if total_E[expert] > 0 else 0)
+    for _ in range(phy2log.size):
+        heavy = int(np.argmax(load_G))
+        least, chosen, source, moved = load_G[heavy], -1, -1, 0
+        for leave in range(heavy * slots_per_device, (heavy + 1) * slots_per_device):
+            if phy2log[leave] < 0 or quota_P[leave] == 0:
+                continue
+            for i in range(copies.begin[leave], copies.end[leave]):
+                enter = copies.slots[i]
+                if enter == leave or enter // slots_per_device == heavy:
+                    continue
+                there = load_G[enter // slots_per_device] + (0 if quota_P[enter] > 0 else overhead)
+                for tokens in (min((load_G[heavy] - there) // 2, quota_P[leave]), quota_P[leave]):
+                    here = load_G[heavy] - tokens - (overhead if tokens == quota_P[leave] else 0)
+                    if tokens > 0 and max(here, there + tokens) < least:
+                        least, chosen, source, moved = max(here, there + tokens), enter, leave, tokens
+        if chosen < 0:
+            break
+        load_G[chosen // slots_per_device] += moved + (0 if quota_P[chosen] > 0 else overhead)
+        quota_P[chosen] += moved
+        quota_P[source] -= moved
+        load_G[heavy] -= moved + (overhead if quota_P[source] == 0 else 0)
+        active_P[chosen], active_P[source] = True, quota_P[source] > 0
+    return Flow(quota_P, np.minimum(own_P, quota_P), load_G, active_P)
 
 
 @njit(cache=True, nogil=True)
 def _assign_sources(
-    counts_SE: IntArray, quota_P: IntArray, first: IntArray, slots: IntArray, num_devices: int, devices_per_node: int
+    counts_SE: IntArray,
+    quota_P: IntArray,
+    own_P: IntArray,
+    phy2log: IntArray,
+    copies: Copies,
+    num_devices: int,
+    devices_per_node: int,
 ) -> IntArray:
     """Fills the slots' quotas with each source's tokens, `[S, P]`: own device first, then own node, then in order.
 
-    `source // reach == device // reach` is true on the same device for a reach of 1, in the same node for a reach of
-    `devices_per_node`, and always for a reach of `num_devices`.
+    Sources are visited in order and each fills slots in order, so the first slot of an expert gets the first sources.
     """
-    num_sources = counts_SE.shape[0]
-    slots_per_device = quota_P.size // num_devices
+    num_sources, slots_per_device = counts_SE.shape[0], quota_P.size // num_devices
     assigned = np.zeros((num_sources, quota_P.size), dtype=np.int64)
-    free_P = quota_P.copy()
-    for expert in range(counts_SE.shape[1]):
-        begin, end = first[expert], first[expert + 1]
-        left_S = np.empty(num_sources, dtype=np.int64)
+    if num_sources == 1:
+        assigned[0] = quota_P
+        return assigned
+    free_P, left_E = quota_P.copy(), np.empty(counts_SE.shape[1], dtype=np.int64)
+    for slot in range(quota_P.size):
+        tokens = assigned[slot // slots_per_device, slot] = min(own_P[slot], quota_P[slot])
+        free_P[slot] -= tokens
+    node_slots = slots_per_device * devices_per_node
+    if devices_per_node < num_devices:
         for source in range(num_sources):
-            left_S[source] = counts_SE[source, expert]
-        for reach in (1, devices_per_node, num_devices):
-            for slot in slots[begin:end]:
-                for source in range(num_sources):
-                    near = source // reach == slot // slots_per_device // reach
-                    if num_sources == 1 or end - begin == 1 or near:
-                        tokens = min(left_S[source], free_P[slot])
-                        assigned[source, slot] += tokens
-                        left_S[source] -= tokens
-                        free_P[slot] -= tokens
-            if end - begin == 1:  # a single slot took all tokens in the first round
-                break
+            begin = source // devices_per_node * node_slots
+            _left_over(left_E, counts_SE[source], assigned[source], phy2log, begin, begin + node_slots)
+            for slot in range(begin, begin + node_slots):
+                if phy2log[slot] >= 0:
+                    tokens = min(left_E[phy2log[slot]], free_P[slot])
+                    assigned[source, slot] += tokens
+                    left_E[phy2log[slot]] -= tokens
+                    free_P[slot] -= tokens
+    if devices_per_node == num_devices:  # so far a source's tokens are on its own device alone
+        node_slots, devices_per_node = slots_per_device, 1
+    only, firsts = _slots_with_and_without_copies(copies)
+    next_slot = copies.begin[firsts]
+    for source in range(num_sources):
+        for slot in only:
+            assigned[source, slot] = counts_SE[source, phy2log[slot]]
+        begin = source // devices_per_node * node_slots
+        _left_over(left_E, counts_SE[source], assigned[source], phy2log, begin, begin + node_slots)
+        for i in range(firsts.size):
+            left = left_E[phy2log[firsts[i]]]
+            while left > 0:
+                slot = copies.slots[next_slot[i]]
+                tokens = min(left, free_P[slot])
+                assigned[source, slot] += tokens
+                left -= tokens
+                free_P[slot] -= tokens
+                if free_P[slot] == 0:
+                    next_slot[i] += 1
     return assigned
 
 
 @njit(cache=True, nogil=True)
-def _slots_by_expert(phy2log: IntArray, num_experts: int) -> tuple[IntArray, IntArray]:
-    """Where each expert's slots begin, `[E + 1]`, and all slots sorted by expert.
-
-    For phy2log [0, 1, -1, 2, 3, 0]: [0, 2, 3, 4, 5] and [0, 5, 1, 3, 4]; expert 0 is in slots 0 and 5.
-
-    Raises:
-        ValueError: If an expert has no slot.
-    """
-    first = np.zeros(num_experts + 1, dtype=np.int64)
-    for expert in phy2log:
-        if expert >= 0:
-            first[expert + 1] += 1
-    for expert in range(num_experts):
-        if first[expert + 1] == 0:
-            raise ValueError("expert " + str(expert) + " has no slot; every expert needs at least one")
-        first[expert + 1] += first[expert]
-    slots = np.empty(first[-1], dtype=np.int64)
-    fill = first[:-1].copy()
-    for slot, expert in enumerate(phy2log):
-        if expert >= 0:
-            slots[fill[expert]] = slot
-            fill[expert] += 1
-    return first, slots
+def _slots_with_and_without_copies(copies: Copies) -> tuple[IntArray, IntArray]:
+    """The slots whose expert has no other slot, and the first slot of each other expert."""
+    only, firsts = np.empty(copies.slots.size, dtype=np.int64), np.empty(copies.slots.size, dtype=np.int64)
+    alone, several = 0, 0
+    for i, slot in enumerate(copies.slots):
+        if copies.end[slot] - copies.begin[slot] == 1:
+            only[alone] = slot
+            alone += 1
+        elif copies.begin[slot] == i:
+            firsts[several] = slot
+            several += 1
+    return only[:alone], firsts[:several]
 
 
 @njit(cache=True, nogil=True)
-def _local_tokens(counts_SE: IntArray, phy2log: IntArray, num_devices: int) -> IntArray:
+def _left_over(
+    left_E: IntArray, counts_E: IntArray, assigned_P: IntArray, phy2log: IntArray, begin: int, end: int
+) -> None:
+    """Tokens of a source that the slots from begin to end do not have, written to the first argument."""
+    left_E[:] = counts_E
+    for slot in range(begin, end):
+        if phy2log[slot] >= 0:
+            left_E[phy2log[slot]] -= assigned_P[slot]
+
+
+@njit(cache=True, nogil=True)
+def _own_tokens(counts_SE: IntArray, phy2log: IntArray, num_devices: int) -> IntArray:
     """Tokens already on the device of each slot, `[P]`; a second copy of an expert on a device counts none."""
     slots_per_device = phy2log.size // num_devices
-    local_P = np.zeros(phy2log.size, dtype=np.int64)
+    own_P = np.zeros(phy2log.size, dtype=np.int64)
     if counts_SE.shape[0] == 1:
-        return local_P
+        return own_P
     for slot, expert in enumerate(phy2log):
         counted = expert < 0
         for other in range(slot // slots_per_device * slots_per_device, slot):
             counted = counted or phy2log[other] == expert
         if not counted:
-            local_P[slot] = counts_SE[slot // slots_per_device, expert]
-    return local_P
-
-
-@njit(cache=True, nogil=True)
-def _lightest(quota_P: IntArray, settled_P: BoolArray, most: int, phy2log: IntArray, first: IntArray) -> int:
-    """The slot with fewest tokens, at most `most`, among the unsettled slots of experts with several; or -1."""
-    lightest = -1
-    for slot, expert in enumerate(phy2log):
-        if expert < 0 or settled_P[slot] or quota_P[slot] > most or first[expert + 1] - first[expert] < 2:
-            continue
-        if lightest < 0 or quota_P[slot] < quota_P[lightest]:
-            lightest = slot
-    return lightest
-
-
-@njit(cache=True, nogil=True)
-def _active_copies(expert: int, first: IntArray, slots: IntArray, active_P: BoolArray) -> int:
-    """Slots of an expert that may get tokens."""
-    copies = 0
-    for i in range(first[expert], first[expert + 1]):
-        copies += active_P[slots[i]]
-    return copies
-
-
-@njit(cache=True, nogil=True)
-def _mean_load(load_G: IntArray, among_G: BoolArray) -> int:
-    """Mean load of some devices, rounded up."""
-    total, devices = 0, 0
-    for device in range(load_G.size):
-        if among_G[device]:
-            total += load_G[device]
-            devices += 1
-    return -(-total // devices)
+            own_P[slot] = counts_SE[slot // slots_per_device, expert]
+    return own_P

@@ -1,11 +1,17 @@
 """ReplicationPlan: the logical expert held by every physical slot, for each MoE layer; SlotMove; initial placements.
 
 The planner produces a plan, the engine applies it. `phy2log` is the only stored map; every other map is derived from
-it. Slots are numbered device after device in equal blocks. In a plan with fixed homes, each block begins with E / G
-home slots, which never change, and ends with R / G replica slots, where -1 is an empty slot:
+it. Slots are numbered device after device in equal blocks. In a plan with fixed homes, every expert has one home slot,
+which never changes; the other slots are replica slots, where -1 is an empty slot. Where experts and redundant experts
+both divide over the devices, each block begins with E / G home slots and ends with R / G replica slots:
 
     2 devices, 4 experts, 2 redundant: device 0 holds [0, 1 | 3], device 1 holds [2, 3 | -1];
     phy2log = [[0, 1, 3, 2, 3, -1]]
+
+Otherwise `home_slots` says which slots are homes, and a device may have no replica slot, or no home:
+
+    3 devices, 4 experts, 2 redundant: device 0 holds [0 | -1], device 1 holds [1 | 3], device 2 holds [2, 3];
+    phy2log = [[0, -1, 1, 3, 2, 3]], home_slots = [[0, 2, 4, 5]]
 
 `contiguous_homes` and `flat_homes` choose which expert has its home where.
 
@@ -21,6 +27,7 @@ import numpy as np
 
 from data.arrays import BoolArray, FloatArray, IntArray
 from data.files import write_json
+from runtime.balancing.packing import pack_equally, pack_with_replicas
 
 EMPTY = -1
 
@@ -58,13 +65,16 @@ class ReplicationPlan:
     Attributes:
         phy2log: Logical expert in each slot, or -1 where a slot is empty, int64 `[L, P]`.
         num_devices: G; device g owns slots `g * P / G` to `(g + 1) * P / G - 1`.
+        home_slots: Home slot of each expert, `[L, E]`; None where the homes are the first E / G slots of each device.
 
     Raises:
-        ValueError: If slots do not divide over devices, or an expert has no slot in some layer.
+        ValueError: If slots do not divide over devices, an expert has no slot in some layer, or a home slot holds
+            another expert.
     """
 
     phy2log: IntArray
     num_devices: int
+    home_slots: IntArray | None = None
 
     def __post_init__(self) -> None:
         if (kind := np.asarray(self.phy2log).dtype).kind not in "iu":
@@ -87,29 +97,49 @@ class ReplicationPlan:
             raise ValueError(f"layer {layer} has no slot for expert {expert}; every expert needs at least one")
         phy2log.setflags(write=False)
         object.__setattr__(self, "phy2log", phy2log)
+        if self.home_slots is not None:
+            object.__setattr__(self, "home_slots", _checked_homes(self.home_slots, phy2log, num_experts))
 
     @classmethod
     def at_home(cls, homes: IntArray, num_devices: int, num_redundant_experts: int) -> "ReplicationPlan":
         """The plan with every expert at home and all replica slots empty.
 
         Args:
-            homes: Experts in the order of the home slots, device after device, `[L, E]`, as `contiguous_homes` and
-                `flat_homes` return them.
+            homes: As `contiguous_homes` and `flat_homes` return them: experts in the order of the home slots, device
+                after device, `[L, E]`, which gives every device E / G homes, or one more or less where that is no whole
+                number; or the expert of every home slot and -1 in every replica slot, `[L, P]`.
             num_devices: G.
             num_redundant_experts: R, replica slots a layer over all devices.
+
+        Raises:
+            ValueError: If a row does not hold every expert once, or the numbers do not divide.
         """
         homes = np.asarray(homes)
-        if homes.ndim != 2 or not np.array_equal(np.sort(homes), np.tile(np.arange(homes.shape[1]), (len(homes), 1))):
-            raise ValueError("homes must be [layers, experts], each row a permutation of the experts")
-        check_division(homes.shape[-1], num_devices, num_redundant_experts)
-        if num_redundant_experts > (most := homes.shape[-1] * num_devices):
+        num_experts = int(homes.max()) + 1 if homes.ndim == 2 and homes.size else 0
+        whole = np.sort(homes, axis=-1)[:, -num_experts:] if num_experts else homes
+        widths = (num_experts, num_experts + num_redundant_experts)
+        if not num_experts or homes.shape[1] not in widths or (whole != np.arange(num_experts)).any():
             raise ValueError(
-                f"{num_redundant_experts} redundant experts are more than a copy of each of {homes.shape[-1]} experts "
+                "homes must be [layers, experts], each row a permutation of the experts, or [layers, slots], each row "
+                f"with every expert once and -1 in the other slots; got shape {homes.shape}"
+            )
+        check_division(num_experts, num_devices, num_redundant_experts)
+        if num_redundant_experts > (most := num_experts * num_devices):
+            raise ValueError(
+                f"{num_redundant_experts} redundant experts are more than a copy of each of {num_experts} experts "
                 f"on every one of {num_devices} devices; choose {most} at most"
             )
-        blocks = homes.reshape(len(homes), num_devices, -1)
-        empty = np.full((*blocks.shape[:2], num_redundant_experts // num_devices), EMPTY)
-        return cls(np.concatenate([blocks, empty], axis=-1).reshape(len(homes), -1), num_devices)
+        equal = num_experts % num_devices == 0
+        if homes.shape[1] == num_experts:
+            phy2log = _spread(homes, num_devices, num_redundant_experts)
+        else:
+            phy2log = homes
+            equal = equal and np.array_equal(
+                phy2log >= 0, _spread(phy2log[:, :num_experts], num_devices, num_redundant_experts) >= 0
+            )
+        return cls(
+            phy2log, num_devices, None if equal else np.argsort(phy2log, axis=-1, kind="stable")[:, -num_experts:]
+        )
 
     @property
     def num_experts(self) -> int:
@@ -128,9 +158,13 @@ class ReplicationPlan:
 
     @cached_property
     def is_home_slot(self) -> BoolArray:
-        """True for the first E / G slots of each device, `[P]`."""
-        position = np.arange(self.phy2log.shape[1]) % self.slots_per_device
-        return position < self.num_experts // self.num_devices
+        """True for home slots, `[L, P]`: where `home_slots` is None, for the first E / G slots of each device."""
+        if self.home_slots is None:
+            position = np.arange(self.phy2log.shape[1]) % self.slots_per_device
+            return np.tile(position < self.num_experts // self.num_devices, (len(self.phy2log), 1))
+        is_home_slot = np.zeros(self.phy2log.shape, dtype=bool)
+        np.put_along_axis(is_home_slot, self.home_slots, True, axis=-1)
+        return is_home_slot
 
     @cached_property
     def homes(self) -> IntArray:
@@ -139,7 +173,9 @@ class ReplicationPlan:
         Raises:
             ValueError: If the home slots do not hold each expert once, as in a plan made by EPLB.
         """
-        slots = np.flatnonzero(self.is_home_slot)
+        if self.home_slots is not None:
+            return self.home_slots
+        slots = np.flatnonzero(self.is_home_slot[0])
         homes = np.full(
             (len(self.phy2log), self.num_experts + 1), EMPTY
         )  # index -1, the last column, takes empty slots
@@ -147,6 +183,10 @@ class ReplicationPlan:
         if (homes[:, :-1] == EMPTY).any():
             raise ValueError("this plan has no fixed homes: an expert is in no device's first E / G slots")
         return homes[:, :-1]
+
+    def with_slots(self, phy2log: IntArray) -> "ReplicationPlan":
+        """The plan with the same devices and homes, and other replicas: `phy2log` is `[L, P]`."""
+        return ReplicationPlan(phy2log, self.num_devices, self.home_slots)
 
     @cached_property
     def replica_count(self) -> IntArray:
@@ -180,7 +220,7 @@ class ReplicationPlan:
         for layer, slot in np.argwhere(changed).tolist():
             expert = int(other.phy2log[layer, slot])
             held = np.flatnonzero(self.phy2log[layer] == expert)
-            at_home = held[self.is_home_slot[held]]
+            at_home = held[self.is_home_slot[layer, held]]
             moves.append(SlotMove(layer, slot, expert, source=int((at_home if at_home.size else held)[0])))
         return moves
 
@@ -200,7 +240,7 @@ class ReplicationPlan:
             expert = choice[np.argmin(count[layer, choice])]
             phy2log[layer, slot] = expert
             count[layer, expert] += 1
-        return ReplicationPlan(phy2log, self.num_devices)
+        return self.with_slots(phy2log)
 
     def to_sglang(self, path: Path | str) -> None:
         """Writes the plan, `filled`, as the JSON file that SGLang reads with `--init-expert-location`."""
@@ -208,19 +248,20 @@ class ReplicationPlan:
 
 
 def check_division(num_experts: int, num_devices: int, num_redundant_experts: int) -> None:
-    """Refuses experts or redundant experts that do not divide over the devices.
+    """Refuses experts and redundant experts whose slots do not divide over the devices.
 
     Raises:
-        ValueError: Naming the figure that does not divide.
+        ValueError: Naming the figures, and redundant experts that would divide.
     """
     if num_devices < 1:
         raise ValueError(f"{num_devices} devices: expected at least 1")
-    if num_experts % num_devices:
-        raise ValueError(f"{num_experts} experts do not divide over {num_devices} devices; choose a divisor")
-    if num_redundant_experts < 0 or num_redundant_experts % num_devices:
+    if num_redundant_experts < 0:
+        raise ValueError(f"{num_redundant_experts} redundant experts: expected 0 or more")
+    if odd := (num_experts + num_redundant_experts) % num_devices:
+        near = [num_redundant_experts - odd, num_redundant_experts - odd + num_devices]
         raise ValueError(
-            f"{num_redundant_experts} redundant experts do not divide over {num_devices} devices; "
-            f"choose 0 or a multiple of {num_devices}"
+            f"{num_experts} experts and {num_redundant_experts} redundant experts do not divide over {num_devices} "
+            f"devices; choose {' or '.join(str(redundant) for redundant in near if redundant >= 0)} redundant experts"
         )
 
 
@@ -242,32 +283,55 @@ def contiguous_homes(num_layers: int, num_experts: int) -> IntArray:
     return np.tile(np.arange(num_experts), (num_layers, 1))
 
 
-def flat_homes(load: FloatArray, num_devices: int) -> IntArray:
-    """Homes that give every device E / G experts and about the same load.
+def flat_homes(load: FloatArray, num_devices: int, num_redundant_experts: int | None = None) -> IntArray:
+    """Homes that give every device about the same load, and replica slots where they help.
 
-    Longest processing time first: experts from the most to the least loaded, each to the least loaded device that
-    still has a free home slot (Graham 1969).
+    Where experts divide over devices: longest processing time first, experts from the most to the least loaded, each to
+    the least loaded device that still has a free home slot (Graham 1969). Otherwise the slots are packed as EPLB packs
+    them: the expert with most load per copy is copied until all slots are used, and the copies are packed in the same
+    way. One copy of each expert is its home, and the slots of the further copies are the replica slots: they lie on
+    devices that have room for a hot expert's tokens.
 
     Args:
         load: Load or share known so far, `[L, E]`.
         num_devices: G.
+        num_redundant_experts: R; needed where experts do not divide over devices.
 
     Returns:
-        Experts in the order of the home slots, device after device, `[L, E]`; within a device in their own order.
+        Homes for `ReplicationPlan.at_home`: `[L, E]` where experts and redundant experts divide over the devices, within
+        a device in their own order; else `[L, P]`.
     """
-    num_layers, num_experts = load.shape
-    check_division(num_experts, num_devices, 0)
-    return np.stack([_pack(row, num_devices) for row in load]).reshape(num_layers, -1)
+    redundant = num_redundant_experts or 0
+    check_division(load.shape[1], num_devices, redundant)
+    load = np.ascontiguousarray(load, dtype=np.float64)
+    if load.shape[1] % num_devices == 0:
+        return pack_equally(load, num_devices)
+    return pack_with_replicas(load, num_devices, redundant)
 
 
-def _pack(load: FloatArray, num_devices: int) -> IntArray:
-    """Packs one layer's experts `[E]` into devices, `[G, E / G]`."""
-    experts_per_device = load.size // num_devices
-    devices: list[list[int]] = [[] for _ in range(num_devices)]
-    device_load = np.zeros(num_devices)
-    for expert in np.argsort(-load, kind="stable").tolist():
-        free = (g for g in range(num_devices) if len(devices[g]) < experts_per_device)
-        device = min(free, key=lambda g: (device_load[g], g))
-        devices[device].append(expert)
-        device_load[device] += load[expert]
-    return np.array([sorted(experts) for experts in devices])
+def _spread(homes: IntArray, num_devices: int, num_redundant_experts: int) -> IntArray:
+    """Experts in the order of the home slots `[L, E]` at the first slots of the devices, -1 elsewhere, `[L, P]`.
+
+    Device g gets the experts from `g * E // G` to `(g + 1) * E // G` of that order.
+    """
+    num_layers, num_experts = homes.shape
+    slots_per_device = (num_experts + num_redundant_experts) // num_devices
+    phy2log = np.full((num_layers, num_devices * slots_per_device), EMPTY)
+    first = np.arange(num_devices + 1) * num_experts // num_devices
+    device = np.repeat(np.arange(num_devices), np.diff(first))
+    phy2log[:, device * slots_per_device + np.arange(num_experts) - first[device]] = homes
+    return phy2log
+
+
+def _checked_homes(home_slots: IntArray, phy2log: IntArray, num_experts: int) -> IntArray:
+    """Home slots as read-only int64 `[L, E]`, refused unless each holds its expert."""
+    homes = np.ascontiguousarray(home_slots, dtype=np.int64)
+    if homes.shape != (len(phy2log), num_experts) or homes.min() < 0 or homes.max() >= phy2log.shape[1]:
+        raise ValueError(
+            f"home_slots has shape {homes.shape}, expected {(len(phy2log), num_experts)}, a slot for each expert"
+        )
+    if (wrong := np.take_along_axis(phy2log, homes, axis=-1) != np.arange(num_experts)).any():
+        layer, expert = np.argwhere(wrong)[0]
+        raise ValueError(f"layer {layer}: the home slot of expert {expert} holds another expert; homes never change")
+    homes.setflags(write=False)
+    return homes

@@ -16,7 +16,7 @@ import numpy as np
 from data.arrays import Float32Array, FloatArray, IntArray
 from predictor.forecast import LoadForecast, LoadHistory
 from runtime.balancing import local_search
-from runtime.balancing.plan import ReplicationPlan, check_division, check_nodes
+from runtime.balancing.plan import ReplicationPlan, check_nodes
 from runtime.balancing.scenarios import scenarios
 
 LEAST_GAIN = 0.001
@@ -67,7 +67,11 @@ class HomePlanner:
     move_tokens: float = 0.0
 
     def __post_init__(self) -> None:
-        check_division(self.num_devices, self.num_devices, self.num_redundant_experts)
+        if self.num_devices < 1 or self.num_redundant_experts < 0:
+            raise ValueError(
+                f"{self.num_devices} devices and {self.num_redundant_experts} redundant experts: expected at least 1 "
+                "device, and 0 or more redundant experts"
+            )
         check_nodes(self.num_devices, self.devices_per_node)
         if self.max_moves is not None and self.max_moves < 0:
             raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more, or None for no limit")
@@ -83,9 +87,11 @@ class HomePlanner:
         self._check(forecast, current, recent)
         if self.num_redundant_experts == 0 or self.max_moves == 0:
             return current
-        blocks = current.phy2log.reshape(len(current.phy2log), self.num_devices, -1)
-        held = blocks[:, :, current.num_experts // self.num_devices :].reshape(len(blocks), -1)
-        home = current.homes // current.slots_per_device
+        layers, slots = len(current.phy2log), current.slots_per_device
+        replica_LP = ~current.is_home_slot
+        held = current.phy2log[replica_LP].reshape(layers, -1)
+        first = np.zeros((layers, self.num_devices + 1), dtype=np.int64)
+        first[:, 1:] = replica_LP.reshape(layers, self.num_devices, slots).sum(-1).cumsum(-1)
         shares, weights = scenarios(forecast, recent)
         load = shares * np.float32(self.num_devices)
         limit = self.num_redundant_experts
@@ -93,10 +99,10 @@ class HomePlanner:
             limit = min(limit, self.max_moves)
         _announce_compiling()
         price, factor = self._price(forecast.tokens), self._factor()
-        wanted, gain = local_search.improve(held, home, load, weights, price, factor, limit)
+        wanted, gain = local_search.improve(held, first, current.homes // slots, load, weights, price, factor, limit)
         phy2log = current.phy2log.copy()
-        phy2log[:, ~current.is_home_slot] = self._within_budget(held, wanted, gain)
-        return ReplicationPlan(phy2log, self.num_devices)
+        phy2log[replica_LP] = self._within_budget(held, wanted, gain).ravel()
+        return current.with_slots(phy2log)
 
     def _price(self, tokens_L: FloatArray) -> Float32Array:
         """What a copy within a node must save, in units of the mean device load, `[L]`."""

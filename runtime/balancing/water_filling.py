@@ -11,7 +11,7 @@ Loads are in units of the mean device load. Two devices, two experts on each, lo
 have 1:
 
     >>> load = np.array([[1.2], [0.4], [0.3], [0.1]], dtype=np.float32)
-    >>> layer = start(np.array([-1, 0]), np.array([0, 0, 1, 1]), load, 2)
+    >>> layer = start(np.array([-1, 0]), np.array([0, 1, 2]), np.array([0, 0, 1, 1]), load)
     >>> layer.load[:, 0].round(3).tolist(), layer.on_replica[:, 0].round(3).tolist()
     ([1.0, 1.0], [0.0, 0.6000000238418579])
 
@@ -24,11 +24,14 @@ import numpy as np
 from numba import njit
 
 from data.arrays import Float32Array, IntArray
+from runtime.balancing.leveling import Flow, copies_by_expert, level
 
 SWEEPS, FIRST_SWEEPS = 4, 16
-"""Sweeps after one change of a relaxed layer, and of a layer that has not been relaxed."""
+"""Sweeps after one change of a relaxed layer, and most sweeps of a layer that has not been relaxed."""
 NO_FLOW = np.float32(2e-3)
 """Largest flow that does not count as a change."""
+UNITS = np.float32(65536)
+"""Whole units of load in the mean device load, for the exact split."""
 UNEVEN = np.float32(0.3)
 """Weight of the root of squared overloads beside the maximum; it tells plans with the same maximum apart."""
 
@@ -38,6 +41,8 @@ class Layer(NamedTuple):
 
     Attributes:
         held: Expert in each replica slot, -1 where empty, `[R]`.
+        device: Device of each replica slot, `[R]`.
+        first: First replica slot of each device, and R at the end, `[G + 1]`.
         home: Home device of each expert, `[E]`.
         on_replica: Tokens on each replica, `[R, K]`.
         at_home: Tokens of each expert at home, `[E, K]`.
@@ -46,6 +51,8 @@ class Layer(NamedTuple):
     """
 
     held: IntArray
+    device: IntArray
+    first: IntArray
     home: IntArray
     on_replica: Float32Array
     at_home: Float32Array
@@ -54,16 +61,105 @@ class Layer(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def start(held_R: IntArray, home_E: IntArray, load_EK: Float32Array, num_devices: int) -> Layer:
-    """The layer with the split of every scenario relaxed."""
-    on_replica = np.zeros((held_R.size, load_EK.shape[1]), dtype=np.float32)
+def start(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_EK: Float32Array) -> Layer:
+    """The layer with the split of every scenario relaxed.
+
+    Args:
+        held_R: Expert in each replica slot, -1 where empty.
+        first_G: First replica slot of each device, and R at the end, `[G + 1]`.
+        home_E: Home device of each expert.
+        load_EK: Load of each expert in each scenario.
+    """
+    layer = at_home(held_R, first_G, home_E, load_EK)
+    relax(layer, FIRST_SWEEPS)
+    return layer
+
+
+@njit(cache=True, nogil=True)
+def at_home(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_EK: Float32Array) -> Layer:
+    """The layer with all tokens at home; arguments as in `start`."""
+    num_devices = first_G.size - 1
+    device_R = np.empty(held_R.size, dtype=np.int64)
+    for device in range(num_devices):
+        device_R[first_G[device] : first_G[device + 1]] = device
     load = np.zeros((num_devices, load_EK.shape[1]), dtype=np.float32)
     for expert in range(home_E.size):
         for k in range(load_EK.shape[1]):
             load[home_E[expert], k] += load_EK[expert, k]
-    layer = Layer(held_R.copy(), home_E, on_replica, load_EK.copy(), load, np.zeros(num_devices, dtype=np.int64))
-    _relax(layer, FIRST_SWEEPS)
+    on_replica = np.zeros((held_R.size, load_EK.shape[1]), dtype=np.float32)
+    changed = np.zeros(num_devices, dtype=np.int64)
+    return Layer(held_R.copy(), device_R, first_G, home_E, on_replica, load_EK.copy(), load, changed)
+
+
+@njit(cache=True, nogil=True)
+def start_exactly(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_E1: Float32Array) -> Layer:
+    """As `start` for one scenario, but begun with the exact split.
+
+    Where copies form long chains over many devices, sweeps alone come near the least maximum only slowly.
+    """
+    layer = at_home(held_R, first_G, home_E, load_E1)
+    num_devices = first_G.size - 1
+    slots_per_device = (home_E.size + held_R.size) // num_devices
+    phy2log = np.full(num_devices * slots_per_device, -1, dtype=np.int64)
+    slot_E, used_G = np.empty(home_E.size, dtype=np.int64), np.zeros(num_devices, dtype=np.int64)
+    quota_P, load_G = np.zeros(phy2log.size, dtype=np.int64), np.zeros(num_devices, dtype=np.int64)
+    for expert in range(home_E.size):
+        device = home_E[expert]
+        slot_E[expert] = device * slots_per_device + used_G[device]
+        phy2log[slot_E[expert]] = expert
+        quota_P[slot_E[expert]] = np.int64(load_E1[expert, 0] * UNITS)
+        load_G[device] += quota_P[slot_E[expert]]
+        used_G[device] += 1
+    for slot in range(held_R.size):
+        device = layer.device[slot]
+        phy2log[device * slots_per_device + used_G[device]] = held_R[slot]
+        used_G[device] += 1
+    copies = copies_by_expert(phy2log, home_E.size, num_devices, num_devices)
+    flow = Flow(quota_P, np.zeros_like(quota_P), load_G, np.ones(phy2log.size, dtype=np.bool_))
+    level(flow, copies, copies, False)
+    used_G[:] = 0
+    for expert in range(home_E.size):
+        used_G[home_E[expert]] += 1
+    for slot in range(held_R.size):
+        device, expert = layer.device[slot], held_R[slot]
+        there = device * slots_per_device + used_G[device]
+        used_G[device] += 1
+        if expert >= 0:
+            tokens = min(np.float32(quota_P[there]) / UNITS, layer.at_home[expert, 0])
+            layer.on_replica[slot, 0] = tokens
+            layer.at_home[expert, 0] -= tokens
+            layer.load[home_E[expert], 0] -= tokens
+            layer.load[device, 0] += tokens
+    relax(layer, FIRST_SWEEPS)
     return layer
+
+
+@njit(cache=True, nogil=True)
+def start_like(like: Layer, load_EK: Float32Array, load_E: Float32Array) -> Layer:
+    """The layer in other scenarios `[E, K]`, begun with the shares that a split of the load `[E]` sends to replicas."""
+    layer = at_home(like.held, like.first, like.home, load_EK)
+    for slot in range(like.held.size):
+        expert = like.held[slot]
+        if expert < 0 or like.on_replica[slot, 0] <= 0:
+            continue
+        share = like.on_replica[slot, 0] / load_E[expert]
+        for k in range(load_EK.shape[1]):
+            flow = min(share * load_EK[expert, k], layer.at_home[expert, k])
+            layer.on_replica[slot, k] = flow
+            layer.at_home[expert, k] -= flow
+            layer.load[like.home[expert], k] -= flow
+            layer.load[like.device[slot], k] += flow
+    relax(layer, FIRST_SWEEPS)
+    return layer
+
+
+@njit(cache=True, nogil=True)
+def fork(layer: Layer) -> Layer:
+    """A copy whose replicas and loads can be changed."""
+    return Layer(
+        layer.held.copy(), layer.device, layer.first, layer.home, layer.on_replica.copy(), layer.at_home.copy(),
+        layer.load.copy(), layer.changed,
+    )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
@@ -90,9 +186,11 @@ def copy(layer: Layer, scratch: Layer, expert: int) -> None:
 @njit(cache=True, nogil=True)
 def replace(layer: Layer, slot: int, expert: int) -> None:
     """Puts an expert into a replica slot, sends the tokens of the old one home, and relaxes."""
-    held, home, on_replica, at_home, load, changed = layer
+    held, home, on_replica, at_home, load, changed = (
+        layer.held, layer.home, layer.on_replica, layer.at_home, layer.load, layer.changed
+    )  # fmt: skip
     num_devices, num_scenarios = load.shape
-    device, old = slot // (held.size // num_devices), held[slot]
+    device, old = layer.device[slot], held[slot]
     for other in range(num_devices):  # the first sweep visits the slot's device and the two homes alone
         changed[other] = 0 if other in (device, home[expert]) or (old >= 0 and other == home[old]) else -1
     if old >= 0:
@@ -102,17 +200,22 @@ def replace(layer: Layer, slot: int, expert: int) -> None:
             at_home[old, k] += on_replica[slot, k]
             on_replica[slot, k] = 0
     held[slot] = expert
-    _relax(layer, SWEEPS)
+    relax(layer, SWEEPS)
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _relax(layer: Layer, sweeps: int) -> None:
-    """Lets tokens flow between homes and replicas towards equal loads, in place."""
-    held, home, on_replica, at_home, load, changed = layer
-    slots_per_device = held.size // load.shape[0]
+def relax(layer: Layer, sweeps: int) -> None:
+    """Lets tokens flow between homes and replicas towards equal loads, in place, until hardly any flow is left.
+
+    Sweep n visits the devices whose `changed` is at least n.
+    """
+    held, home, on_replica, at_home, load, changed = (
+        layer.held, layer.home, layer.on_replica, layer.at_home, layer.load, layer.changed
+    )  # fmt: skip
     for sweep in range(sweeps):
+        moved = False
         for slot in range(held.size):
-            expert, there = held[slot], slot // slots_per_device
+            expert, there = held[slot], layer.device[slot]
             if expert < 0:
                 continue
             here = home[expert]
@@ -129,6 +232,9 @@ def _relax(layer: Layer, sweeps: int) -> None:
                 most = max(most, abs(flow))
             if most > NO_FLOW:
                 changed[here] = changed[there] = sweep + 1
+                moved = True
+        if not moved:
+            break
 
 
 @njit(cache=True, nogil=True, fastmath=True)

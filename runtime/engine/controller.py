@@ -169,7 +169,7 @@ class Controller:
         times.append(time.perf_counter())
         if forecast is not None:
             target = self._plan(forecast, history)
-        target = ReplicationPlan(self.ranks.broadcast(target.phy2log), target.num_devices)
+        target = target.with_slots(self.ranks.broadcast(target.phy2log))
         times.append(time.perf_counter())
         with self._copying:
             if self._closed:

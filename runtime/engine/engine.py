@@ -69,7 +69,8 @@ class Engine:
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights. The
             split then leaves replicas without tokens where they cost more than they save. 'auto' measures it when the
             engine opens; with `device_memory` 'auto' means 0.
-        homes: Experts in the order of the home slots, `[L, E]`; in their own order by default.
+        homes: Experts in the order of the home slots, `[L, E]`, or the expert of each home slot and -1 for each replica
+            slot, `[L, P]`; in their own order by default.
         revision: Revision of a hub model.
         device: "cpu" or "cuda"; None takes CUDA where this process has a device. A model object stays where it is.
         dtype: Data type that a model given by name is loaded in; None is bfloat16 on CUDA, which grouped products need

@@ -24,10 +24,16 @@ from runtime.experts.grouped_mm import ExpertFunction, GroupedExperts
 from runtime.experts.weights import ExpertSource
 
 
-def first_buffers(is_home_P: BoolArray) -> IntArray:
-    """The first buffer of each slot of a process, `[..., P]`: home slots have one buffer, replica slots two."""
-    buffers_P = np.where(is_home_P, 1, 2)
-    return np.asarray(buffers_P.cumsum(-1) - buffers_P)
+def first_buffers(is_home_P: BoolArray, num_devices: int) -> tuple[IntArray, int]:
+    """The first buffer of each slot of a process, `[P]`, and the buffers of each device.
+
+    Home slots have one buffer, replica slots two. Devices of a process get equally many buffers: as many as the device
+    with most replica slots needs.
+    """
+    buffers_GP = np.where(is_home_P, 1, 2).reshape(num_devices, -1)
+    each = int(buffers_GP.sum(-1).max())
+    first_GP = buffers_GP.cumsum(-1) - buffers_GP + np.arange(num_devices)[:, None] * each
+    return first_GP.ravel(), each
 
 
 class ResidentSlots:
@@ -64,13 +70,12 @@ class ResidentSlots:
     ) -> None:
         self.layer, self.devices, self._own = layer, devices, whole is None
         self.span = slice(devices.start * plan.slots_per_device, devices.stop * plan.slots_per_device)
-        self._home_P = plan.is_home_slot[self.span]
+        self._home_P = plan.is_home_slot[layer, self.span]
         self._expert_P = plan.phy2log[layer, self.span]
-        self._first_P = first_buffers(self._home_P)
+        self._first_P, each = first_buffers(self._home_P, len(devices))
         self._swapped_P = np.zeros_like(self._first_P)
-        buffers = int(np.where(self._home_P, 1, 2).sum())
         if whole is None:
-            shapes = [(buffers, *shape) for shape in function.format.shapes]
+            shapes = [(each * len(devices), *shape) for shape in function.format.shapes]
             self.blocks = [
                 SharedBlock.zeros(shape, like) if shared else SharedBlock(like.new_zeros(shape)) for shape in shapes
             ]

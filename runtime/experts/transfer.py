@@ -36,7 +36,11 @@ class MappedHomes:
     """
 
     def __init__(self, layers: Sequence[ResidentSlots], plan: ReplicationPlan, ranks: Ranks) -> None:
-        self._first = first_buffers(plan.is_home_slot.reshape(ranks.world, -1))
+        self._slots = plan.phy2log.shape[1] // ranks.world
+        own = plan.num_devices // ranks.world
+        by_rank = plan.is_home_slot.reshape(len(layers), ranks.world, -1)
+        first = [[first_buffers(is_home_P, own) for is_home_P in each] for each in by_rank]
+        self._first = [[first_P for first_P, _ in each] for each in first]
         shares = [[block.handle for block in slots.blocks] for slots in layers]
         self._blocks: dict[int, list[list[Tensor]]] = {}
         for rank, (host, handles) in enumerate(ranks.exchange("homes", (ranks.host, shares))):
@@ -45,10 +49,10 @@ class MappedHomes:
             try:
                 self._blocks[rank] = [
                     [
-                        open_block(handle, block.tensor.shape, block.tensor)
-                        for handle, block in zip(each, slots.blocks, strict=True)
+                        open_block(handle, torch.Size([own * each[rank][1], *block.tensor.shape[1:]]), block.tensor)
+                        for handle, block in zip(parts, slots.blocks, strict=True)
                     ]
-                    for each, slots in zip(handles, layers, strict=True)
+                    for parts, slots, each in zip(handles, layers, first, strict=True)
                 ]
             except (OSError, RuntimeError) as error:
                 log.warning("the weights of rank %d cannot be mapped and will be sent instead (%s)", rank, error)
@@ -56,8 +60,8 @@ class MappedHomes:
 
     def home(self, layer: int, slot: int) -> list[Tensor]:
         """The tensors in a home slot of a rank that this one has mapped."""
-        rank, slot = divmod(slot, self._first.shape[1])
-        return [block[self._first[rank, slot]] for block in self._blocks[rank][layer]]
+        rank, slot = divmod(slot, self._slots)
+        return [block[self._first[layer][rank][slot]] for block in self._blocks[rank][layer]]
 
 
 class WeightTransfer:

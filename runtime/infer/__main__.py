@@ -28,6 +28,7 @@ from runtime.distributed.heartbeat import RankLostError, exit_now
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, ModelBatch
 from runtime.engine.engine import Engine
+from runtime.infer.dry_run import size_up
 from runtime.infer.report import fallback_warning, plot, show, summarise
 from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
@@ -71,6 +72,8 @@ def infer(
     wandb: bool | str = False,
     out: Path = Path("outputs/infer"),
     details: bool = False,
+    dry_run: bool = False,
+    revision: str = "",
 ) -> dict[str, Any]:
     """Runs a model over text with its experts replicated over devices, and compares with the plain model.
 
@@ -100,12 +103,18 @@ def infer(
         wandb: Whether to log every batch to Weights & Biases, or the project to log it to.
         out: Folder for report.json and balancedness.png.
         details: Whether tables by layer and median times are printed as well.
+        dry_run: Whether only sizes are printed: parameters, bytes of a device, and what a budget holds. Needs no
+            weights, only the model's config.json.
+        revision: Revision of a hub model.
 
     Raises:
         ValueError: On anything that cannot be used; the message says what to do.
     """
     if batches < 1:
         raise ValueError(f"batches is {batches}; at least 1 is needed")
+    if dry_run:
+        kind = dtype or ("bfloat16" if device == "cuda" else "float32")
+        return size_up(model, revision, kind, devices, redundant, device_memory, host_memory)
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
     first = Ranks(timeout, device).rank == 0  # only this rank exports and writes
     check_folder(out)
@@ -114,10 +123,10 @@ def infer(
         engine = Engine(
             model, predictor, devices, redundant, max_moves=max_moves, devices_per_node=devices_per_node,
             expert_overhead_tokens=expert_overhead_tokens, device_memory=device_memory, host_memory=host_memory,
-            device=device, dtype=dtype, measure=True, timeout_s=timeout,
+            device=device, dtype=dtype, measure=True, timeout_s=timeout, revision=revision,
             must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
-        plain = plain_model(model, engine) if check else None
+        plain = plain_model(model, revision, engine) if check else None
         with engine:
             checks, stats = run(engine, plain, text_batches(engine, text, batching, batches), batches, telemetry)
             report = summarise(checks, stats, engine)
@@ -130,10 +139,10 @@ def infer(
     return report
 
 
-def plain_model(name: str, engine: Engine) -> Any:
+def plain_model(name: str, revision: str, engine: Engine) -> Any:
     """The unmodified model in the engine's dtype, on its device."""
     dtype: Any = str(engine.loaded.model.dtype).removeprefix("torch.")
-    return load_model(name, dtype=dtype).model.to(engine.ranks.device)
+    return load_model(name, revision, dtype).model.to(engine.ranks.device)
 
 
 def run(
@@ -188,6 +197,8 @@ def main() -> None:
         raise
     if Ranks().rank == 0:
         print_json(report)
+        if "forecasts" not in report:  # a dry run
+            return
         if warning := fallback_warning(report):
             print(f"{'warning' if report['allow_fallback'] else 'error'}: {warning}", file=sys.stderr)
             if not report["allow_fallback"]:

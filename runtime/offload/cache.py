@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.byte_sizes import parse_bytes
 from data.models.layout import MoELayout
 from predictor.forecast import LoadForecast
 from runtime.offload.expert_files import ExpertFiles, never
 from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
-from runtime.offload.memory import BufferPool, ExpertBuffer, Key, buffers_within, parse_bytes
+from runtime.offload.memory import BufferPool, ExpertBuffer, Key, buffers_within
 from runtime.offload.policy import Policy
 from runtime.offload.tier import LowerTier, Tier
 

@@ -20,6 +20,7 @@ from runtime.simulate.comparison import PLANNERS, compare_policies, expert_bytes
 from runtime.simulate.cost_model import Hardware, measure
 from runtime.simulate.replay import SPLITS
 from runtime.simulate.report import table, verdict_panel
+from runtime.simulate.serving import Order, Serve, served
 
 
 def simulate(
@@ -40,15 +41,21 @@ def simulate(
     tokens_per_second: float | None = None,
     link_bytes_per_second: float | None = None,
     expert_overhead_tokens: float | None = None,
+    serve: Serve | None = None,
+    slots: int | None = None,
+    chunk: int | None = None,
+    order: Order = "subject",
+    stream: str = "test",
 ) -> dict[str, Any]:
     """Replays recorded loads through replication policies and decides whether replication is worth it.
 
     Args:
-        loads: Trace folder, or .npy or .npz (key 'counts') of [steps, layers, experts].
+        loads: Trace folder, or a recording that `data/traces/loads.py` lists, such as .npy of [steps, layers, experts].
         devices: Devices that the experts are spread over.
         redundant: Replica slots of each layer over all devices.
-        forecast: Some of last,mean,ema,learned,oracle,exact; 'exact' is the oracle, planned only once the load is
-            known, so that its moves delay the batch. By default all but exact, and learned only with a predictor.
+        forecast: Some of last,mean,ema,own,learned,oracle,exact; 'own' is each request's past, 'exact' is the oracle,
+            planned only once the load is known, so that its moves delay the batch. By default all but exact, learned
+            only with a predictor, and own only with --serve.
         planner: Some of contiguous,eplb,home.
         split: Some of even,quota.
         predictor: Folder that train.py wrote, for the forecast 'learned'.
@@ -62,9 +69,20 @@ def simulate(
         tokens_per_second: Tokens a device computes per second; by default measured on this machine.
         link_bytes_per_second: Bytes a device can receive per second; by default measured on this machine.
         expert_overhead_tokens: Tokens a device computes while it reads one more expert; by default measured.
+        serve: Serve the requests of a token trace again instead of replaying its batches: 'prefill' in chunks whose
+            tokens are known ahead, 'decode' token by token, the next token unknown.
+        slots: Requests in a step with --serve; by default 4 for prefill, 32 for decode.
+        chunk: Most tokens of a request in a prefill step; by default 128.
+        order: Whether requests are served 'subject' after subject or 'shuffled'.
+        stream: Requests that --serve plans for: 'test' (the test split, after training requests as history), a phase
+            such as 'unseen', or 'all'.
     """
     check_folder(out)
-    recorded = read_loads(loads)
+    if serve is None:
+        recorded = read_loads(loads)
+    else:
+        recorded, first = served(loads, serve, slots, chunk, order, stream)
+        start = max(start, first)
     nbytes = expert_bytes_of(recorded) if expert_bytes is None else expert_bytes
     given = (tokens_per_second, link_bytes_per_second, expert_overhead_tokens)
     measured = measure(nbytes) if None in given else None

@@ -8,7 +8,7 @@ A policy is a forecaster, a planner and a token split. No model is needed.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from data.arrays import IntArray
 from data.files import whole_file, write_json
 from data.traces.loads import RecordedLoads, check_loads, read_loads
 from predictor.baselines.history import LastBatch, Oracle
+from predictor.baselines.own_past import OwnPast
 from predictor.forecast import Forecaster, LoadForecast
 from runtime.balancing.balancer import FORECASTERS
 from runtime.balancing.eplb import ContiguousPlanner, EplbPlanner
 from runtime.balancing.plan import ReplicationPlan, check_division, contiguous_homes, flat_homes
 from runtime.balancing.planner import HomePlanner, Planner
 from runtime.simulate.cost_model import Hardware, measure, verdict
-from runtime.simulate.replay import SPLITS, Replay, forecast_steps, replay
+from runtime.simulate.replay import SPLITS, Replay, forecast_error, forecast_steps, replay
 from runtime.simulate.report import document, plot
 
-FORECASTS = (*FORECASTERS, "learned", "oracle", "exact")
+FORECASTS = (*FORECASTERS, "own", "learned", "oracle", "exact")
 PLANNERS = ("contiguous", "eplb", "home")
 SWITCH_BASE_EXPERT = 2 * 2 * 768 * 3072
 """Bytes of one expert of Switch-base in bf16."""
@@ -82,8 +83,8 @@ def compare_policies(
         loads: Tokens of each expert, `[steps, L, E]`, or the path of a recording that `read_loads` reads.
         num_devices: Devices that the experts are spread over.
         num_redundant_experts: Replica slots of each layer over all devices.
-        forecasts: Some of last, mean, ema, learned, oracle and exact; by default all but exact, and learned only with
-            a predictor.
+        forecasts: Some of last, mean, ema, own, learned, oracle and exact; by default all but exact, learned only with
+            a predictor, and own (each request's past) only where requests were served.
         planners: Some of contiguous (no replicas), eplb and home.
         splits: Some of even and quota.
         predictor: Folder that `train.py` wrote, for the forecast `learned`.
@@ -106,7 +107,7 @@ def compare_policies(
     recorded = _recorded(loads)
     _, _, num_experts = recorded.loads.shape
     check_division(num_experts, num_devices, num_redundant_experts)
-    names = forecasts or [name for name in FORECASTS if name != "exact" and (predictor or name != "learned")]
+    names = forecasts or _usual_forecasts(recorded, predictor is not None)
     settings = Settings(
         num_devices,
         num_redundant_experts,
@@ -147,6 +148,12 @@ def _recorded(loads: RecordedLoads | Path | str | IntArray) -> RecordedLoads:
     return RecordedLoads("array", check_loads(np.asarray(loads), Path("the array")))
 
 
+def _usual_forecasts(recorded: RecordedLoads, with_predictor: bool) -> list[str]:
+    left_out = {"exact"} | ({"learned"} if not with_predictor else set())
+    left_out |= {"own"} if recorded.sequences is None else set()
+    return [name for name in FORECASTS if name not in left_out]
+
+
 def _known(kind: str, names: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
     """The names without repeats, refused if one is unknown; a single string is one name."""
     names = (names,) if isinstance(names, str) else names
@@ -169,9 +176,9 @@ def _span(start: int, steps: int | None, recorded: int) -> tuple[int, int]:
 
 
 def expert_bytes_of(recorded: RecordedLoads) -> float:
-    """Bytes of one expert in bf16: of the recorded model, or of Switch-base where only counts were recorded."""
+    """Bytes of one expert in bf16: of the recorded model, or of Switch-base where its sizes are unknown."""
     layout = recorded.layout
-    return 2.0 * 2 * layout.d_model * layout.d_ff if layout else SWITCH_BASE_EXPERT
+    return 2.0 * 2 * layout.d_model * layout.d_ff if layout and layout.d_model else SWITCH_BASE_EXPERT
 
 
 def _replay_all(
@@ -185,7 +192,7 @@ def _replay_all(
     known = recorded.loads[:start].sum(0).astype(np.float64)
     bare = ReplicationPlan.at_home(order, devices, 0)
     empty = ReplicationPlan.at_home(order, devices, redundant)
-    flat = ReplicationPlan.at_home(flat_homes(known, devices), devices, redundant)
+    flat = ReplicationPlan.at_home(flat_homes(known, devices, redundant), devices, redundant)
     home, exposed = settings.home_planner(), settings.home_planner(hardware.move_tokens)
     with Progress(console=console, transient=True, disable=console is None) as progress:
         names = [name for name in settings.planners if name != "contiguous"]
@@ -207,10 +214,13 @@ def _replay_all(
         for forecast in settings.forecasts:
             forecaster = _open_forecaster(forecast, settings.predictor, recorded)
             made = list(advancing(forecast_steps(forecaster, recorded.loads, recorded.batches, start, stop)))
+            own: list[Replay] = []
             if "eplb" in names:
-                replays += run("eplb", EplbPlanner(), iter(made), empty)
+                own += run("eplb", EplbPlanner(), iter(made), empty)
             if "home" in names:
-                replays += run("home", exposed if forecast == "exact" else home, iter(made), flat)
+                own += run("home", exposed if forecast == "exact" else home, iter(made), flat)
+            load_tv = forecast_error(made, recorded.loads[start:stop])
+            replays += [replace(item, load_tv=load_tv) for item in own]
     return replays
 
 
@@ -218,12 +228,18 @@ def _open_forecaster(name: str, predictor: Path | None, recorded: RecordedLoads)
     """The forecaster of that name.
 
     Raises:
-        ValueError: If `learned` is asked for without a predictor, or its predictor does not fit the loads.
+        ValueError: If `learned` is asked for without a predictor or `own` without requests, or the predictor does not
+            fit the loads.
     """
     if name in FORECASTERS:
         return FORECASTERS[name]
     if name in ("oracle", "exact"):
         return Oracle(recorded.loads, name)
+    if name == "own":
+        if recorded.sequences is None or recorded.batches is None or recorded.layout is None:
+            raise ValueError("forecast own needs requests: give a trace that names them, and --serve prefill or decode")
+        requests = [batch.requests.numpy() for batch in recorded.batches if batch.requests is not None]
+        return OwnPast(recorded.sequences, requests, recorded.layout.experts_per_token)
     if predictor is None:
         raise ValueError("forecast learned needs a predictor: give a folder that train.py wrote (--predictor)")
     from predictor.checkpoint import load_predictor  # nothing else here needs the network's modules

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.arrays import FloatArray, IntArray
+from data.traces.loads import share_of, total_variation
 from data.traces.trace import TokenBatch
 from predictor.forecast import Forecaster, LoadForecast
 from runtime.balancing.plan import ReplicationPlan
@@ -40,6 +41,8 @@ class Replay:
         split_us: Microseconds the split of a layer took, mean over the layers of each step, `[N]`.
         near_moves: Share of all moves whose expert has its home on the same node; None without nodes or moves.
         near_tokens: Share of all tokens computed on the node they come from; None without nodes or tokens.
+        load_tv: Total variation distance (0 to 1) of forecast and true shares, mean over steps and layers; None for the
+            contiguous planner.
     """
 
     forecast: str
@@ -53,6 +56,7 @@ class Replay:
     split_us: FloatArray
     near_moves: float | None = None
     near_tokens: float | None = None
+    load_tv: float | None = None
 
     @property
     def balancedness(self) -> FloatArray:
@@ -71,6 +75,13 @@ def forecast_steps(
     """Forecasts of steps start to stop, each from the loads `[steps, L, E]` before it and the step's own tokens."""
     for step in range(start, stop):
         yield forecaster.forecast(batches[step] if batches else None, loads[:step])
+
+
+def forecast_error(made: list[LoadForecast], loads: IntArray) -> float:
+    """Total variation distance of forecast shares and those of the loads `[N, L, E]`, mean over layers with load."""
+    distance = total_variation(np.stack([forecast.share for forecast in made]), share_of(loads))
+    carried = loads.sum(-1) > 0
+    return float(distance[carried].mean()) if carried.any() else 0.0
 
 
 def replay(

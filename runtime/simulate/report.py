@@ -39,6 +39,7 @@ LEAST_GAP = 0.01
 """Balancedness that the oracle gains over the last batch from which a share of that gain means something."""
 EXPLAINED = {
     "last": "the last batch's load", "mean": "mean of all batches so far", "ema": "exponential moving average",
+    "own": "each request's past, shrunk to the average",
     "learned": "the predictor", "oracle": "the true load", "exact": "the true load, moves planned by their price",
     "eplb": "re-solves the placement from scratch", "home": "keeps every expert at home, moves replicas only",
 }  # fmt: skip
@@ -59,6 +60,7 @@ def _figures(item: Replay, expert_bytes: float) -> dict[str, Any]:
         "forecast": item.forecast,
         "planner": item.planner,
         "split": item.split,
+        "load_tv": None if item.load_tv is None else round(item.load_tv, 5),
         "balancedness": round(float(balance.mean()), 5),
         "p05": round(float(np.quantile(balance, 0.05)), 5),
         "ratio_of_sums": round(float(mean / largest) if largest else 1.0, 5),
@@ -122,13 +124,14 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
     )
     for name in ("forecast", "planner", "split"):
         made.add_column(name)
-    columns = ["balancedness", "5th percentile", "moves a layer", "plan ms"]
+    columns = ["load error", "balancedness", "5th percentile", "moves a layer", "plan ms"]
     for name in columns + (["ratio of sums", "MB a step", "split µs", "gap closed"] if details else []):
         made.add_column(name, justify="right")
     best = best_honest(report["results"])
     for result in report["results"]:
         closed = result["gap_closed"]
-        cells = [result["forecast"], result["planner"], result["split"]]
+        error = result.get("load_tv")
+        cells = [result["forecast"], result["planner"], result["split"], "" if error is None else f"{error:.3f}"]
         cells += [f"{result['balancedness']:.3f}", f"{result['p05']:.3f}"]
         cells += [f"{result['moves_per_layer']:.2f}", f"{result['plan_ms']:.2f}"]
         if details:

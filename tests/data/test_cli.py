@@ -109,7 +109,7 @@ def test_ctrl_c_prints_how_to_go_on(capsys):
         (data.collect, ["Collects the router trace", "--batching.batches", "--top", "Seed of batch sizes"]),
         (data.convert, ["Converts recorded expert loads", "SGLang", "--model_id"]),
         (data.show, ["Prints how skewed the loads", "--out"]),
-        (data.pretrain.__main__, ["Trains the bundled model", "--recipe.steps"]),
+        (data.pretrain.__main__, ["Trains a model and writes bf16", "--recipe.steps", "qwen3_moe"]),
     ],
 )
 def test_help_of_every_command_of_this_package(module, words, monkeypatch, capsys):

@@ -81,7 +81,7 @@ def test_generating_logs_every_step_of_every_unfinished_sequence(switch_folder, 
         input_ids=trace.tokens.input_ids, attention_mask=trace.tokens.mask.long(), max_new_tokens=5, do_sample=False
     )
     assert torch.equal(trace.decoder_tokens.input_ids, written[:, :-1])
-    logged = (trace.decoder_experts >= 0).sum((0, 1))
+    logged = (trace.decoder_experts >= 0).sum((0, 1, 3))
     assert torch.equal(logged, trace.decoder_tokens.mask.sum(0))
     assert trace.load(stored.layout)[1].sum() == logged.sum(), "a step alone never drops a token"
 
@@ -105,11 +105,11 @@ def test_likeliest_experts_are_logged_beside_the_same_trace(switch_folder, text,
     plain = collect(str(switch_folder), tmp_path / "plain", text, batching=BATCHING)
     more = collect(str(switch_folder), tmp_path / "more", text, batching=BATCHING, top=2)
     for one, other in zip(plain.traces(), more.traces(), strict=True):
-        assert one.encoder_top_experts is None
-        assert torch.equal(one.encoder_experts, other.encoder_experts)
-        assert other.encoder_top_experts.shape == (*other.encoder_experts.shape, 2)
+        assert one.top_experts is None
+        assert torch.equal(one.experts, other.experts)
+        assert other.top_experts.shape == (*other.experts.shape[:3], 2)
         real = other.tokens.mask
-        assert torch.equal(other.encoder_top_experts[..., 0][:, real], other.encoder_experts[:, real])
+        assert torch.equal(other.top_experts[..., 0][:, real], other.experts[..., 0][:, real])
     assert "top" not in plain.about
 
 
@@ -129,8 +129,8 @@ def test_bfloat16_routes_are_those_of_the_model_in_bfloat16(switch_folder, text,
         logits = next(found for found in output.encoder_router_logits if torch.is_tensor(found) and found.dim() == 3)
         share = logits.softmax(-1).bfloat16()
         real = trace.tokens.mask
-        assert torch.equal(trace.encoder_experts[0][real].long(), share.argmax(-1)[real])
-        probability = trace.encoder_top_probabilities[0][real]
+        assert torch.equal(trace.experts[0][real][:, 0].long(), share.argmax(-1)[real])
+        probability = trace.top_probabilities[0][real]
         assert torch.equal(probability, share.topk(2, -1).values[real].half())
         assert (trace.decoder_experts[0][trace.decoder_tokens.mask] >= 0).all()
     with pytest.raises(ValueError, match=r"different dtype"):

@@ -31,7 +31,7 @@ def make_batch(number: int, phase: str, split: str, rng: np.random.Generator) ->
     third = ((decoder.input_ids // 20) * 2 + decoder.input_ids % 2).masked_fill(~decoder.mask, PADDING)
     return RouterTrace(
         number, phase, split, ("topic",) * 6, tokens, decoder,
-        torch.stack([first, second]).short(), third[None].short(),
+        torch.stack([first, second]).short()[..., None], third[None].short()[..., None],
     )  # fmt: skip
 
 

@@ -19,4 +19,4 @@ class RandomPlanner:
                 block = phy2log[layer, device * size : (device + 1) * size]
                 free = np.setdiff1d(np.arange(-1, self.home.num_experts), block[block >= 0])
                 block[block < 0] = self.rng.choice(free, (block < 0).sum(), replace=False)
-        return ReplicationPlan(phy2log, self.home.num_devices)
+        return self.home.with_slots(phy2log)

@@ -86,7 +86,7 @@ def test_a_sample_moves_to_a_device_whole(data, monkeypatch):
         moved = sample.to(torch.device("meta"), non_blocking=not waits)
         trace = moved.trace
         tensors = [trace.tokens.input_ids, trace.tokens.mask, trace.decoder_tokens.input_ids, trace.decoder_tokens.mask]
-        tensors += [trace.encoder_experts, trace.decoder_experts, moved.load, moved.history]
+        tensors += [trace.experts, trace.decoder_experts, moved.load, moved.history]
         assert all(tensor.is_meta for tensor in tensors)
         assert seen == [not waits] * len(tensors)
         assert trace.tokens.mask.dtype == torch.bool

@@ -23,8 +23,8 @@ def trace(batch: int, top: int = 0) -> RouterTrace:
     decoder = pad_tokens([rng.integers(0, 400, size) for size in (3, 2, 4)], pad=0)
 
     def experts(batch_tokens):
-        ids = torch.from_numpy(rng.integers(0, 8, (1, *batch_tokens.mask.shape))).to(torch.int16)
-        return ids.masked_fill(~batch_tokens.mask, PADDING)
+        ids = torch.from_numpy(rng.integers(0, 8, (1, *batch_tokens.mask.shape, 1))).to(torch.int16)
+        return ids.masked_fill(~batch_tokens.mask[..., None], PADDING)
 
     segments = ("news", "code", "news")
     plain = RouterTrace(batch, "steady", "train", segments, tokens, decoder, experts(tokens), experts(decoder))
@@ -33,7 +33,7 @@ def trace(batch: int, top: int = 0) -> RouterTrace:
     likely = torch.from_numpy(rng.random((1, *tokens.mask.shape, 8))).topk(top)
     likely_p = likely.values.half().masked_fill(~tokens.mask[..., None], 0)
     likely_experts = likely.indices.to(torch.int16).masked_fill(~tokens.mask[..., None], 0)
-    return dataclasses.replace(plain, encoder_top_experts=likely_experts, encoder_top_probabilities=likely_p)
+    return dataclasses.replace(plain, top_experts=likely_experts, top_probabilities=likely_p)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_round_trip(folder):
         )  # fmt: skip
         assert torch.equal(got.tokens.mask, expected.tokens.mask)
         assert torch.equal(got.tokens.input_ids, expected.tokens.input_ids)
-        assert torch.equal(got.encoder_experts, expected.encoder_experts)
+        assert torch.equal(got.experts, expected.experts)
         assert torch.equal(got.decoder_experts, expected.decoder_experts)
     assert np.array_equal(stored.loads()[2], trace(2).load(LAYOUT))
 
@@ -70,8 +70,8 @@ def test_likeliest_experts_come_back_too(tmp_path):
     shard = write_shard(tmp_path / "part-00000.parquet", [trace(0, top=3), trace(1, top=3)], LAYOUT)
     write_about(tmp_path, LAYOUT, [shard], ["train"] * 2, "tokens", top=3)
     for got, expected in zip(open_trace(tmp_path).traces(), (trace(0, top=3), trace(1, top=3)), strict=True):
-        assert torch.equal(got.encoder_top_experts, expected.encoder_top_experts)
-        assert torch.equal(got.encoder_top_probabilities, expected.encoder_top_probabilities)
+        assert torch.equal(got.top_experts, expected.top_experts)
+        assert torch.equal(got.top_probabilities, expected.top_probabilities)
 
 
 def test_missing_values_are_refused(folder):
@@ -103,8 +103,8 @@ def test_damage_is_refused_by_name(folder):
 
 
 def test_other_formats_are_refused(folder, tmp_path_factory):
-    edit(folder, format_version=2)
-    with pytest.raises(ValueError, match="format version 2; this version reads 1"):
+    edit(folder, format_version=3)
+    with pytest.raises(ValueError, match="format version 3; this version reads 1 and 2"):
         open_trace(folder)
     (folder / "trace.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -123,10 +123,10 @@ def test_expert_out_of_range_is_refused(folder):
 
 def test_more_than_256_experts_take_two_bytes(tmp_path):
     wide = dataclasses.replace(LAYOUT, num_experts=2048)
-    big = dataclasses.replace(trace(0), encoder_experts=trace(0).encoder_experts * 200)
-    big = dataclasses.replace(big, encoder_experts=big.encoder_experts.masked_fill(~big.tokens.mask, PADDING))
+    big = dataclasses.replace(trace(0), experts=trace(0).experts * 200)
+    big = dataclasses.replace(big, experts=big.experts.masked_fill(~big.tokens.mask[..., None], PADDING))
     write_about(tmp_path, wide, [write_shard(tmp_path / "p.parquet", [big], wide)], ["test"], "tokens")
-    assert torch.equal(next(open_trace(tmp_path).traces()).encoder_experts, big.encoder_experts)
+    assert torch.equal(next(open_trace(tmp_path).traces()).experts, big.experts)
 
 
 def test_counts_without_tokens(tmp_path):

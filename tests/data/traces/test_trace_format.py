@@ -23,7 +23,7 @@ def stored(tmp_path):
     for number in range(4):
         tokens = pad_tokens([rng.integers(0, 400, size) for size in (9, 30, 14)], pad=0)
         ids = torch.from_numpy(rng.integers(0, 8, (1, *tokens.mask.shape)) ** 2 // 8).to(torch.int16)
-        ids = ids.masked_fill(~tokens.mask, PADDING)
+        ids = ids.masked_fill(~tokens.mask, PADDING)[..., None]
         trace = RouterTrace(number, "text", "", ("news", "code", "news"), tokens, tokens, ids, ids)
         shards.append(write_shard(tmp_path / f"part-{number:05d}.parquet", [trace], LAYOUT))
     write_about(tmp_path, LAYOUT, shards, ["test"] * 4, "tokens")
@@ -47,7 +47,7 @@ def test_pandas_hottest_expert(stored):
     hottest = run(QUERIES[1], stored)["hottest"]
     seen: dict[str, Counter] = {"news": Counter(), "code": Counter()}
     for trace in stored.traces():
-        for segment, row in zip(trace.segments, trace.encoder_experts[0].tolist(), strict=True):
+        for segment, row in zip(trace.segments, trace.experts[0, ..., 0].tolist(), strict=True):
             seen[segment].update(expert for expert in row if expert >= 0)
     assert hottest.to_dict() == {segment: counts.most_common(1)[0][0] for segment, counts in seen.items()}
 

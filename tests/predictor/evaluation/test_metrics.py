@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.evaluation.metrics import LayerMean, hot_recall, load_tv, token_top1
+from predictor.evaluation.metrics import LayerMean, hot_recall, likeliest, load_tv, token_top1
 from predictor.training.calibration import fit_spread
 
 
@@ -23,8 +23,16 @@ def test_hot_recall_counts_ties_as_hot():
 
 
 def test_token_top1_leaves_padding_out():
-    experts = torch.tensor([[[2, 1, -1, -1]]])
-    assert token_top1(torch.tensor([[[2, 0, 0, 0]]]), experts).tolist() == [0.5]
+    experts = torch.tensor([[[2, 1, -1, -1]]])[..., None]
+    assert token_top1(torch.tensor([[[2, 0, 0, 0]]])[..., None], experts).tolist() == [0.5]
+
+
+def test_with_top_k_the_share_of_a_tokens_experts_counts_in_any_order():
+    experts = torch.tensor([[[[2, 1], [0, 3], [-1, -1]]]])
+    assert token_top1(torch.tensor([[[[1, 2], [3, 5], [0, 1]]]]), experts).tolist() == [0.75]
+    logits = torch.tensor([0.0, 3, 1, 2]).expand(1, 3, 1, 4)  # [B, T, L, E]
+    assert likeliest(logits, 2)[0, 0, 0].tolist() == [1, 3]
+    assert likeliest(logits, 1).shape == (1, 1, 3, 1)
 
 
 def test_layer_mean_skips_layers_without_load():

@@ -108,7 +108,7 @@ def test_devices_per_node_reaches_planner_and_split():
         ([[1.5, 2, 3, 4]], "is not whole numbers of tokens"),
         ([[np.nan, 2, 3, 4]], "is not whole numbers of tokens"),
         ([[-1, 2, 3, 4]], "the load holds -1; tokens cannot be negative"),
-        ([[1, 2, 3]], "3 experts do not divide over 2 devices"),
+        ([[1, 2, 3]], "3 experts and 2 redundant experts do not divide over 2 devices"),
     ],
 )
 def test_what_is_no_load_is_refused(load, text):

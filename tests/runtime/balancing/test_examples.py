@@ -5,7 +5,9 @@ from importlib import import_module
 
 import pytest
 
-MODULES = ("balancer", "eplb", "local_search", "max_flow", "plan", "split", "water_filling")
+MODULES = (
+    "balancer", "eplb", "leveling", "local_search", "matching", "max_flow", "packing", "plan", "split", "water_filling",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)

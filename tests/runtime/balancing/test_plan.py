@@ -16,7 +16,7 @@ def small_plan() -> ReplicationPlan:
 def test_every_map_comes_from_phy2log():
     plan = small_plan()
     assert (plan.num_experts, plan.num_redundant_experts, plan.slots_per_device) == (4, 2, 3)
-    assert plan.is_home_slot.tolist() == [True, True, False, True, True, False]
+    assert plan.is_home_slot.tolist() == [[True, True, False, True, True, False]]
     assert plan.homes.tolist() == [[0, 1, 3, 4]]
     assert plan.replica_count.tolist() == [[1, 1, 1, 2]]
     assert plan.device_of(3) == 1
@@ -93,9 +93,13 @@ def test_nonsense_is_refused(phy2log, devices, text):
 
 
 def test_what_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="4 experts do not divide over 3 devices"):
+    with pytest.raises(
+        ValueError, match="4 experts and 0 redundant experts do not divide over 3 devices; choose 2 red"
+    ):
         ReplicationPlan.at_home(contiguous_homes(1, 4), 3, 0)
-    with pytest.raises(ValueError, match="3 redundant experts do not divide over 2 devices"):
+    with pytest.raises(
+        ValueError, match="4 experts and 3 redundant .* over 2 devices; choose 2 or 4 redundant experts"
+    ):
         ReplicationPlan.at_home(contiguous_homes(1, 4), 2, 3)
 
 

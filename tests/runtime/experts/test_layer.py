@@ -31,7 +31,7 @@ def random_plan(home: ReplicationPlan, seed: int) -> ReplicationPlan:
     """Replica slots filled at random, never with an expert the device already holds; some stay empty."""
     rng = np.random.default_rng(seed)
     phy2log = home.phy2log.copy()
-    for slot in np.flatnonzero(~home.is_home_slot):
+    for slot in np.flatnonzero(~home.is_home_slot[0]):
         block = slice(home.device_of(slot) * home.slots_per_device, (home.device_of(slot) + 1) * home.slots_per_device)
         free = np.setdiff1d(np.arange(-1, EXPERTS), phy2log[0, block][phy2log[0, block] >= 0])
         phy2log[0, slot] = rng.choice(free)

@@ -21,7 +21,7 @@ def layer_of(rank: int, tokens: int, dtype: torch.dtype):
     torch.manual_seed(0)
     home = ReplicationPlan.at_home(contiguous_homes(1, EXPERTS), WORLD, REDUNDANT)
     phy2log = home.phy2log[0].copy()
-    phy2log[~home.is_home_slot] = np.arange(REDUNDANT) + EXPERTS // 2
+    phy2log[~home.is_home_slot[0]] = np.arange(REDUNDANT) + EXPERTS // 2
     with Ranks() as ranks, torch.no_grad():
         like = torch.empty(1, dtype=dtype, device=ranks.device)
         function = ExpertFunction(ExpertFormat.plain(48, WIDTH), torch.nn.ReLU())

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from data.byte_sizes import parse_bytes, show_bytes
 from data.models.layout import MoELayout
 from data.models.weights import ModelWeights
 from runtime.offload.expert_files import ExpertFiles, ReadCancelledError
-from runtime.offload.memory import BufferPool, parse_bytes, show_bytes
+from runtime.offload.memory import BufferPool
 from tests.conftest import small_switch
 
 

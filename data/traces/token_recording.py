@@ -1,0 +1,152 @@
+"""Requests recorded token by token in one .npz file, and their parts: training, validation, test, unseen subjects.
+
+| array | shape | meaning |
+|---|---|---|
+| `tokens` | `[sum of length]` | token ids of each request, one request after the other |
+| `length`, `first_routed`, `routed` | `[requests]` | tokens; position of the first routed token; routed tokens |
+| `experts` | `[sum of routed, L, K]` | experts of each routed token in each layer, likeliest first |
+| `subject`, `subjects` | `[requests]`, names | subject of each request; may be missing |
+| `vocabulary` | one number | token ids; may be missing: one more than the largest |
+
+`experts` need not exist for every token: the tokens before the first routed one are context.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.arrays import IntArray
+from data.models.layout import MoELayout
+from data.traces.requests import RecordedRequest
+
+NEEDED = ("tokens", "length", "first_routed", "routed", "experts")
+UNSEEN, SEEN = "unseen", "prefill"
+"""Phases: requests on subjects that are in no training request, and the others."""
+UNSEEN_SHARE, TRAIN_SHARE, VAL_SHARE = 0.15, 0.65, 0.12
+"""Share of subjects held out; of the other subjects' requests, the share for training and for validation."""
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Reads all arrays of an .npz file.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file}
+    except Exception as error:  # zip, zlib and numpy each raise their own on a damaged file
+        raise ValueError(f"{path} cannot be read as a recording of tokens: {error}") from None
+
+
+def holds_tokens(path: Path) -> bool:
+    """Whether a file is an .npz with the array `tokens`; its other arrays are not checked."""
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return "tokens" in file
+    except Exception:  # a damaged file is refused by name where it is read
+        return False
+
+
+def read_token_recording(
+    path: Path, model_id: str = "", num_experts: int | None = None
+) -> tuple[list[RecordedRequest], MoELayout]:
+    """Reads requests in the order of the file, and a layout that knows no weights and no embeddings.
+
+    Args:
+        path: The .npz file.
+        model_id: Name of the model; by default the file's.
+        num_experts: Experts of a layer; by default one more than the largest id.
+
+    Raises:
+        ValueError: Naming the array that is missing, of another shape, or holds wrong numbers.
+    """
+    arrays = read_arrays(path)
+    _check(path, arrays)
+    tokens, experts = arrays["tokens"].astype(np.int64), arrays["experts"].astype(np.int16)
+    names = _subjects(path, arrays)
+    token_stop, route_stop = arrays["length"].cumsum(), arrays["routed"].cumsum()
+    requests = []
+    for number, (length, first, routed) in enumerate(
+        zip(arrays["length"], arrays["first_routed"], arrays["routed"], strict=True)
+    ):
+        own = tokens[token_stop[number] - length : token_stop[number]]
+        routes = experts[route_stop[number] - routed : route_stop[number]]
+        requests.append(RecordedRequest(number, names[number], SEEN, "train", own, int(first), routes))
+    found = int(experts.max()) + 1
+    if num_experts is not None and num_experts < found:
+        raise ValueError(f"{path} holds expert {found - 1}, the model has {num_experts} experts; give {found} or more")
+    vocabulary = int(arrays["vocabulary"]) if "vocabulary" in arrays else int(tokens.max()) + 1
+    if int(tokens.max()) >= vocabulary:
+        raise ValueError(f"{path} holds token id {int(tokens.max())}, its vocabulary has {vocabulary}")
+    layout = MoELayout(
+        model_id or path.stem, "", tuple(("decoder", layer) for layer in range(experts.shape[1])),
+        num_experts or found, None, d_model=0, d_ff=0, vocab_size=vocabulary, family="recording",
+        experts_per_token=experts.shape[2], causal=True,
+    )  # fmt: skip
+    return requests, layout
+
+
+def _check(path: Path, arrays: Arrays) -> None:
+    if missing := [name for name in NEEDED if name not in arrays]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; expected the arrays {', '.join(NEEDED)}")
+    if wrong := [name for name in NEEDED if arrays[name].dtype.kind not in "iu"]:
+        raise ValueError(f"{path}: {wrong[0]} holds {arrays[wrong[0]].dtype}, expected whole numbers")
+    sizes = {name: arrays[name].shape for name in NEEDED}
+    count = len(arrays["length"])
+    expected = {"tokens": (int(arrays["length"].sum()),), "first_routed": (count,), "routed": (count,)}
+    for name, shape in expected.items():
+        if sizes[name] != shape:
+            raise ValueError(f"{path}: {name} has shape {sizes[name]}, expected {shape}, as length says")
+    if arrays["experts"].ndim != 3 or len(arrays["experts"]) != arrays["routed"].sum() or 0 in sizes["experts"]:
+        raise ValueError(
+            f"{path}: experts has shape {sizes['experts']}, expected [{arrays['routed'].sum()}, layers, experts of a "
+            "token], as routed says"
+        )
+    if min(int(arrays[name].min()) for name in NEEDED) < 0:
+        raise ValueError(f"{path} holds negative numbers; expected ids, lengths and positions")
+
+
+def _subjects(path: Path, arrays: Arrays) -> list[str]:
+    """Name of each request's subject; "text" for all where subjects are missing."""
+    count = len(arrays["length"])
+    if "subject" not in arrays:
+        return ["text"] * count
+    subject, names = arrays["subject"], arrays.get("subjects")
+    if subject.shape != (count,) or (names is not None and not ((subject >= 0) & (subject < len(names))).all()):
+        raise ValueError(
+            f"{path}: subject has shape {subject.shape}, expected a number in subjects for each of {count}"
+        )
+    return [str(number if names is None else names[number]) for number in subject]
+
+
+def divided(requests: list[RecordedRequest], seed: int = 0) -> list[RecordedRequest]:
+    """The requests with their splits: all of training, then validation, then test, then unseen subjects (test).
+
+    Each part is subject after subject. `UNSEEN_SHARE` of the subjects are drawn for the phase `unseen`; the requests of
+    each other subject are divided in their order. One subject alone is not held out.
+    """
+    subjects = list(dict.fromkeys(request.segment for request in requests))
+    drawn = np.random.default_rng(seed).permutation(len(subjects))[: round(len(subjects) * UNSEEN_SHARE)]
+    unseen = {subjects[index] for index in drawn} if len(subjects) > 1 else set[str]()
+    parts: dict[str, list[RecordedRequest]] = {"train": [], "val": [], "test": [], UNSEEN: []}
+    for subject in subjects:
+        own = [request for request in requests if request.segment == subject]
+        for split, request in zip(_splits(len(own)), own, strict=True):
+            if subject in unseen:
+                parts[UNSEEN].append(replace(request, split="test", phase=UNSEEN))
+            else:
+                parts[split].append(replace(request, split=split))
+    return [request for part in parts.values() for request in part]
+
+
+def _splits(count: int) -> list[str]:
+    """Splits of a subject's requests in time order: of 5, three train, one val, one test."""
+    places = (np.arange(count) + 0.5) / count
+    edges: IntArray = np.searchsorted([TRAIN_SHARE, TRAIN_SHARE + VAL_SHARE], places, side="right")
+    return [("train", "val", "test")[edge] for edge in edges]

@@ -1,0 +1,211 @@
+"""Compiled construction of replicas: the excess of overloaded devices is matched to devices with room, best fit.
+
+The local search (runtime.balancing.local_search) changes one slot at a time, which takes too long where hundreds of
+slots are empty. `fill` places many copies at once. It aims at a target load: while a device is above it, tokens of that
+device's most loaded expert go to a copy on the device with the least room that takes the whole excess, or on the device
+with most room if none does. A device can also be filled exactly up to the target; the donor then has room of its own,
+which further donors fill, as in Walker's alias method (Walker 1977; Vose 1991). That method needs only one replica slot
+on each device to make any loads equal.
+
+Several targets are tried. The chosen one minimises the largest load plus the price of the copies, so that a plan that
+is nearly balanced changes by a few copies only.
+
+    >>> load = np.array([[1.2], [0.4], [0.3], [0.1]], dtype=np.float32)
+    >>> layer = start(np.array([-1, -1]), np.array([0, 1, 2]), np.array([0, 0, 1, 1]), load)
+    >>> fill(layer, np.float32(0.001), np.ones((2, 2), dtype=np.float32), 2)
+    1
+    >>> layer.held.tolist(), layer.load[:, 0].round(3).tolist()
+    ([-1, 0], [1.0, 1.0])
+
+Shape suffixes: E experts, R replica slots in device order, G devices.
+"""
+
+import numpy as np
+from numba import njit
+
+from data.arrays import Float32Array, IntArray
+from runtime.balancing.water_filling import FIRST_SWEEPS, Layer, fork, relax, start
+
+LEAST_EXCESS = np.float32(0.003)
+"""Excess over the mean device load, in units of it, that the first target leaves."""
+UNUSED = np.float32(0.01)
+"""Load of a replica, in units of the mean device load, up to which its slot may get another expert."""
+WASTE = np.float32(0.0)
+"""Room that a copy may leave unused before its device is filled up instead."""
+LINK = np.float32(0.5)
+TARGETS = 6
+"""Further targets tried after the first one."""
+
+
+@njit(cache=True, nogil=True)
+def fill(layer: Layer, price: np.float32, factor_GG: Float32Array, most: int) -> int:
+    """Places copies in unused replica slots, in place, and relaxes the layer.
+
+    Args:
+        layer: A relaxed layer with one scenario.
+        price: Largest device load that a copy must save.
+        factor_GG: Factor to the price of a copy from one device to another, at least 1.
+        most: Most copies to place.
+
+    Returns:
+        Copies placed.
+    """
+    order_E = np.argsort(layer.home, kind="mergesort")
+    begin_G = np.zeros(len(layer.load) + 1, dtype=np.int64)
+    for device in layer.home:
+        begin_G[device + 1] += 1
+    begin_G = np.cumsum(begin_G)
+    top = layer.load[:, 0].max()
+    empty = np.sum(layer.held < 0)
+    links = 2 * empty > layer.held.size and most >= layer.held.size
+    best, least, copies = layer, top, 0
+    low, high = np.float32(1) + LEAST_EXCESS, top
+    target = low
+    for _ in range(TARGETS + 1):
+        if high - low < LEAST_EXCESS and target != low:
+            break
+        trial = fork(layer)
+        placed, cost = _reach(trial, target, most, factor_GG, order_E, begin_G, links)
+        reached = trial.load[:, 0].max()
+        if reached + price * cost < least:
+            best, least, copies = trial, reached + price * cost, placed
+        if reached <= target + LEAST_EXCESS:
+            if target == low:
+                break
+            high = target
+        else:
+            low = target
+        target = np.sqrt(low * high)
+    if copies:
+        for slot in range(layer.held.size):
+            layer.held[slot] = best.held[slot]
+        layer.on_replica[:], layer.at_home[:], layer.load[:] = best.on_replica, best.at_home, best.load
+        layer.changed[:] = 0
+        relax(layer, FIRST_SWEEPS)
+    return copies
+
+
+@njit(cache=True, nogil=True)
+def _reach(
+    layer: Layer,
+    target: np.float32,
+    most: int,
+    factor_GG: Float32Array,
+    order_E: IntArray,
+    begin_G: IntArray,
+    links: bool,
+) -> tuple[int, np.float32]:
+    """Places copies until no device is above the target, in place; returns their number.
+
+    Experts at home on device g are `order_E[begin_G[g] : begin_G[g + 1]]`.
+    """
+    load_G, copies, cost = layer.load[:, 0], 0, np.float32(0)
+    while copies < most:
+        donor = np.argmax(load_G)
+        excess = load_G[donor] - target
+        if excess <= LEAST_EXCESS / 2:
+            break
+        if links:
+            for device in range(load_G.size):
+                if load_G[device] - target > LEAST_EXCESS / 2 and load_G[device] - target < excess:
+                    donor, excess = device, load_G[device] - target
+        expert, leave = _most_loaded(layer, donor, order_E[begin_G[donor] : begin_G[donor + 1]])
+        held = np.float32(0)
+        if expert >= 0:
+            held = layer.at_home[expert, 0] if leave < 0 else layer.on_replica[leave, 0]
+        tokens = min(excess, held)
+        if tokens < LEAST_EXCESS / 2:
+            break
+        spare = _spare_slot(layer, donor)
+        wanted = min(excess + LINK, held) if links and spare else tokens
+        slot, room = _receiver(layer, expert, donor, wanted, target, factor_GG, links)
+        if slot < 0:
+            break
+        if tokens < room - WASTE and spare:
+            tokens = min(room, held)
+        tokens = min(tokens, room)
+        _place(layer, slot, expert, tokens, leave)
+        copies += 1
+        cost += factor_GG[layer.home[expert], layer.device[slot]]
+    return copies, cost
+
+
+@njit(cache=True, nogil=True)
+def _spare_slot(layer: Layer, device: int) -> bool:
+    for slot in range(layer.first[device], layer.first[device + 1]):
+        if layer.held[slot] < 0 or layer.on_replica[slot, 0] <= UNUSED:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _most_loaded(layer: Layer, device: int, at_home: IntArray) -> tuple[int, int]:
+    """The expert with most tokens on a device and the replica slot that they are in, -1 for its home."""
+    expert, leave, most = -1, -1, np.float32(0)
+    for other in at_home:
+        if layer.at_home[other, 0] > most:
+            expert, most = other, layer.at_home[other, 0]
+    for slot in range(layer.first[device], layer.first[device + 1]):
+        if layer.held[slot] >= 0 and layer.on_replica[slot, 0] > most:
+            expert, leave, most = layer.held[slot], slot, layer.on_replica[slot, 0]
+    return expert, leave
+
+
+@njit(cache=True, nogil=True)
+def _receiver(
+    layer: Layer, expert: int, donor: int, tokens: np.float32, target: np.float32, factor_GG: Float32Array, links: bool
+) -> tuple[int, np.float32]:
+    """The slot to put a copy into, or -1, and the room for it."""
+    best, best_room, least = -1, np.float32(0), np.float32(1e9)
+    for device in range(len(layer.load)):
+        free = target - layer.load[device, 0]
+        if free <= -UNUSED or device == donor or _holds(layer, device, expert):
+            continue
+        for slot in range(layer.first[device], layer.first[device + 1]):
+            used = layer.on_replica[slot, 0] if layer.held[slot] >= 0 else np.float32(0)
+            room = free + used
+            if (
+                room <= LEAST_EXCESS
+                or used > 0
+                and (room < tokens or layer.load[layer.home[layer.held[slot]], 0] + used > target)
+            ):
+                continue
+            cost = (
+                used
+                + (room - tokens if room >= tokens else (np.float32(1) if links else np.float32(10)) * (tokens - room))
+                + np.float32(0.1) * factor_GG[donor, device]
+            )
+            if cost < least:
+                best, best_room, least = slot, room, cost
+    return best, best_room
+
+
+@njit(cache=True, nogil=True)
+def _holds(layer: Layer, device: int, expert: int) -> bool:
+    """Whether a device holds an expert, at home or as a replica."""
+    if layer.home[expert] == device:
+        return True
+    for slot in range(layer.first[device], layer.first[device + 1]):
+        if layer.held[slot] == expert:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _place(layer: Layer, slot: int, expert: int, tokens: np.float32, leave: int) -> None:
+    """Puts an expert into a slot and sends it tokens; tokens of the expert that leaves go home."""
+    old, device = layer.held[slot], layer.device[slot]
+    if old >= 0:
+        left = layer.on_replica[slot, 0]
+        layer.at_home[old, 0] += left
+        layer.load[layer.home[old], 0] += left
+        layer.load[device, 0] -= left
+    layer.held[slot] = expert
+    layer.on_replica[slot, 0] = tokens
+    if leave < 0:
+        layer.at_home[expert, 0] -= tokens
+        layer.load[layer.home[expert], 0] -= tokens
+    else:
+        layer.on_replica[leave, 0] -= tokens
+        layer.load[layer.device[leave], 0] -= tokens
+    layer.load[device, 0] += tokens
