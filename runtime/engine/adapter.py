@@ -19,7 +19,7 @@ from data.models.model import LoadedModel
 from data.models.registered import attends_only
 from data.traces.trace import TokenBatch
 from runtime.experts.grouped_mm import ExpertFunction
-from runtime.experts.interface import NAME, connect, disconnect
+from runtime.experts.interface import NAME, connect, connected, disconnect
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.weights import ExpertSource, ModuleWeights, StackedWeights
 
@@ -40,12 +40,12 @@ class Adapter(Protocol):
         """The live model's experts."""
         ...
 
-    def install(self, layers: Sequence[ReplicatedExperts]) -> None:
-        """Has the model compute with these layers.
+    def installed(self) -> bool:
+        """Whether an engine runs the model."""
+        ...
 
-        Raises:
-            ValueError: If another engine runs the model.
-        """
+    def install(self, layers: Sequence[ReplicatedExperts]) -> None:
+        """Has the model compute with these layers."""
         ...
 
     def remove(self) -> None:
@@ -99,27 +99,25 @@ class SwitchAdapter:
         self.like: Tensor = loaded.model.shared.weight
         self.stepper: nn.Module = loaded.model.decoder
         self.step_layers = slice(layout.num_input_layers, None)
-        self._before: list[nn.Module] = []
+        self._before: list[nn.Module] = [loaded.model.get_submodule(name) for name in layout.modules]
 
     def weights(self) -> ExpertSource:
         """The live model's experts."""
         return ModuleWeights(self._model, self._loaded.layout)
 
+    def installed(self) -> bool:
+        """Whether an engine runs the model."""
+        return any(isinstance(module, ReplicatedExperts) for module in self._before)
+
     def install(self, layers: Sequence[ReplicatedExperts]) -> None:
-        """Replaces the experts modules; see `Adapter.install`."""
-        names = self._loaded.layout.modules
-        before = [self._model.get_submodule(name) for name in names]
-        if any(isinstance(module, ReplicatedExperts) for module in before):
-            raise ValueError("another engine runs this model; close that one first")
-        self._before = before
-        for name, layer, module in zip(names, layers, before, strict=True):
+        """Replaces the experts modules."""
+        for name, layer, module in zip(self._loaded.layout.modules, layers, self._before, strict=True):
             self._model.set_submodule(name, layer.train(module.training))
 
     def remove(self) -> None:
         """Puts the model's own modules back."""
-        for name, module in zip(self._loaded.layout.modules, self._before, strict=False):
+        for name, module in zip(self._loaded.layout.modules, self._before, strict=True):
             self._model.set_submodule(name, module)
-        self._before = []
 
     def skipped(
         self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor
@@ -161,24 +159,25 @@ class RegisteredAdapter:
         self.stepper: nn.Module = loaded.model
         self.step_layers = slice(None)
         self._attends_only = attends_only(loaded.model)
-        self._before: dict[str, str | None] | None = None
+        self._before: dict[str, str | None] = loaded.model.get_experts_implementation()
 
     def weights(self) -> ExpertSource:
         """The live model's experts."""
         return StackedWeights(self._model, self._loaded.layout)
 
+    def installed(self) -> bool:
+        """Whether an engine runs the model."""
+        return any(connected(module) for module in self._modules)
+
     def install(self, layers: Sequence[ReplicatedExperts]) -> None:
-        """Sets the experts implementation; see `Adapter.install`."""
+        """Sets the experts implementation."""
         connect(self._modules, list(layers))
-        self._before = self._model.get_experts_implementation()
         self._model.set_experts_implementation(NAME)
 
     def remove(self) -> None:
         """Sets the experts implementation that the model had."""
-        if self._before is not None:
-            self._model.set_experts_implementation(self._before)
-            disconnect(self._modules)
-        self._before = None
+        self._model.set_experts_implementation(self._before)
+        disconnect(self._modules)
 
     def skipped(
         self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor

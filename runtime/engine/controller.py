@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -130,7 +130,7 @@ class Controller:
         """Starts to prepare for a batch, unless an earlier preparation is still running."""
         if self.forecaster is not None and self._future is None:
             if upcoming is not None:  # a copy, because the model runs these tokens and a forecaster might change them
-                upcoming = TokenBatch(upcoming.input_ids.clone(), upcoming.mask.clone())
+                upcoming = replace(upcoming, input_ids=upcoming.input_ids.clone(), mask=upcoming.mask.clone())
             self._future, self._awaited = self._thread.submit(self._prepare, upcoming, self.history.copy()), False
 
     def commit(self, wait: bool = False) -> Preparation | None:

@@ -59,6 +59,8 @@ class ReplicatedModel:
     ) -> None:
         self.loaded, self._home, self._ranks, self._experts = loaded, home, ranks, experts
         self.adapter = adapter_of(loaded)
+        if self.adapter.installed():
+            raise ValueError("another engine runs this model; close that one first")
         self.cache: ExpertCache | None = None
         slots: Sequence[Slots]
         if isinstance(experts, MemoryBudget | ExpertCache):

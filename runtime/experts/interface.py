@@ -28,16 +28,15 @@ def switchcast_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, to
     return _layers[self].compute(hidden_states, top_k_index, top_k_weights, self.training)
 
 
-def connect(modules: list[nn.Module], layers: list[ReplicatedExperts]) -> None:
-    """Has experts modules compute with slots, once their model's experts implementation is set to `NAME`.
+def connected(module: nn.Module) -> bool:
+    """Whether an engine runs an experts module."""
+    return module in _layers
 
-    Raises:
-        ValueError: If another engine runs the model.
-    """
+
+def connect(modules: list[nn.Module], layers: list[ReplicatedExperts]) -> None:
+    """Has experts modules compute with slots, once their model's experts implementation is set to `NAME`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if any(module in _layers for module in modules):
-        raise ValueError("another engine runs this model; close that one first")
     ALL_EXPERTS_FUNCTIONS.register(NAME, switchcast_experts)
     _layers.update(zip(modules, layers, strict=True))
 

@@ -1,4 +1,4 @@
-"""Runs a Switch model over text, experts replicated ahead of every batch, and checks every answer.
+"""Runs a model over text, experts replicated ahead of every batch, and checks every answer.
 
 Run it with `python -m runtime.infer --predictor outputs/predictor`, or one process for each device with
 `torchrun --nproc-per-node 2 -m runtime.infer --predictor outputs/predictor`; in a pipe, the last line of stdout is one
@@ -23,7 +23,7 @@ from data.models.model import Dtype, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
-from data.traces.tracer import model_inputs
+from data.traces.tracer import input_tokens, model_inputs
 from runtime.distributed.heartbeat import RankLostError, exit_now
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, ModelBatch
@@ -33,6 +33,9 @@ from runtime.infer.report import fallback_warning, plot, show, summarise
 from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
 
+PADDING_ID = 0
+"""Token id at the padding of a decoder-only model, which may have none of its own; no token attends to it."""
+
 
 def text_batches(
     engine: Engine, text: str | None, batching: BatchingConfig, count: int
@@ -41,12 +44,16 @@ def text_batches(
 
     By default they are the offline corpus' held-out batches from where the topic always changes.
     """
-    stream = open_stream(text, engine.loaded.tokenizer, "teacher", batching)
+    causal = engine.loaded.layout.causal
+    stream = open_stream(text, engine.loaded.tokenizer, "teacher", batching, causal)
     if text is None:
         splits = corpus_splits(batching)
         stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
     for batch in islice(stream, count):
-        yield batch.phase, ModelBatch(*model_inputs(batch, engine.loaded.model.config))
+        if causal:
+            yield batch.phase, ModelBatch(input_tokens(batch, PADDING_ID))
+        else:
+            yield batch.phase, ModelBatch(*model_inputs(batch, engine.loaded.model.config))
 
 
 def infer(
@@ -78,7 +85,7 @@ def infer(
     """Runs a model over text with its experts replicated over devices, and compares with the plain model.
 
     Args:
-        model: 'switch-mini-64' (bundled), a local folder, or a hub id.
+        model: 'switch-mini-64' or 'qwen3-mini-64' (bundled), a local folder, or a hub id.
         predictor: Folder that `train.py` wrote; without one nothing is forecast and nothing replicated.
         text: File, folder or hub data set; by default the offline corpus' held-out batches.
         devices: Devices that the experts are spread over; under torchrun the number of processes, else 8, run and timed

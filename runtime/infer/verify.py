@@ -32,7 +32,7 @@ class BatchCheck:
             None where it was not compared.
         same_argmax: Share of real tokens whose likeliest output token is the plain model's; None likewise.
         differing_tokens: Number of real tokens whose likeliest output token is not the plain model's; None likewise.
-        routes: Routes that were compared: one for each real token and MoE layer; 0 in float32.
+        routes: Routes that were compared: K for each real token and MoE layer; 0 in float32.
         flipped_routes: Number of these for which the plain model's router chose another expert.
         contiguous: Balancedness without replicas, experts in their own order.
         replicated: Balancedness as it ran.
@@ -145,8 +145,11 @@ class Verifier:
             if tokens is None or not called:
                 continue
             mask = tokens.mask[rows].to(called[0].experts.device)
-            differ = (called[0].experts[: len(mask)] != plain[0].experts[rows]) & mask
-            flipped, routes = flipped + int(differ.sum()), routes + int(mask.sum())
+            width, k = mask.shape[1], self.engine.loaded.layout.experts_per_token
+            # [sequences, positions, K], in which a token's experts have no order
+            chosen, expected = (call[0].experts.reshape(-1, width, k).sort(-1).values for call in (called, plain))
+            differ = (chosen[: len(mask)] != expected[rows]) & mask[:, :, None]
+            flipped, routes = flipped + int(differ.sum()), routes + k * int(mask.sum())
         return flipped, routes
 
 

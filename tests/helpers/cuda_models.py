@@ -4,11 +4,10 @@ import copy
 
 import torch
 
-from data.models.layout import MoELayout
-from data.models.model import LoadedModel
+from data.models.model import LoadedModel, layout_of
 
 
 def on_cuda(switch: LoadedModel, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """A copy of a live model on the current device."""
     model = copy.deepcopy(switch.model).to("cuda", dtype)
-    return LoadedModel(model, None, MoELayout.from_model(model, "random"))
+    return LoadedModel(model, None, layout_of(model, "random"))
