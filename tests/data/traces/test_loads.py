@@ -43,6 +43,51 @@ def test_a_trace_of_counts_has_neither(tmp_path):
     assert (recorded.batches, recorded.layout) == (None, None)
 
 
+def test_vllm_counts_ids_in_steps_and_leaves_dense_layers_out(tmp_path):
+    routed = np.random.default_rng(0).random((600, 4, 8)).argsort(-1)[..., :2].astype(np.int16)
+    routed[:, 1] = 0  # a dense layer
+    np.savez(tmp_path / "a.npz", routed_experts=routed)
+    np.save(tmp_path / "chat.routed_experts.npy", routed)
+    for name in ("a.npz", "chat.routed_experts.npy"):
+        loads = read_loads(tmp_path / name).loads
+        assert loads.shape == (2, 3, 8)
+        assert loads.sum(-1).tolist() == [[1024] * 3, [2 * 88] * 3]
+        assert np.array_equal(loads[0, 1], np.bincount(routed[:512, 2].ravel(), minlength=8))
+    assert read_loads(tmp_path / "a.npz", num_experts=12).loads.shape == (2, 3, 12)
+    with pytest.raises(ValueError, match="holds expert 7, expected 0 to 5"):
+        read_loads(tmp_path / "a.npz", num_experts=6)
+    np.savez(tmp_path / "flat.npz", routed_experts=routed[:, 0])
+    with pytest.raises(ValueError, match=r"flat.npz holds int16 \(600, 2\), expected expert ids \[tokens, layers"):
+        read_loads(tmp_path / "flat.npz")
+
+
+def test_megatron_sums_ranks_and_takes_one_stage(tmp_path):
+    rng, expected = np.random.default_rng(0), np.zeros((2, 3, 8), int)
+    for rank in (0, 1):
+        lines = []
+        for step in (0, 1):
+            for place, (block, layer) in enumerate((("decoder", 1), ("decoder", 3), ("mtp", 1))):
+                ids = rng.random((5, 8)).argsort(-1)[:, :2]
+                expected[step, place] += np.bincount(ids.ravel(), minlength=8)
+                record = {"step": step, "block": block, "layer": layer, "rank": rank, "num_tokens": 5, "topk": 2}
+                record |= {"mtp_idx": 0} if block == "mtp" else {}
+                for stage in ("pre_dispatch", "post_dispatch"):
+                    lines.append(json.dumps(record | {"stage": stage, "top_indices": ids.tolist()}))
+        (tmp_path / f"router_trace_rank{rank}.jsonl").write_text("\n".join(lines) + "\n")
+    assert np.array_equal(read_loads(tmp_path).loads, expected)
+    first = tmp_path / "router_trace_rank0.jsonl"
+    assert read_loads(first).loads.sum() == 2 * 3 * 10
+    (tmp_path / "cut.jsonl").write_text(first.read_text()[:-40])
+    with pytest.raises(ValueError, match=r"cut\.jsonl, line 12 is not a record of Megatron's router trace"):
+        read_loads(tmp_path / "cut.jsonl")
+    (tmp_path / "gap.jsonl").write_text("\n".join(first.read_text().splitlines()[:-2]))
+    with pytest.raises(ValueError, match="lacks step 1 of layer 1"):
+        read_loads(tmp_path / "gap.jsonl")
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"none\.jsonl holds no record"):
+        read_loads(tmp_path / "none.jsonl")
+
+
 def test_sglang_stat(tmp_path):
     torch.save({"rank": 0, "logical_count": torch.from_numpy(COUNTS)}, tmp_path / "s.pt")
     assert np.array_equal(read_loads(tmp_path / "s.pt").loads, COUNTS)
@@ -119,7 +164,7 @@ def write_bad(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.npy", "does not exist; expected a trace folder, .npy or .npz counts, an SGLang recording"),
+        ("missing.npy", "does not exist; expected a trace folder, .npy or .npz counts or routed_experts, a Megatron"),
         ("flat.npy", r"has shape \(3, 8\), expected \[steps, layers, experts\], at least one of each"),
         ("none.npy", r"has shape \(0, 3, 8\)"),
         ("negative.npy", "holds -50; tokens cannot be negative"),
@@ -139,7 +184,10 @@ def write_bad(folder):
         ("ragged", r"counts \[4, 8\] experts in different places"),
         ("meta", r"counts 8 experts, its meta_info.json names 4"),
         ("fraction", "holds figures that are not whole numbers"),
-        ("empty", r"has no trace.json, no \*.pt, and no rank\*.safetensors; expected a trace folder"),
+        (
+            "empty",
+            r"has no trace.json, no \*.pt, no rank\*.safetensors and no router_trace_rank\*.jsonl; expected a trace",
+        ),
         ("counts.txt", "is not a recording; expected a trace folder"),
     ],
 )

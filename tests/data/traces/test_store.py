@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.files import sha256
 from data.models.layout import MoELayout
+from data.traces.dataset import sequence_loads
 from data.traces.store import open_trace, write_about, write_counts_shard, write_shard
 from data.traces.trace import PADDING, RouterTrace, pad_tokens
 
@@ -64,6 +69,69 @@ def test_round_trip(folder):
         assert torch.equal(got.experts, expected.experts)
         assert torch.equal(got.decoder_experts, expected.decoder_experts)
     assert np.array_equal(stored.loads()[2], trace(2).load(LAYOUT))
+
+
+def test_format_1_is_still_read():
+    """The folder was written by the code of format 1 (commit e550c4f); loads.json holds what that code read from it."""
+    folder = Path(__file__).parent / "fixtures" / "v1"
+    expected, stored = json.loads((folder / "loads.json").read_text()), open_trace(folder)
+    assert stored.about["format_version"] == 1
+    assert stored.loads().tolist() == expected["loads"]
+    for number, trace in enumerate(stored.traces()):
+        assert trace.experts[..., 0].tolist() == expected["encoder_experts"][number]
+        assert trace.decoder_experts[..., 0].tolist() == expected["decoder_experts"][number]
+        assert trace.top_experts.tolist() == expected["encoder_top_experts"][number]
+        assert trace.tokens.context is None
+        assert trace.requests is None
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([8, 300]), st.booleans(), st.booleans(),
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), min_size=1, max_size=5),
+)  # fmt: skip
+def test_any_trace_comes_back(seed, top_k, num_experts, named, causal, sizes):
+    rng = np.random.default_rng(seed)
+    layers = (("decoder", 0), ("decoder", 2)) if causal else (("encoder", 1), ("decoder", 1))
+    layout = MoELayout(
+        "m", "", layers, num_experts, None, 16, 8, 400, family="f", experts_per_token=top_k, causal=causal
+    )
+    tokens = pad_tokens([rng.integers(0, 400, before + own) for before, own in sizes], 0)
+    before = torch.arange(tokens.mask.shape[1]) < torch.tensor([[before] for before, _ in sizes])
+    requests = torch.from_numpy(rng.integers(0, 2**40, len(sizes))) if named else None
+    tokens = dataclasses.replace(tokens, context=before if before.any() else None, requests=requests)
+    decoder = pad_tokens([rng.integers(0, 400, 0 if causal else own) for _, own in sizes], 0)
+
+    def experts(layers, computed):
+        shape = (layers, *computed.shape, num_experts)
+        chosen = torch.from_numpy(rng.random(shape)).topk(top_k).indices.to(torch.int16)
+        return chosen.masked_fill(~computed[..., None], PADDING)
+
+    routes = experts(layout.num_input_layers, tokens.computed), experts(0 if causal else 1, decoder.mask)
+    made = RouterTrace(0, "p", "test", ("s",) * len(sizes), tokens, decoder, *routes)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_about(folder, layout, [write_shard(folder / "p.parquet", [made], layout)], ["test"], "tokens")
+        (got,) = open_trace(folder).traces()
+    assert torch.equal(got.tokens.input_ids, tokens.input_ids)
+    assert torch.equal(got.tokens.computed, tokens.computed)
+    assert (got.requests is None) == (requests is None)
+    assert requests is None or torch.equal(got.requests, requests)
+    assert torch.equal(got.experts, made.experts)
+    assert torch.equal(got.decoder_experts, made.decoder_experts)
+    assert np.array_equal(got.load(layout), made.load(layout))
+    assert np.array_equal(got.load(layout), sequence_loads(got, layout).sum(0).numpy())
+    assert got.load(layout)[0].sum() == top_k * tokens.num_tokens
+
+
+def test_routes_that_do_not_match_the_tokens_are_refused(folder):
+    path = folder / "part-00001.parquet"
+    table = pq.read_table(path)
+    short = pa.array([row[1:] for row in table["encoder_1"].to_pylist()], table.schema.field("encoder_1").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("encoder_1"), "encoder_1", short), path)
+    shards = json.loads((folder / "trace.json").read_text())["shards"]
+    edit(folder, shards=[shards[0], shards[1] | {"sha256": sha256(path)}])
+    with pytest.raises(ValueError, match=r"column encoder_1 holds \[4, 29, 0\] entries, the tokens have \[5, 30, 1\]"):
+        list(open_trace(folder).traces())
 
 
 def test_likeliest_experts_come_back_too(tmp_path):
