@@ -1,4 +1,4 @@
-"""Compiled max-flow that levels devices: tokens move between copies until the largest device time is as small as can be.
+"""Compiled max-flow that levels devices: tokens move between copies until the largest device time is least.
 
 An expert's tokens can be computed on any device that holds a copy. Devices above a target time shed tokens along chains
 of copies (expert a from device 0 to 3, expert b from 3 to 5, ...) to devices below it. All shortest chains are used at

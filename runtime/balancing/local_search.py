@@ -34,6 +34,8 @@ ROUGH = 0.2
 """Overload in units of the mean device load."""
 FILL_PRICE = 2.0
 """Price of a copy that `fill` places, relative to one of the search: it counts the largest device alone."""
+REBUILD = 1.1
+"""Largest device load, in units of the mean, above which replicas are built anew if that pays for all their copies."""
 EXPERTS, DEVICES = 12, 8
 """Experts considered for copying and devices to copy to: the experts that relieve most, the devices with most space."""
 
@@ -68,7 +70,7 @@ def improve(
     gain = np.zeros(len(held_LR), dtype=np.float32)
     work = (held_LR.shape[1] + first_LG.shape[1] - 1) * (6 + weight_K.size)
     for i in range(len(held_LR)):
-        if WORK >= work * ROUGH_ROUND * held_LR.shape[1]:  # the search alone can fill all slots
+        if work * ROUGH_ROUND * held_LR.shape[1] <= WORK:  # the search alone can fill all slots
             layer, trials, placed = start(held_LR[i], first_LG[i], home_LE[i], load_LEK[i]), WORK // work, 0
             before = score(layer.load, weight_K)
         else:
@@ -97,13 +99,16 @@ def _filled(
     """A layer after `fill` for the expected load, relaxed in all scenarios; the score before; copies placed."""
     load_E1 = _expected(load_EK, weight_K)
     layer = start_exactly(held_R, first_G, home_E, load_E1)
-    if weight_K.size == 1:
-        before = score(layer.load, weight_K)
-        placed = fill(layer, np.float32(FILL_PRICE * price), factor_GG, max_moves)
-        return layer, before, placed
-    before = score(start_like(layer, load_EK, load_E1[:, 0]).load, weight_K)
-    placed = fill(layer, np.float32(FILL_PRICE * price), factor_GG, max_moves)
-    return start_like(layer, load_EK, load_E1[:, 0]), before, placed
+    scenarios = layer if weight_K.size == 1 else start_like(layer, load_EK, load_E1[:, 0])
+    before = score(scenarios.load, weight_K)
+    copy_price = np.float32(FILL_PRICE * price)
+    placed = fill(layer, copy_price, factor_GG, max_moves)
+    if layer.load[:, 0].max() > REBUILD:
+        bare = start(np.full_like(held_R, -1), first_G, home_E, load_E1)
+        copies = fill(bare, copy_price, factor_GG, max_moves)
+        if bare.load[:, 0].max() + copy_price * copies < layer.load[:, 0].max() + copy_price * placed:
+            layer, placed = bare, copies
+    return layer if weight_K.size == 1 else start_like(layer, load_EK, load_E1[:, 0]), before, placed
 
 
 @njit(cache=True, nogil=True)

@@ -10,6 +10,7 @@ on each device to make any loads equal.
 Several targets are tried. The chosen one minimises the largest load plus the price of the copies, so that a plan that
 is nearly balanced changes by a few copies only.
 
+    >>> from runtime.balancing.water_filling import start
     >>> load = np.array([[1.2], [0.4], [0.3], [0.1]], dtype=np.float32)
     >>> layer = start(np.array([-1, -1]), np.array([0, 1, 2]), np.array([0, 0, 1, 1]), load)
     >>> fill(layer, np.float32(0.001), np.ones((2, 2), dtype=np.float32), 2)
@@ -24,15 +25,19 @@ import numpy as np
 from numba import njit
 
 from data.arrays import Float32Array, IntArray
-from runtime.balancing.water_filling import FIRST_SWEEPS, Layer, fork, relax, start
+from runtime.balancing.water_filling import FIRST_SWEEPS, Layer, fork, relax
 
 LEAST_EXCESS = np.float32(0.003)
 """Excess over the mean device load, in units of it, that the first target leaves."""
 UNUSED = np.float32(0.01)
 """Load of a replica, in units of the mean device load, up to which its slot may get another expert."""
-WASTE = np.float32(0.0)
-"""Room that a copy may leave unused before its device is filled up instead."""
 LINK = np.float32(0.5)
+"""Room that a donor of a nearly empty layer gets, so that a hotter expert's copy links its devices to others. Half a
+device lets as many tokens flow one way as the other when loads change."""
+SHORT, SHORT_LINKED = 10.0, 1.0
+"""Loss for each token that finds no room, relative to room left over; the latter while links are made."""
+FAR = np.float32(0.1)
+"""Loss for each unit that the price factor of a copy is above 1."""
 TARGETS = 6
 """Further targets tried after the first one."""
 
@@ -74,7 +79,7 @@ def fill(layer: Layer, price: np.float32, factor_GG: Float32Array, most: int) ->
                 break
             high = target
         else:
-            low = target
+            low, links = target, False  # too few slots for links
         target = np.sqrt(low * high)
     if copies:
         for slot in range(layer.held.size):
@@ -95,8 +100,10 @@ def _reach(
     begin_G: IntArray,
     links: bool,
 ) -> tuple[int, np.float32]:
-    """Places copies until no device is above the target, in place; returns their number.
+    """Places copies until no device is above the target, in place; returns their number and sum of price factors.
 
+    The most loaded device is relieved first. Where `links` is true it is the device with least excess: each donor gives
+    more than it must, and the hottest experts fill all the room that is left, so that their copies link all devices.
     Experts at home on device g are `order_E[begin_G[g] : begin_G[g + 1]]`.
     """
     load_G, copies, cost = layer.load[:, 0], 0, np.float32(0)
@@ -105,10 +112,9 @@ def _reach(
         excess = load_G[donor] - target
         if excess <= LEAST_EXCESS / 2:
             break
-        if links:
-            for device in range(load_G.size):
-                if load_G[device] - target > LEAST_EXCESS / 2 and load_G[device] - target < excess:
-                    donor, excess = device, load_G[device] - target
+        for device in range(load_G.size if links else 0):
+            if LEAST_EXCESS / 2 < load_G[device] - target < excess:
+                donor, excess = device, load_G[device] - target
         expert, leave = _most_loaded(layer, donor, order_E[begin_G[donor] : begin_G[donor + 1]])
         held = np.float32(0)
         if expert >= 0:
@@ -118,10 +124,10 @@ def _reach(
             break
         spare = _spare_slot(layer, donor)
         wanted = min(excess + LINK, held) if links and spare else tokens
-        slot, room = _receiver(layer, expert, donor, wanted, target, factor_GG, links)
+        slot, room = _receiver(layer, expert, donor, wanted, target, factor_GG, SHORT_LINKED if links else SHORT)
         if slot < 0:
             break
-        if tokens < room - WASTE and spare:
+        if tokens < room and spare:
             tokens = min(room, held)
         tokens = min(tokens, room)
         _place(layer, slot, expert, tokens, leave)
@@ -132,6 +138,7 @@ def _reach(
 
 @njit(cache=True, nogil=True)
 def _spare_slot(layer: Layer, device: int) -> bool:
+    """Whether a device has a replica slot that is empty or hardly used."""
     for slot in range(layer.first[device], layer.first[device + 1]):
         if layer.held[slot] < 0 or layer.on_replica[slot, 0] <= UNUSED:
             return True
@@ -153,42 +160,39 @@ def _most_loaded(layer: Layer, device: int, at_home: IntArray) -> tuple[int, int
 
 @njit(cache=True, nogil=True)
 def _receiver(
-    layer: Layer, expert: int, donor: int, tokens: np.float32, target: np.float32, factor_GG: Float32Array, links: bool
+    layer: Layer, expert: int, donor: int, tokens: np.float32, target: np.float32, factor_GG: Float32Array, short: float
 ) -> tuple[int, np.float32]:
-    """The slot to put a copy into, or -1, and the room for it."""
-    best, best_room, least = -1, np.float32(0), np.float32(1e9)
+    """The slot to put a copy into, or -1, and the tokens that its device has room for.
+
+    The least loss wins: room left over, or `short` times the tokens that find no room, and tokens that are sent home
+    from the slot. A used slot is taken only if all tokens fit and its expert's home has room for its own again.
+    """
+    best, best_room, least = -1, np.float32(0), np.float32(np.inf)
     for device in range(len(layer.load)):
         free = target - layer.load[device, 0]
         if free <= -UNUSED or device == donor or _holds(layer, device, expert):
             continue
         for slot in range(layer.first[device], layer.first[device + 1]):
-            used = layer.on_replica[slot, 0] if layer.held[slot] >= 0 else np.float32(0)
+            old, used = layer.held[slot], layer.on_replica[slot, 0]
             room = free + used
-            if (
-                room <= LEAST_EXCESS
-                or used > 0
-                and (room < tokens or layer.load[layer.home[layer.held[slot]], 0] + used > target)
-            ):
+            if room <= LEAST_EXCESS:
                 continue
-            cost = (
-                used
-                + (room - tokens if room >= tokens else (np.float32(1) if links else np.float32(10)) * (tokens - room))
-                + np.float32(0.1) * factor_GG[donor, device]
-            )
-            if cost < least:
-                best, best_room, least = slot, room, cost
+            if old >= 0 and used > 0 and (room < tokens or layer.load[layer.home[old], 0] + used > target):
+                continue
+            loss = used + (room - tokens if room >= tokens else np.float32(short) * (tokens - room))
+            loss += FAR * (factor_GG[donor, device] - 1)
+            if loss < least:
+                best, best_room, least = slot, room, loss
     return best, best_room
 
 
 @njit(cache=True, nogil=True)
 def _holds(layer: Layer, device: int, expert: int) -> bool:
     """Whether a device holds an expert, at home or as a replica."""
-    if layer.home[expert] == device:
-        return True
+    holds = bool(layer.home[expert] == device)
     for slot in range(layer.first[device], layer.first[device + 1]):
-        if layer.held[slot] == expert:
-            return True
-    return False
+        holds = holds or layer.held[slot] == expert
+    return holds
 
 
 @njit(cache=True, nogil=True)

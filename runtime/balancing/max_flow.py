@@ -126,7 +126,7 @@ def _first_split(
 
 @njit(cache=True, nogil=True)
 def _pour(flow: Flow, copies: Copies, slot: int, tokens: int, target: int) -> int:
-    """Gives tokens to a slot's group, in place: to each device up to the target, the rest to the least loaded device."""
+    """Gives tokens to a slot's group, in place: to each device up to the target, the rest to the least loaded."""
     slots_per_device, left, least = flow.quota.size // flow.load.size, tokens, slot
     for i in range(copies.begin[slot], copies.end[slot]):
         enter = copies.slots[i]

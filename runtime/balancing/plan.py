@@ -298,8 +298,8 @@ def flat_homes(load: FloatArray, num_devices: int, num_redundant_experts: int | 
         num_redundant_experts: R; needed where experts do not divide over devices.
 
     Returns:
-        Homes for `ReplicationPlan.at_home`: `[L, E]` where experts and redundant experts divide over the devices, within
-        a device in their own order; else `[L, P]`.
+        Homes for `ReplicationPlan.at_home`: `[L, E]` where experts divide over the devices, within a device in their
+        own order; else `[L, P]`.
     """
     redundant = num_redundant_experts or 0
     check_division(load.shape[1], num_devices, redundant)

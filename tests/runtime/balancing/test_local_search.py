@@ -46,7 +46,6 @@ layers = st.builds(
 @settings(max_examples=100)
 def test_every_change_saves_more_than_its_price_and_the_gain_is_the_score_saved(layer, price):
     held, home, load, weight = layer
-    devices = int(home.max()) + 1
     improved, gain = search(held, home, load, weight, price)
     changes = int((improved != held).sum())
     assert gain[0] >= changes * price

@@ -98,7 +98,7 @@ def test_what_does_not_divide_is_refused():
     ):
         ReplicationPlan.at_home(contiguous_homes(1, 4), 3, 0)
     with pytest.raises(
-        ValueError, match="4 experts and 3 redundant .* over 2 devices; choose 2 or 4 redundant experts"
+        ValueError, match=r"4 experts and 3 redundant .* over 2 devices; choose 2 or 4 redundant experts"
     ):
         ReplicationPlan.at_home(contiguous_homes(1, 4), 2, 3)
 

@@ -69,6 +69,23 @@ def same_text(switch: LoadedModel, plain) -> bool:
     return all(alike)
 
 
+def unequal_outputs(rank: int) -> dict[str, object]:
+    """Differences where 8 experts and 4 replica slots lie on 3 ranks, and homes of each rank."""
+    switch = model()
+    plain = copy.deepcopy(switch.model)
+    with Engine(switch, Noise(switch.layout), None, 4) as engine:
+        engine.controller.planner = RandomPlanner(engine.home)
+        difference = largest_difference(engine, plain, unusual())
+        return {"difference": difference, "homes": engine.home.is_home_slot[0].reshape(3, -1).sum(-1).tolist()}
+
+
+def test_outputs_equal_where_experts_do_not_divide_over_the_ranks():
+    for found in on_ranks(3, unequal_outputs):
+        assert isinstance(found, dict), found
+        assert found["difference"] <= 1e-5
+        assert found["homes"] == [2, 3, 3]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_outputs_equal_the_unmodified_models_on_any_number_of_ranks(world):
     for rank, found in enumerate(on_ranks(world, outputs)):

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from data.models.layout import MoELayout
+from data.models.switch import LoadedSwitch
 from data.traces.trace import TokenBatch, pad_tokens
 from runtime.engine.batch import ModelBatch, forward
 from runtime.engine.engine import Engine
+from tests.conftest import small_switch
 from tests.helpers.batches import batches, blank_rows
 from tests.helpers.forecasters import Broken, Noise, Scribbler
 
@@ -30,6 +33,19 @@ def test_answers_stay_while_replicas_move(switch):
     outputs = assert_answers_unchanged(Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT))
     assert sum(output.stats.preparation.moves for output in outputs if output.stats.preparation) > 0
     for output in outputs:
+        assert (output.stats.device_load.sum(-1) == output.stats.load.sum(-1)).all()
+
+
+@pytest.mark.parametrize(("devices", "redundant"), [(6, 8), (9, 8), (72, 8)])
+def test_answers_stay_where_experts_do_not_divide_over_devices(devices, redundant):
+    model = small_switch(num_experts=64, seed=1)
+    switch = LoadedSwitch(model, None, MoELayout.from_model(model, "random"))
+    engine = Engine(switch, Noise(switch.layout), devices, redundant)
+    outputs = assert_answers_unchanged(engine)
+    assert sum(output.stats.preparation.moves for output in outputs if output.stats.preparation) > 0
+    assert (engine.replicated.transfer.plan.homes == engine.home.homes).all()
+    for output in outputs:
+        assert output.stats.device_load.shape[-1] == devices
         assert (output.stats.device_load.sum(-1) == output.stats.load.sum(-1)).all()
 
 

@@ -138,7 +138,7 @@ def test_devices_per_node_keeps_moves_within_a_node():
     eplb, home = report["results"]
     assert home["near_moves"] == pytest.approx(0.65, abs=0.02)  # ties break by rounding, which processors differ in
     assert eplb["near_moves"] < 0.5
-    assert home["near_tokens"] == pytest.approx(0.59, abs=0.01)
+    assert home["near_tokens"] == pytest.approx(0.625, abs=0.01)
     assert home["balancedness"] == pytest.approx(0.976, abs=0.005)
 
 
@@ -158,7 +158,7 @@ def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
     ("arguments", "text"),
     [
         (["nowhere.npz"], "nowhere.npz does not exist"),
-        (["LOADS", "--devices", "7"], "64 experts and 16 redundant experts do not divide over 7 devices; choose 13 or 20"),
+        (["LOADS", "--devices", "7"], "16 redundant experts do not divide over 7 devices; choose 13 or 20 redundant"),
         (["LOADS", "--redundant", "12"], "64 experts and 12 redundant experts do not divide over 8 devices"),
         (["LOADS", "--forecast", "tea"], "forecast: unknown 'tea'; choose from last, mean"),
         (
