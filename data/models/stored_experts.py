@@ -169,8 +169,11 @@ class StoredFamily:
         patterns = {pattern: names for pattern, names in sources.items() if pattern is not None}
         converter = deepcopy(self._converters[next(iter(patterns))])
         for pattern, names in patterns.items():
-            part = self.weights.read(names[expert]) if "*" in pattern else self.weights.read_row(names[0], expert)[None]
-            converter.add_tensor(target, names[0], pattern, part)
+            part = self._part(target, expert, pattern, names)
+            tensor = (
+                self.weights.read(part.name) if part.row is None else self.weights.read_row(part.name, part.row)[None]
+            )
+            converter.add_tensor(target, names[0], pattern, tensor)
         converted = converter.convert(target, model=self._model, config=self._model.config)[target]
         whole: Tensor = converted[0] if isinstance(converted, list) else converted
         return whole[0]
