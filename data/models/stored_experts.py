@@ -1,4 +1,4 @@
-"""StoredExperts: reads single experts from a model's safetensors files, however its family stores them.
+"""ExpertReader: reads single experts from a model's safetensors files, however its family stores them.
 
 Switch stores each matrix of each expert. Of the other families most store the gate and the other half of the first
 matrix apart, too, and some stack all experts in one tensor; transformers' table of conversions says which. An expert
@@ -16,7 +16,7 @@ from data.models.layout import SWITCH, MoELayout
 from data.models.weights import ModelWeights
 
 
-class StoredExperts(Protocol):
+class ExpertReader(Protocol):
     """Reads the tensors of one expert; see `ExpertFormat` for their order."""
 
     def read(self, layer: int, expert: int) -> list[Tensor]:
@@ -28,7 +28,7 @@ class StoredExperts(Protocol):
         ...
 
 
-def stored_experts(weights: ModelWeights, model: Any, layout: MoELayout) -> StoredExperts:
+def stored_experts(weights: ModelWeights, model: Any, layout: MoELayout) -> ExpertReader:
     """The experts in a model's files.
 
     Args:
@@ -52,7 +52,7 @@ class StoredSwitch:
         self._weights, self._layout, self._format = weights, layout, form
 
     def read(self, layer: int, expert: int) -> list[Tensor]:
-        """Reads one expert; see `StoredExperts.read`."""
+        """Reads one expert; see `ExpertReader.read`."""
         names = [f"{self._layout.modules[layer]}.expert_{expert}.{name}" for name in self._format.names]
         tensors = [self._weights.read(name) for name in names]
         for name, tensor, shape in zip(names, tensors, self._format.shapes, strict=True):
@@ -83,7 +83,7 @@ class StoredFamily:
             raise ValueError(f"{weights.model} lacks {len(missing)} tensors of experts, first {missing[0]}")
 
     def read(self, layer: int, expert: int) -> list[Tensor]:
-        """Reads one expert; see `StoredExperts.read`."""
+        """Reads one expert; see `ExpertReader.read`."""
         tensors = []
         for name, shape in zip(self._format.names, self._format.shapes, strict=True):
             target = f"{self._layout.modules[layer]}.{name}"
