@@ -19,7 +19,7 @@ from benchmarks.support.machine import ResidentPeak, memory_bytes, resident_byte
 from data.byte_sizes import show_bytes
 from data.cli import from_command_line, user_errors
 from data.models.model import LoadedModel, load_dense
-from data.models.stored_experts import StoredExperts, stored_experts
+from data.models.stored_experts import ExpertReader, stored_experts
 from data.models.weights import ModelWeights
 from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
@@ -35,7 +35,7 @@ PROMPTS = (
 )
 
 
-def generate(switch: LoadedModel, tokens: TokenBatch, stored: StoredExperts, budget: str, new: int) -> dict[str, Any]:
+def generate(switch: LoadedModel, tokens: TokenBatch, stored: ExpertReader, budget: str, new: int) -> dict[str, Any]:
     """Generates greedily under a budget, and measures time, memory and reads."""
     layout, before = switch.layout, resident_bytes()
     home = ReplicationPlan.at_home(contiguous_homes(layout.num_layers, layout.num_experts), 1, 0)

@@ -1,4 +1,4 @@
-"""StoredExperts: reads single experts from a model's safetensors files, however its family stores them.
+"""ExpertReader: reads single experts from a model's safetensors files, however its family stores them.
 
 Switch stores each matrix of each expert. Of the other families most store the gate and the other half of the first
 matrix apart, too, and some stack all experts in one tensor; transformers' table of conversions says which. An expert
@@ -36,7 +36,7 @@ class Part:
         return self.name if self.row is None else f"row {self.row} of {self.name}"
 
 
-class StoredExperts(Protocol):
+class ExpertReader(Protocol):
     """Reads the tensors of one expert; see `ExpertFormat` for their order."""
 
     weights: ModelWeights
@@ -61,7 +61,7 @@ class StoredExperts(Protocol):
         ...
 
 
-def stored_experts(weights: ModelWeights, model: Any, layout: MoELayout) -> StoredExperts:
+def stored_experts(weights: ModelWeights, model: Any, layout: MoELayout) -> ExpertReader:
     """The experts in a model's files.
 
     Args:
@@ -85,11 +85,11 @@ class StoredSwitch:
         self.weights, self.format, self._layout = weights, form, layout
 
     def parts(self, layer: int, expert: int) -> list[list[Part]]:
-        """Each matrix is stored as it is; see `StoredExperts.parts`."""
+        """Each matrix is stored as it is; see `ExpertReader.parts`."""
         return [[Part(f"{self._layout.modules[layer]}.expert_{expert}.{name}")] for name in self.format.names]
 
     def read(self, layer: int, expert: int) -> list[Tensor]:
-        """Reads one expert; see `StoredExperts.read`."""
+        """Reads one expert; see `ExpertReader.read`."""
         names = [part.name for (part,) in self.parts(layer, expert)]
         tensors = [self.weights.read(name) for name in names]
         for name, tensor, shape in zip(names, tensors, self.format.shapes, strict=True):
@@ -120,7 +120,7 @@ class StoredFamily:
             raise ValueError(f"{weights.model} lacks {len(missing)} tensors of experts, first {missing[0]}")
 
     def parts(self, layer: int, expert: int) -> list[list[Part]] | None:
-        """Parts, unless a conversion does more than to put them one after the other; see `StoredExperts.parts`."""
+        """Parts, unless a conversion does more than to put them one after the other; see `ExpertReader.parts`."""
         found = [self._parts(f"{self._layout.modules[layer]}.{name}", expert) for name in self.format.names]
         return None if None in found else [parts for parts in found if parts is not None]
 
@@ -152,7 +152,7 @@ class StoredFamily:
         return Part(names[expert])
 
     def read(self, layer: int, expert: int) -> list[Tensor]:
-        """Reads one expert; see `StoredExperts.read`."""
+        """Reads one expert; see `ExpertReader.read`."""
         tensors = []
         for name, shape in zip(self.format.names, self.format.shapes, strict=True):
             target = f"{self._layout.modules[layer]}.{name}"

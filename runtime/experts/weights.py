@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.models.expert import ExpertFormat
 from data.models.layout import MoELayout
-from data.models.stored_experts import StoredExperts
+from data.models.stored_experts import ExpertReader
 
 
 class ExpertSource(Protocol):
@@ -89,7 +89,7 @@ class FileWeights:
         stored: The experts in the files.
     """
 
-    def __init__(self, stored: StoredExperts) -> None:
+    def __init__(self, stored: ExpertReader) -> None:
         self._stored = stored
 
     def fill(self, layer: int, expert: int, buffers: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.byte_sizes import parse_bytes
 from data.models.layout import MoELayout
-from data.models.stored_experts import StoredExperts
+from data.models.stored_experts import ExpertReader
 from predictor.forecast import LoadForecast
 from runtime.offload.expert_files import ExpertFiles, never
 from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
@@ -113,7 +113,7 @@ class ExpertCache:
     @classmethod
     def open(
         cls,
-        stored: StoredExperts,
+        stored: ExpertReader,
         layout: MoELayout,
         dtype: torch.dtype,
         device_memory: int | str,

@@ -6,7 +6,7 @@ stores another dtype, or a part begins at another byte of a page than in the buf
 read buffer of the loader thread. No file is read or memory-mapped as a whole.
 
 Where a family's files need another conversion than that, experts are read and converted as transformers does
-(`StoredExperts.read`), which takes longer, and more memory, and is logged.
+(`ExpertReader.read`), which takes longer, and more memory, and is logged.
 """
 
 import logging
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.models.layout import MoELayout
-from data.models.stored_experts import Part, StoredExperts
+from data.models.stored_experts import ExpertReader, Part
 from runtime.offload.memory import PAGE, ExpertBuffer, ExpertShape, Key
 from runtime.offload.safetensors_file import DTYPES, SafetensorsFile, Span
 
@@ -58,7 +58,7 @@ class ExpertFiles:
         ValueError: If files are damaged or lack an expert.
     """
 
-    def __init__(self, stored: StoredExperts, layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
+    def __init__(self, stored: ExpertReader, layout: MoELayout, dtype: torch.dtype, direct: bool = True) -> None:
         self.shape, self._stored = ExpertShape(stored.format.shapes, dtype), stored
         self._read_buffers = threading.local()
         self._files: dict[Path, SafetensorsFile] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.arrays import IntArray
 from data.models.layout import MoELayout
-from data.models.stored_experts import StoredExperts
+from data.models.stored_experts import ExpertReader
 from predictor.forecast import LoadForecast, forecast_from_load
 from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.distributed.device import Stopwatch
@@ -40,7 +40,7 @@ class MemoryBudget:
 
     device_memory: int | str
     host_memory: int | str | None
-    stored: StoredExperts
+    stored: ExpertReader
 
     def open(self, layout: MoELayout, like: Tensor) -> ExpertCache:
         """Opens an expert cache with the dtype and on the device of a tensor.

@@ -6,7 +6,7 @@ import torch
 
 from data.models.expert import ExpertFormat
 from data.models.layout import MoELayout
-from data.models.stored_experts import StoredExperts, stored_experts
+from data.models.stored_experts import ExpertReader, stored_experts
 from data.models.weights import ModelWeights
 from runtime.offload.cache import LOADERS
 from runtime.offload.memory import PAGE, ExpertShape
@@ -19,7 +19,7 @@ def budget(experts: int) -> int:
     return experts * shape.padded_bytes + LOADERS * shape.region_bytes[0] + PAGE
 
 
-def stored_switch(folder: Path) -> StoredExperts:
+def stored_switch(folder: Path) -> ExpertReader:
     """The experts in a folder of `small_switch`."""
     model = small_switch()
     return stored_experts(ModelWeights(str(folder)), model, MoELayout.from_model(model, "random"))
