@@ -62,7 +62,7 @@ def fill(layer: Layer, price: np.float32, factor_GG: Float32Array, most: int) ->
     begin_G = np.cumsum(begin_G)
     top = layer.load[:, 0].max()
     empty = np.sum(layer.held < 0)
-    links = 2 * empty > layer.held.size and most >= layer.held.size
+    links = bool(2 * empty > layer.held.size and most >= layer.held.size)
     best, least, copies = layer, top, 0
     low, high = np.float32(1) + LEAST_EXCESS, top
     target = low
@@ -108,7 +108,7 @@ def _reach(
     """
     load_G, copies, cost = layer.load[:, 0], 0, np.float32(0)
     while copies < most:
-        donor = np.argmax(load_G)
+        donor = int(np.argmax(load_G))
         excess = load_G[donor] - target
         if excess <= LEAST_EXCESS / 2:
             break
