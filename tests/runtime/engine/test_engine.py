@@ -202,7 +202,7 @@ def test_a_model_serves_one_engine_at_a_time(switch):
 
 
 def test_devices_that_do_not_divide_are_refused(switch):
-    with pytest.raises(ValueError, match="8 experts do not divide over 3 devices"):
+    with pytest.raises(ValueError, match="8 experts and 0 redundant experts do not divide over 3 devices"):
         Engine(switch, None, 3, 0)
     with pytest.raises(ValueError, match="10 redundant experts do not divide over 4 devices"):
         Engine(switch, None, 4, 10)

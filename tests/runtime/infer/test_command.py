@@ -204,7 +204,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         ({"predictor": cut(predictor, tmp_path / "p")}, "cut short"),
         ({"text": tmp_path / "blank.txt"}, "no usable line"),
         ({"batches": 0}, "batches is 0"),
-        ({"devices": 3}, "8 experts do not divide over 3 devices"),
+        ({"devices": 5}, "8 experts and 4 redundant experts do not divide over 5 devices"),
         ({"redundant": 6}, "6 redundant experts do not divide over 4 devices"),
         ({"redundancy": 6}, "redundancy"),
         ({"redundant": 4000}, "4000 redundant experts are more than a copy of each of 8 experts on every one of 4"),
