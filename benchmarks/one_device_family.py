@@ -50,7 +50,8 @@ def arms_of(experts: int, top_k: int, like: torch.Tensor) -> dict[str, Layer]:
     home = ReplicationPlan.at_home(contiguous_homes(1, experts), 1, 0)
     function = ExpertFunction(form, module._apply_gate)
     slots = ResidentSlots(home, 0, range(1), function, like, whole=stacks)
-    layer = ReplicatedExperts(slots, home.phy2log[0], Ranks(device=like.device.type), 1)
+    kind: Any = like.device.type
+    layer = ReplicatedExperts(slots, home.phy2log[0], Ranks(device=kind), 1)
     grouped = partial(grouped_mm_experts_forward, module)
     return {"eager": module, "grouped": grouped, "slots": partial(layer.compute, training=False)}
 
