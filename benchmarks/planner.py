@@ -93,7 +93,7 @@ def eplb(loads: IntArray, devices: int, redundant: int, past: int, nodes: int) -
     for step in range(WARM + 1, len(loads)):
         weight: FloatArray = loads[step - past].astype(np.float64)
         phy2log, _, copies = rebalance_experts(weight, slots, 8 if nodes > 1 else 1, nodes, devices)
-        each = np.take_along_axis(loads[step] / copies, phy2log, axis=-1)
+        each = np.take_along_axis(loads[step] / copies, np.asarray(phy2log, dtype=np.int64), axis=-1)
         largest = each.reshape(len(each), devices, -1).sum(-1).max(-1)
         balance.append((loads[step].sum(-1) / devices / largest).mean())
     return round(float(np.mean(balance)), 4)

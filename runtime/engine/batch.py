@@ -85,7 +85,7 @@ class ModelBatch:
 def _part(tokens: TokenBatch, rows: slice) -> TokenBatch:
     if rows.start == rows.stop:
         return TokenBatch(tokens.input_ids[:1], torch.zeros_like(tokens.mask[:1]))
-    return TokenBatch(tokens.input_ids[rows], tokens.mask[rows])
+    return tokens.rows(rows)
 
 
 def _decoder_tokens(inputs: Any, config: Any) -> TokenBatch:
