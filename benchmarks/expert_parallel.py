@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 -m benchmarks.expert_parallel --experts 64 --redundant 16 --dtype bfloat16    # 8 GPUs
     python -m benchmarks.expert_parallel --loads counts.npz --experts 64
     python -m benchmarks.expert_parallel --emulate 8                   # one process computes 8 devices' work in turn
+    python -m benchmarks.expert_parallel --top-k 8 --experts 64        # gated experts, eight a token, as in OLMoE
 
 Kernels and network are real, routing is injected: the tokens of each step go to experts as a recorded or Zipf load
 prescribes. All arms run in turn within each step, with the same tokens. Our arms forecast, plan and copy weights during
@@ -47,6 +48,8 @@ from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
 
 D_MODEL, D_FF = 768, 3072
+GATED = 1024
+"""Inner width of gated experts, OLMoE's and half of its model width."""
 WARM = 4
 """Steps that run but are not counted, while the history fills and kernels compile."""
 
@@ -91,7 +94,7 @@ class Arm:
         experts.split = self._timed_split(spent)  # type: ignore[assignment, method-assign]
         if self.forecaster is not None:
             self.controller.prepare(None)
-        experts(hidden, one_hot, weight)
+        experts.compute(hidden, one_hot, weight, training=False)
         if hidden.is_cuda:
             torch.cuda.synchronize(hidden.device)
         elapsed = 1e3 * (time.perf_counter() - began)
@@ -118,11 +121,27 @@ class Arm:
         return split
 
 
-def layer(home: ReplicationPlan, ranks: Ranks, like: torch.Tensor, overhead: int | str = 0) -> ReplicatedExperts:
+def swiglu(rows: torch.Tensor) -> torch.Tensor:
+    """The gate of Mixtral, Qwen3-MoE and OLMoE: `[M, 2F]` becomes `[M, F]`."""
+    gate, up = rows.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def function_of(top_k: int) -> ExpertFunction:
+    """Switch's experts for one a token, gated ones for several."""
+    if top_k == 1:
+        return ExpertFunction(ExpertFormat.plain(D_FF, D_MODEL), torch.nn.ReLU())
+    shapes = (2 * GATED, D_MODEL), (D_MODEL, GATED)
+    return ExpertFunction(ExpertFormat(("gate_up_proj", "down_proj"), shapes, gated=True), swiglu)
+
+
+def layer(
+    home: ReplicationPlan, ranks: Ranks, like: torch.Tensor, top_k: int, overhead: int | str = 0
+) -> ReplicatedExperts:
     """A layer with random weights on this rank's devices, in the dtype of `like` and where it lies."""
     own = home.num_devices // ranks.world
     devices = range(ranks.rank * own, (ranks.rank + 1) * own)
-    function = ExpertFunction(ExpertFormat.plain(D_FF, D_MODEL), torch.nn.ReLU())
+    function = function_of(top_k)
     weights = ResidentSlots(home, 0, devices, function, like, ranks.world > 1)
     generator = torch.Generator(like.device).manual_seed(ranks.rank)
     weights.tensors[0].normal_(std=D_MODEL**-0.5, generator=generator)
@@ -138,19 +157,20 @@ def arms_of(stream: Stream, home: ReplicationPlan, ranks: Ranks, like: torch.Ten
     """
     flat = flat_homes(stream.loads[:WARM].mean(0, keepdims=True), home.num_devices)
     ours = ReplicationPlan.at_home(flat, home.num_devices, home.num_redundant_experts)
-    shared = layer(home, ranks, like)
+    top_k = stream.top_k
+    shared = layer(home, ranks, like, top_k)
     eplb = Arm("eplb", shared, home, ranks)
     eplb.even = True
     priced = []
     if overhead != 0:
-        experts = layer(ours, ranks, like, overhead)
+        experts = layer(ours, ranks, like, top_k, overhead)
         priced = [Arm(f"history, price {experts.expert_overhead_tokens}", experts, ours, ranks, Ema())]
     return [
         Arm("contiguous", shared, home, ranks),
         eplb,
-        Arm("history", layer(ours, ranks, like), ours, ranks, Ema()),
+        Arm("history", layer(ours, ranks, like, top_k), ours, ranks, Ema()),
         *priced,
-        Arm("oracle", layer(ours, ranks, like), ours, ranks, Upcoming()),
+        Arm("oracle", layer(ours, ranks, like, top_k), ours, ranks, Upcoming()),
         Arm("perfect", shared, home, ranks),
     ]
 
@@ -166,7 +186,8 @@ def measure(
     for step in track(range(len(stream.loads)), "steps", console=console):
         for arm in arms:
             one_hot = stream.routed(step, ranks.rank, arm.name == "perfect", home.num_devices).to(like.device)
-            hidden, weight = torch.randn(len(one_hot), D_MODEL).to(like), torch.rand(len(one_hot), 1).to(like)
+            weight = torch.rand(len(one_hot), stream.top_k).to(like)
+            hidden = torch.randn(len(one_hot), D_MODEL).to(like)
             if arm.name == "eplb" and step:
                 last = forecast_from_load(stream.loads[step - 1][None].astype(np.float64), made_at=step, source="last")
                 arm.plan = EplbPlanner().plan(last, home, np.zeros((0, 1, home.num_experts), dtype=np.int64)).phy2log[0]
@@ -244,6 +265,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--exponent", type=float, default=1.2, help="of the Zipf loads")
     parser.add_argument("--redundant", type=int, default=8, help="replica slots over all ranks")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step over all ranks")
+    parser.add_argument("--top-k", type=int, default=1, help="experts of a token; with several, experts are gated")
     parser.add_argument("--steps", type=int, default=34)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of tokens and weights")
     parser.add_argument("--ranks", type=int, default=2)
@@ -265,19 +287,24 @@ def main() -> None:
     torch.set_num_threads(1)
     with user_errors(), Ranks() as ranks:
         if options.loads is None:
-            loads = zipf(options.experts, options.tokens, options.steps, options.exponent)
+            loads = zipf(options.experts, options.tokens * options.top_k, options.steps, options.exponent)
         else:
-            loads = recorded(options.loads, options.layer, options.tokens, options.steps)
+            loads = recorded(options.loads, options.layer, options.tokens * options.top_k, options.steps)
         if len(loads) <= WARM:
             raise ValueError(f"{len(loads)} steps; expected more than {WARM}, because the first {WARM} are not counted")
         devices = options.emulate or ranks.world
         home = ReplicationPlan.at_home(contiguous_homes(1, loads.shape[1]), devices, options.redundant)
         like = torch.empty(1, dtype=getattr(torch, options.dtype), device=ranks.device)
-        found = measure(Stream(loads, ranks.world), home, ranks, like, options.expert_overhead_tokens)
+        stream = Stream(loads, ranks.world, options.top_k)
+        found = measure(stream, home, ranks, like, options.expert_overhead_tokens)
         if ranks.rank == 0:
             kind = "GPUs" if like.is_cuda else "gloo ranks, a thread each"
             where = f"{devices} {'emulated devices' if options.emulate else kind}, {options.dtype}"
-            show(found, f"{where}; {loads.shape[1]} experts, {options.redundant} redundant, {options.tokens} tokens")
+            show(
+                found,
+                f"{where}; {loads.shape[1]} experts, {options.top_k} a token, "
+                f"{options.redundant} redundant, {options.tokens} tokens",
+            )
             perfect = found["perfect"]["step_ms"]
             shares = {f"share_of_perfect_{name}": round(perfect / found[name]["step_ms"], 4) for name in
                       ("history", "oracle", "eplb", "contiguous")}  # fmt: skip

@@ -12,24 +12,45 @@ from predictor.forecast import forecast_from_load
 
 
 class Stream:
-    """Loads of one layer, step by step, with one routed token for each unit of load.
+    """Routes of one layer, step by step.
+
+    With one expert a token, the tokens of each expert are the given loads exactly. With several, each token draws K
+    different experts by the step's shares (Gumbel top-k), and the loads count what was drawn.
 
     Args:
-        loads: Tokens of each expert, `[steps, E]`.
+        loads: Assignments to each expert, `[steps, E]`.
         ranks: Number of ranks; tokens are assigned to them at random.
+        top_k: Experts of a token, K.
+
+    Attributes:
+        loads: Assignments to each expert as routed, `[steps, E]`.
     """
 
-    def __init__(self, loads: IntArray, ranks: int) -> None:
-        self.loads, self.ranks = loads, ranks
+    def __init__(self, loads: IntArray, ranks: int, top_k: int = 1) -> None:
+        self.ranks, self.top_k, size = ranks, top_k, loads.shape[1]
+        if top_k == 1:
+            self._routes = [np.repeat(np.arange(size), load)[:, None] for load in loads]
+        else:
+            self._routes = [drawn(load, top_k, np.random.default_rng((1, step))) for step, load in enumerate(loads)]
+        self.loads = np.stack([np.bincount(routes.ravel(), minlength=size) for routes in self._routes])
 
     def routed(self, step: int, rank: int, uniform: bool, devices: int) -> torch.Tensor:
-        """One-hot experts `[T / ranks, 1, E]` of a rank's tokens; `uniform` spreads each expert's tokens evenly."""
-        size = self.loads.shape[1]
-        expert = np.repeat(np.arange(size), self.loads[step])
+        """Experts of a rank's tokens: one-hot `[T / ranks, 1, E]` for one a token, else numbers `[T / ranks, K]`.
+
+        `uniform` spreads each expert's tokens evenly.
+        """
+        size, routes_TK = self.loads.shape[1], self._routes[step]
         if uniform:
-            expert = (expert + np.arange(len(expert)) % devices * (size // devices)) % size
-        mine = np.random.default_rng(step).permutation(expert)[rank :: self.ranks]
-        return torch.nn.functional.one_hot(torch.from_numpy(mine), size)[:, None]
+            routes_TK = (routes_TK + (np.arange(len(routes_TK)) % devices * (size // devices))[:, None]) % size
+        mine = torch.from_numpy(np.random.default_rng(step).permutation(routes_TK)[rank :: self.ranks])
+        return torch.nn.functional.one_hot(mine[:, 0], size)[:, None] if self.top_k == 1 else mine
+
+
+def drawn(load: IntArray, top_k: int, rng: np.random.Generator) -> IntArray:
+    """K different experts for each of the tokens that have as many assignments as a load, `[T, K]`."""
+    chance = np.log(np.maximum(load / load.sum(), 1e-9))
+    keys = chance + rng.gumbel(size=(int(load.sum()) // top_k, len(load)))
+    return np.asarray(np.argpartition(-keys, top_k - 1, axis=1)[:, :top_k])
 
 
 def zipf(experts: int, tokens: int, steps: int, exponent: float) -> IntArray:
