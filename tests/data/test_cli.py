@@ -107,7 +107,7 @@ def test_ctrl_c_prints_how_to_go_on(capsys):
     ("module", "words"),
     [
         (data.collect, ["Collects the router trace", "--batching.batches", "--top", "Seed of batch sizes"]),
-        (data.convert, ["Converts recorded expert loads", "SGLang", "--model_id"]),
+        (data.convert, ["Converts a recording into a trace", "SGLang", "--model_id"]),
         (data.show, ["Prints how skewed the loads", "--out"]),
         (data.pretrain.__main__, ["Trains a model and writes bf16", "--recipe.steps", "qwen3_moe"]),
     ],

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from data.models.switch import LoadedSwitch
+from data.models.model import LoadedModel
 
 from data.models.layout import MoELayout
 from data.traces.trace import TokenBatch, pad_tokens
@@ -39,7 +39,7 @@ def test_answers_stay_while_replicas_move(switch):
 @pytest.mark.parametrize(("devices", "redundant"), [(6, 8), (9, 8), (72, 8)])
 def test_answers_stay_where_experts_do_not_divide_over_devices(devices, redundant):
     model = small_switch(num_experts=64, seed=1)
-    switch = LoadedSwitch(model, None, MoELayout.from_model(model, "random"))
+    switch = LoadedModel(model, None, MoELayout.from_model(model, "random"))
     engine = Engine(switch, Noise(switch.layout), devices, redundant)
     outputs = assert_answers_unchanged(engine)
     assert sum(output.stats.preparation.moves for output in outputs if output.stats.preparation) > 0
