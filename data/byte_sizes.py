@@ -12,7 +12,7 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         ValueError: If the text has another form, or the size is not above 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2] not in UNITS:
         raise ValueError(f"'{text}' is not a number of bytes; write it like 2GiB, 512MiB or 1500000000")
     if (size := int(float(found[1]) * UNITS[found[2]])) <= 0:

@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); it was edited or cut short") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds a {type(document).__name__}, expected a JSON object")

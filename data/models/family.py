@@ -32,6 +32,8 @@ def check_family(name: str, config: Mapping[str, Any]) -> None:
         ValueError: If its family is refused, not decoder-only, or its weights are quantised.
     """
     family = config.get("model_type")
+    if not isinstance(family, str):
+        raise ValueError(f"{name} has the model_type {family} in its config.json; expected {EXPECTED}")
     if family in REFUSED:
         raise ValueError(f"{name} is a {family} model, which Switchcast cannot run: {REFUSED[family]}")
     quantised = config.get("quantization_config")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 Stack = str  # "encoder" or "decoder"
 SWITCH = "switch_transformers"
+MOST_EXPERTS = 2**15 - 1
+"""Most experts of a layer: routes are 16-bit numbers."""
 NOT_IDENTITY = ("model_id", "revision")
 ADDED = {"family": SWITCH, "experts_per_token": 1, "causal": False}
 """Fields that older layouts lack, with the values that those had; at these values they are left out."""
@@ -53,6 +55,8 @@ class MoELayout:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError(f"{self.model_id} has no MoE layer; a model with at least one is needed")
+        if not 1 <= self.num_experts <= MOST_EXPERTS:
+            raise ValueError(f"{self.model_id} has {self.num_experts} experts a layer, expected 1 to {MOST_EXPERTS}")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"{self.model_id} sends a token to {self.experts_per_token} of {self.num_experts} experts; expected 1 "

@@ -142,6 +142,7 @@ def _load(
             revision=revision or "main",
             dtype=getattr(torch, dtype),
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused by name below
             output_loading_info=True,
         )
         tokenizer = load_tokenizer(locate(model), revision)

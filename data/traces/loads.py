@@ -178,7 +178,12 @@ def _experts_of(path: Path, ids: "list[Counts]", num_experts: int | None) -> int
     Raises:
         ValueError: If an id is negative, or not below the number given.
     """
+    from data.models.layout import MOST_EXPERTS
+
     least, most = min(int(one.min()) for one in ids), max(int(one.max()) for one in ids)
+    if (largest := max(most + 1, num_experts or 1)) > MOST_EXPERTS or (num_experts or 1) < 1:
+        wrong = largest if largest > MOST_EXPERTS else num_experts
+        raise ValueError(f"{path}: {wrong} experts a layer, expected 1 to {MOST_EXPERTS}")
     if least < 0 or (num_experts is not None and most >= num_experts):
         raise ValueError(
             f"{path} holds expert {least if least < 0 else most}, expected 0 to {(num_experts or most + 1) - 1}"
@@ -206,7 +211,7 @@ def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
                 place = (str(record.get("block", "decoder")), int(record.get("mtp_idx", 0)), int(record["layer"]))
                 step, ids = int(record["step"]), np.asarray(record["top_indices"])
                 stage = record.get("stage") if stage is None else stage
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number} is not a record of Megatron's router trace: {error}") from None
             if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
                 raise ValueError(

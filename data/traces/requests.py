@@ -83,7 +83,7 @@ def serve(requests: Iterable[RecordedRequest], slots: int, chunk: int) -> Iterat
     """
     check_serving(slots, chunk)
     waiting = deque(request for request in requests if len(request.experts))
-    places: list[tuple[RecordedRequest, int] | None] = [None] * slots
+    places: list[tuple[RecordedRequest, int] | None] = [None] * min(slots, len(waiting))
     while waiting or any(places):
         step = []
         for place, taken in enumerate(places):

@@ -228,4 +228,27 @@ def open_trace(path: Path | str) -> StoredTrace:
         )
     if missing := {"layout", "granularity", "splits", "shards"} - about.keys():
         raise ValueError(f"{path / TRACE_JSON} lacks {sorted(missing)}; it was edited or cut short")
+    _check_lists(path / TRACE_JSON, about)
     return StoredTrace(path, MoELayout.from_json(about["layout"]), about)
+
+
+def _check_lists(path: Path, about: dict[str, Any]) -> None:
+    """Refuses shards and splits that do not describe batches.
+
+    Raises:
+        ValueError: If an entry lacks a field or has one of another type, or the splits do not cover the batches.
+    """
+    kinds = {"file": str, "sha256": str, "batches": int}
+    shards, splits = about["shards"], about["splits"]
+    for shard in shards if isinstance(shards, list) else [None]:
+        if not (isinstance(shard, dict) and all(isinstance(shard.get(name), kind) for name, kind in kinds.items())):
+            raise ValueError(
+                f"{path}: a shard is {shard}, expected its file, sha256 and batches; collect the trace again"
+            )
+    total, at = sum(shard["batches"] for shard in shards), 0
+    for run in splits if isinstance(splits, list) else [None]:
+        if not (isinstance(run, list) and [type(part) for part in run] == [str, int, int] and run[1] == at <= run[2]):
+            raise ValueError(f"{path}: splits hold {run}, expected runs [split, start, stop] one after the other")
+        at = run[2]
+    if not 0 < total == at:
+        raise ValueError(f"{path}: splits cover {at} batches, shards hold {total}; it was edited or cut short")

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from data.arrays import IntArray
-from data.models.layout import MoELayout
+from data.models.layout import MOST_EXPERTS, MoELayout
 from data.traces.requests import RecordedRequest
 
+MOST_TOKEN = 2**31 - 1
+"""Largest token id that a trace can hold."""
 NEEDED = ("tokens", "length", "first_routed", "routed", "experts")
 UNSEEN, SEEN = "unseen", "prefill"
 """Phases: requests on subjects that are in no training request, and the others."""
@@ -97,6 +99,8 @@ def _check(path: Path, arrays: Arrays) -> None:
         raise ValueError(f"{path} lacks {', '.join(missing)}; expected the arrays {', '.join(NEEDED)}")
     if wrong := [name for name in NEEDED if arrays[name].dtype.kind not in "iu"]:
         raise ValueError(f"{path}: {wrong[0]} holds {arrays[wrong[0]].dtype}, expected whole numbers")
+    if arrays["length"].ndim != 1:
+        raise ValueError(f"{path}: length has shape {arrays['length'].shape}, expected one number a request")
     sizes = {name: arrays[name].shape for name in NEEDED}
     count = len(arrays["length"])
     expected = {"tokens": (int(arrays["length"].sum()),), "first_routed": (count,), "routed": (count,)}
@@ -110,6 +114,11 @@ def _check(path: Path, arrays: Arrays) -> None:
         )
     if min(int(arrays[name].min()) for name in NEEDED) < 0:
         raise ValueError(f"{path} holds negative numbers; expected ids, lengths and positions")
+    for name, most in (("experts", MOST_EXPERTS - 1), ("tokens", MOST_TOKEN)):
+        if (largest := int(arrays[name].max())) > most:
+            raise ValueError(f"{path}: {name} holds {largest}, expected at most {most}")
+    if "vocabulary" in arrays and (arrays["vocabulary"].ndim or arrays["vocabulary"].dtype.kind not in "iu"):
+        raise ValueError(f"{path}: vocabulary is not one whole number")
 
 
 def _subjects(path: Path, arrays: Arrays) -> list[str]:
@@ -118,6 +127,10 @@ def _subjects(path: Path, arrays: Arrays) -> list[str]:
     if "subject" not in arrays:
         return ["text"] * count
     subject, names = arrays["subject"], arrays.get("subjects")
+    if subject.dtype.kind not in "iu" or (names is not None and names.ndim != 1):
+        raise ValueError(
+            f"{path}: subject holds {subject.dtype}, expected the number of each request's name in subjects"
+        )
     if subject.shape != (count,) or (names is not None and not ((subject >= 0) & (subject < len(names))).all()):
         raise ValueError(
             f"{path}: subject has shape {subject.shape}, expected a number in subjects for each of {count}"

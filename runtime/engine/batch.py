@@ -63,12 +63,9 @@ class ModelBatch:
             raise ValueError(
                 f"decoder tokens were given, and a {config.model_type} model has no encoder; leave them out"
             )
-        vocabulary = (config if both else config.get_text_config()).vocab_size
-        for tokens in (batch.tokens, batch.decoder):
-            if tokens is not None and tokens.input_ids.numel():
-                low, high = int(tokens.input_ids.min()), int(tokens.input_ids.max())
-                if low < 0 or high >= vocabulary:
-                    raise ValueError(f"token ids are {low} to {high}, expected 0 to {vocabulary - 1}")
+        check_tokens(batch.tokens, config)
+        if batch.decoder is not None:
+            check_tokens(batch.decoder, config)
         return batch
 
     def rows(self, rank: int, world: int) -> slice:
@@ -80,6 +77,21 @@ class ModelBatch:
         """Some of the sequences; if there are none, one of padding, so that the rank still joins the collectives."""
         decoder = None if self.decoder is None else _part(self.decoder, rows)
         return ModelBatch(_part(self.tokens, rows), decoder)
+
+
+def check_tokens(tokens: TokenBatch, config: Any) -> None:
+    """Refuses tokens that a model cannot be fed.
+
+    Raises:
+        ValueError: If there are none, or an id is outside of the vocabulary.
+    """
+    if not tokens.input_ids.numel():
+        shape = tuple(tokens.input_ids.shape)
+        raise ValueError(f"input_ids have shape {shape}, expected at least one sequence and one token")
+    vocabulary = config.get_text_config().vocab_size
+    low, high = int(tokens.input_ids.min()), int(tokens.input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"token ids are {low} to {high}, expected 0 to {vocabulary - 1}")
 
 
 def _part(tokens: TokenBatch, rows: slice) -> TokenBatch:

@@ -35,7 +35,7 @@ from runtime.balancing.planner import HomePlanner
 from runtime.distributed.device import Stopwatch, to_device
 from runtime.distributed.ranks import Ranks
 from runtime.engine.adapter import adapter_of
-from runtime.engine.batch import BatchOutput, ModelBatch, forward
+from runtime.engine.batch import BatchOutput, ModelBatch, check_tokens, forward
 from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, GenerationSettings, ended, generation_tokens
 from runtime.engine.model import ReplicatedModel
@@ -296,6 +296,7 @@ class Engine:
         model, device = self.loaded.model, self.loaded.model.device
         wanted = GenerationSettings.of(model, generation_config, settings)
         batch = ModelBatch(generation_tokens(inputs, settings))
+        check_tokens(batch.tokens, model.config)
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own, idle = batch.part(rows).tokens, rows.start == rows.stop
         for name in set(settings) & PER_SEQUENCE:

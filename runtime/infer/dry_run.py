@@ -72,6 +72,10 @@ def size_up(
     Raises:
         ValueError: If the model cannot be run, slots do not divide over devices, or a budget is too small.
     """
+    if host_memory is not None and device_memory is None:
+        raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
+    if device_memory is not None and devices not in (None, 1):
+        raise ValueError(f"devices is {devices}; within a budget a process is one device: leave the number out")
     loaded = outline(model, revision)
     layout = loaded.layout
     sizes = _sizes(loaded, getattr(torch, dtype).itemsize)

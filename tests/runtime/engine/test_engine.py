@@ -6,9 +6,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from data.models.model import LoadedModel
 
 from data.models.layout import MoELayout
+from data.models.model import LoadedModel
 from data.traces.trace import TokenBatch, pad_tokens
 from runtime.engine.batch import ModelBatch, forward
 from runtime.engine.engine import Engine

@@ -29,8 +29,8 @@ def test_each_config_of_a_real_model_is_checked_as_far_as_it_goes(name, folder):
     assert options.keys() <= {"model", "device", "dtype", "redundant", "device_memory", "host_memory"}
     place = folder(REAL_MODELS[name])
     found = size_up(
-        place, "", options["dtype"], 4, options.get("redundant"), options.get("device_memory"),
-        options.get("host_memory"),
+        place, "", options["dtype"], None if "device_memory" in options else 4, options.get("redundant"),
+        options.get("device_memory"), options.get("host_memory"),
     )  # fmt: skip
     assert round(found["parameters"] / 1e9, 2) == pytest.approx(BILLIONS[name], abs=0.05)
     if budget := found.get("budget"):
