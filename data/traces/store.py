@@ -250,5 +250,5 @@ def _check_lists(path: Path, about: dict[str, Any]) -> None:
         if not (isinstance(run, list) and [type(part) for part in run] == [str, int, int] and run[1] == at <= run[2]):
             raise ValueError(f"{path}: splits hold {run}, expected runs [split, start, stop] one after the other")
         at = run[2]
-    if not 0 < total == at:
+    if total != at:
         raise ValueError(f"{path}: splits cover {at} batches, shards hold {total}; it was edited or cut short")
