@@ -99,12 +99,24 @@ def measure(experts: int, repeats: int, device: str, dtype: torch.dtype) -> list
             for name in list(arms) if turn % 2 else reversed(list(arms)):
                 times[name].append(milliseconds(arms[name], inputs))
         row: dict[str, Any] = {"tokens": size, "padded": padded, "slots_ms": round(median(times["slots"]), 3)}
-        for rival in ("loop", "grouped"):
-            ratios = [ours / theirs for ours, theirs in zip(times["slots"], times[rival], strict=True)]
-            low, middle, high = quantiles(ratios, n=4)
-            row[f"over_{rival}"], row[f"over_{rival}_quartiles"] = round(middle, 3), [round(low, 3), round(high, 3)]
-        results.append(row)
+        results.append(row | ratios(times, "loop", "grouped"))
     return results
+
+
+def ratios(times: dict[str, list[float]], *rivals: str) -> dict[str, Any]:
+    """Median and quartiles of the slots' times over each rival's, pair by pair."""
+    found: dict[str, Any] = {}
+    for rival in rivals:
+        pairs = [ours / theirs for ours, theirs in zip(times["slots"], times[rival], strict=True)]
+        low, middle, high = quantiles(pairs, n=4)
+        found[f"over_{rival}"], found[f"over_{rival}_quartiles"] = round(middle, 3), [round(low, 3), round(high, 3)]
+    return found
+
+
+def cells(row: dict[str, Any], *rivals: str) -> list[str]:
+    """A table's cells of `ratios`."""
+    spans = {rival: " - ".join(f"{ratio:.2f}" for ratio in row[f"over_{rival}_quartiles"]) for rival in rivals}
+    return [cell for rival in rivals for cell in (f"{row[f'over_{rival}']:.2f}", spans[rival])]
 
 
 def main() -> None:
@@ -123,9 +135,8 @@ def main() -> None:
         table.add_column(name, justify="right")
     for row in results:
         table.add_row(
-            str(row["tokens"]), "1/4" if row["padded"] else "none", f"{row['slots_ms']:.2f}", f"{row['over_loop']:.2f}",
-            " - ".join(f"{ratio:.2f}" for ratio in row["over_loop_quartiles"]), f"{row['over_grouped']:.2f}",
-            " - ".join(f"{ratio:.2f}" for ratio in row["over_grouped_quartiles"]),
+            str(row["tokens"]), "1/4" if row["padded"] else "none", f"{row['slots_ms']:.2f}",
+            *cells(row, "loop", "grouped"),
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     versions = {"torch": torch.__version__, "device": where, "seed": 0}

@@ -12,10 +12,9 @@ import argparse
 import json
 import sys
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -24,7 +23,7 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks.one_device import Layer, milliseconds
+from benchmarks.one_device import Layer, cells, milliseconds, ratios
 from data.models.expert import ExpertFormat
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
@@ -71,11 +70,7 @@ def measure(experts: int, top_k: int, sizes: list[int], repeats: int, like: torc
             for name in list(arms) if turn % 2 else reversed(list(arms)):
                 times[name].append(milliseconds(arms[name], inputs))
         row: dict[str, Any] = {"tokens": size, "slots_ms": round(median(times["slots"]), 3)}
-        for rival in ("eager", "grouped"):
-            ratios = np.array(times["slots"]) / np.array(times[rival])
-            low, middle, high = quantiles(ratios.tolist(), n=4)
-            row[f"over_{rival}"], row[f"over_{rival}_quartiles"] = round(middle, 3), [round(low, 3), round(high, 3)]
-        results.append(row)
+        results.append(row | ratios(times, "eager", "grouped"))
     return results
 
 
@@ -97,11 +92,7 @@ def main() -> None:
     for name in ("tokens", "slots ms", "over eager", "quartiles", "over grouped_mm", "quartiles "):
         table.add_column(name, justify="right")
     for row in results:
-        table.add_row(
-            str(row["tokens"]), f"{row['slots_ms']:.2f}", f"{row['over_eager']:.2f}",
-            " - ".join(f"{ratio:.2f}" for ratio in row["over_eager_quartiles"]), f"{row['over_grouped']:.2f}",
-            " - ".join(f"{ratio:.2f}" for ratio in row["over_grouped_quartiles"]),
-        )  # fmt: skip
+        table.add_row(str(row["tokens"]), f"{row['slots_ms']:.2f}", *cells(row, "eager", "grouped"))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     versions = {"torch": torch.__version__, "device": where, "seed": 0}
     print(json.dumps({"experts": options.experts, "top_k": options.top_k, **versions, "results": results}))

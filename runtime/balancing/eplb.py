@@ -21,6 +21,7 @@ from numba import njit
 
 from data.arrays import FloatArray, IntArray
 from predictor.forecast import LoadForecast, LoadHistory
+from runtime.balancing.packing import replicate
 from runtime.balancing.plan import ReplicationPlan
 
 Array = TypeVar("Array")
@@ -131,17 +132,9 @@ def _place(load_LE: FloatArray, num_slots: int, num_groups: int, num_nodes: int,
 
 @njit(cache=True, nogil=True)
 def _replicate(load_E: FloatArray, num_slots: int) -> tuple[IntArray, FloatArray]:
-    """Expert and load of each copy, `[P]`: the expert with most load per copy is copied again and again.
-
-    Loads [90, 48, 10, 10] with 6 slots: expert 0 is copied first, then expert 1, because 90 / 2 is less than 48.
-    """
-    copies = np.ones(load_E.size, dtype=np.int64)
-    held = np.empty(num_slots, dtype=np.int64)
-    held[: load_E.size] = np.arange(load_E.size)
-    for i in range(load_E.size, num_slots):
-        held[i] = np.argmax(load_E / copies)
-        copies[held[i]] += 1
-    return held, (load_E / copies)[held]
+    """Expert and load of each copy, `[P]`."""
+    held = replicate(load_E, num_slots)
+    return held, (load_E / np.bincount(held, minlength=load_E.size))[held]
 
 
 @njit(cache=True, nogil=True)
