@@ -51,7 +51,8 @@ def test_models_of_foreign_tests_run_within_an_engine(tmp_path):
     assert "4 passed" in done.stdout, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ran"] == {"test_call": 1, "test_generate": 1}
-    assert report["compared"] == 1 and report["largest_difference"] <= 1e-6
+    assert report["compared"] == 1
+    assert report["largest_difference"] <= 1e-6
     assert report["layers"] == 2 * (1 + 3)  # two MoE layers: a call, and three steps of generation
     assert report["moves"] > 0
 
