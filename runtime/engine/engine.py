@@ -28,7 +28,7 @@ from data.models.device import Device
 from data.models.model import Dtype, LoadedModel, load_dense, load_model
 from data.models.stored_experts import stored_experts
 from data.models.weights import ModelWeights
-from predictor.checkpoint import load_predictor
+from predictor.checkpoint import load_adaptive
 from predictor.forecast import Forecaster
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
@@ -178,7 +178,7 @@ class Engine:
             return predictor, "none"
         folder = Path(predictor)
         table = self.loaded.model.get_input_embeddings().weight.detach()
-        forecaster = load_predictor(predictor, self.loaded.layout, table)
+        forecaster = load_adaptive(predictor, self.loaded.layout, table)
         return forecaster, sha256(folder / "model.safetensors") if folder.is_dir() else str(predictor)
 
     def __enter__(self) -> "Engine":
@@ -248,7 +248,7 @@ class Engine:
                     controller.prepare(upcoming.tokens)
                 output = self._forward(current, preparation, exposed_ms)
             if self.replicated.places:  # else nobody uses it, and on CUDA the look would wait for the device
-                controller.observe(output.stats.load)
+                controller.observe(output.stats.load, current.tokens)
             yield output
             if failure is not None:
                 raise failure
