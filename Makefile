@@ -1,5 +1,5 @@
-# make gpu   on a machine with a GPU: what only a GPU can show, in one folder under docs/results
-# make run   set up .venv and run the main job: trace, train, deploy      make test  same set-up, then lint, types, tests
+# make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
+# make gpu   what only a GPU can show, in one folder under docs/results   make peers  transformers' own tests in an engine
 PYTHON ?= python3
 BIN := .venv/bin
 PREDICTOR := outputs/predictor
@@ -12,7 +12,7 @@ IMPORTS := import train; from predictor.recurrence import compile_kernels; compi
 KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
 	balancer.compile_kernels(); dispatch.compile_kernels()
 
-.PHONY: run test smoke gpu clean
+.PHONY: run test smoke gpu peers clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -39,6 +39,13 @@ smoke: .venv/ready
 # Tests, exactness, benchmarks and sanitizers on all GPUs; outputs/predictor is trained first if it does not exist.
 gpu: .venv/ready
 	@$(BIN)/python -m benchmarks.gpu
+
+# transformers' own tests of three families with an engine around every model; TRANSFORMERS=FOLDER takes a clone that is
+# there, else the installed version's tag is cloned into outputs/transformers.
+TRANSFORMERS ?= outputs/transformers
+peers: .venv/ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized==0.9.0
+	@$(BIN)/python -m benchmarks.peers --transformers $(TRANSFORMERS)
 
 # uv installs in a fifth of pip's time; where it cannot be had, pip does the same. The stamp is written last, so that a
 # set-up that was interrupted starts over.

@@ -67,19 +67,26 @@ def exactness(gpus: int, predictor: Path, aside: Path) -> list[Step]:
     return steps
 
 
+def one_device() -> list[Step]:
+    """One layer on one GPU against grouped products: Switch's experts, and gated ones with several a token."""
+    gpu = ["--device", "cuda", "--dtype", "bfloat16"]
+    switch = [sys.executable, "-m", "benchmarks.one_device", *gpu, "--experts", "64"]
+    steps = [Step("one-device", switch, 900)]
+    for experts, top_k in ((64, 4), (128, 8)):
+        gated = ["--experts", str(experts), "--top-k", str(top_k)]
+        words = [sys.executable, "-m", "benchmarks.one_device_family", *gpu, *gated]
+        steps.append(Step(f"one-device-top-{top_k}", words, 900))
+    return steps
+
+
 def replication(gpus: int) -> list[Step]:
     """One MoE layer under skewed loads over 1, 2, 4, ... and all GPUs, in both dtypes."""
     steps = []
     for ranks in powers(gpus):
         experts = EXPERTS if EXPERTS % ranks == 0 else EXPERTS // 4 * ranks
         for dtype in ("bfloat16", "float32"):
-            words = [
-                "benchmarks.expert_parallel",
-                "--experts",
-                experts,
-                "--redundant",
-                SLOTS * ranks if ranks > 1 else 0,
-            ]
+            redundant = SLOTS * ranks if ranks > 1 else 0
+            words = ["benchmarks.expert_parallel", "--experts", experts, "--redundant", redundant]
             words += ["--tokens", 4096 * ranks, "--steps", 104, "--dtype", dtype]
             steps.append(Step(f"replication-{ranks}-{dtype}", torchrun(ranks, *map(str, words)), 900))
     return steps
@@ -128,24 +135,13 @@ def all_steps(gpus: int, predictor: Path | None, aside: Path) -> list[Step]:
     train = [Step("predictor", [sys.executable, "train.py", "--predictor", str(DEFAULT)], 1800)]
     tests = Step("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 1800)
     trace = ["--device", "cuda", "--dtype", "bfloat16", "--batching.batches", "20", "--out", str(aside / "trace")]
-    alone = [
-        sys.executable,
-        "-m",
-        "benchmarks.one_device",
-        "--device",
-        "cuda",
-        "--dtype",
-        "bfloat16",
-        "--experts",
-        "64",
-    ]
     interference = [sys.executable, "-m", "benchmarks.forecast_interference", "--predictor", str(trained)]
     return [
         tests,
         *([] if predictor else train),
         Step("collect-bfloat16", [sys.executable, "-m", "data.collect", *trace], 900),
         *exactness(gpus, trained, aside),
-        Step("one-device", alone, 900),
+        *one_device(),
         *replication(gpus),
         *tiers(trained, aside),
         Step("forecast-interference", interference, 600),

@@ -15,7 +15,7 @@ REFUSED = {
     "longcat_flash": OWN_BLOCKS,
     "step3p7": OWN_BLOCKS,
     "step3p7_text": OWN_BLOCKS,
-    "nllb-moe": "its routers drop tokens by two masks at once, which Switchcast does not follow yet",
+    "nllb-moe": "transformers itself computes it wrongly, every token by experts 0 and 1 whatever the router chose",
 }
 """Families with experts that Switchcast cannot run, and why."""
 EXPECTED = f"{SWITCH}, or a decoder-only Mixture of Experts that transformers' AutoModelForCausalLM loads"

@@ -60,7 +60,9 @@ class ReplicatedModel:
         self.loaded, self._home, self._ranks, self._experts = loaded, home, ranks, experts
         self.adapter = adapter_of(loaded)
         if self.adapter.installed():
-            raise ValueError("another engine runs this model; close that one first")
+            raise ValueError(
+                "another engine runs this model, or one built from the same configuration object; close that one first"
+            )
         self.cache: ExpertCache | None = None
         slots: Sequence[Slots]
         if isinstance(experts, MemoryBudget | ExpertCache):

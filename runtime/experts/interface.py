@@ -11,16 +11,22 @@ from torch import Tensor, nn
 from runtime.experts.layer import ReplicatedExperts
 
 NAME = "switchcast"
-_layers: dict[nn.Module, ReplicatedExperts] = {}
+_layers: dict[Any, ReplicatedExperts] = {}
 
 
 def switchcast_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Weighted sum of each token's experts, `[T, D]`; names of arguments and shapes are transformers'.
 
+    A model that was built from the same configuration object as one in an engine has its implementation set along with
+    it, such as the assistant of assisted decoding; it computes by its family's own loop.
+
     Raises:
         RuntimeError: If no engine runs the model.
     """
     if self not in _layers:
+        if any(module.config is self.config for module in _layers):
+            combined: Tensor = type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+            return combined
         raise RuntimeError(
             f'the experts of this model compute with "{NAME}", and no engine runs it; call it inside `with Engine('
             'model)`, or model.set_experts_implementation("grouped_mm") first'
@@ -28,9 +34,9 @@ def switchcast_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, to
     return _layers[self].compute(hidden_states, top_k_index, top_k_weights, self.training)
 
 
-def connected(module: nn.Module) -> bool:
-    """Whether an engine runs an experts module."""
-    return module in _layers
+def connected(module: Any) -> bool:
+    """Whether an engine runs an experts module, or a model that shares its configuration object."""
+    return any(module is other or module.config is other.config for other in _layers)
 
 
 def connect(modules: list[nn.Module], layers: list[ReplicatedExperts]) -> None:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, NllbMoeConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
+from data.models.family import check_family
 from data.models.layout import MoELayout
 from data.models.registered import registered_layout
 
@@ -56,3 +58,18 @@ def test_a_router_that_does_not_tell_its_top_k_is_refused(monkeypatch):
     monkeypatch.setattr("data.models.registered.TOP_K_NAMES", ("number of experts",))
     with pytest.raises(ValueError, match=r"mlp.experts: neither its router nor the configuration tells the experts of"):
         registered_layout(model, "m")
+
+
+def test_nllb_is_refused_because_transformers_takes_its_router_mask_for_numbers_of_experts():
+    """Once this fails, transformers has mended its experts, and they can be supported."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "num_experts": 8, "encoder_ffn_dim": 8, "expert_capacity": 64}
+    block = NllbMoeSparseMLP(NllbMoeConfig(**sizes), ffn_dim=8).eval()
+    hidden = torch.randn(1, 40, 16)
+    chosen = block.router(hidden[0])[0].sum(0)
+    block(hidden).sum().backward()
+    computed = [block.experts[f"expert_{expert}"].fc1.weight.grad is not None for expert in range(8)]
+    assert (chosen > 0).all()
+    assert computed == [True, True] + [False] * 6
+    with pytest.raises(ValueError, match=r"is a nllb-moe model, .*: transformers itself computes it wrongly"):
+        check_family("facebook/nllb-moe-54b", NllbMoeConfig().to_dict())

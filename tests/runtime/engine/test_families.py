@@ -54,7 +54,7 @@ def largest_difference(engine: Engine, plain) -> float:
     """Between logits of real tokens, over all batches."""
     worst = 0.0
     for batch, output in zip(stream(), engine.run(stream()), strict=True):
-        real = batch.tokens.mask[output.rows]
+        real = batch.tokens.mask[output.rows].to(output.logits.device)
         theirs = forward(plain, batch)[output.rows]
         if real.any():
             worst = max(worst, float((output.logits[real] - theirs[real]).abs().max()))
@@ -82,6 +82,23 @@ def test_logits_and_text_are_the_plain_models(family):
     assert model.get_experts_implementation() == plain.get_experts_implementation()
     for name, value in plain.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("devices", [1, DEVICES])
+def test_logits_and_text_are_the_plain_models_on_a_gpu(family, devices):
+    model = tiny(family).to("cuda")
+    loaded, plain = LoadedModel.of(model), copy.deepcopy(model)
+    prompt = left_padded(right_padded((7, 3, 5), 5))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    mask = prompt.mask.long()
+    expected = plain.generate(prompt.input_ids.to("cuda"), attention_mask=mask.to("cuda"), **settings)
+    with Engine(loaded, Noise(loaded.layout), devices, 0 if devices == 1 else REDUNDANT) as engine:
+        engine.controller.planner = RandomPlanner(engine.home)
+        assert largest_difference(engine, plain) <= 1e-4  # products of float32 are summed in another order
+        assert torch.equal(engine.generate(prompt.input_ids, attention_mask=mask, **settings), expected)
 
 
 def test_the_table_of_families_is_what_the_command_writes():

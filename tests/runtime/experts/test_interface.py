@@ -133,7 +133,7 @@ def test_the_experts_implementation_is_set_inside_the_engine_alone():
         assert dict(model.named_modules()) == modules, "no module may be replaced"
         torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
         copied = copy.deepcopy(model)
-        with pytest.raises(ValueError, match="another engine runs this model; close that one first"):
+        with pytest.raises(ValueError, match="another engine runs this model, or one built from"):
             Engine(model, None, 2, 0).__enter__()
         with pytest.raises(RuntimeError, match=r"inference only; call model.eval\(\)"):
             model.train()(ids)
@@ -144,6 +144,19 @@ def test_the_experts_implementation_is_set_inside_the_engine_alone():
     assert torch.equal(model(ids).logits, logits)
     with pytest.raises(RuntimeError, match=r'compute with "switchcast", and no engine runs it; call it inside'):
         copied(ids)
+
+
+def test_a_model_that_shares_its_configuration_with_one_in_an_engine_computes_by_its_own_loop():
+    model = tiny("mixtral")
+    other = type(model)(model.config).eval()
+    ids = torch.arange(3, 12)[None]
+    logits, mine = other(ids).logits, model(ids).logits
+    with Engine(model, None, 2, 0):
+        assert torch.equal(other(ids).logits, logits)
+        torch.testing.assert_close(model(ids).logits, mine, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="or one built from the same configuration object; close that one first"):
+            Engine(other, None, 2, 0).__enter__()
+    assert torch.equal(other(ids).logits, logits)
 
 
 def test_experts_that_transformers_spreads_over_devices_are_refused():

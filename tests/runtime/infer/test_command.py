@@ -23,21 +23,27 @@ from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from tests.conftest import TEXTS, small_switch
 from tests.helpers.prometheus import scrape
+from tests.helpers.small_qwen3 import write_qwen3
 from tests.helpers.wandb_file import records
 
 ROOT = Path(__file__).parents[3]
 MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "exposed"}
 
 
+def untrained(model: Path, folder: Path) -> Path:
+    """Writes an untrained predictor of a model."""
+    torch.manual_seed(0)
+    loaded = load_model(str(model))
+    network = LoadNetwork(loaded.layout, Architecture(width=8, depth=1))
+    spread, table = torch.zeros(2, loaded.layout.num_layers, 3), loaded.model.get_input_embeddings().weight
+    save_predictor(folder, NeuralForecaster(loaded.layout, network, table, spread))
+    return folder
+
+
 @pytest.fixture
 def predictor(switch_folder, tmp_path) -> Path:
     """An untrained predictor of the random model."""
-    torch.manual_seed(0)
-    switch = load_model(str(switch_folder))
-    network = LoadNetwork(switch.layout, Architecture(width=8, depth=1))
-    spread = torch.zeros(2, switch.layout.num_layers, 3)
-    save_predictor(tmp_path / "predictor", NeuralForecaster(switch.layout, network, switch.model.shared.weight, spread))
-    return tmp_path / "predictor"
+    return untrained(switch_folder, tmp_path / "predictor")
 
 
 @pytest.fixture
@@ -74,6 +80,31 @@ def test_contract(command, tmp_path):
     assert set(report["ms"]) == MS
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["each_batch"]) == 5
     assert (tmp_path / "out" / "balancedness.png").stat().st_size > 5000
+
+
+def test_a_decoder_only_model_is_balanced_and_unchanged(command, switch_folder, tmp_path):
+    model = write_qwen3(tmp_path / "qwen3", switch_folder)
+    options = {"model": model, "predictor": untrained(model, tmp_path / "its")}
+    shown = command(**options).out
+    assert "Outputs equal the plain model's" in shown
+    report = json.loads(shown.splitlines()[-1])
+    assert report["max_logit_difference"] <= 1e-5
+    assert report["same_argmax"] == 1.0
+    assert report["moves"] > 0
+    assert report["bytes"] == report["moves"] * 3 * 16 * 12 * 4, "a gate, and two more matrices in float32"
+    assert [row["layer"] for row in report["layers"]] == ["decoder_1", "decoder_3"]
+    within = command(**options | {"devices": 1, "redundant": 0, "device-memory": "2MiB"}).out
+    assert json.loads(within.splitlines()[-1])["max_logit_difference"] <= 1e-5
+
+
+def test_a_predictor_of_another_family_is_refused(command, switch_folder, predictor, tmp_path, capsys):
+    model = write_qwen3(tmp_path / "qwen3", switch_folder)
+    with pytest.raises(SystemExit) as ended:
+        command(model=model, predictor=predictor)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert ended.value.code == 2
+    assert "predictor" in line
+    assert "qwen3" in line
 
 
 def test_metrics_agree_with_the_report(command, tmp_path, monkeypatch):
