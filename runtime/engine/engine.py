@@ -35,6 +35,7 @@ from runtime.balancing.planner import HomePlanner
 from runtime.distributed.device import Stopwatch, to_device
 from runtime.distributed.ranks import Ranks
 from runtime.engine.adapter import adapter_of
+from runtime.engine.arguments import check_arguments
 from runtime.engine.batch import BatchOutput, ModelBatch, check_tokens, forward
 from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, GenerationSettings, ended, generation_tokens
@@ -108,17 +109,11 @@ class Engine:
         must_agree: Mapping[str, str] | None = None,
     ) -> None:
         self.ranks = Ranks(timeout_s, _device_of(model, device))
-        if expert_overhead_tokens != "auto" and not (
-            isinstance(expert_overhead_tokens, int) and expert_overhead_tokens >= 0
-        ):
-            raise ValueError(f"expert_overhead_tokens is {expert_overhead_tokens}, expected 0 or more, or 'auto'")
-        if host_memory is not None and device_memory is None:
-            raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
+        check_arguments(
+            self.ranks.world, num_devices, num_redundant_experts, max_moves, devices_per_node, expert_overhead_tokens,
+            device_memory, host_memory,
+        )  # fmt: skip
         if device_memory is not None and self.ranks.world == 1:
-            if num_devices not in (None, 1):
-                raise ValueError(
-                    f"num_devices is {num_devices}; within a budget a process is one device: use torchrun for more"
-                )
             num_devices, num_redundant_experts = 1, 0
         cuda = self.ranks.device.type == "cuda"
         self.measure = not cuda if measure is None else measure
