@@ -15,6 +15,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,8 +68,8 @@ class Engine:
         devices_per_node: Devices that share a fast network; copies and tokens then stay within a node where balance
             allows it. None means one node.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights. The
-            split then leaves replicas without tokens where they cost more than they save. 'auto' measures it when the
-            engine opens; with `device_memory` 'auto' means 0.
+            planner then balances device times, and the split leaves replicas without tokens where they cost more than
+            they save. 'auto' measures it when the engine opens; with `device_memory` 'auto' means 0.
         homes: Experts in the order of the home slots, `[L, E]`, or the expert of each home slot and -1 for each replica
             slot, `[L, P]`; in their own order by default.
         revision: Revision of a hub model.
@@ -192,7 +193,8 @@ class Engine:
             raise
         self._open = True
         forecaster = self.forecaster if self.replicated.places else None
-        self.controller = Controller(forecaster, self.planner, self.replicated.transfer, self.ranks)
+        planner = replace(self.planner, expert_overhead_tokens=self.replicated.expert_overhead_tokens)
+        self.controller = Controller(forecaster, planner, self.replicated.transfer, self.ranks)
         return self
 
     def __exit__(self, *error: Any) -> None:

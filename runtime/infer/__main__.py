@@ -94,7 +94,7 @@ def infer(
         max_moves: Most experts copied before one batch, over all layers; no limit by default.
         devices_per_node: Devices that share a fast network, for copies and tokens to stay within; one node by default.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, which
-            the split then counts; 'auto' measures it at the start (0 with --device-memory).
+            planner and split then count; 'auto' measures it at the start (0 with --device-memory).
         batches: Most batches to run.
         batching: How text is cut into batches.
         check: Whether outputs are compared with the plain model's, which every process then holds as well.

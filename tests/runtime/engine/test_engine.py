@@ -57,6 +57,7 @@ def test_answers_stay_while_a_split_counts_the_price_of_an_expert(switch, price)
     found = engine.replicated.expert_overhead_tokens
     assert found == price if price != "auto" else 0 <= found < 64
     assert {layer.expert_overhead_tokens for layer in engine.replicated.layers} == {found}
+    assert engine.controller.planner.expert_overhead_tokens == found
 
 
 def test_within_a_memory_budget_an_expert_has_no_measured_price(switch_folder):
