@@ -75,7 +75,8 @@ class Arm:
         if forecaster is not None:
             assert isinstance(experts.slots, ResidentSlots)
             transfer = WeightTransfer([experts.slots], home, ranks)
-            planner = HomePlanner(home.num_devices, home.num_redundant_experts)
+            price = experts.expert_overhead_tokens
+            planner = HomePlanner(home.num_devices, home.num_redundant_experts, expert_overhead_tokens=price)
             self.controller = Controller(forecaster, planner, transfer, ranks)
 
     def run(self, step: int, hidden: torch.Tensor, one_hot: torch.Tensor, weight: torch.Tensor) -> None:

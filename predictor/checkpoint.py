@@ -94,7 +94,7 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _differences(layout: MoELayout, trained: MoELayout) -> str:
+def differences(layout: MoELayout, trained: MoELayout) -> str:
     """What tells two models apart beside their weights, such as `: family qwen3_moe, not olmoe`; empty if nothing."""
     names = {"family": "family", "experts_per_token": "experts per token", "num_experts": "experts", "layers": "layers"}
     pairs = [(name, getattr(layout, field), getattr(trained, field)) for field, name in names.items()]
@@ -135,7 +135,7 @@ def load_predictor(
     if layout is not None and layout.fingerprint() != trained.fingerprint():
         raise ValueError(
             f"{folder} was trained for {trained.model_id} (fingerprint {trained.fingerprint()}), the model is "
-            f"{layout.model_id} (fingerprint {layout.fingerprint()}{_differences(layout, trained)}); train a predictor "
+            f"{layout.model_id} (fingerprint {layout.fingerprint()}{differences(layout, trained)}); train a predictor "
             "for it"
         )
     weights = _read_weights(folder / WEIGHTS, config["weights_sha256"])

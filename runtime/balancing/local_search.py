@@ -11,7 +11,8 @@ mean device load. The score is .78; a copy of expert 0 on device 1 makes both lo
     >>> load = np.array([[[1.2], [0.4], [0.3], [0.1]]], dtype=np.float32)
     >>> sure, free = np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.float32)
     >>> factor, first = np.ones((2, 2), dtype=np.float32), np.array([[0, 1, 2]])
-    >>> held, saved = improve(np.array([[-1, -1]]), first, np.array([[0, 0, 1, 1]]), load, sure, free, factor, 2)
+    >>> held, home = np.array([[-1, -1]]), np.array([[0, 0, 1, 1]])
+    >>> held, saved = improve(held, first, home, load, free[None], sure, free, factor, 2)
     >>> held.tolist(), round(float(saved[0]), 3)
     ([[-1, 0]], 0.78)
 
@@ -46,6 +47,7 @@ def improve(
     first_LG: IntArray,
     home_LE: IntArray,
     load_LEK: Float32Array,
+    waking_LK: Float32Array,
     weight_K: Float32Array,
     price_L: Float32Array,
     factor_GG: Float32Array,
@@ -58,6 +60,7 @@ def improve(
         first_LG: First replica slot of each device, and R at the end, `[L, G + 1]`.
         home_LE: Home device of each expert.
         load_LEK: Load of each expert in each scenario.
+        waking_LK: Price of an active slot in each scenario, in the units of loads.
         weight_K: Weight of each scenario; they sum to 1.
         price_L: Least score that a copy must save.
         factor_GG: Factor to the price of a copy from one device to another, at least 1.
@@ -71,12 +74,17 @@ def improve(
     work = (held_LR.shape[1] + first_LG.shape[1] - 1) * (6 + weight_K.size)
     for i in range(len(held_LR)):
         if work * ROUGH_ROUND * held_LR.shape[1] <= WORK:  # the search alone can fill all slots
-            layer, trials, placed = start(held_LR[i], first_LG[i], home_LE[i], load_LEK[i]), WORK // work, 0
+            layer, trials, placed = (
+                start(held_LR[i], first_LG[i], home_LE[i], load_LEK[i], waking_LK[i]),
+                WORK // work,
+                0,
+            )
             before = score(layer.load, weight_K)
         else:
             layer, before, placed = _filled(
-                held_LR[i], first_LG[i], home_LE[i], load_LEK[i], weight_K, price_L[i], factor_GG, max_moves
-            )
+                held_LR[i], first_LG[i], home_LE[i], load_LEK[i], waking_LK[i], weight_K, price_L[i], factor_GG,
+                max_moves,
+            )  # fmt: skip
             trials = LARGE_WORK // work
         current = score(layer.load, weight_K)
         gain[i] = before - _search(layer, current, weight_K, price_L[i], factor_GG, max_moves - placed, trials)
@@ -91,24 +99,25 @@ def _filled(
     first_G: IntArray,
     home_E: IntArray,
     load_EK: Float32Array,
+    waking_K: Float32Array,
     weight_K: Float32Array,
     price: float,
     factor_GG: Float32Array,
     max_moves: int,
 ) -> tuple[Layer, np.float32, int]:
     """A layer after `fill` for the expected load, relaxed in all scenarios; the score before; copies placed."""
-    load_E1 = _expected(load_EK, weight_K)
-    layer = start_exactly(held_R, first_G, home_E, load_E1)
-    scenarios = layer if weight_K.size == 1 else start_like(layer, load_EK, load_E1[:, 0])
+    load_E1, waking_1 = _expected(load_EK, weight_K), _expected(waking_K[None], weight_K)[0]
+    layer = start_exactly(held_R, first_G, home_E, load_E1, waking_1)
+    scenarios = layer if weight_K.size == 1 else start_like(layer, load_EK, waking_K, load_E1[:, 0])
     before = score(scenarios.load, weight_K)
     copy_price = np.float32(FILL_PRICE * price)
     placed = fill(layer, copy_price, factor_GG, max_moves)
     if layer.load[:, 0].max() > REBUILD:
-        bare = start(np.full_like(held_R, -1), first_G, home_E, load_E1)
+        bare = start(np.full_like(held_R, -1), first_G, home_E, load_E1, waking_1)
         copies = fill(bare, copy_price, factor_GG, max_moves)
         if bare.load[:, 0].max() + copy_price * copies < layer.load[:, 0].max() + copy_price * placed:
             layer, placed = bare, copies
-    return layer if weight_K.size == 1 else start_like(layer, load_EK, load_E1[:, 0]), before, placed
+    return layer if weight_K.size == 1 else start_like(layer, load_EK, waking_K, load_E1[:, 0]), before, placed
 
 
 @njit(cache=True, nogil=True)
@@ -169,7 +178,9 @@ def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntAr
     loss_R = np.zeros(held.size, dtype=np.float32)
     for slot in range(held.size):
         for k in range(weight_K.size):
-            loss_R[slot] += np.float32(2) * weight_K[k] * layer.on_replica[slot, k] * layer.on_replica[slot, k]
+            if layer.on_replica[slot, k] > 0:
+                time = layer.on_replica[slot, k] + layer.waking[k]
+                loss_R[slot] += np.float32(2) * weight_K[k] * time * time
     relief_E, space_G = _relief_and_space(layer, weight_K)
     devices = _largest(space_G, DEVICES)
     gains = np.full(count, -np.inf, dtype=np.float32)
@@ -185,8 +196,7 @@ def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntAr
             gain = np.float32(0)
             for k in range(weight_K.size):
                 gap = max(layer.load[home, k] - layer.load[device, k], np.float32(0))
-                flow = min(layer.at_home[expert, k], np.float32(0.5) * gap)
-                gain += np.float32(2) * weight_K[k] * flow * (gap - flow)
+                gain += weight_K[k] * _saved(layer.at_home[expert, k], gap, layer.waking[k])
             if gain <= 0:
                 continue
             for slot in range(layer.first[device], layer.first[device + 1]):
@@ -200,13 +210,29 @@ def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntAr
 
 
 @njit(cache=True, nogil=True, fastmath=True)
+def _saved(tokens: np.float32, gap: np.float32, waking: np.float32) -> np.float32:
+    """Squared device load that a copy saves across a difference of loads.
+
+    The whole expert may move, or the copy becomes active as well, which takes `waking` off the difference. Without a
+    price the latter is all that matters.
+    """
+    flow = min(tokens, np.float32(0.5) * max(gap - waking, np.float32(0)))
+    saved = np.float32(2) * flow * (gap - waking - flow)
+    whole = tokens + waking
+    if waking > 0 and tokens > 0 and gap > whole:
+        saved = max(saved, np.float32(2) * whole * (gap - whole))
+    return saved
+
+
+@njit(cache=True, nogil=True, fastmath=True)
 def _relief_and_space(layer: Layer, weight_K: Float32Array) -> tuple[Float32Array, Float32Array]:
     """How much each expert could relieve its home `[E]`, and how far each device is below the mean `[G]`."""
     relief_E = np.zeros(layer.home.size, dtype=np.float32)
     for expert in range(layer.home.size):
         for k in range(weight_K.size):
             over = max(layer.load[layer.home[expert], k] - np.float32(1), np.float32(0))
-            relief_E[expert] += weight_K[k] * min(layer.at_home[expert, k], over) * over
+            if layer.at_home[expert, k] > 0:
+                relief_E[expert] += weight_K[k] * min(layer.at_home[expert, k] + layer.waking[k], over) * over
     space_G = np.zeros(len(layer.load), dtype=np.float32)
     for device in range(len(layer.load)):
         for k in range(weight_K.size):

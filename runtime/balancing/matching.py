@@ -12,7 +12,7 @@ is nearly balanced changes by a few copies only.
 
     >>> from runtime.balancing.water_filling import start
     >>> load = np.array([[1.2], [0.4], [0.3], [0.1]], dtype=np.float32)
-    >>> layer = start(np.array([-1, -1]), np.array([0, 1, 2]), np.array([0, 0, 1, 1]), load)
+    >>> layer = start(np.array([-1, -1]), np.array([0, 1, 2]), np.array([0, 0, 1, 1]), load, np.zeros(1, np.float32))
     >>> fill(layer, np.float32(0.001), np.ones((2, 2), dtype=np.float32), 2)
     1
     >>> layer.held.tolist(), layer.load[:, 0].round(3).tolist()
@@ -25,7 +25,7 @@ import numpy as np
 from numba import njit
 
 from data.arrays import Float32Array, IntArray
-from runtime.balancing.water_filling import FIRST_SWEEPS, Layer, fork, relax
+from runtime.balancing.water_filling import FIRST_SWEEPS, Layer, fork, relax, send
 
 LEAST_EXCESS = np.float32(0.003)
 """Excess over the mean device load, in units of it, that the first target leaves."""
@@ -174,7 +174,7 @@ def _receiver(
             continue
         for slot in range(layer.first[device], layer.first[device + 1]):
             old, used = layer.held[slot], layer.on_replica[slot, 0]
-            room = free + used
+            room = free + used if used > 0 else free - layer.waking[0]
             if room <= LEAST_EXCESS:
                 continue
             if old >= 0 and used > 0 and (room < tokens or layer.load[layer.home[old], 0] + used > target):
@@ -198,18 +198,10 @@ def _holds(layer: Layer, device: int, expert: int) -> bool:
 @njit(cache=True, nogil=True)
 def _place(layer: Layer, slot: int, expert: int, tokens: np.float32, leave: int) -> None:
     """Puts an expert into a slot and sends it tokens; tokens of the expert that leaves go home."""
-    old, device = layer.held[slot], layer.device[slot]
-    if old >= 0:
-        left = layer.on_replica[slot, 0]
-        layer.at_home[old, 0] += left
-        layer.load[layer.home[old], 0] += left
-        layer.load[device, 0] -= left
+    if layer.held[slot] >= 0:
+        send(layer, slot, 0, -layer.on_replica[slot, 0])
     layer.held[slot] = expert
-    layer.on_replica[slot, 0] = tokens
-    if leave < 0:
-        layer.at_home[expert, 0] -= tokens
-        layer.load[layer.home[expert], 0] -= tokens
-    else:
-        layer.on_replica[leave, 0] -= tokens
-        layer.load[layer.device[leave], 0] -= tokens
-    layer.load[device, 0] += tokens
+    layer.on_replica[slot, 0] = 0
+    if leave >= 0:
+        send(layer, leave, 0, -tokens)
+    send(layer, slot, 0, tokens)

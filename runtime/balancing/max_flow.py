@@ -2,7 +2,8 @@
 
 `runtime.balancing.split` is the interface, `runtime.balancing.leveling` the max-flow. Here is what comes before and
 after it: a first split that keeps tokens on their own device, then on their own node, as far as the mean device time
-allows; the choice of slots where an active slot has a price; and the sources of each slot's tokens.
+allows, and the sources of each slot's tokens. Where an active slot has a price, runtime.balancing.active_slots chooses
+the slots.
 
 Three devices with two slots each; expert 0 has copies on devices 0 and 1, expert 1 on devices 1 and 2:
 
@@ -27,6 +28,7 @@ import numpy as np
 from numba import njit
 
 from data.arrays import IntArray
+from runtime.balancing.active_slots import few_slots, slots_with_and_without_copies
 from runtime.balancing.leveling import Copies, Flow, copies_by_expert, level
 
 
@@ -80,7 +82,7 @@ def least_time_quotas(
     nodes = devices_per_node < num_devices
     slowest = level(flow, copies, near, nodes)
     if expert_overhead_tokens > 0:
-        few = _few_slots(total_E, own_P, phy2log, copies, num_devices, expert_overhead_tokens)
+        few = few_slots(total_E, own_P, phy2log, copies, num_devices, expert_overhead_tokens)
         if level(few, copies, near, nodes) <= slowest:
             flow = few
     return _assign_sources(counts_SE, flow.quota, own_P, phy2log, copies, num_devices, devices_per_node)
@@ -119,7 +121,7 @@ def _first_split(
             for i in range(near.begin[group], near.end[group]):
                 tokens -= flow.quota[near.slots[i]]
             left_E[expert] -= _pour(flow, near, group, tokens, target)
-    firsts = _slots_with_and_without_copies(copies)[1]
+    firsts = slots_with_and_without_copies(copies)[1]
     for i in np.argsort(copies.end[firsts] - copies.begin[firsts], kind="mergesort"):  # few copies leave little choice
         _pour(flow, copies, firsts[i], left_E[phy2log[firsts[i]]], target)
 
@@ -139,54 +141,6 @@ def _pour(flow: Flow, copies: Copies, slot: int, tokens: int, target: int) -> in
     flow.quota[least] += left
     flow.load[least // slots_per_device] += left
     return tokens
-
-
-@njit(cache=True, nogil=True)
-def _few_slots(
-    total_E: IntArray, own_P: IntArray, phy2log: IntArray, copies: Copies, num_devices: int, overhead: int
-) -> Flow:
-    """A split that makes a second slot of an expert active only where that relieves the slowest device.
-
-    First each expert, from the most to the least loaded, gets one slot: on the device that would take least time. Then,
-    as long as the slowest device gets faster, one of its experts moves to another of its slots, in whole or in part.
-    """
-    slots_per_device = phy2log.size // num_devices
-    quota_P, load_G = np.zeros(phy2log.size, dtype=np.int64), np.zeros(num_devices, dtype=np.int64)
-    active_P = np.zeros(phy2log.size, dtype=np.bool_)
-    slot_E = np.empty(total_E.size, dtype=np.int64)
-    for slot in copies.slots:
-        slot_E[phy2log[slot]] = slot
-    for expert in np.argsort(-total_E, kind="mergesort"):
-        best = slot_E[expert]
-        for i in range(copies.begin[best], copies.end[best]):
-            if load_G[copies.slots[i] // slots_per_device] < load_G[best // slots_per_device]:
-                best = copies.slots[i]
-        active_P[best] = True
-        quota_P[best] = total_E[expert]
-        load_G[best // slots_per_device] += total_E[expert] + (overhead if total_E[expert] > 0 else 0)
-    for _ in range(phy2log.size):
-        heavy = int(np.argmax(load_G))
-        least, chosen, source, moved = load_G[heavy], -1, -1, 0
-        for leave in range(heavy * slots_per_device, (heavy + 1) * slots_per_device):
-            if phy2log[leave] < 0 or quota_P[leave] == 0:
-                continue
-            for i in range(copies.begin[leave], copies.end[leave]):
-                enter = copies.slots[i]
-                if enter == leave or enter // slots_per_device == heavy:
-                    continue
-                there = load_G[enter // slots_per_device] + (0 if quota_P[enter] > 0 else overhead)
-                for tokens in (min((load_G[heavy] - there) // 2, quota_P[leave]), quota_P[leave]):
-                    here = load_G[heavy] - tokens - (overhead if tokens == quota_P[leave] else 0)
-                    if tokens > 0 and max(here, there + tokens) < least:
-                        least, chosen, source, moved = max(here, there + tokens), enter, leave, tokens
-        if chosen < 0:
-            break
-        load_G[chosen // slots_per_device] += moved + (0 if quota_P[chosen] > 0 else overhead)
-        quota_P[chosen] += moved
-        quota_P[source] -= moved
-        load_G[heavy] -= moved + (overhead if quota_P[source] == 0 else 0)
-        active_P[chosen], active_P[source] = True, quota_P[source] > 0
-    return Flow(quota_P, np.minimum(own_P, quota_P), load_G, active_P)
 
 
 @njit(cache=True, nogil=True)
@@ -225,7 +179,7 @@ def _assign_sources(
                     free_P[slot] -= tokens
     if devices_per_node == num_devices:  # so far a source's tokens are on its own device alone
         node_slots, devices_per_node = slots_per_device, 1
-    only, firsts = _slots_with_and_without_copies(copies)
+    only, firsts = slots_with_and_without_copies(copies)
     next_slot = copies.begin[firsts]
     for source in range(num_sources):
         for slot in only:
@@ -243,21 +197,6 @@ def _assign_sources(
                 if free_P[slot] == 0:
                     next_slot[i] += 1
     return assigned
-
-
-@njit(cache=True, nogil=True)
-def _slots_with_and_without_copies(copies: Copies) -> tuple[IntArray, IntArray]:
-    """The slots whose expert has no other slot, and the first slot of each other expert."""
-    only, firsts = np.empty(copies.slots.size, dtype=np.int64), np.empty(copies.slots.size, dtype=np.int64)
-    alone, several = 0, 0
-    for i, slot in enumerate(copies.slots):
-        if copies.end[slot] - copies.begin[slot] == 1:
-            only[alone] = slot
-            alone += 1
-        elif copies.begin[slot] == i:
-            firsts[several] = slot
-            several += 1
-    return only[:alone], firsts[:several]
 
 
 @njit(cache=True, nogil=True)

@@ -25,6 +25,8 @@ HORIZON = 16.0
 """Batches a replica is expected to serve; a move that delays a device must pay for itself within them."""
 BETWEEN_NODES = 4.0
 """Price of a move between nodes, relative to a move within one."""
+SEVERAL = 4
+"""Experts a device from which on the time of an expert's weights is treated as divisible."""
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class HomePlanner:
         devices_per_node: Devices that share a fast network; a copy from another node must save `BETWEEN_NODES` times
             as much. None means one node.
         move_tokens: Tokens a device computes in the time that a move delays it; 0 where moves are hidden.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, as the
+            split counts it. With a price, device times are balanced; with 0, tokens alone.
     """
 
     num_devices: int
@@ -65,6 +69,7 @@ class HomePlanner:
     max_moves: int | None = None
     devices_per_node: int | None = None
     move_tokens: float = 0.0
+    expert_overhead_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.num_redundant_experts < 0:
@@ -77,6 +82,8 @@ class HomePlanner:
             raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more, or None for no limit")
         if not 0 <= self.move_tokens < float("inf"):
             raise ValueError(f"move_tokens is {self.move_tokens}, expected a finite number, 0 or more")
+        if self.expert_overhead_tokens < 0:
+            raise ValueError(f"expert_overhead_tokens is {self.expert_overhead_tokens}, expected 0 or more")
 
     def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
         """The plan for the coming batch, with the homes of the current one.
@@ -93,16 +100,36 @@ class HomePlanner:
         first = np.zeros((layers, self.num_devices + 1), dtype=np.int64)
         first[:, 1:] = replica_LP.reshape(layers, self.num_devices, slots).sum(-1).cumsum(-1)
         shares, weights = scenarios(forecast, recent)
-        load = shares * np.float32(self.num_devices)
+        load, waking = self._device_time(shares, forecast.tokens)
         limit = self.num_redundant_experts
         if self.max_moves is not None:
             limit = min(limit, self.max_moves)
         _announce_compiling()
         price, factor = self._price(forecast.tokens), self._factor()
-        wanted, gain = local_search.improve(held, first, current.homes // slots, load, weights, price, factor, limit)
+        wanted, gain = local_search.improve(
+            held, first, current.homes // slots, load, waking, weights, price, factor, limit
+        )
         phy2log = current.phy2log.copy()
         phy2log[replica_LP] = self._within_budget(held, wanted, gain).ravel()
         return current.with_slots(phy2log)
+
+    def _device_time(self, shares_LEK: Float32Array, tokens_L: FloatArray) -> tuple[Float32Array, Float32Array]:
+        """Time of each expert's tokens `[L, E, K]` and of an active slot's weights `[L, K]`.
+
+        Both are in units of the mean device time with every expert that has tokens active once. Where devices have
+        several experts, an expert's tokens include the time of its weights, because moving whole experts can then
+        balance nearly as well as dividing them.
+        """
+        if self.expert_overhead_tokens == 0:
+            waking = np.zeros((len(shares_LEK), shares_LEK.shape[2]), dtype=np.float32)
+            return shares_LEK * np.float32(self.num_devices), waking
+        counts = np.rint(shares_LEK * tokens_L.astype(np.float32)[:, None, None])
+        time = counts.sum(1) + np.float32(self.expert_overhead_tokens) * (counts > 0).sum(1, dtype=np.float32)
+        mean = np.maximum(time, 1) / np.float32(self.num_devices)
+        waking = np.float32(self.expert_overhead_tokens) / mean
+        if counts.shape[1] >= SEVERAL * self.num_devices:
+            return counts / mean[:, None] + waking[:, None] * (counts > 0), np.zeros_like(waking)
+        return counts / mean[:, None], waking
 
     def _price(self, tokens_L: FloatArray) -> Float32Array:
         """What a copy within a node must save, in units of the mean device load, `[L]`."""

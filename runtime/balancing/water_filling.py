@@ -11,7 +11,7 @@ Loads are in units of the mean device load. Two devices, two experts on each, lo
 have 1:
 
     >>> load = np.array([[1.2], [0.4], [0.3], [0.1]], dtype=np.float32)
-    >>> layer = start(np.array([-1, 0]), np.array([0, 1, 2]), np.array([0, 0, 1, 1]), load)
+    >>> layer = start(np.array([-1, 0]), np.array([0, 1, 2]), np.array([0, 0, 1, 1]), load, np.zeros(1, np.float32))
     >>> layer.load[:, 0].round(3).tolist(), layer.on_replica[:, 0].round(3).tolist()
     ([1.0, 1.0], [0.0, 0.6000000238418579])
 
@@ -24,6 +24,7 @@ import numpy as np
 from numba import njit
 
 from data.arrays import Float32Array, IntArray
+from runtime.balancing.active_slots import few_slots
 from runtime.balancing.leveling import Flow, copies_by_expert, level
 
 SWEEPS, FIRST_SWEEPS = 4, 16
@@ -32,6 +33,8 @@ NO_FLOW = np.float32(2e-3)
 """Largest flow that does not count as a change."""
 UNITS = np.float32(65536)
 """Whole units of load in the mean device load, for the exact split."""
+ROUNDED = np.float32(8) / UNITS
+"""Tokens left at home by the exact split that are taken for its rounding, in the same unit."""
 UNEVEN = np.float32(0.3)
 """Weight of the root of squared overloads beside the maximum; it tells plans with the same maximum apart."""
 
@@ -46,7 +49,8 @@ class Layer(NamedTuple):
         home: Home device of each expert, `[E]`.
         on_replica: Tokens on each replica, `[R, K]`.
         at_home: Tokens of each expert at home, `[E, K]`.
-        load: Load of each device, `[G, K]`.
+        load: Load of each device, prices of its active slots included, `[G, K]`.
+        waking: Price of an active slot, in the units of loads, `[K]`; 0 where tokens alone count.
         changed: Number of the sweep that must visit each device because its load changed in the sweep before, `[G]`.
     """
 
@@ -57,11 +61,14 @@ class Layer(NamedTuple):
     on_replica: Float32Array
     at_home: Float32Array
     load: Float32Array
+    waking: Float32Array
     changed: IntArray
 
 
 @njit(cache=True, nogil=True)
-def start(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_EK: Float32Array) -> Layer:
+def start(
+    held_R: IntArray, first_G: IntArray, home_E: IntArray, load_EK: Float32Array, waking_K: Float32Array
+) -> Layer:
     """The layer with the split of every scenario relaxed.
 
     Args:
@@ -69,14 +76,17 @@ def start(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_EK: Float3
         first_G: First replica slot of each device, and R at the end, `[G + 1]`.
         home_E: Home device of each expert.
         load_EK: Load of each expert in each scenario.
+        waking_K: Price of an active slot in each scenario.
     """
-    layer = at_home(held_R, first_G, home_E, load_EK)
+    layer = at_home(held_R, first_G, home_E, load_EK, waking_K)
     relax(layer, FIRST_SWEEPS)
     return layer
 
 
 @njit(cache=True, nogil=True)
-def at_home(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_EK: Float32Array) -> Layer:
+def at_home(
+    held_R: IntArray, first_G: IntArray, home_E: IntArray, load_EK: Float32Array, waking_K: Float32Array
+) -> Layer:
     """The layer with all tokens at home; arguments as in `start`."""
     num_devices = first_G.size - 1
     device_R = np.empty(held_R.size, dtype=np.int64)
@@ -85,19 +95,22 @@ def at_home(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_EK: Floa
     load = np.zeros((num_devices, load_EK.shape[1]), dtype=np.float32)
     for expert in range(home_E.size):
         for k in range(load_EK.shape[1]):
-            load[home_E[expert], k] += load_EK[expert, k]
+            if load_EK[expert, k] > 0:
+                load[home_E[expert], k] += load_EK[expert, k] + waking_K[k]
     on_replica = np.zeros((held_R.size, load_EK.shape[1]), dtype=np.float32)
     changed = np.zeros(num_devices, dtype=np.int64)
-    return Layer(held_R.copy(), device_R, first_G, home_E, on_replica, load_EK.copy(), load, changed)
+    return Layer(held_R.copy(), device_R, first_G, home_E, on_replica, load_EK.copy(), load, waking_K, changed)
 
 
 @njit(cache=True, nogil=True)
-def start_exactly(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_E1: Float32Array) -> Layer:
-    """As `start` for one scenario, but begun with the exact split.
+def start_exactly(
+    held_R: IntArray, first_G: IntArray, home_E: IntArray, load_E1: Float32Array, waking_1: Float32Array
+) -> Layer:
+    """As `start` for one scenario, but begun with the exact split, or with prices the one that the runtime would make.
 
     Where copies form long chains over many devices, sweeps alone come near the least maximum only slowly.
     """
-    layer = at_home(held_R, first_G, home_E, load_E1)
+    layer = at_home(held_R, first_G, home_E, load_E1, waking_1)
     num_devices = first_G.size - 1
     slots_per_device = (home_E.size + held_R.size) // num_devices
     phy2log = np.full(num_devices * slots_per_device, -1, dtype=np.int64)
@@ -115,7 +128,12 @@ def start_exactly(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_E1
         phy2log[device * slots_per_device + used_G[device]] = held_R[slot]
         used_G[device] += 1
     copies = copies_by_expert(phy2log, home_E.size, num_devices, num_devices)
-    flow = Flow(quota_P, np.zeros_like(quota_P), load_G, np.ones(phy2log.size, dtype=np.bool_))
+    own_P = np.zeros_like(quota_P)
+    if waking_1[0] > 0:
+        total_E = quota_P[slot_E]
+        flow = few_slots(total_E, own_P, phy2log, copies, num_devices, int(waking_1[0] * UNITS))
+    else:
+        flow = Flow(quota_P, own_P, load_G, np.ones(phy2log.size, dtype=np.bool_))
     level(flow, copies, copies, False)
     used_G[:] = 0
     for expert in range(home_E.size):
@@ -125,30 +143,23 @@ def start_exactly(held_R: IntArray, first_G: IntArray, home_E: IntArray, load_E1
         there = device * slots_per_device + used_G[device]
         used_G[device] += 1
         if expert >= 0:
-            tokens = min(np.float32(quota_P[there]) / UNITS, layer.at_home[expert, 0])
-            layer.on_replica[slot, 0] = tokens
-            layer.at_home[expert, 0] -= tokens
-            layer.load[home_E[expert], 0] -= tokens
-            layer.load[device, 0] += tokens
+            tokens, left = np.float32(flow.quota[there]) / UNITS, layer.at_home[expert, 0]
+            send(layer, slot, 0, tokens if tokens + ROUNDED < left else left)
     relax(layer, FIRST_SWEEPS)
     return layer
 
 
 @njit(cache=True, nogil=True)
-def start_like(like: Layer, load_EK: Float32Array, load_E: Float32Array) -> Layer:
+def start_like(like: Layer, load_EK: Float32Array, waking_K: Float32Array, load_E: Float32Array) -> Layer:
     """The layer in other scenarios `[E, K]`, begun with the shares that a split of the load `[E]` sends to replicas."""
-    layer = at_home(like.held, like.first, like.home, load_EK)
+    layer = at_home(like.held, like.first, like.home, load_EK, waking_K)
     for slot in range(like.held.size):
         expert = like.held[slot]
         if expert < 0 or like.on_replica[slot, 0] <= 0:
             continue
         share = like.on_replica[slot, 0] / load_E[expert]
         for k in range(load_EK.shape[1]):
-            flow = min(share * load_EK[expert, k], layer.at_home[expert, k])
-            layer.on_replica[slot, k] = flow
-            layer.at_home[expert, k] -= flow
-            layer.load[like.home[expert], k] -= flow
-            layer.load[like.device[slot], k] += flow
+            send(layer, slot, k, min(share * load_EK[expert, k], layer.at_home[expert, k]))
     relax(layer, FIRST_SWEEPS)
     return layer
 
@@ -158,7 +169,7 @@ def fork(layer: Layer) -> Layer:
     """A copy whose replicas and loads can be changed."""
     return Layer(
         layer.held.copy(), layer.device, layer.first, layer.home, layer.on_replica.copy(), layer.at_home.copy(),
-        layer.load.copy(), layer.changed,
+        layer.load.copy(), layer.waking, layer.changed,
     )  # fmt: skip
 
 
@@ -186,21 +197,80 @@ def copy(layer: Layer, scratch: Layer, expert: int) -> None:
 @njit(cache=True, nogil=True)
 def replace(layer: Layer, slot: int, expert: int) -> None:
     """Puts an expert into a replica slot, sends the tokens of the old one home, and relaxes."""
-    held, home, on_replica, at_home, load, changed = (
-        layer.held, layer.home, layer.on_replica, layer.at_home, layer.load, layer.changed
-    )  # fmt: skip
-    num_devices, num_scenarios = load.shape
+    held, home, on_replica, changed = layer.held, layer.home, layer.on_replica, layer.changed
+    num_devices, num_scenarios = layer.load.shape
     device, old = layer.device[slot], held[slot]
     for other in range(num_devices):  # the first sweep visits the slot's device and the two homes alone
         changed[other] = 0 if other in (device, home[expert]) or (old >= 0 and other == home[old]) else -1
     if old >= 0:
         for k in range(num_scenarios):
-            load[home[old], k] += on_replica[slot, k]
-            load[device, k] -= on_replica[slot, k]
-            at_home[old, k] += on_replica[slot, k]
-            on_replica[slot, k] = 0
+            send(layer, slot, k, -on_replica[slot, k])
     held[slot] = expert
     relax(layer, SWEEPS)
+
+
+@njit(cache=True, nogil=True)
+def send(layer: Layer, slot: int, k: int, tokens: np.float32) -> None:
+    """Sends tokens of a scenario from an expert's home to a replica, or back if negative, in place."""
+    expert, waking = layer.held[slot], layer.waking[k]
+    here, there = layer.home[expert], layer.device[slot]
+    active = (layer.at_home[expert, k] > 0, layer.on_replica[slot, k] > 0)
+    layer.at_home[expert, k] -= tokens
+    layer.on_replica[slot, k] += tokens
+    layer.load[here, k] -= tokens
+    layer.load[there, k] += tokens
+    if waking > 0:
+        layer.load[here, k] += waking * (np.float32(layer.at_home[expert, k] > 0) - np.float32(active[0]))
+        layer.load[there, k] += waking * (np.float32(layer.on_replica[slot, k] > 0) - np.float32(active[1]))
+
+
+@njit(cache=True, nogil=True)
+def _best_flow(layer: Layer, slot: int, k: int) -> np.float32:
+    """Tokens to send to a replica so that the slower of its device and the expert's home is fastest, by prices.
+
+    The whole expert is computed on one of both, unless a second active slot makes the slower one faster and that one is
+    slower than the mean device.
+    """
+    expert, waking = layer.held[slot], layer.waking[k]
+    left, sent = layer.at_home[expert, k], layer.on_replica[slot, k]
+    tokens = left + sent
+    if tokens <= 0:
+        return np.float32(0)
+    here = layer.load[layer.home[expert], k] - (left + waking if left > 0 else np.float32(0))
+    there = layer.load[layer.device[slot], k] - (sent + waking if sent > 0 else np.float32(0))
+    at_home, at_replica = max(here + tokens + waking, there), max(here, there + tokens + waking)
+    best = np.float32(0) if at_home <= at_replica else tokens
+    slower = min(at_home, at_replica)
+    part = np.float32(0.5) * (here + tokens - there)
+    if slower > 1 and 0 < part < tokens and there + part + waking < slower:
+        best = part
+    return np.float32(best - sent)
+
+
+@njit(cache=True, nogil=True)
+def _settle(layer: Layer, sweeps: int) -> None:
+    """As `relax`, with prices of active slots."""
+    changed = layer.changed
+    for sweep in range(sweeps):
+        moved = False
+        for slot in range(layer.held.size):
+            expert, there = layer.held[slot], layer.device[slot]
+            if expert < 0:
+                continue
+            here = layer.home[expert]
+            if max(changed[here], changed[there]) < sweep:
+                continue
+            most = np.float32(0)
+            for k in range(layer.waking.size):
+                flow = _best_flow(layer, slot, k)
+                if flow != 0:
+                    send(layer, slot, k, flow)
+                    most = max(most, abs(flow))
+            if most > NO_FLOW:
+                changed[here] = changed[there] = sweep + 1
+                moved = True
+        if not moved:
+            break
 
 
 @njit(cache=True, nogil=True, fastmath=True)
@@ -209,6 +279,9 @@ def relax(layer: Layer, sweeps: int) -> None:
 
     Sweep n visits the devices whose `changed` is at least n.
     """
+    if layer.waking[0] > 0:
+        _settle(layer, sweeps)
+        return
     held, home, on_replica, at_home, load, changed = (
         layer.held, layer.home, layer.on_replica, layer.at_home, layer.load, layer.changed
     )  # fmt: skip

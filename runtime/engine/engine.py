@@ -15,6 +15,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from runtime.balancing.planner import HomePlanner
 from runtime.distributed.device import Stopwatch, to_device
 from runtime.distributed.ranks import Ranks
 from runtime.engine.adapter import adapter_of
+from runtime.engine.arguments import check_arguments
 from runtime.engine.batch import BatchOutput, ModelBatch, check_tokens, forward
 from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, GenerationSettings, ended, generation_tokens
@@ -66,8 +68,8 @@ class Engine:
         devices_per_node: Devices that share a fast network; copies and tokens then stay within a node where balance
             allows it. None means one node.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights. The
-            split then leaves replicas without tokens where they cost more than they save. 'auto' measures it when the
-            engine opens; with `device_memory` 'auto' means 0.
+            planner then balances device times, and the split leaves replicas without tokens where they cost more than
+            they save. 'auto' measures it when the engine opens; with `device_memory` 'auto' means 0.
         homes: Experts in the order of the home slots, `[L, E]`, or the expert of each home slot and -1 for each replica
             slot, `[L, P]`; in their own order by default.
         revision: Revision of a hub model.
@@ -108,17 +110,11 @@ class Engine:
         must_agree: Mapping[str, str] | None = None,
     ) -> None:
         self.ranks = Ranks(timeout_s, _device_of(model, device))
-        if expert_overhead_tokens != "auto" and not (
-            isinstance(expert_overhead_tokens, int) and expert_overhead_tokens >= 0
-        ):
-            raise ValueError(f"expert_overhead_tokens is {expert_overhead_tokens}, expected 0 or more, or 'auto'")
-        if host_memory is not None and device_memory is None:
-            raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
+        check_arguments(
+            self.ranks.world, num_devices, num_redundant_experts, max_moves, devices_per_node, expert_overhead_tokens,
+            device_memory, host_memory,
+        )  # fmt: skip
         if device_memory is not None and self.ranks.world == 1:
-            if num_devices not in (None, 1):
-                raise ValueError(
-                    f"num_devices is {num_devices}; within a budget a process is one device: use torchrun for more"
-                )
             num_devices, num_redundant_experts = 1, 0
         cuda = self.ranks.device.type == "cuda"
         self.measure = not cuda if measure is None else measure
@@ -197,7 +193,8 @@ class Engine:
             raise
         self._open = True
         forecaster = self.forecaster if self.replicated.places else None
-        self.controller = Controller(forecaster, self.planner, self.replicated.transfer, self.ranks)
+        planner = replace(self.planner, expert_overhead_tokens=self.replicated.expert_overhead_tokens)
+        self.controller = Controller(forecaster, planner, self.replicated.transfer, self.ranks)
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -94,7 +94,7 @@ def infer(
         max_moves: Most experts copied before one batch, over all layers; no limit by default.
         devices_per_node: Devices that share a fast network, for copies and tokens to stay within; one node by default.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, which
-            the split then counts; 'auto' measures it at the start (0 with --device-memory).
+            planner and split then count; 'auto' measures it at the start (0 with --device-memory).
         batches: Most batches to run.
         batching: How text is cut into batches.
         check: Whether outputs are compared with the plain model's, which every process then holds as well.
@@ -121,7 +121,7 @@ def infer(
         raise ValueError(f"batches is {batches}; at least 1 is needed")
     if dry_run:
         kind = dtype or ("bfloat16" if device == "cuda" else "float32")
-        return size_up(model, revision, kind, devices, redundant, device_memory, host_memory)
+        return size_up(model, revision, predictor, kind, devices, redundant, device_memory, host_memory)
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
     first = Ranks(timeout, device).rank == 0  # only this rank exports and writes
     check_folder(out)

@@ -81,10 +81,10 @@ def test_copies_are_limited_and_never_make_the_largest_load_larger(seed, devices
     load = rng.zipf(1.5, (2 * devices, 1)).clip(max=300).astype(np.float32)
     load *= devices / load.sum()
     home = np.repeat(np.arange(devices), 2)
-    layer = start(np.full(devices, -1), np.arange(devices + 1), home, load)
+    layer = start(np.full(devices, -1), np.arange(devices + 1), home, load, np.zeros(1, dtype=np.float32))
     before = layer.load.max()
     copies = fill(layer, np.float32(0.001), np.ones((devices, devices), dtype=np.float32), most)
-    assert copies == (layer.held >= 0).sum() <= most
+    assert (layer.held >= 0).sum() <= copies <= most  # a slot may be filled twice
     assert layer.load.max() <= before + 1e-4
     assert layer.load.sum() == pytest.approx(devices, rel=1e-4)
     held = layer.held >= 0

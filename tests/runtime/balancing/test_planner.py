@@ -16,6 +16,7 @@ from runtime.balancing.planner import HomePlanner
 from runtime.balancing.split import balancedness, device_load, split_by_quota, split_load
 from runtime.balancing.water_filling import score, start
 
+FREE = np.zeros(1, dtype=np.float32)
 RECORDED = Path(__file__).parents[1] / "recorded"
 
 
@@ -93,7 +94,7 @@ def test_the_relaxed_score_is_the_load_of_the_exact_split():
         held = np.array([rng.choice(np.flatnonzero(home != slot // 2)) for slot in range(16)])
         held[1::2] = np.where(held[1::2] == held[::2], -1, held[1::2])
         load = rng.zipf(1.5, 32).clip(max=300) * 100
-        layer = start(held, np.arange(0, 17, 2), home, (load / load.sum() * 8).astype(np.float32)[:, None])
+        layer = start(held, np.arange(0, 17, 2), home, (load / load.sum() * 8).astype(np.float32)[:, None], FREE)
         phy2log = np.concatenate([np.arange(32).reshape(8, 4), held.reshape(8, 2)], axis=1).ravel()
         exact = device_load(split_by_quota(load, phy2log, 8), 8).max() / load.sum() * 8
         assert layer.load.max() == pytest.approx(exact, rel=0.02)
@@ -226,6 +227,7 @@ def test_what_does_not_fit_together_is_refused():
     [
         ({"num_redundant_experts": -1}, "4 devices and -1 redundant experts"),
         ({"max_moves": -1}, "max_moves is -1"),
+        ({"expert_overhead_tokens": -1}, "expert_overhead_tokens is -1, expected 0 or more"),
         ({"devices_per_node": 3}, "devices_per_node is 3, which does not divide 4 devices"),
     ],
 )
