@@ -37,14 +37,13 @@ from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
 from data.models.weights import BUNDLED
 from predictor.baselines.token_table import TokenTable
-from predictor.checkpoint import load_predictor, save_predictor
+from predictor.checkpoint import load_adaptive, save_predictor, save_state
 from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import details, summarise, write_report
 from predictor.evaluation.segments import segment_errors
 from predictor.evaluation.tables import REDUNDANT
-from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast
-from predictor.training.calibration import calibrate_spread
+from predictor.training.calibration import calibrate_spread, warmed_up
 from predictor.training.export import check_target, git_revision, model_card, predictor_folder, provenance
 from predictor.training.module import ForecasterModule
 from predictor.training.result_table import result_table
@@ -119,12 +118,13 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
     about: dict[str, Any] = {"provenance": provenance(model.seconds, model.cpu_seconds)}
     learned = model.forecaster()
     learned.spread = calibrate_spread(learned, bar(data.samples("val"), "Calibrating"))
-    learned.familiarity = Familiarity.fit(data.layout.vocab_size, data.tokens("train"), data.tokens("val"))
+    adaptive = warmed_up(learned, bar(data.samples("val"), "Warming up"))
+    state = adaptive.state()  # what the folder begins with: without the test batches
     divides = data.layout.num_experts % DEVICES == 0
     replicators = {count: partial(balancedness_of, data.layout, count) for count in REDUNDANT if divides}
     others, count = rivals(data), data.splits.count("test")
     ladder = compare_forecasters(
-        [*others, learned], data, replicators, partial(bar, description="Testing", total=count)
+        [*others, learned, adaptive], data, replicators, partial(bar, description="Testing", total=count)
     )
     about["metrics"] = details(ladder)
     table = next(rival for rival in others if isinstance(rival, TokenTable))
@@ -133,10 +133,11 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
     )
     with predictor_folder(folder, cli.config["overwrite"]) as new:
         save_predictor(new, learned, about)
+        save_state(new, state)
         (new / "run.yaml").write_text(settings(cli))
         (new / "README.md").write_text(model_card(learned, about["metrics"], about["provenance"]))
         write_report(new, f"Expert load of {data.layout.model_id}", ladder, data.layout.layer_names)
-        load_predictor(new, data.layout)
+        load_adaptive(new, data.layout)
     track_results(cli.trainer, ladder, data.layout.layer_names, folder)
     layout = data.layout
     host = "" if layout.model_id == BUNDLED else f" --model {layout.model_id}"

@@ -26,7 +26,6 @@ from data.models.layout import MoELayout
 from data.models.model import load_model
 from data.models.weights import BUNDLED
 from data.traces.trace import TokenBatch
-from predictor.familiarity import Familiarity
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 
@@ -50,10 +49,9 @@ def base_8() -> tuple[Any, MoELayout]:
 def forecaster(layout: MoELayout, config: str) -> NeuralForecaster:
     """A predictor with random weights and the architecture of a configuration file."""
     settings = yaml.safe_load((CONFIGS / config).read_text())["model"]["architecture"]
-    known = Familiarity(torch.ones(layout.vocab_size, dtype=torch.bool), 1.0)
     table = torch.randn(layout.vocab_size, layout.d_model)
     network = LoadNetwork(layout, Architecture(**settings))
-    return NeuralForecaster(layout, network, table, torch.ones(2, layout.num_layers, 3), known)
+    return NeuralForecaster(layout, network, table, torch.ones(2, layout.num_layers, 3))
 
 
 def milliseconds(calls: list[Callable[[], Any]]) -> list[list[float]]:

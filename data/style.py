@@ -50,6 +50,7 @@ NAMES = {
     "every_1": "topic change every batch", "unseen": "unseen text", "text": "your text",
     "uniform": "uniform", "stationary": "training mean", "last": "last batch", "mean": "mean of all batches",
     "ema": "moving average", "ridge": "ridge on history", "token_table": "token table", "learned": "learned (ours)",
+    "adaptive": "adaptive (ours)", "own": "requests' own past",
     "oracle": "oracle", "exact": "oracle, moves exposed", "none": "no replicas",
     "contiguous": "no replicas", "eplb": "EPLB", "home": "home planner",
 }  # fmt: skip

@@ -4,14 +4,17 @@
 
     predictor = load_predictor("outputs/predictor")
 
-docs/checkpoint-format.md describes the folder. Loading needs torch, numpy, numba and safetensors only.
+`load_adaptive` loads it wrapped as a forecaster that learns from the batches that run; it begins with the state that
+`save_state` wrote, if there is one. docs/checkpoint-format.md describes the folder. Loading needs torch, numpy, numba
+and safetensors only.
 """
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -19,14 +22,16 @@ from torch import Tensor
 from data.files import read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
 from data.models.weights import read_embedding
-from predictor.familiarity import Familiarity
+from predictor.adaptive import AdaptiveForecaster, State
 from predictor.forecaster import NeuralForecaster
 from predictor.hub import download_predictor, is_hub_id
 from predictor.network import Architecture, LoadNetwork
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SPREAD, KNOWN, USUAL = "spread", "known_tokens", "usual_share_known"
+WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "adaptive.safetensors"
+SPREAD = "spread"
+FORMER = ("known_tokens", "usual_share_known")
+"""Tensors of folders written by earlier versions, which are not used any more."""
 
 
 def save_predictor(folder: Path, forecaster: NeuralForecaster, about: dict[str, Any] | None = None) -> None:
@@ -39,7 +44,7 @@ def save_predictor(folder: Path, forecaster: NeuralForecaster, about: dict[str, 
     """
     state = {name: value.contiguous() for name, value in forecaster.network.state_dict().items()}
     with whole_file(folder / WEIGHTS) as aside:
-        aside.write_bytes(save(state | {SPREAD: forecaster.spread} | _familiarity_tensors(forecaster.familiarity)))
+        aside.write_bytes(save(state | {SPREAD: forecaster.spread}))
     config = {
         "format_version": FORMAT_VERSION,
         "layout": forecaster.layout.to_json(),
@@ -47,10 +52,6 @@ def save_predictor(folder: Path, forecaster: NeuralForecaster, about: dict[str, 
         "weights_sha256": sha256(folder / WEIGHTS),
     }
     write_json(folder / CONFIG, config | (about or {}))
-
-
-def _familiarity_tensors(familiarity: Familiarity | None) -> dict[str, Tensor]:
-    return {} if familiarity is None else {KNOWN: familiarity.known, USUAL: torch.tensor(familiarity.usual)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _differences(layout: MoELayout, trained: MoELayout) -> str:
+def differences(layout: MoELayout, trained: MoELayout) -> str:
     """What tells two models apart beside their weights, such as `: family qwen3_moe, not olmoe`; empty if nothing."""
     names = {"family": "family", "experts_per_token": "experts per token", "num_experts": "experts", "layers": "layers"}
     pairs = [(name, getattr(layout, field), getattr(trained, field)) for field, name in names.items()]
@@ -120,6 +121,7 @@ def load_predictor(
         ValueError: If there is no such predictor, or it is damaged, of another format, or trained for another model.
 
     Example:
+        >>> import torch
         >>> predictor = load_predictor("tests/predictor/fixtures/v1", embedding=torch.zeros(60, 16))
         >>> forecast = predictor.forecast({"input_ids": [[3, 14, 15]], "attention_mask": [[1, 1, 1]]})
         >>> forecast.load.shape  # MoE layers, experts
@@ -133,21 +135,20 @@ def load_predictor(
     if layout is not None and layout.fingerprint() != trained.fingerprint():
         raise ValueError(
             f"{folder} was trained for {trained.model_id} (fingerprint {trained.fingerprint()}), the model is "
-            f"{layout.model_id} (fingerprint {layout.fingerprint()}{_differences(layout, trained)}); train a predictor "
+            f"{layout.model_id} (fingerprint {layout.fingerprint()}{differences(layout, trained)}); train a predictor "
             "for it"
         )
     weights = _read_weights(folder / WEIGHTS, config["weights_sha256"])
     try:
         network = LoadNetwork(trained, Architecture(**config["architecture"]))
         spread = weights.pop(SPREAD)
-        familiarity = Familiarity(weights.pop(KNOWN), float(weights.pop(USUAL))) if KNOWN in weights else None
-        network.load_state_dict(weights)
+        network.load_state_dict({name: value for name, value in weights.items() if name not in FORMER})
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG} and {WEIGHTS} do not fit together: {error}") from None
     if (expected := (2, trained.num_layers, 3)) != tuple(spread.shape):
         raise ValueError(f"{folder / WEIGHTS} has a spread of shape {tuple(spread.shape)}, expected {expected}")
     if network.embedding is not None:
-        return NeuralForecaster(trained, network, None, spread, familiarity)
+        return NeuralForecaster(trained, network, None, spread)
     if embedding is None:
         model = layout or trained
         embedding = read_embedding(model.model_id, model.revision)
@@ -155,4 +156,54 @@ def load_predictor(
         raise ValueError(
             f"the embedding table is {tuple(embedding.shape)}, {folder} needs {(trained.vocab_size, trained.d_model)}"
         )
-    return NeuralForecaster(trained, network, embedding.float().cpu(), spread, familiarity)
+    return NeuralForecaster(trained, network, embedding.float().cpu(), spread)
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Writes the `state` of an `AdaptiveForecaster` to the folder of the predictor that it wraps."""
+    config = read_config(folder)
+    about = {"weights_sha256": config["weights_sha256"], "fingerprint": config["layout"]["fingerprint"]}
+    arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    with whole_file(folder / STATE) as aside:
+        aside.write_bytes(safetensors.numpy.save(arrays, about))
+
+
+def load_adaptive(
+    folder_or_hub_id: str | Path,
+    layout: MoELayout | None = None,
+    embedding: Tensor | None = None,
+    revision: str | None = None,
+) -> AdaptiveForecaster:
+    """Loads a predictor that goes on learning, from where its state ends if the folder holds one.
+
+    Arguments and errors are those of `load_predictor`.
+
+    Raises:
+        ValueError: Also if the state is damaged, or of another model or other weights.
+    """
+    folder = Path(folder_or_hub_id)
+    if not folder.is_dir() and is_hub_id(folder_or_hub_id):
+        folder = download_predictor(str(folder_or_hub_id), revision)
+    learned = load_predictor(folder, layout, embedding)
+    adaptive = AdaptiveForecaster(learned, learned.layout.num_layers, learned.layout.num_experts)
+    if (folder / STATE).exists():
+        _restore(folder, adaptive)
+    return adaptive
+
+
+def _restore(folder: Path, adaptive: AdaptiveForecaster) -> None:
+    config, path = read_config(folder), folder / STATE
+    mend = "delete the file to begin anew, or train the predictor again"
+    try:
+        with safe_open(path, framework="np") as file:
+            about = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}; {mend}") from None
+    for name, found in (("fingerprint", config["layout"]["fingerprint"]), ("weights_sha256", config["weights_sha256"])):
+        if about.get(name) != found:
+            raise ValueError(f"{path} has {name} {about.get(name)}, {CONFIG} has {found}: another model's; {mend}")
+    try:
+        adaptive.restore(state)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {error}; {mend}") from None

@@ -7,7 +7,7 @@ Shape suffixes: K past batches, L MoE layers, E logical experts.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # it imports torch
 
 LoadHistory = npt.NDArray[np.int64]
 """Loads of the batches that have run, oldest first, int64 `[K, L, E]`; K may be 0."""
+
+Loads = npt.NDArray[Any]
+"""Loads of sequences, whole numbers `[B, L, E]` of any type."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,21 @@ class Forecaster(Protocol):
         Args:
             upcoming: The coming batch's tokens, or None if they are not known.
             history: Loads of the batches that have run, oldest first, `[K, L, E]`.
+        """
+        ...
+
+
+@runtime_checkable
+class OnlineForecaster(Forecaster, Protocol):
+    """A forecaster that learns from every batch that has run."""
+
+    def observe(self, upcoming: "TokenBatch | None", load: LoadHistory, sequences: Loads | None = None) -> None:
+        """Learns from a batch that has run; called once for each batch, in their order.
+
+        Args:
+            upcoming: What `forecast` was given for this batch. A batch that was not forecast may be observed as well.
+            load: Its load, `[L, E]`.
+            sequences: Loads of its sequences, `[B, L, E]`; None if only the batch's is known.
         """
         ...
 

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.arrays import IntArray
+from data.arrays import Float32Array, IntArray
 from data.models.layout import MoELayout
 from data.traces.trace import UNKNOWN, TokenBatch
-from predictor.familiarity import Familiarity
 from predictor.forecast import LoadForecast, forecast_from_load
 from predictor.layers import WINDOW
 from predictor.network import LoadNetwork, Prediction
@@ -41,21 +40,13 @@ class NeuralForecaster:
         embedding: The host model's token embeddings, `[V, D]`; None for a network with its own.
         spread: Weights of the three terms of `Estimate` in the squared error of a load, for forecasts with tokens (0)
             and without (1), `[2, L, 3]`.
-        familiarity: Lowers the weight of the token forecast on unfamiliar text; None leaves it at 1.
     """
 
     name = "learned"
 
-    def __init__(
-        self,
-        layout: MoELayout,
-        network: LoadNetwork,
-        embedding: Tensor | None,
-        spread: Tensor,
-        familiarity: Familiarity | None = None,
-    ) -> None:
+    def __init__(self, layout: MoELayout, network: LoadNetwork, embedding: Tensor | None, spread: Tensor) -> None:
         self.layout, self.network, self.embedding, self.spread = layout, network.eval(), embedding, spread
-        self.familiarity = familiarity
+        self.shape = layout.num_layers, layout.num_experts
 
     def forecast(
         self,
@@ -74,7 +65,7 @@ class NeuralForecaster:
             TypeError: If `upcoming` is neither a `TokenBatch` nor the output of a tokenizer.
             ValueError: If sequences are not padded, a token id has no embedding, or the history is of another model.
         """
-        return self.forecast_and_logits(upcoming, history)[0]
+        return self._forecast(upcoming, history)[0]
 
     def forecast_and_logits(
         self,
@@ -85,23 +76,40 @@ class NeuralForecaster:
 
         Arguments and errors are those of `forecast`. The logits are None if no tokens are known.
         """
+        forecast, prediction = self._forecast(upcoming, history)
+        return forecast, None if prediction is None else prediction.token_logits
+
+    def forecast_by_sequence(
+        self,
+        upcoming: TokenBatch | Mapping[str, Any] | None,
+        history: IntArray | Tensor | Sequence[Any] | None = None,
+    ) -> tuple[LoadForecast, Float32Array | None]:
+        """The forecast, and the load of each sequence `[B, L, E]`, into which no past loads are blended.
+
+        Arguments and errors are those of `forecast`. The loads are None if no tokens are known.
+        """
+        forecast, prediction = self._forecast(upcoming, history)
+        return forecast, None if prediction is None else prediction.sequence_load.numpy()
+
+    def _forecast(
+        self,
+        upcoming: TokenBatch | Mapping[str, Any] | None,
+        history: IntArray | Tensor | Sequence[Any] | None,
+    ) -> tuple[LoadForecast, Prediction | None]:
+        """The forecast, and the network's output; None if no tokens are known."""
         past_KLE = self._past(history)
-        logits: Tensor | None = None
         tokens = None if upcoming is None else TokenBatch.of(upcoming)
-        if tokens is not None and tokens.num_tokens:
-            prediction = self.predict(tokens, past_KLE)
-            load, square = self._from_prediction(prediction, tokens, past_KLE)
-            logits = prediction.token_logits
-        else:
-            load, square = self._weighted(self.estimate(None, past_KLE), known=False)
+        prediction = self.predict(tokens, past_KLE) if tokens is not None and tokens.num_tokens else None
+        load, terms = self._estimate(prediction, past_KLE)
+        square = torch.einsum("ls,sle->le", self.spread[1 if prediction is None else 0], terms)
         total = load.sum(-1, keepdim=True).clamp(min=1e-9)
         spread = (square.sqrt() / total).double().numpy()
         made_at = 0 if history is None else len(history)
-        return forecast_from_load(load.double().numpy(), made_at=made_at, source=self.name, spread=spread), logits
+        return forecast_from_load(load.double().numpy(), made_at=made_at, source=self.name, spread=spread), prediction
 
     def _past(self, history: IntArray | Tensor | Sequence[Any] | None) -> Tensor:
         """The last `WINDOW` past loads, float32 `[K, L, E]`."""
-        shape = self.layout.num_layers, self.layout.num_experts
+        shape = self.shape
         if history is None or not len(history):
             return torch.zeros(0, *shape)
         expected = f"history: expected [K, L, E] = [K, {shape[0]}, {shape[1]}], past loads of {self.layout.model_id}"
@@ -115,24 +123,6 @@ class NeuralForecaster:
         if past.dim() != 3 or past.shape[1:] != shape:
             raise ValueError(f"{expected}, got shape {[len(history), *past.shape[1:]]}")
         return past.to("cpu", torch.float32)
-
-    def _from_prediction(self, prediction: Prediction, upcoming: TokenBatch, past_KLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Load and its squared error, `[L, E]`: the network's, mixed with history's if the text is unfamiliar."""
-        load, square = self._weighted(self._estimate(prediction, past_KLE), known=True)
-        trust = 1.0 if self.familiarity is None or not len(past_KLE) else self.familiarity.trust(upcoming)
-        if trust == 1.0:
-            return load, square
-        history, history_square = self._weighted(self.estimate(None, past_KLE), known=False)
-        factor = load.sum(-1, keepdim=True) / history.sum(-1, keepdim=True).clamp(min=1e-9)
-        history = history * factor
-        # the variance of a mixture is the mean of the variances plus the variance of the means
-        between = trust * (1 - trust) * (load - history) ** 2
-        mixed_square = trust * square + (1 - trust) * factor**2 * history_square + between
-        return trust * load + (1 - trust) * history, mixed_square
-
-    def _weighted(self, estimate: Estimate, known: bool) -> tuple[Tensor, Tensor]:
-        """Load and its squared error, `[L, E]`, of an estimate with tokens known or unknown."""
-        return estimate.load, torch.einsum("ls,sle->le", self.spread[0 if known else 1], estimate.terms)
 
     def estimate(self, upcoming: TokenBatch | None, past_KLE: Tensor) -> Estimate:
         """The load, from tokens if they are given, and the terms of its squared error."""

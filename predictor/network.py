@@ -61,7 +61,7 @@ class Prediction(NamedTuple):
         token_logits: Logits over experts of each token in each input layer, `[B, T, L_in, E]`.
         load: Expected dispatched assignments, `[L, E]`.
         variance: Variance of the load if tokens choose their experts independently, `[L, E]`; without gradient.
-        sequence_load: Expected decoder assignments of each sequence, before history is blended in, `[B, L_dec, E]`.
+        sequence_load: Expected assignments of each sequence, before history is blended in, `[B, L, E]`.
     """
 
     token_logits: Tensor
@@ -149,13 +149,12 @@ class LoadNetwork(nn.Module):
     def _forecast(self, hidden: Tensor, logits: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
         """The prediction from the hidden state `[B, T, H]` and the logits of every token."""
         load_BLE, variance_BLE = self._expected_load(logits, mask_BT[..., None].to(logits.dtype))
-        sequence_load = load_BLE[:, :0]
         if self.num_decoder_layers:
-            sequence_load, decoder_variance = self._decoder_load(hidden, mask_BT)
-            load_BLE = torch.cat([load_BLE, sequence_load], 1)
+            decoder_load, decoder_variance = self._decoder_load(hidden, mask_BT)
+            load_BLE = torch.cat([load_BLE, decoder_load], 1)
             variance_BLE = torch.cat([variance_BLE, decoder_variance], 1)
         load = self.history.blend(load_BLE.sum(0), history_KLE)
-        return Prediction(logits, load, variance_BLE.sum(0), sequence_load)
+        return Prediction(logits, load, variance_BLE.sum(0), load_BLE)
 
     def _decoder_load(self, hidden_BTH: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Expected decoder load of each sequence and its variance, `[B, L_dec, E]` each."""

@@ -15,7 +15,7 @@ from predictor.checkpoint import read_config
 from predictor.evaluation.tables import CAPTIONS, Details, comparison_table, figure, layers_table, markdown
 from predictor.network import Architecture, LoadNetwork
 
-LEARNED = "learned"
+LEARNED, ADAPTIVE = "learned", "adaptive"
 CHECKED = "last"
 """The baseline whose figures tell whether two folders were tested on the same batches: it depends on nothing else."""
 
@@ -45,7 +45,7 @@ def merged(configs: dict[str, dict[str, Any]]) -> Details:
     """
     first, details = next(iter(configs)), {}
     for stream, rows in configs[first]["metrics"].items():
-        details[stream] = {name: row for name, row in rows.items() if name != LEARNED}
+        details[stream] = {name: row for name, row in rows.items() if name not in (LEARNED, ADAPTIVE)}
         for name, config in configs.items():
             other = config["metrics"].get(stream, {})
             if other.get(CHECKED, {}).get("load_tv_layers") != rows[CHECKED]["load_tv_layers"]:
@@ -53,6 +53,8 @@ def merged(configs: dict[str, dict[str, Any]]) -> Details:
                     f"'{name}' and '{first}' were tested on different batches of {stream}; train both on one trace"
                 )
             details[stream][name] = other[LEARNED]
+            if ADAPTIVE in other:  # folders of earlier versions were tested without it
+                details[stream][ADAPTIVE if name == LEARNED else f"{name}, {ADAPTIVE}"] = other[ADAPTIVE]
     return details
 
 

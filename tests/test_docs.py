@@ -30,7 +30,7 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OLD_WORDS = """
     SlotExperts SlotWeights CachedSlots SlottedModel SlotTransfer CacheTransfer Shelf Tally Foreseen LikeLast
     LikeNearest Peers BatchCost LiveExperts BatchFormer TrafficBatch LoadForecaster
-    LearnedForecaster Replicator shelf tally foresight slotted peers wishes in_force held_up_ms wake_tokens
+    LearnedForecaster Replicator shelf tally foresight slotted wishes in_force held_up_ms wake_tokens
     ALIKE GROUPED PIPELINED LIKELY LATEST NEWS
 """
 ORDINARY = "Flight Route Place Pool Guarded Expecting Checker Schedule Skew Traffic Budget"

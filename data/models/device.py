@@ -1,9 +1,11 @@
 """pick_device: the device that a command runs its model on."""
 
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+
+from data.arguments import check_choice
 
 Device = Literal["cpu", "cuda"]
 
@@ -14,8 +16,10 @@ def pick_device(asked: Device | None = None) -> torch.device:
     Under torchrun, process i of a machine takes CUDA device i.
 
     Raises:
-        ValueError: If CUDA is asked for and there is no device for this process.
+        ValueError: If it is another word, or CUDA is asked for and there is no device for this process.
     """
+    if asked is not None:
+        check_choice("device", asked, get_args(Device))
     index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if asked == "cuda" and index >= count:
         found = f"{count} for process {index} of this machine" if count else "none"

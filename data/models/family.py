@@ -6,6 +6,8 @@ from typing import Any
 from data.models.layout import SWITCH
 
 OWN_BLOCKS = "its experts are blocks of its own, which compute without the experts interface of transformers"
+MOST = {"num_hidden_layers": 2_000, "num_layers": 2_000, "num_decoder_layers": 2_000, "hidden_size": 1 << 20}
+"""Largest numbers of a configuration that are taken for a model's; beyond them, building it would never end."""
 REFUSED = {
     "llama4": "its router weights scale the input of the experts, not their output",
     "llama4_text": "its router weights scale the input of the experts, not their output",
@@ -36,6 +38,9 @@ def check_family(name: str, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} has the model_type {family} in its config.json; expected {EXPECTED}")
     if family in REFUSED:
         raise ValueError(f"{name} is a {family} model, which Switchcast cannot run: {REFUSED[family]}")
+    for key, most in MOST.items():
+        if isinstance(config.get(key), int) and config[key] > most:
+            raise ValueError(f"{name} has {key} {config[key]} in its config.json, expected at most {most}")
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from data.arguments import check_choice
 from data.files import read_json
 from data.models.family import check_family
 from data.models.layout import SWITCH, MoELayout
@@ -136,6 +137,7 @@ def _load(
     model: str, revision: str, dtype: Dtype, kind: Any, final: Any = None, absent: Mapping[str, nn.Module] | None = None
 ) -> LoadedModel:
     """Loads a model as one class and returns it as another, with the modules that were absent until then."""
+    check_choice("dtype", dtype, get_args(Dtype))
     with _errors_of(model):
         live, report = kind.from_pretrained(
             locate(model),
@@ -230,6 +232,7 @@ def _errors_of(model: str) -> Iterator[None]:
 def _load_dense_switch(model: str, revision: str, dtype: Dtype) -> LoadedModel:
     from transformers import AutoConfig, GenerationConfig, SwitchTransformersForConditionalGeneration
 
+    check_choice("dtype", dtype, get_args(Dtype))
     weights, place = ModelWeights(model, revision), locate(model)
     with _errors_of(model):
         config: Any = AutoConfig.from_pretrained(place, revision=revision or "main")

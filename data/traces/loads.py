@@ -168,27 +168,29 @@ def _vllm(path: Path, routed_TLK: Counts, num_experts: int | None) -> Counts:
         raise ValueError(f"{path} holds one expert id in all layers; expected the experts of each token")
     starts = range(0, len(routed_TLK), STEP_TOKENS)
     steps = [routed_TLK[start : start + STEP_TOKENS, sparse] for start in starts]
-    size = _experts_of(path, [routed_TLK], num_experts)
+    size = _experts_of([(path, routed_TLK)], num_experts)
     return np.stack([_count_ids(step.transpose(1, 0, 2), size) for step in steps])
 
 
-def _experts_of(path: Path, ids: "list[Counts]", num_experts: int | None) -> int:
+def _experts_of(ids: "list[tuple[Path, Counts]]", num_experts: int | None) -> int:
     """Experts of a layer, as given or one more than the largest id.
+
+    Args:
+        ids: Arrays of ids, each with its file.
+        num_experts: E, if the user gave it.
 
     Raises:
         ValueError: If an id is negative, or not below the number given.
     """
     from data.models.layout import MOST_EXPERTS
 
-    least, most = min(int(one.min()) for one in ids), max(int(one.max()) for one in ids)
-    if (largest := max(most + 1, num_experts or 1)) > MOST_EXPERTS or (num_experts or 1) < 1:
-        wrong = largest if largest > MOST_EXPERTS else num_experts
-        raise ValueError(f"{path}: {wrong} experts a layer, expected 1 to {MOST_EXPERTS}")
-    if least < 0 or (num_experts is not None and most >= num_experts):
-        raise ValueError(
-            f"{path} holds expert {least if least < 0 else most}, expected 0 to {(num_experts or most + 1) - 1}"
-        )
-    return num_experts or most + 1
+    if num_experts is not None and not 1 <= num_experts <= MOST_EXPERTS:
+        raise ValueError(f"num_experts is {num_experts}, expected 1 to {MOST_EXPERTS}")
+    for path, array in ids:
+        for found in (int(array.min()), int(array.max())):
+            if not 0 <= found < (num_experts or MOST_EXPERTS):
+                raise ValueError(f"{path} holds expert {found}, expected 0 to {(num_experts or MOST_EXPERTS) - 1}")
+    return num_experts or 1 + max(int(array.max()) for _, array in ids)
 
 
 def _count_ids(ids: Counts, num_experts: int) -> IntArray:
@@ -202,7 +204,7 @@ def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
     Layers of block "mtp" follow those of block "decoder". Where records of several stages stand side by side, those of
     the stage that comes first count.
     """
-    found: dict[tuple[int, tuple[str, int, int]], list[Counts]] = {}
+    found: dict[tuple[int, tuple[str, int, int]], list[tuple[Path, Counts]]] = {}
     stage = None
     for file in files:
         for number, line in enumerate(file.read_text().splitlines(), 1):
@@ -218,16 +220,16 @@ def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
                     f"{file}, line {number}: top_indices has shape {ids.shape}, expected ids [tokens, topk]"
                 )
             if record.get("stage") == stage:
-                found.setdefault((step, place), []).append(ids)
+                found.setdefault((step, place), []).append((file, ids))
     if not found:
         raise ValueError(f"{files[0]} holds no record; expected one JSON document a line")
     steps, layers = sorted({step for step, _ in found}), sorted({place for _, place in found})
     if missing := [(step, place) for step in steps for place in layers if (step, place) not in found]:
         raise ValueError(f"{files[0].parent} lacks step {missing[0][0]} of layer {missing[0][1][2]}")
-    size = _experts_of(files[0], [ids for group in found.values() for ids in group], num_experts)
+    size = _experts_of([one for group in found.values() for one in group], num_experts)
     counts = np.zeros((len(steps), len(layers), size), dtype=np.int64)
     for (step, place), group in found.items():
-        for ids in group:
+        for _, ids in group:
             counts[steps.index(step), layers.index(place)] += np.bincount(ids.reshape(-1), minlength=size)
     return counts
 

@@ -158,8 +158,8 @@ class StoredTrace:
                 )
             try:
                 table = pq.read_table(path)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{path} is not a Parquet file: {error}") from None
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
             if table.schema != schema:
                 raise ValueError(f"{path} has columns {table.schema.names}, expected {schema.names}")
             yield path, table
@@ -245,6 +245,9 @@ def _check_lists(path: Path, about: dict[str, Any]) -> None:
             raise ValueError(
                 f"{path}: a shard is {shard}, expected its file, sha256 and batches; collect the trace again"
             )
+    files = [shard["file"] for shard in shards]
+    if twice := [file for file in files if files.count(file) > 1]:
+        raise ValueError(f"{path}: the shard {twice[0]} is listed {files.count(twice[0])} times, expected once")
     total, at = sum(shard["batches"] for shard in shards), 0
     for run in splits if isinstance(splits, list) else [None]:
         if not (isinstance(run, list) and [type(part) for part in run] == [str, int, int] and run[1] == at <= run[2]):

@@ -90,8 +90,7 @@ class Ema:
 
     def forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast:
         history = at_least_one(history, self.name)
-        age = np.arange(len(history))[::-1].astype(np.float64)
-        return _average(history, (1 - self.rate) ** age, self.name)
+        return _average(history, falling_weights(len(history), self.rate), self.name)
 
     @classmethod
     def fit(cls, loads: IntArray, steps: list[int]) -> Ema:
@@ -130,6 +129,12 @@ def at_least_one(history: LoadHistory | None, source: str) -> LoadHistory:
             "trained predictor"
         )
     return history
+
+
+def falling_weights(size: int, rate: float) -> FloatArray:
+    """Weights of past batches, oldest first, `[size]`; each is `1 - rate` times the weight of the batch after it."""
+    weights: FloatArray = (1 - rate) ** np.arange(size, dtype=np.float64)[::-1]
+    return weights
 
 
 def _average(history: LoadHistory, weight: FloatArray, source: str) -> LoadForecast:

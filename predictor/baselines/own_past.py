@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.arrays import FloatArray, IntArray
+from data.arrays import FloatArray
 from data.traces.loads import share_of
 from predictor.baselines.history import Ema
-from predictor.forecast import LoadForecast, LoadHistory, forecast_from_load
+from predictor.forecast import LoadForecast, LoadHistory, Loads, forecast_from_load
 
 if TYPE_CHECKING:  # it imports torch
     from data.traces.trace import TokenBatch
@@ -25,44 +25,58 @@ RECENT = 0.1
 class OwnPast:
     """Sums, over the coming batch's sequences, what each one's request did so far; new requests get the average.
 
-    The length of the history is the number of the coming batch. Requests are forgotten when a batch is without them.
+    Requests are forgotten when a batch is observed without them.
 
     Args:
-        sequences: Loads of each sequence of each batch, `[N][B, L, E]`; those of batches still to come are not read.
-        requests: Request of each sequence, `[N][B]`.
         top_k: Experts of a token.
+        ema: The average.
     """
 
     name = "own"
 
-    def __init__(self, sequences: list[IntArray], requests: list[IntArray], top_k: int, ema: Ema = Ema()) -> None:
-        self.sequences, self.requests, self.top_k, self.ema = sequences, requests, top_k, ema
-        self._seen = 0
-        self._past: dict[int, FloatArray] = {}
-        self._made: tuple[int, FloatArray] | None = None
+    def __init__(self, top_k: int, ema: Ema = Ema()) -> None:
+        self.top_k, self.ema = top_k, ema
+        self._row: dict[int, int] = {}
+        self._past = np.zeros((0, 0, 0))
+        """Loads of each request so far, `[requests, L, E]`; `_row` says which is whose."""
+        self._share: FloatArray | None = None
         self._error: FloatArray | None = None
 
     def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         average = self.ema.forecast(upcoming, history)
-        self._observe(len(history))
         if upcoming is None or upcoming.requests is None:
             return replace(average, source=self.name)
-        tokens = upcoming.computed.sum(1).numpy()
-        load = np.zeros_like(average.share)
-        for request, count in zip(upcoming.requests.tolist(), tokens, strict=True):
-            past = self._past.get(request)
-            weighted = STRENGTH * average.share + (0 if past is None else past)
-            load += count * self.top_k * share_of(weighted)
-        forecast = forecast_from_load(load, made_at=len(history), source=self.name)
-        self._made = len(history), forecast.share
+        forecast = forecast_from_load(self.load(upcoming, average.share), made_at=len(history), source=self.name)
+        self._share = forecast.share
         return replace(forecast, spread=average.spread if self._error is None else np.sqrt(self._error))
 
-    def _observe(self, step: int) -> None:
-        """Adds the batches before `step` to the requests' past, and the error of the newest forecast to the spread."""
-        for number in range(self._seen, step):
-            loads = dict(zip(self.requests[number].tolist(), self.sequences[number], strict=True))
-            self._past = {request: self._past.get(request, 0.0) + load for request, load in loads.items()}
-            if self._made is not None and self._made[0] == number:
-                square = (self._made[1] - share_of(self.sequences[number].sum(0))) ** 2
-                self._error = square if self._error is None else (1 - RECENT) * self._error + RECENT * square
-        self._seen = step
+    def load(self, upcoming: "TokenBatch", average_LE: FloatArray) -> FloatArray:
+        """Expected load `[L, E]` of a batch that names its requests, given the average shares."""
+        assert upcoming.requests is not None
+        counts = self.top_k * upcoming.computed.sum(1).numpy()
+        rows = np.array([self._row.get(request, -1) for request in upcoming.requests.tolist()])
+        known = rows >= 0
+        load = counts[~known].sum() * average_LE
+        if known.any():
+            share = share_of(STRENGTH * average_LE + self._past[rows[known]])
+            load = load + np.tensordot(counts[known], share, axes=1)
+        return np.asarray(load)
+
+    def observe(self, upcoming: "TokenBatch | None", load: LoadHistory, sequences: Loads | None = None) -> None:
+        if self._share is not None:
+            square = (self._share - share_of(load)) ** 2
+            self._error = square if self._error is None else (1 - RECENT) * self._error + RECENT * square
+            self._share = None
+        if upcoming is None or upcoming.requests is None or sequences is None:
+            return
+        numbers = upcoming.requests.tolist()
+        row = {request: place for place, request in enumerate(dict.fromkeys(numbers))}
+        past = np.zeros((len(row), *load.shape))
+        for request, place in row.items():
+            if request in self._row:
+                past[place] = self._past[self._row[request]]
+        if len(row) == len(numbers):
+            past += sequences
+        else:  # a request with several sequences
+            np.add.at(past, [row[request] for request in numbers], sequences)
+        self._row, self._past = row, past

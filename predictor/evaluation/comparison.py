@@ -10,14 +10,15 @@ from torch import Tensor
 
 from data.arrays import IntArray
 from data.datamodule import RouterTraceModule
-from data.traces.dataset import TraceSample
+from data.traces.dataset import TraceSample, sequence_loads
 from data.traces.trace import RouterTrace, TokenBatch
 from predictor.baselines.history import Ema, LastBatch, Oracle, Stationary, Uniform
+from predictor.baselines.own_past import OwnPast
 from predictor.baselines.ridge import RidgeForecaster
 from predictor.baselines.token_table import TokenTable
 from predictor.evaluation.metrics import likeliest, token_top1
 from predictor.evaluation.scores import Scores
-from predictor.forecast import Forecaster, LoadForecast, LoadHistory
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory, OnlineForecaster
 from predictor.forecaster import NeuralForecaster
 
 BalancednessOf = Callable[[LoadForecast, IntArray, IntArray], float]
@@ -30,15 +31,20 @@ Comparison = dict[str, dict[str, Scores]]
 
 
 def rivals(data: RouterTraceModule) -> list[Forecaster]:
-    """The baselines, fitted on training batches (the rate of `Ema` on validation batches), and the oracle."""
+    """The baselines, fitted on training batches (the rate of `Ema` on validation batches), and the oracle.
+
+    Requests' own past is among them if the trace says which request a sequence belongs to.
+    """
     layout, loads = data.layout, data.loads
     steps = {split: [step for step, name in enumerate(data.splits) if name == split] for split in ("train", "val")}
     ema = Ema.fit(loads, steps["val"])
+    with_requests = next(iter(data.samples("test"))).trace.requests is not None
     return [
         Uniform(layout.num_layers, layout.num_experts),
         Stationary(loads[steps["train"]].mean(0)),
         LastBatch(),
         ema,
+        *([OwnPast(layout.experts_per_token, ema)] if with_requests else []),
         RidgeForecaster(loads, steps["train"]),
         TokenTable(layout, (sample.trace for sample in data.samples("train")), ema),
         Oracle(loads),
@@ -70,6 +76,9 @@ def compare_forecasters(
             forecast, logits = forecast_and_logits(forecaster, sample.trace.upcoming, data.loads[:step])
             scores.milliseconds.append(1e3 * (time.perf_counter() - started))
             scores.add(forecast, data.loads[step])
+            if isinstance(forecaster, OnlineForecaster):
+                sequences = sequence_loads(sample.trace, data.layout).numpy()
+                forecaster.observe(sample.trace.upcoming, data.loads[step], sequences)
             if (chosen := chosen_experts(forecaster, sample.trace, logits)) is not None:
                 scores.token_top1.append(token_top1(chosen, sample.trace.experts).double().numpy())
             for count, new in (new_balancers or {}).items():

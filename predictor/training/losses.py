@@ -60,7 +60,8 @@ def distillation_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
 
 def sequence_loss(prediction: Prediction, trace: RouterTrace) -> Tensor:
     """Cross-entropy of the experts of decoder tokens, nats per token; one forecast share serves a whole sequence."""
-    log_share_LBE = shares(prediction.sequence_load).clamp(min=LEAST_SHARE).log().transpose(0, 1)
+    decoder_load_BLE = prediction.sequence_load[:, len(trace.experts) :]
+    log_share_LBE = shares(decoder_load_BLE).clamp(min=LEAST_SHARE).log().transpose(0, 1)
     experts_LBU = trace.decoder_experts.long().flatten(2)  # each of a token's experts is an entry
     real = experts_LBU >= 0
     surprise_LBU = -log_share_LBE.gather(2, experts_LBU.clamp(min=0)) * real

@@ -4,7 +4,10 @@ import numpy as np
 
 from predictor.evaluation.tables import Details
 
-SHOWN = {"learned": "this predictor", "last": "last batch", "ema": "moving average", "token_table": "token table"}
+SHOWN = {
+    "adaptive": "this predictor, learning on", "learned": "this predictor as trained", "last": "last batch",
+    "ema": "moving average", "token_table": "token table",
+}  # fmt: skip
 """Forecasters of the table and their names; the oracle's row follows."""
 ORACLE = "oracle"
 BALANCEDNESS = "balancedness_r16"

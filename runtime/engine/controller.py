@@ -9,7 +9,7 @@ Shape suffixes: L MoE layers, E logical experts.
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -24,7 +24,7 @@ import torch
 from data.arrays import IntArray
 from data.traces.trace import TokenBatch
 from predictor.baselines.history import Ema
-from predictor.forecast import Forecaster, LoadForecast, LoadHistory, NoHistoryError
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory, NoHistoryError, OnlineForecaster
 from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.balancing.planner import Planner
 from runtime.distributed.device import use_device
@@ -38,6 +38,8 @@ CLOSE_S = 5.0
 """Seconds that closing waits for copies to be issued."""
 MOST_TOKENS = 1e12
 """Tokens for one expert above which a forecast counts as broken."""
+Observed = tuple[TokenBatch | None, IntArray]
+"""The tokens of a batch that has run, and its load `[L, E]`."""
 log = logging.getLogger(__name__)
 
 
@@ -124,6 +126,7 @@ class Controller:
         self.late = 0
         self._thread = _TaskThread("switchcast-controller", ranks.device)
         self._future: Future[Preparation] | None = None
+        self._unlearned: deque[Observed] = deque(maxlen=HISTORY)
         self._awaited, self._closed, self._copying = False, False, threading.Lock()
 
     def prepare(self, upcoming: TokenBatch | None) -> None:
@@ -131,7 +134,9 @@ class Controller:
         if self.forecaster is not None and self._future is None:
             if upcoming is not None:  # a copy, because the model runs these tokens and a forecaster might change them
                 upcoming = replace(upcoming, input_ids=upcoming.input_ids.clone(), mask=upcoming.mask.clone())
-            self._future, self._awaited = self._thread.submit(self._prepare, upcoming, self.history.copy()), False
+            observed, history = list(self._unlearned), self.history.copy()
+            self._unlearned.clear()
+            self._future, self._awaited = self._thread.submit(self._prepare, upcoming, history, observed), False
 
     def commit(self, wait: bool = False) -> Preparation | None:
         """Between batches: makes the prepared plan active if all ranks are ready, else leaves it for the next time.
@@ -151,9 +156,16 @@ class Controller:
         self.transfer.commit()
         return preparation
 
-    def observe(self, load_LE: IntArray) -> None:
-        """Adds the load of a batch that has run to the history."""
+    def observe(self, load_LE: IntArray, tokens: TokenBatch | None = None) -> None:
+        """Adds the load of a batch that has run to the history, and to what the forecaster learns from.
+
+        Args:
+            load_LE: The load.
+            tokens: What `prepare` was given for this batch.
+        """
         self.history = np.concatenate([self.history, load_LE[None]])[-HISTORY:]
+        if self.ranks.rank == 0 and isinstance(self.forecaster, OnlineForecaster):
+            self._unlearned.append((tokens, load_LE))
 
     def close(self) -> None:
         """Ends the thread after its current task, without waiting for a forecast; no copies are started from now on."""
@@ -162,9 +174,10 @@ class Controller:
             self._copying.release()
         self._thread.close()
 
-    def _prepare(self, upcoming: TokenBatch | None, history: LoadHistory) -> Preparation:
+    def _prepare(self, upcoming: TokenBatch | None, history: LoadHistory, observed: list[Observed]) -> Preparation:
         times, forecast, target = [time.perf_counter()], None, self.transfer.plan
         if self.ranks.rank == 0:
+            self._learn(observed)
             forecast = self._forecast(upcoming, history)
         times.append(time.perf_counter())
         if forecast is not None:
@@ -180,6 +193,16 @@ class Controller:
         each = Counter(move.layer for move in moves)
         layer_moves = tuple(each[layer] for layer in range(len(target.phy2log)))
         return Preparation(forecast, layer_moves, self.transfer.nbytes(moves), *spans)
+
+    def _learn(self, observed: list[Observed]) -> None:
+        """Lets the forecaster learn from batches that have run, before it forecasts the next."""
+        if not isinstance(self.forecaster, OnlineForecaster):
+            return
+        try:
+            for tokens, load in observed:
+                self.forecaster.observe(tokens, load)
+        except Exception as error:  # as in _forecast
+            self._fall_back(f"forecaster '{self.forecaster.name}'", error, "it has not learned from all batches")
 
     def _forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast | None:
         """The forecaster's forecast, else one from the history, else none."""

@@ -29,13 +29,14 @@ from data.models.device import Device
 from data.models.model import Dtype, LoadedModel, load_dense, load_model
 from data.models.stored_experts import stored_experts
 from data.models.weights import ModelWeights
-from predictor.checkpoint import load_predictor
+from predictor.checkpoint import load_adaptive
 from predictor.forecast import Forecaster
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.distributed.device import Stopwatch, to_device
 from runtime.distributed.ranks import Ranks
 from runtime.engine.adapter import adapter_of
+from runtime.engine.arguments import check_arguments
 from runtime.engine.batch import BatchOutput, ModelBatch, check_tokens, forward
 from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, GenerationSettings, ended, generation_tokens
@@ -109,17 +110,11 @@ class Engine:
         must_agree: Mapping[str, str] | None = None,
     ) -> None:
         self.ranks = Ranks(timeout_s, _device_of(model, device))
-        if expert_overhead_tokens != "auto" and not (
-            isinstance(expert_overhead_tokens, int) and expert_overhead_tokens >= 0
-        ):
-            raise ValueError(f"expert_overhead_tokens is {expert_overhead_tokens}, expected 0 or more, or 'auto'")
-        if host_memory is not None and device_memory is None:
-            raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
+        check_arguments(
+            self.ranks.world, num_devices, num_redundant_experts, max_moves, devices_per_node, expert_overhead_tokens,
+            device_memory, host_memory,
+        )  # fmt: skip
         if device_memory is not None and self.ranks.world == 1:
-            if num_devices not in (None, 1):
-                raise ValueError(
-                    f"num_devices is {num_devices}; within a budget a process is one device: use torchrun for more"
-                )
             num_devices, num_redundant_experts = 1, 0
         cuda = self.ranks.device.type == "cuda"
         self.measure = not cuda if measure is None else measure
@@ -179,7 +174,7 @@ class Engine:
             return predictor, "none"
         folder = Path(predictor)
         table = self.loaded.model.get_input_embeddings().weight.detach()
-        forecaster = load_predictor(predictor, self.loaded.layout, table)
+        forecaster = load_adaptive(predictor, self.loaded.layout, table)
         return forecaster, sha256(folder / "model.safetensors") if folder.is_dir() else str(predictor)
 
     def __enter__(self) -> "Engine":
@@ -250,7 +245,7 @@ class Engine:
                     controller.prepare(upcoming.tokens)
                 output = self._forward(current, preparation, exposed_ms)
             if self.replicated.places:  # else nobody uses it, and on CUDA the look would wait for the device
-                controller.observe(output.stats.load)
+                controller.observe(output.stats.load, current.tokens)
             yield output
             if failure is not None:
                 raise failure

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from data.arguments import check_whole
 from data.traces.trace import TokenBatch
 from runtime.distributed.device import to_device
 from runtime.engine.controller import Controller
@@ -36,8 +38,14 @@ class GenerationSettings:
         """Resolves settings in the order that transformers does: keyword, then object, then the model's own.
 
         Raises:
+            TypeError: If the object is of another class.
             ValueError: If something else than token ids is asked for.
         """
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise TypeError(
+                f"generation_config is a {type(generation_config).__name__}, expected a GenerationConfig of "
+                "transformers; single settings are given by name"
+            )
 
         def value(name: str) -> Any:
             found = (settings.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name))
@@ -93,7 +101,7 @@ class DecoderSteps:
             decoder beside an encoder, whose first call is fed nothing written.
 
     Raises:
-        ValueError: If `replan_every` is less than a step.
+        ValueError: If `replan_every` is no whole number of steps.
     """
 
     def __init__(
@@ -105,8 +113,8 @@ class DecoderSteps:
         settings: GenerationSettings,
         prompt: int,
     ) -> None:
-        if replan_every is not None and replan_every < 1:
-            raise ValueError(f"replan_every is {replan_every}, expected 1 or more decoder steps, or None")
+        if replan_every is not None:
+            check_whole("replan_every", replan_every, 1)
         self._replicated, self._controller, self._replan_every, self._idle = replicated, controller, replan_every, idle
         device = replicated.loaded.model.device
         self._ends = to_device(torch.tensor(settings.ends, dtype=torch.int64), device)

@@ -10,7 +10,7 @@ Shape suffixes: M rows, N buffers of one device, F inner width, D model width, P
 with a gate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +30,14 @@ Smaller groups are padded with zero rows to the size the unmodified model would 
 frequent; it does not guarantee them, because skipped padding may be routed differently in later layers.
 """
 
-GROUPED_MM_ROWS = range(16, 512)
-"""Rows of one call for which `grouped_mm` is faster than a loop over the experts on a CPU.
+LEAST_GROUPED_ROWS = 8
+"""Rows of one call below which a loop over the experts is as fast as `grouped_mm`, whose overhead dominates there."""
 
-With fewer rows its overhead dominates; with more, its intermediate results no longer fit into the cache.
-"""
+MOST_ROWS_EACH = 64
+"""Mean rows of an expert above which a loop is as fast on a CPU, whose products are then efficient by themselves."""
+
+PIECE_ROWS = 512
+"""Most rows of several experts that a CPU multiplies in one call, so that intermediate results stay in its cache."""
 
 MOST_GROUPS = 1023
 """Groups of one call of CUDA's `grouped_mm`, which refuses 1,024 and more (torch's GroupMM.cu)."""
@@ -107,19 +110,32 @@ class GroupedExperts:
             reference_N: Rows that the unmodified model would multiply with the same expert.
             ends_N: Row at which each buffer's rows end, int32 on the device; None uploads them if they are needed.
         """
-        rows = rows_MD.shape[0]
         if rows_MD.is_cpu:
-            grouped = self.fast and rows in GROUPED_MM_ROWS and not _needs_padding(size_N, reference_N).any()
-        else:
-            grouped = self.fast
-        if grouped:
-            if ends_N is None:
-                ends_N = upload(ends_of(size_N), rows_MD.device)
-            return (
-                self.compute_groups(rows_MD, ends_N)
-                if self.needs_no_sizes
-                else self._in_pieces(rows_MD, size_N, ends_N)
-            )
+            pieces = list(pieces_of(size_N, PIECE_ROWS))
+            if len(pieces) == 1:
+                return self._piece(rows_MD, size_N, reference_N)
+            output_MD = torch.empty_like(rows_MD)
+            for first, part_N in pieces:
+                rows = int(part_N.sum())
+                part_MD = self._piece(rows_MD.narrow(0, first, rows), part_N, reference_N)
+                output_MD.narrow(0, first, rows).copy_(part_MD)
+            return output_MD
+        if not self.fast:
+            return self._one_by_one(rows_MD, size_N, reference_N)
+        if ends_N is None:
+            ends_N = upload(ends_of(size_N), rows_MD.device)
+        return self.compute_groups(rows_MD, ends_N) if self.needs_no_sizes else self._in_pieces(rows_MD, size_N, ends_N)
+
+    def _piece(self, rows_MD: Tensor, size_N: IntArray, reference_N: IntArray) -> Tensor:
+        """Outputs on a CPU, grouped where that is faster and keeps results stable."""
+        rows, active = rows_MD.shape[0], np.count_nonzero(size_N)
+        few = LEAST_GROUPED_ROWS <= rows <= MOST_ROWS_EACH * active
+        if self.fast and few and active > 1 and not _needs_padding(size_N, reference_N).any():
+            return self.compute_groups(rows_MD, torch.from_numpy(ends_of(size_N)))
+        return self._one_by_one(rows_MD, size_N, reference_N)
+
+    def _one_by_one(self, rows_MD: Tensor, size_N: IntArray, reference_N: IntArray) -> Tensor:
+        """Outputs by a loop over the experts."""
         output_MD, start = torch.empty_like(rows_MD), 0
         for buffer in size_N.nonzero()[0].tolist():
             size = int(size_N[buffer])
@@ -153,6 +169,22 @@ class GroupedExperts:
             outputs_MD.append(self._products(part_MD, ends_N[buffers] - start, weights))
             start += part_MD.shape[0]
         return torch.cat(outputs_MD)
+
+
+def pieces_of(size_N: IntArray, most: int) -> Iterator[tuple[int, IntArray]]:
+    """Consecutive groups with at most so many rows in all: their first row, and the sizes with those of others at 0.
+
+    A group with more rows is a piece of its own. Sizes [2, 0, 3, 9] give, with at most 5, (0, [2, 0, 3, 0]) and
+    (5, [0, 0, 0, 9]).
+    """
+    first, start, ends_N = 0, 0, size_N.cumsum()
+    while start < ends_N[-1]:
+        whole, alone = np.searchsorted(ends_N, [start + most, start], side="right")
+        stop = max(int(whole), int(alone) + 1)
+        part_N = np.zeros_like(size_N)
+        part_N[first:stop] = size_N[first:stop]
+        yield start, part_N
+        first, start = stop, int(ends_N[stop - 1])
 
 
 def ends_of(size_N: IntArray) -> IntArray:

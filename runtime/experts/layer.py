@@ -23,6 +23,7 @@ from runtime.distributed.device import Stopwatch, upload
 from runtime.distributed.ranks import Ranks
 from runtime.experts.counters import LayerCounters
 from runtime.experts.dispatch import TokenDispatch, counts_of, plan_dispatch, tokens_of, weighed
+from runtime.experts.grouped_mm import PIECE_ROWS, pieces_of
 from runtime.experts.routing import sort_on_device, sort_on_host
 
 OVERLAP_MIN_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -271,12 +272,28 @@ class ReplicatedExperts(nn.Module):
         computed = int(counts_E.sum())
         assignment = assignment_A.narrow(0, 0, computed)
         token = tokens_of(assignment, _per_token(hidden_TD, weight_A1))
+        if hidden_TD.is_cpu:
+            return self._compute_in_pieces(hidden_TD, assignment, token, weight_A1, counts_E, routed_E)
         rows_MD = self.slots.compute(hidden_TD.index_select(0, token), counts_E, routed_E, None)
         output_AD = _outputs(hidden_TD, weight_A1)
         if computed < output_AD.shape[0]:
             output_AD.zero_()
         output_AD.index_copy_(0, assignment, weighed(rows_MD, weight_A1.index_select(0, assignment), output_AD.dtype))
         return _summed(output_AD, hidden_TD)
+
+    def _compute_in_pieces(
+        self, hidden_TD: Tensor, assignment: Tensor, token: Tensor, weight_A1: Tensor, counts_E: IntArray,
+        routed_E: IntArray,
+    ) -> Tensor:  # fmt: skip
+        """A few experts after the other, whose rows and intermediate results stay in the cache of a CPU."""
+        output_TD = torch.zeros_like(hidden_TD, dtype=_output_dtype(hidden_TD, weight_A1))
+        most = PIECE_ROWS if self.slots.can_overlap else len(token)  # a cache counts every call as a use
+        for first, rows_E in pieces_of(counts_E, most):
+            size = int(rows_E.sum())
+            token_M, assignment_M = token.narrow(0, first, size), assignment.narrow(0, first, size)
+            rows_MD = self.slots.compute(hidden_TD.index_select(0, token_M), rows_E, routed_E, None)
+            output_TD.index_add_(0, token_M, weighed(rows_MD, weight_A1.index_select(0, assignment_M), output_TD.dtype))
+        return output_TD.to(hidden_TD.dtype)
 
     def _windows(self, quota_SP: IntArray) -> IntArray:
         """Slots of a rank that are dispatched together, first and stop: all of them, or one half and then the other."""

@@ -121,7 +121,7 @@ def infer(
         raise ValueError(f"batches is {batches}; at least 1 is needed")
     if dry_run:
         kind = dtype or ("bfloat16" if device == "cuda" else "float32")
-        return size_up(model, revision, kind, devices, redundant, device_memory, host_memory)
+        return size_up(model, revision, predictor, kind, devices, redundant, device_memory, host_memory)
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
     first = Ranks(timeout, device).rank == 0  # only this rank exports and writes
     check_folder(out)

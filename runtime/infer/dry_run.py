@@ -6,6 +6,7 @@ The model is built on the meta device: modules and shapes without values.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.byte_sizes import parse_bytes, show_bytes
+from data.models.layout import MoELayout
 from data.models.model import Dtype, outline
+from predictor.checkpoint import differences, read_config
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import EMULATED_DEVICES
 from runtime.engine.engine import REDUNDANT
@@ -52,14 +55,15 @@ class Sizes:
 
 
 def size_up(
-    model: str, revision: str, dtype: Dtype, devices: int | None, redundant: int | None, device_memory: str | None,
-    host_memory: str | None,
+    model: str, revision: str, predictor: Path | None, dtype: Dtype, devices: int | None, redundant: int | None,
+    device_memory: str | None, host_memory: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prints geometry, bytes, plan and budget of a model.
 
     Args:
         model: 'switch-mini-64' (bundled), a local folder with at least config.json, or a hub id.
         revision: Revision of a hub model.
+        predictor: Folder that `train.py` wrote, whose geometry must be the model's; its weights are not read.
         dtype: Data type of the weights.
         devices: Devices that the experts are spread over, G; 8 by default.
         redundant: Replica slots of each MoE layer over all devices, R; by default 16, or none on one device.
@@ -70,7 +74,8 @@ def size_up(
         A JSON document.
 
     Raises:
-        ValueError: If the model cannot be run, slots do not divide over devices, or a budget is too small.
+        ValueError: If the model cannot be run, the predictor is for another family or geometry, slots do not divide
+            over devices, or a budget is too small.
     """
     if host_memory is not None and device_memory is None:
         raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
@@ -78,9 +83,13 @@ def size_up(
         raise ValueError(f"devices is {devices}; within a budget a process is one device: leave the number out")
     loaded = outline(model, revision)
     layout = loaded.layout
+    if predictor is not None:
+        trained = MoELayout.from_json(read_config(predictor)["layout"])
+        if found := differences(layout, trained):
+            raise ValueError(f"{predictor} was trained for {trained.model_id}, the model is {model}{found}")
     sizes = _sizes(loaded, getattr(torch, dtype).itemsize)
     nbytes = sizes.expert * sizes.itemsize
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "model": model, "family": layout.family, "dtype": dtype, "moe_layers": layout.num_layers,
         "experts": layout.num_experts, "experts_per_token": layout.experts_per_token, "d_model": layout.d_model,
         "d_ff": layout.d_ff, "parameters": sizes.parameters, "active_parameters": sizes.active,
@@ -90,11 +99,11 @@ def size_up(
     if device_memory is None:
         devices = EMULATED_DEVICES if devices is None else devices
         redundant = (REDUNDANT if devices > 1 else 0) if redundant is None else redundant
-        found["plan"] = _plan(layout.num_layers, layout.num_experts, devices, redundant, nbytes, sizes)
+        document["plan"] = _plan(layout.num_layers, layout.num_experts, devices, redundant, nbytes, sizes)
     else:
-        found["budget"] = _budget(device_memory, host_memory, nbytes, sizes)
-    show(found, Console())
-    return found
+        document["budget"] = _budget(device_memory, host_memory, nbytes, sizes)
+    show(document, Console())
+    return document
 
 
 def _sizes(loaded: Any, itemsize: int) -> Sizes:
@@ -155,9 +164,9 @@ def show(found: dict[str, Any], console: Console) -> None:
         )
         rows["weights of a device"] = f"{show_bytes(plan['bytes'])}, without activations and key-value cache"
     if budget := found.get("budget"):
-        rows["experts on the device"] = f"{budget['resident']:,}, {budget['resident_share']:.0%} of all"
+        rows["experts on the device"] = f"at most {budget['resident']:,}, {budget['resident_share']:.0%} of all"
         if budget["host_memory"]:
-            rows["experts in host memory"] = f"{budget['in_host_memory']:,}"
+            rows["experts in host memory"] = f"at most {budget['in_host_memory']:,}, read buffers not counted"
         rows["a decoded token needs"] = f"{show_bytes(budget['bytes_a_token'])} of experts"
         rows["weights on the device"] = f"{show_bytes(budget['bytes'])}, without activations and key-value cache"
     for name, value in rows.items():

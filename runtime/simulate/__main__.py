@@ -53,12 +53,13 @@ def simulate(
         loads: Trace folder, or a recording that `data/traces/loads.py` lists, such as .npy of [steps, layers, experts].
         devices: Devices that the experts are spread over.
         redundant: Replica slots of each layer over all devices.
-        forecast: Some of last,mean,ema,own,learned,oracle,exact; 'own' is each request's past, 'exact' is the oracle,
-            planned only once the load is known, so that its moves delay the batch. By default all but exact, learned
-            only with a predictor, and own only with --serve.
+        forecast: Some of last,mean,ema,own,learned,adaptive,oracle,exact; 'own' is each request's past, 'adaptive' the
+            predictor corrected by the loads observed so far, 'exact' the oracle, planned only once the load is known,
+            so that its moves delay the batch. By default all but exact, learned and adaptive only with a predictor,
+            and own only with --serve.
         planner: Some of contiguous,eplb,home.
         split: Some of even,quota.
-        predictor: Folder that train.py wrote, for the forecast 'learned'.
+        predictor: Folder that train.py wrote, for the forecasts 'learned' and 'adaptive'.
         start: First step that is planned; homes are chosen from the steps before it.
         steps: Number of steps to plan; by default all.
         max_moves: Most experts that the home planner moves before a step, over all layers; by default no limit.

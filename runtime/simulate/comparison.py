@@ -31,7 +31,9 @@ from runtime.simulate.cost_model import Hardware, measure, verdict
 from runtime.simulate.replay import SPLITS, Replay, forecast_error, forecast_steps, replay
 from runtime.simulate.report import document, plot
 
-FORECASTS = (*FORECASTERS, "own", "learned", "oracle", "exact")
+FORECASTS = (*FORECASTERS, "own", "learned", "adaptive", "oracle", "exact")
+TRAINED = ("learned", "adaptive")
+"""Forecasts that need a predictor."""
 PLANNERS = ("contiguous", "eplb", "home")
 SWITCH_BASE_EXPERT = 2 * 2 * 768 * 3072
 """Bytes of one expert of Switch-base in bf16."""
@@ -83,11 +85,11 @@ def compare_policies(
         loads: Tokens of each expert, `[steps, L, E]`, or the path of a recording that `read_loads` reads.
         num_devices: Devices that the experts are spread over.
         num_redundant_experts: Replica slots of each layer over all devices.
-        forecasts: Some of last, mean, ema, own, learned, oracle and exact; by default all but exact, learned only with
-            a predictor, and own (each request's past) only where requests were served.
+        forecasts: Some of last, mean, ema, own, learned, adaptive, oracle and exact; by default all but exact, learned
+            and adaptive only with a predictor, and own (each request's past) only where requests were served.
         planners: Some of contiguous (no replicas), eplb and home.
         splits: Some of even and quota.
-        predictor: Folder that `train.py` wrote, for the forecast `learned`.
+        predictor: Folder that `train.py` wrote, for the forecasts `learned` and `adaptive`.
         start: First step that is planned; homes are chosen from the steps before it.
         steps: Number of steps to plan; by default all.
         hardware: Speeds of a device and its link; by default measured on this machine.
@@ -149,7 +151,7 @@ def _recorded(loads: RecordedLoads | Path | str | IntArray) -> RecordedLoads:
 
 
 def _usual_forecasts(recorded: RecordedLoads, with_predictor: bool) -> list[str]:
-    left_out = {"exact"} | ({"learned"} if not with_predictor else set())
+    left_out = {"exact"} | (set(TRAINED) if not with_predictor else set())
     left_out |= {"own"} if recorded.sequences is None else set()
     return [name for name in FORECASTS if name not in left_out]
 
@@ -209,11 +211,11 @@ def _replay_all(
             steps = advancing(made)
             return replay((name, planner), steps, recorded.loads, first, start, stop, splits, settings.devices_per_node)
 
-        unused = forecast_steps(LastBatch(), recorded.loads, None, start, stop)
+        unused = forecast_steps(LastBatch(), recorded, start, stop)
         replays = run("contiguous", ContiguousPlanner(), unused, bare)
         for forecast in settings.forecasts:
             forecaster = _open_forecaster(forecast, settings.predictor, recorded)
-            made = list(advancing(forecast_steps(forecaster, recorded.loads, recorded.batches, start, stop)))
+            made = list(advancing(forecast_steps(forecaster, recorded, start, stop)))
             own: list[Replay] = []
             if "eplb" in names:
                 own += run("eplb", EplbPlanner(), iter(made), empty)
@@ -228,27 +230,26 @@ def _open_forecaster(name: str, predictor: Path | None, recorded: RecordedLoads)
     """The forecaster of that name.
 
     Raises:
-        ValueError: If `learned` is asked for without a predictor or `own` without requests, or the predictor does not
-            fit the loads.
+        ValueError: If a trained forecast is asked for without a predictor or `own` without requests, or the predictor
+            does not fit the loads.
     """
     if name in FORECASTERS:
         return FORECASTERS[name]
     if name in ("oracle", "exact"):
         return Oracle(recorded.loads, name)
     if name == "own":
-        if recorded.sequences is None or recorded.batches is None or recorded.layout is None:
+        if recorded.sequences is None or recorded.layout is None:
             raise ValueError("forecast own needs requests: give a trace that names them, and --serve prefill or decode")
-        requests = [batch.requests.numpy() for batch in recorded.batches if batch.requests is not None]
-        return OwnPast(recorded.sequences, requests, recorded.layout.experts_per_token)
+        return OwnPast(recorded.layout.experts_per_token)
     if predictor is None:
-        raise ValueError("forecast learned needs a predictor: give a folder that train.py wrote (--predictor)")
-    from predictor.checkpoint import load_predictor  # nothing else here needs the network's modules
+        raise ValueError(f"forecast {name} needs a predictor: give a folder that train.py wrote (--predictor)")
+    from predictor.checkpoint import load_adaptive, load_predictor  # nothing else here needs the network's modules
 
-    learned = load_predictor(predictor, recorded.layout)
-    shape = (learned.layout.num_layers, learned.layout.num_experts)
+    trained = (load_predictor if name == "learned" else load_adaptive)(predictor, recorded.layout)
+    shape = trained.shape
     if recorded.loads.shape[1:] != shape:
         raise ValueError(f"{predictor} forecasts {shape} layers and experts, the loads have {recorded.loads.shape[1:]}")
-    return learned
+    return trained
 
 
 def _switch_on(policy: dict[str, str], settings: Settings, num_experts: int) -> str:
@@ -259,12 +260,12 @@ def _switch_on(policy: dict[str, str], settings: Settings, num_experts: int) -> 
             f"rebalance_experts(load, num_replicas={num_experts + redundant}, num_groups=1, num_nodes=1, "
             f"num_gpus={devices})"
         )
-    if (policy["forecast"], policy["planner"], policy["split"]) == ("learned", "home", "quota"):
+    if policy["forecast"] in TRAINED and (policy["planner"], policy["split"]) == ("home", "quota"):
         command = f"python -m runtime.infer --predictor {settings.predictor}"
         options = {"--devices": devices, "--redundant": redundant, "--max-moves": settings.max_moves}
         options["--devices-per-node"] = settings.devices_per_node
         return " ".join([command, *(f"{name} {value}" for name, value in options.items() if value is not None)])
-    forecaster = "load_predictor(...)" if policy["forecast"] == "learned" else repr(policy["forecast"])
+    forecaster = "load_predictor(...)" if policy["forecast"] in TRAINED else repr(policy["forecast"])
     planner = {"planner": "EplbPlanner()"} if policy["planner"] == "eplb" else {"max_moves": settings.max_moves}
     given: dict[str, Any] = {**planner, "devices_per_node": settings.devices_per_node}
     more = "".join(f", {name}={value}" for name, value in given.items() if value is not None)

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.arrays import FloatArray, IntArray
-from data.traces.loads import share_of, total_variation
-from data.traces.trace import TokenBatch
-from predictor.forecast import Forecaster, LoadForecast
+from data.traces.loads import RecordedLoads, share_of, total_variation
+from predictor.forecast import Forecaster, LoadForecast, OnlineForecaster
 from runtime.balancing.plan import ReplicationPlan
 from runtime.balancing.planner import Planner
 from runtime.balancing.split import balancedness, split_by_quota, split_evenly
@@ -69,12 +68,17 @@ class Replay:
         return float(self.arrivals.sum(-1).mean() / self.phy2log.shape[1])
 
 
-def forecast_steps(
-    forecaster: Forecaster, loads: IntArray, batches: list[TokenBatch] | None, start: int, stop: int
-) -> Iterator[LoadForecast]:
-    """Forecasts of steps start to stop, each from the loads `[steps, L, E]` before it and the step's own tokens."""
+def forecast_steps(forecaster: Forecaster, recorded: RecordedLoads, start: int, stop: int) -> Iterator[LoadForecast]:
+    """Forecasts of steps start to stop, each from the loads before it and what is known of the step's own tokens.
+
+    A forecaster that learns while it serves observes each step after its forecast.
+    """
+    loads, batches, sequences = recorded.loads, recorded.batches, recorded.sequences
     for step in range(start, stop):
-        yield forecaster.forecast(batches[step] if batches else None, loads[:step])
+        upcoming = batches[step] if batches else None
+        yield forecaster.forecast(upcoming, loads[:step])
+        if isinstance(forecaster, OnlineForecaster):
+            forecaster.observe(upcoming, loads[step], sequences[step] if sequences else None)
 
 
 def forecast_error(made: list[LoadForecast], loads: IntArray) -> float:

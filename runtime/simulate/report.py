@@ -32,6 +32,7 @@ DRAWN = {
     ("last", "eplb", "even"),
     ("last", "home", "quota"),
     ("learned", "home", "quota"),
+    ("adaptive", "home", "quota"),
     ("oracle", "home", "quota"),
 }
 """Policies whose balancedness is drawn step after step."""
@@ -40,7 +41,8 @@ LEAST_GAP = 0.01
 EXPLAINED = {
     "last": "the last batch's load", "mean": "mean of all batches so far", "ema": "exponential moving average",
     "own": "each request's past, shrunk to the average",
-    "learned": "the predictor", "oracle": "the true load", "exact": "the true load, moves planned by their price",
+    "learned": "the predictor", "adaptive": "the predictor, corrected by what was observed",
+    "oracle": "the true load", "exact": "the true load, moves planned by their price",
     "eplb": "re-solves the placement from scratch", "home": "keeps every expert at home, moves replicas only",
 }  # fmt: skip
 

@@ -50,8 +50,8 @@ def test_a_folder_of_format_1_still_forecasts_the_same():
 
     The network was `LoadNetwork(make_layout("made-up"), Architecture(width=4, depth=1, history=True))` after
     `torch.manual_seed(0)`, its parameters drawn from `torch.randn` one after the other; spread was
-    `torch.rand(2, 3, 3)`, familiarity `Familiarity(torch.arange(VOCABULARY) < 15, 0.8)`; embedding and history are
-    those below.
+    `torch.rand(2, 3, 3)`; embedding and history are those below. The folder also has the tensors of a rule for
+    unfamiliar tokens, which this version leaves out.
     """
     table = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))
     loaded = load_predictor(FIXTURES / "v1", make_layout("made-up"), table)

@@ -17,10 +17,10 @@ from tests.helpers.made_up_trace import EXPERTS, VOCABULARY
 
 @pytest.fixture
 def trained(tmp_path, layout):
-    """A predictor folder with a made-up test: one batch, two forecasters."""
+    """A predictor folder with a made-up test: one batch, three forecasters."""
     load = torch.arange(1, 3 * EXPERTS + 1).view(3, EXPERTS).numpy()
     rows = {}
-    for name, guess in (("last", load + 5.0), ("learned", load * 1.0)):
+    for name, guess in (("last", load + 5.0), ("learned", load * 1.0), ("adaptive", load * 1.0)):
         scores = Scores(milliseconds=[1.0])
         scores.add(forecast_from_load(guess, made_at=1, source=name), load)
         rows[name] = scores.details()
@@ -46,6 +46,7 @@ def test_shows_folders_side_by_side(trained, monkeypatch, capsys):
     assert "| forecaster | steady |" in out
     assert "| ours | SRU 8 x 2, both directions |" in out
     assert "| steady | theirs | 0.000 | 0.000 | 0.000 |" in out
+    assert "| theirs, adaptive | 0.000" in out
 
 
 def test_mistakes_are_one_line(trained, monkeypatch, capsys):

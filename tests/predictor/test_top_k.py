@@ -18,7 +18,6 @@ from predictor.baselines.history import Ema
 from predictor.baselines.own_past import OwnPast
 from predictor.baselines.token_table import TokenTable
 from predictor.checkpoint import load_predictor, save_predictor
-from predictor.familiarity import Familiarity
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from predictor.training.losses import distillation_loss, load_loss, sequence_loss, token_loss
@@ -150,19 +149,11 @@ def test_the_token_table_counts_each_of_a_tokens_experts(stored, batches):
     assert np.allclose(hidden, table.table_LVE[:, 0], atol=1e-5), "the mean share for tokens that are not known"
 
 
-def test_familiarity_leaves_unwritten_tokens_out(batches):
-    trace = next(trace for trace in batches if trace.tokens.context is not None)
-    known = Familiarity.fit(VOCABULARY, [trace.tokens] * 9, [trace.tokens])
-    assert known.trust(trace.tokens.unwritten()) <= 1
-    bare = TokenBatch(torch.full((1, 1), UNKNOWN), torch.ones(1, 1, dtype=torch.bool))
-    assert known.trust(bare) == 1.0
-
-
 def test_own_past_follows_each_request(stored):
     served = serve(ordered(requests_of(stored), "shuffled"), slots=4, chunk=4)
     steps = [step_trace(number, step) for number, step in enumerate(served)]
     loads = [sequence_loads(step, stored.layout).numpy() for step in steps]
-    own = OwnPast(loads, [step.requests.numpy() for step in steps], TOP_K)
+    own = OwnPast(TOP_K)
     total = np.stack([load.sum(0) for load in loads])
     errors: dict[str, list[float]] = {"own": [], "ema": []}
     for step in range(1, len(steps)):
@@ -170,8 +161,9 @@ def test_own_past_follows_each_request(stored):
         assert np.allclose(forecasts["own"].tokens, TOP_K * steps[step].tokens.num_tokens)
         for name, forecast in forecasts.items():
             errors[name].append(float(total_variation(forecast.share, share_of(total[step])).mean()))
+        own.observe(steps[step].tokens, total[step], loads[step])
     assert np.mean(errors["own"]) < np.mean(errors["ema"])
-    assert len(own._past) <= 4, "requests that left are forgotten"
+    assert len(own._row) <= 4, "requests that left are forgotten"
     assert own.forecast(None, total[:3]).source == "own", "without tokens the average, under its own name"
 
 

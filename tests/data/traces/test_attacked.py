@@ -34,8 +34,10 @@ def test_odd_arrays_of_a_token_recording_are_refused_by_name(changed, text, tmp_
 
 def test_one_large_id_does_not_decide_an_allocation(tmp_path):
     np.save(tmp_path / "routed_experts.npy", np.array([[[0], [1]], [[2**31 - 1], [2]]]))
-    with pytest.raises(ValueError, match=rf"{2**31} experts a layer, expected 1 to {MOST_EXPERTS}"):
+    with pytest.raises(ValueError, match=rf"experts.npy holds expert {2**31 - 1}, expected 0 to {MOST_EXPERTS - 1}"):
         read_loads(tmp_path / "routed_experts.npy")
+    with pytest.raises(ValueError, match=rf"num_experts is 0, expected 1 to {MOST_EXPERTS}"):
+        read_loads(tmp_path / "routed_experts.npy", num_experts=0)
     with pytest.raises(ValueError, match=rf"has 99999 experts a layer, expected 1 to {MOST_EXPERTS}"):
         MoELayout("m", "", (("decoder", 0),), 99999, None, 0, 0, 0)
 
@@ -49,6 +51,7 @@ def test_one_large_id_does_not_decide_an_allocation(tmp_path):
         ({"splits": [["train", "0", "2"]]}, r"splits hold \['train', '0', '2'\]"),
         ({"shards": [[1]]}, r"a shard is \[1\]"),
         ({"shards": [{"file": "a", "batches": 2}]}, "expected its file, sha256 and batches"),
+        ({"shards": [{"file": "a", "sha256": "0", "batches": 1}] * 2}, "the shard a is listed 2 times, expected once"),
     ],
 )
 def test_lists_of_trace_json_are_checked_when_it_is_opened(changed, text, tmp_path):

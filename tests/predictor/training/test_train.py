@@ -17,7 +17,7 @@ from predictor.training.module import ForecasterModule
 from predictor.training.run_log import RunLog
 
 ROOT = Path(__file__).parents[3]
-FORECASTERS = {"uniform", "stationary", "last", "ema", "token_table", "learned", "oracle"}
+FORECASTERS = {"uniform", "stationary", "last", "ema", "token_table", "learned", "adaptive", "oracle"}
 
 
 def test_contract_and_folder(run, layout, trace, upcoming):
@@ -39,7 +39,7 @@ def test_contract_and_folder(run, layout, trace, upcoming):
     assert printed[0] == f"training; checkpoints and log are in {folder}.run"
     assert printed[1] == f"reusing the trace in {trace}"
     assert printed[3].split()[-4:] == ["balancedness", "(1", "is", "best)"]
-    assert printed[4].split()[:2] == ["this", "predictor"]
+    assert printed[4].split()[:2] == ["this", "predictor,"]
     assert printed[-1] == f"Next: python -m runtime.infer --model {layout.model_id} --predictor {folder}"
     assert "`Trainer.fit` stopped" in Path(f"{folder}.run", "train.log").read_text()
     assert {"model.safetensors", "config.json", "run.yaml", "README.md", "report.html"} <= {

@@ -98,6 +98,43 @@ def test_weights_that_have_not_arrived_keep_the_old_plan():
     assert made.late == 1
 
 
+class Learner(LastBatch):
+    """Counts what it was given to learn from before each forecast."""
+
+    def __init__(self, broken=False):
+        super().__init__()
+        object.__setattr__(self, "calls", [])
+        object.__setattr__(self, "broken", broken)
+
+    def observe(self, upcoming, load, sequences=None):
+        if self.broken:
+            raise RuntimeError("it cannot learn")
+        self.calls.append((upcoming, int(load[0, 0])))
+
+    def forecast(self, upcoming, history):
+        self.calls.append("forecast")
+        return super().forecast(upcoming, history)
+
+
+def test_a_forecaster_learns_from_each_batch_once_before_the_next_forecast():
+    learner = Learner()
+    made, tokens = controller(learner), pad_tokens([np.array([3, 4])], 0)
+    made.observe(SKEWED, tokens)
+    made.observe(SKEWED + 1)
+    for _ in range(2):
+        made.prepare(None)
+        made.commit(wait=True)
+    assert learner.calls == [(tokens, 100), (None, 101), "forecast", "forecast"]
+
+
+def test_a_forecaster_that_cannot_learn_still_forecasts():
+    made = controller(Learner(broken=True))
+    made.observe(SKEWED)
+    made.prepare(None)
+    assert made.commit(wait=True).forecast.source == "last"
+    assert dict(made.fallbacks) == {"RuntimeError: it cannot learn": 1}
+
+
 @pytest.mark.parametrize("how", ["raises", "nan", "other layout"])
 def test_past_loads_take_a_failed_forecasts_place(how, caplog):
     made = controller(Broken(how))

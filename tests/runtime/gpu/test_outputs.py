@@ -54,7 +54,7 @@ def test_forecasts_come_from_the_network_of_a_predictor_folder(counts, switch_fo
         assert engine.controller.fallbacks == {}
     prepared = [output.stats.preparation for output in outputs if output.stats.preparation]
     assert prepared
-    assert {preparation.forecast.source for preparation in prepared} == {"learned"}
+    assert {preparation.forecast.source for preparation in prepared} == {"adaptive"}
     assert moves(outputs) > 0
 
 

@@ -26,7 +26,7 @@ def test_forecasts_are_the_networks_and_outputs_the_plain_models():
         assert engine.controller.fallbacks == {}
         ours = [output.logits.cpu() for output in outputs]
     prepared = [output.stats.preparation for output in outputs if output.stats.preparation]
-    assert {preparation.forecast.source for preparation in prepared} == {"learned"}
+    assert {preparation.forecast.source for preparation in prepared} == {"adaptive"}
     assert sum(preparation.moves for preparation in prepared) > 0
     for batch, logits in zip(batches, ours, strict=True):
         real = batch.decoder.mask

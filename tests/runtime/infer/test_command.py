@@ -120,7 +120,7 @@ def test_metrics_agree_with_the_report(command, tmp_path, monkeypatch):
     assert sum(balance) / len(balance) == pytest.approx(report["balancedness"]["replicated"])
     errors = [line["load_tv"] for line in lines if line["load_tv"] is not None]
     assert sum(errors) / len(errors) == pytest.approx(report["load_tv"])
-    assert {line["source"] for line in lines} <= {"learned", "none"}
+    assert {line["source"] for line in lines} <= {"adaptive", "none"}
     assert [row["layer"] for row in report["layers"]] == ["encoder_1", "decoder_1"]
     assert sum(row["moves"] for row in report["layers"]) == report["moves"]
     assert re.search(r"metrics: http://localhost:\d+/metrics", said.err)

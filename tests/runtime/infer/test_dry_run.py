@@ -29,7 +29,7 @@ def test_each_config_of_a_real_model_is_checked_as_far_as_it_goes(name, folder):
     assert options.keys() <= {"model", "device", "dtype", "redundant", "device_memory", "host_memory"}
     place = folder(REAL_MODELS[name])
     found = size_up(
-        place, "", options["dtype"], None if "device_memory" in options else 4, options.get("redundant"),
+        place, "", None, options["dtype"], None if "device_memory" in options else 4, options.get("redundant"),
         options.get("device_memory"), options.get("host_memory"),
     )  # fmt: skip
     assert round(found["parameters"] / 1e9, 2) == pytest.approx(BILLIONS[name], abs=0.05)
@@ -43,7 +43,7 @@ def test_each_config_of_a_real_model_is_checked_as_far_as_it_goes(name, folder):
 
 
 def test_bytes_of_mixtral_worked_out_by_hand(folder, capsys):
-    found = size_up(folder(REAL_MODELS["mixtral-8x7b"]), "", "bfloat16", 8, 8, None, None)
+    found = size_up(folder(REAL_MODELS["mixtral-8x7b"]), "", None, "bfloat16", 8, 8, None, None)
     assert found["expert_bytes"] == 3 * 4096 * 14336 * 2
     assert found["all_experts_bytes"] == 32 * 8 * found["expert_bytes"] == 84 * GIB
     attention = 2 * 4096 * 4096 + 2 * 4096 * 1024
@@ -58,6 +58,26 @@ def test_bytes_of_mixtral_worked_out_by_hand(folder, capsys):
 def test_a_budget_below_one_expert_and_slots_that_do_not_divide_are_refused(folder):
     place = folder(REAL_MODELS["mixtral-8x7b"])
     with pytest.raises(ValueError, match=r"device_memory is 100MiB, and one expert takes 336.0 MiB"):
-        size_up(place, "", "bfloat16", None, None, "100MiB", None)
+        size_up(place, "", None, "bfloat16", None, None, "100MiB", None)
     with pytest.raises(ValueError, match="3 devices"):
-        size_up(place, "", "bfloat16", 3, 0, None, None)
+        size_up(place, "", None, "bfloat16", 3, 0, None, None)
+
+
+def test_a_predictor_of_another_geometry_is_refused(folder):
+    predictor = ROOT / "tests/predictor/fixtures/v1"
+    with pytest.raises(
+        ValueError, match=r"fixtures/v1 was trained for .*, the model is .*: family mixtral, not switch"
+    ):
+        size_up(folder(REAL_MODELS["mixtral-8x7b"]), "", predictor, "bfloat16", 8, 8, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"num_hidden_layers": 10**7}, "has num_hidden_layers 10000000 in its config.json, expected at most 2000"),
+        ({"num_local_experts": 10**6}, "1000000 experts a layer, expected 1 to 32767"),
+    ],
+)
+def test_absurd_sizes_end_at_once(folder, changes, text):
+    with pytest.raises(ValueError, match=text):
+        size_up(folder(REAL_MODELS["mixtral-8x7b"] | changes), "", None, "bfloat16", 8, 8, None, None)

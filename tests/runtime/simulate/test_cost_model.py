@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from data.traces.loads import RecordedLoads
 from predictor.baselines.history import LastBatch, Oracle
 from runtime.balancing.eplb import ContiguousPlanner
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
@@ -19,7 +20,7 @@ def judge(share, hardware=SLOW_DEVICE, tokens=2048, steps=60, forecaster=None):
 
     def run(planner, redundant):
         first = ReplicationPlan.at_home(homes, 8, redundant)
-        made = forecast_steps(forecaster, loads, None, 1, steps)
+        made = forecast_steps(forecaster, RecordedLoads("made up", loads), 1, steps)
         return replay(planner, made, loads, first, 1, steps, ["quota"])[0]
 
     contiguous = run(("contiguous", ContiguousPlanner()), 0)
@@ -71,7 +72,7 @@ def test_exact_re_planning_pays_moves_on_the_critical_path():
     link = Hardware(expert_bytes=1e6, tokens_per_second=1e6, bytes_per_second=1e9, expert_overhead_tokens=0)
     seconds = []
     for name in ("oracle", "exact"):
-        made = forecast_steps(Oracle(loads, name), loads, None, 1, 30)
+        made = forecast_steps(Oracle(loads, name), RecordedLoads("made up", loads), 1, 30)
         item = replay(("home", HomePlanner(8, 8)), made, loads, first, 1, 30, ["quota"])[0]
         seconds.append(link.net_seconds(item)[0] - link.batch_seconds(item)[0])
     assert seconds[1] - seconds[0] > 1e-4

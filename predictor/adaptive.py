@@ -1,0 +1,209 @@
+"""AdaptiveForecaster: wraps a forecaster and goes on learning from the loads of the batches that run.
+
+    adaptive = AdaptiveForecaster(load_predictor(folder), layout.num_layers, layout.num_experts)
+    forecast = adaptive.forecast(tokens, history)
+    ...                                                   # the batch runs
+    adaptive.observe(tokens, load)                        # its load [L, E]
+
+Seven forecasts are mixed, with weights for each MoE layer from their recent errors (`mixture`): that of the wrapped
+forecaster, two corrections of it by what was observed of similar sequences and of the same requests (`correction`), the
+last batch, a fast and a slow average, and each request's own past. The spread comes from the mixture's own errors
+(`spread`). Memory is bounded; a batch costs a few milliseconds.
+
+Shape suffixes: B sequences, C forecasts that are mixed, L MoE layers, E logical experts.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.arrays import Float32Array, FloatArray, IntArray
+from data.traces.loads import share_of
+from predictor.baselines.history import falling_weights
+from predictor.baselines.own_past import OwnPast
+from predictor.correction import CorrectionMemory, attributed
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory, Loads
+from predictor.mixture import ForecastMixture
+from predictor.spread import OnlineSpread
+
+if TYPE_CHECKING:  # it imports torch
+    from data.traces.trace import TokenBatch
+
+MIXED = ("wrapped", "cautious", "bold", "last", "fast", "slow", "own")
+"""The forecasts that are mixed."""
+FIRST = np.array([0.5, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0])
+"""Their weights before anything was observed."""
+FAST, SLOW = 0.3, 0.05
+"""Rates of the two averages."""
+WINDOW = 64
+"""Past batches that the averages use."""
+UNIT = 32
+"""Tokens from which a sequence is corrected on its own; neighbours with fewer are corrected together."""
+PENDING = 4
+"""Most forecasts that wait for the load of their batch."""
+State = dict[str, np.ndarray[Any, Any]]
+
+
+class Blend:
+    """The mixture of one kind of forecasts, with tokens known or unknown, and its spread."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.mixture, self.spread = ForecastMixture(num_layers, FIRST), OnlineSpread(num_layers)
+
+    def state(self) -> State:
+        """What was learned, by name."""
+        state: State = {"weight": self.mixture.weight, "errors": self.mixture.errors}
+        error = self.spread.error
+        return state | ({} if error is None else {"square": error, "log_factor": self.spread.log_factor})
+
+    def restore(self, state: State) -> None:
+        """Takes over a `state`."""
+        self.mixture.weight, self.mixture.errors = state["weight"], state["errors"]
+        if "square" in state:
+            self.spread.error, self.spread.log_factor = state["square"], state["log_factor"]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A forecast whose batch has not been observed yet: what it was made from, `[C, L, E]` and `[B, L, E]`."""
+
+    upcoming: "TokenBatch | None"
+    blend: Blend
+    mixed: FloatArray
+    parts: Float32Array
+    share: FloatArray
+    spread: FloatArray
+
+
+class AdaptiveForecaster:
+    """A forecaster that corrects another one by what was observed.
+
+    Args:
+        wrapped: Any forecaster. One with a method `forecast_by_sequence` is corrected sequence by sequence, any other
+            batch by batch.
+        num_layers: L.
+        num_experts: E.
+    """
+
+    name = "adaptive"
+
+    def __init__(self, wrapped: Forecaster, num_layers: int, num_experts: int) -> None:
+        self.wrapped, self.shape = wrapped, (num_layers, num_experts)
+        self.memory = CorrectionMemory(num_layers, num_experts)
+        self.known, self.unknown = Blend(num_layers), Blend(num_layers)
+        self._own = OwnPast(top_k=1)  # only its shares are used
+        self._pending: deque[_Made] = deque(maxlen=PENDING)
+
+    def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
+        base, parts = self._wrapped(upcoming, history)
+        known = upcoming is not None and upcoming.num_tokens > 0
+        blend = self.known if known else self.unknown
+        corrected = [base.share, base.share]
+        if known:
+            assert upcoming is not None
+            loads = self.memory.correct(*_units(upcoming, parts))
+            corrected = [share_of(load_ULE.sum(0, dtype=np.float64)) for load_ULE in loads]
+        mixed = np.stack([base.share, *corrected, *self._from_history(base.share, upcoming, history)])
+        share = share_of(blend.mixture.combine(mixed))
+        spread = blend.spread.of(share, base.tokens, blend.mixture.disagreement(mixed))
+        self._pending.append(_Made(upcoming, blend, mixed, parts, share, spread))
+        return replace(base, share=share, spread=spread, source=self.name)
+
+    def observe(self, upcoming: "TokenBatch | None", load: LoadHistory, sequences: Loads | None = None) -> None:
+        made = self._take(upcoming)
+        if made is None:
+            return
+        truth, carried = share_of(load), load.sum(-1) > 0
+        made.blend.mixture.observe(made.mixed, truth, carried)
+        made.blend.spread.observe(made.share, made.spread, truth, carried)
+        if made.blend is self.unknown or upcoming is None:
+            return
+        if sequences is None or len(sequences) != len(made.parts):
+            sequences = attributed(made.parts, load)
+        expected, requests = _units(upcoming, made.parts)
+        observed, _ = _units(upcoming, sequences.astype(np.float32))
+        self.memory.add(expected, observed, requests)
+        if upcoming.requests is not None and len(upcoming.requests) == len(sequences):
+            self._own.observe(upcoming, load, sequences)
+
+    def state(self) -> State:
+        """What was learned, by name; requests are left out, because they end with the run."""
+        parts: dict[str, State] = {
+            "memory": self.memory.state(), "known": self.known.state(), "unknown": self.unknown.state()
+        }  # fmt: skip
+        return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+
+    def restore(self, state: State) -> None:
+        """Goes on from a `state`.
+
+        Raises:
+            ValueError: If it is of another number of layers, experts or mixed forecasts.
+        """
+        layers, experts = self.shape
+        fixed = {
+            "weight": (layers, len(MIXED)), "errors": (layers, len(MIXED), len(MIXED)),
+            "square": self.shape, "log_factor": (layers,),
+        }  # fmt: skip
+        for name, value in state.items():
+            expected = fixed.get(name.partition(".")[2], (len(value), layers, experts))
+            if value.shape != expected or not np.isfinite(value).all():
+                raise ValueError(f"{name} has shape {value.shape}, expected finite numbers {expected}")
+        for name, part in (("memory", self.memory), ("known", self.known), ("unknown", self.unknown)):
+            part.restore({key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")})
+
+    def _wrapped(self, upcoming: "TokenBatch | None", history: LoadHistory) -> tuple[LoadForecast, Float32Array]:
+        """The wrapped forecaster's forecast, and its parts by sequence, or as a whole, `[B, L, E]`."""
+        by_sequence = getattr(self.wrapped, "forecast_by_sequence", None)
+        base, parts = (
+            (self.wrapped.forecast(upcoming, history), None) if by_sequence is None else by_sequence(upcoming, history)
+        )
+        return base, base.load[None].astype(np.float32) if parts is None else parts
+
+    def _from_history(
+        self, base_LE: FloatArray, upcoming: "TokenBatch | None", history: LoadHistory
+    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Shares of the last batch, of a fast and a slow average, and of the requests' own past, `[L, E]` each.
+
+        Before any batch has run, the wrapped forecast takes their place.
+        """
+        if not len(history):
+            return base_LE, base_LE, base_LE, base_LE
+        recent = history[-WINDOW:].astype(np.float64)
+        fast, slow = (
+            share_of(np.tensordot(falling_weights(len(recent), rate), recent, axes=1)) for rate in (FAST, SLOW)
+        )
+        own = fast if upcoming is None or upcoming.requests is None else share_of(self._own.load(upcoming, fast))
+        return share_of(history[-1]), fast, slow, own
+
+    def _take(self, upcoming: "TokenBatch | None") -> _Made | None:
+        """The oldest forecast of this batch, which no longer waits, nor do the forecasts before it."""
+        for number, made in enumerate(self._pending):
+            if _same(made.upcoming, upcoming):
+                for _ in range(number + 1):
+                    self._pending.popleft()
+                return made
+        return None
+
+
+def _units(upcoming: "TokenBatch", parts_BLE: Float32Array) -> tuple[Float32Array, IntArray | None]:
+    """Loads `[U, L, E]` of the units that are corrected on their own, and the request of each.
+
+    A unit is a sequence, or several neighbours where sequences are short: decoding forecasts one token of each, from
+    which little can be told. The requests are None where they are not known or units hold several.
+    """
+    size = len(parts_BLE)
+    units = min(max(upcoming.num_tokens // UNIT, 1), size)
+    if units < size:
+        return np.add.reduceat(parts_BLE, np.arange(units) * size // units, axis=0), None
+    if upcoming.requests is None or len(upcoming.requests) != size:
+        return parts_BLE, None
+    return parts_BLE, upcoming.requests.numpy()
+
+
+def _same(one: "TokenBatch | None", other: "TokenBatch | None") -> bool:
+    """Whether two batches have the same tokens."""
+    if one is None or other is None or one is other:
+        return one is other
+    return one.mask.equal(other.mask) and one.input_ids.equal(other.input_ids)

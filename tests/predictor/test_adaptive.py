@@ -1,0 +1,264 @@
+"""A forecaster that learns while it serves: its correction, its mixture, its spread, and its state on disk."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.traces.loads import share_of, total_variation
+from data.traces.trace import TokenBatch
+from predictor.adaptive import MIXED, PENDING, UNIT, AdaptiveForecaster
+from predictor.baselines.history import Ema
+from predictor.checkpoint import STATE, load_adaptive, save_predictor, save_state
+from predictor.correction import STRENGTH, CorrectionMemory, attributed
+from predictor.forecast import OnlineForecaster, forecast_from_load
+from predictor.forecaster import NeuralForecaster
+from predictor.mixture import ForecastMixture, on_simplex
+from predictor.network import Architecture, LoadNetwork
+from predictor.spread import OnlineSpread
+
+LAYERS, EXPERTS, LENGTH = 2, 8, 64
+
+
+def batch(first: int, sequences: int = 4, requests: list[int] | None = None) -> TokenBatch:
+    ids = torch.full((sequences, LENGTH), first)
+    numbers = None if requests is None else torch.tensor(requests)
+    return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), None, numbers)
+
+
+class Topics:
+    """Forecasts by topic, the batch's first token: what the topics' sequences are expected to do, `[topics, L, E]`."""
+
+    name = "topics"
+
+    def __init__(self, share: np.ndarray) -> None:
+        self.share = share
+
+    def forecast_by_sequence(self, upcoming, history):
+        load = np.repeat(LENGTH * self.share[upcoming.input_ids[0, 0]][None], len(upcoming.input_ids), 0)
+        return forecast_from_load(load.sum(0), made_at=len(history), source=self.name), load.astype(np.float32)
+
+    def forecast(self, upcoming, history):
+        return self.forecast_by_sequence(upcoming, history)[0]
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def drawn(random, share, sequences=4):
+    """Loads of sequences drawn from a share `[L, E]`, `[B, L, E]`."""
+    return random.multinomial(LENGTH, np.broadcast_to(share, (sequences, *share.shape)))
+
+
+def stream(random, adaptive, truth, topics):
+    """Serves a batch of each topic; returns errors, forecasts and true shares."""
+    history, forecasts, shares = np.zeros((0, LAYERS, EXPERTS), dtype=np.int64), [], []
+    for topic in topics:
+        tokens, loads = batch(topic), drawn(random, truth[topic])
+        forecasts.append(adaptive.forecast(tokens, history))
+        adaptive.observe(tokens, loads.sum(0), loads)
+        history = np.concatenate([history, loads.sum(0)[None]])
+        shares.append(share_of(loads.sum(0)))
+    errors = [total_variation(made.share, share).mean() for made, share in zip(forecasts, shares, strict=True)]
+    return np.array(errors), forecasts, np.stack(shares)
+
+
+def test_one_topic_is_corrected_without_harm_to_another(random):
+    said = random.dirichlet(np.full(EXPERTS, 0.5), (2, LAYERS))
+    truth = np.stack([np.roll(said[0], 3, axis=-1), said[1]])  # topic 0 is forecast wrongly, topic 1 rightly
+    wrapped = Topics(said)
+    errors, _, _ = stream(random, AdaptiveForecaster(wrapped, LAYERS, EXPERTS), truth, [0, 1] * 10)
+    wrong = total_variation(said[0], truth[0]).mean()
+    assert errors[0] > 0.8 * wrong
+    assert errors[6::2].max() < 0.5 * wrong, "corrected as soon as the topic returns"
+    assert errors[3::2].mean() < 0.12, "right forecasts stay"
+
+
+def test_the_best_free_rival_is_followed_where_tokens_tell_nothing(random):
+    said = random.dirichlet(np.ones(EXPERTS), (8, LAYERS))
+    truth = np.repeat(random.dirichlet(np.ones(EXPERTS), (1, LAYERS)), 8, axis=0)
+    errors, _, _ = stream(random, AdaptiveForecaster(Topics(said), LAYERS, EXPERTS), truth, list(range(8)) * 5)
+    history, rival = np.zeros((0, LAYERS, EXPERTS), dtype=np.int64), []
+    for _ in range(40):
+        load = drawn(random, truth[0]).sum(0)
+        if len(history):
+            rival.append(total_variation(Ema().forecast(None, history).share, share_of(load)).mean())
+        history = np.concatenate([history, load[None]])
+    assert errors[20:].mean() < np.mean(rival[20:]) + 0.01
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.6])
+def test_intervals_hold_as_often_as_they_say(random, noise):
+    truth = random.dirichlet(np.ones(EXPERTS), (60, LAYERS))
+    said = share_of(truth * np.exp(noise * random.standard_normal(truth.shape)))
+    _, forecasts, shares = stream(random, AdaptiveForecaster(Topics(said), LAYERS, EXPERTS), truth, list(range(60)))
+    held = [np.abs(made.share - share) <= 1.2816 * made.spread for made, share in zip(forecasts, shares, strict=True)]
+    assert 0.74 <= np.mean(held[10:]) <= 0.86
+
+
+def test_requests_are_corrected_by_their_own_sequences():
+    memory = CorrectionMemory(1, 4)
+    said = np.full((2, 1, 4), 25, dtype=np.float32)
+    observed = np.array([[[70, 10, 10, 10]], [[10, 70, 10, 10]]], dtype=np.float32)
+    memory.add(said, observed, np.array([7, 8]))
+    known, _ = memory.correct(said, np.array([7, 9]))
+    assert known[0, 0, 0] > known[1, 0, 0] > 25, "its own past counts in full, similar sequences beside it"
+    assert np.allclose(known.sum(-1), 100)
+    assert np.allclose(memory.correct(said, np.array([-1, 9]))[0][0], memory.correct(said)[0][0]), (
+        "no request is not one"
+    )
+
+
+def test_the_correction_is_a_ratio_with_the_forecast_as_prior():
+    memory = CorrectionMemory(1, 2)
+    said, observed = np.array([[[50.0, 50.0]]], np.float32), np.array([[[80.0, 20.0]]], np.float32)
+    memory.add(said, observed)
+    prior = STRENGTH / 2
+    ratio = np.array([80 + prior, 20 + prior]) / (50 + prior)
+    cautious, bold = memory.correct(said)
+    assert np.allclose(cautious[0, 0], 100 * 50 * ratio / (50 * ratio).sum(), rtol=2e-3)
+    assert bold[0, 0, 0] > cautious[0, 0, 0]
+
+
+def test_the_memory_is_bounded_and_keeps_the_newest():
+    memory = CorrectionMemory(1, 2)
+    for number in range(memory.capacity // 100 + 2):
+        memory.add(np.ones((100, 1, 2), np.float32), np.full((100, 1, 2), number, np.float32))
+    kept = memory.state()["observed"]
+    assert len(memory) == len(kept) == memory.capacity
+    assert (np.diff(kept[:, 0, 0]) >= 0).all()
+    assert kept[-1, 0, 0] == memory.capacity // 100 + 1
+    assert CorrectionMemory(60, 512).capacity < memory.capacity, "large models get fewer sequences"
+
+
+def test_a_batchs_load_is_attributed_to_its_sequences():
+    said = np.array([[[30, 10]], [[10, 30]]], dtype=np.float32)
+    load = np.array([[60, 20]])
+    parts = attributed(said, load)
+    assert np.allclose(parts.sum(0), load, atol=2)
+    assert (parts[0] / said[0])[0].tolist() == pytest.approx((parts[1] / said[1])[0].tolist())
+
+
+def test_short_sequences_are_corrected_together(random):
+    adaptive = AdaptiveForecaster(Topics(random.dirichlet(np.ones(EXPERTS), (1, LAYERS))), LAYERS, EXPERTS)
+    ids = torch.zeros(2 * UNIT, 1, dtype=torch.int64)
+    tokens = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), None, torch.arange(2 * UNIT))
+    adaptive.forecast(tokens, np.zeros((0, LAYERS, EXPERTS), dtype=np.int64))
+    adaptive.observe(tokens, np.full((LAYERS, EXPERTS), 8), np.ones((2 * UNIT, LAYERS, EXPERTS), np.int64))
+    assert len(adaptive.memory) == 2
+
+
+def test_late_and_missing_observations(random):
+    said = random.dirichlet(np.ones(EXPERTS), (9, LAYERS))
+    adaptive = AdaptiveForecaster(Topics(said), LAYERS, EXPERTS)
+    assert isinstance(adaptive, OnlineForecaster)
+    nothing = np.zeros((0, LAYERS, EXPERTS), dtype=np.int64)
+    batches = [batch(topic) for topic in range(9)]
+    load = drawn(random, said[0]).sum(0)
+    adaptive.observe(batches[0], load)  # was not forecast
+    assert not len(adaptive.memory)
+    for tokens in batches[:3]:
+        adaptive.forecast(tokens, nothing)
+    copy = TokenBatch(batches[1].input_ids.clone(), batches[1].mask.clone())
+    adaptive.observe(copy, load)  # batch 0 was never observed
+    adaptive.observe(batches[0], load)
+    assert len(adaptive.memory) == 4
+    for tokens in batches:
+        adaptive.forecast(tokens, nothing)
+    assert len(adaptive._pending) == PENDING
+
+
+def test_a_layer_without_load_teaches_nothing(random):
+    said = random.dirichlet(np.ones(EXPERTS), (1, LAYERS))
+    adaptive = AdaptiveForecaster(Topics(said), LAYERS, EXPERTS)
+    history = np.zeros((0, LAYERS, EXPERTS), dtype=np.int64)
+    for _ in range(6):
+        adaptive.forecast(batch(0), history)
+        load = drawn(random, said[0][:, ::-1]).sum(0)
+        load[1] = 0
+        adaptive.observe(batch(0), load)
+        history = np.concatenate([history, load[None]])
+    assert np.allclose(adaptive.known.mixture.weight[1], adaptive.known.mixture.first[1])
+    assert adaptive.known.spread.log_factor[1] == 0
+    assert not np.allclose(adaptive.known.mixture.weight[0], adaptive.known.mixture.first[0])
+
+
+def test_the_mixture_uses_errors_that_cancel_out():
+    mixture = ForecastMixture(1, np.array([1.0, 0.0, 0.0]))
+    truth = np.array([[0.5, 0.3, 0.2]])
+    shares = truth + np.array([[[0.03, -0.03, 0.0]], [[0.05, -0.05, 0]], [[-0.05, 0.05, 0.0]]])
+    for _ in range(60):
+        mixture.observe(shares, truth, np.array([True]))
+    assert np.abs(mixture.combine(shares) - truth).max() < 0.01
+    assert mixture.weight.sum() == pytest.approx(1)
+    assert (mixture.disagreement(shares) > 0).any()
+
+
+def test_projection_on_the_simplex(random):
+    assert np.allclose(on_simplex(np.array([[0.8, 0.6, -1.0]])), [[0.6, 0.4, 0.0]])
+    rows = on_simplex(random.standard_normal((50, 5)))
+    assert np.allclose(rows.sum(-1), 1)
+    assert (rows >= 0).all()
+
+
+def test_the_spread_follows_the_coverage():
+    spread, share, carried = OnlineSpread(1), np.full((1, 4), 0.25), np.array([True])
+    first = spread.of(share, np.array([100.0]), np.zeros((1, 4)))
+    for _ in range(20):
+        spread.observe(share, spread.of(share, np.array([100.0]), np.zeros((1, 4))), share + 0.2, carried)
+    assert (spread.of(share, np.array([100.0]), np.zeros((1, 4))) > 2 * first).all()
+
+
+@pytest.fixture
+def served(layout, host, tmp_path, random):
+    """A predictor's folder, its forecaster after three batches, and a batch to forecast."""
+    torch.manual_seed(0)
+    network = LoadNetwork(layout, Architecture(width=8, depth=1))
+    table = torch.randn(layout.vocab_size, layout.d_model)
+    learned = NeuralForecaster(layout, network, table, torch.ones(2, layout.num_layers, 3))
+    save_predictor(tmp_path / "p", learned)
+    adaptive = AdaptiveForecaster(learned, *learned.shape)
+    history = random.integers(0, 90, (4, *learned.shape))
+    for step in range(1, 4):
+        tokens = batch(step)
+        adaptive.forecast(tokens, history[:step])
+        adaptive.observe(tokens, history[step])
+    return tmp_path / "p", adaptive, table, history
+
+
+def test_a_warm_start_goes_on_where_the_state_ended(served, layout):
+    folder, adaptive, table, history = served
+    cold = load_adaptive(folder, layout, table)
+    save_state(folder, adaptive.state())
+    warm = load_adaptive(folder, layout, table)
+    ours, theirs = (one.forecast(batch(2), history) for one in (adaptive, warm))
+    assert ours.source == "adaptive"
+    assert np.allclose(ours.share, theirs.share)
+    assert np.allclose(ours.spread, theirs.spread)
+    assert not np.allclose(cold.forecast(batch(2), history).share, ours.share)
+    unknown = [one.forecast(None, history).share for one in (adaptive, warm)]
+    assert np.allclose(*unknown)
+
+
+def test_a_state_of_another_model_is_refused(served, layout, tmp_path):
+    folder, adaptive, table, _ = served
+    state = adaptive.state()
+    save_state(folder, state)
+    learned = adaptive.wrapped
+    learned.network.enter.bias.data += 1
+    save_predictor(folder, learned)
+    with pytest.raises(ValueError, match=r"weights_sha256 .* another model's; delete the file"):
+        load_adaptive(folder, layout, table)
+    save_state(folder, state | {"known.weight": state["known.weight"][:, : len(MIXED) - 1]})
+    with pytest.raises(ValueError, match=r"known.weight has shape \(3, 6\), expected finite numbers \(3, 7\)"):
+        load_adaptive(folder, layout, table)
+    save_state(folder, state | {"memory.observed": np.full_like(state["memory.observed"], np.nan)})
+    with pytest.raises(ValueError, match=r"memory.observed has shape"):
+        load_adaptive(folder, layout, table)
+    save_state(folder, {name: value for name, value in state.items() if name != "memory.forecast"})
+    with pytest.raises(ValueError, match=r"forecast"):
+        load_adaptive(folder, layout, table)
+    (folder / STATE).write_bytes(b"x" * 40)
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load_adaptive(folder, layout, table)
