@@ -33,6 +33,9 @@ frequent; it does not guarantee them, because skipped padding may be routed diff
 LEAST_GROUPED_ROWS = 8
 """Rows of one call below which a loop over the experts is as fast as `grouped_mm`, whose overhead dominates there."""
 
+MOST_ROWS_EACH = 64
+"""Mean rows of an expert above which a loop is as fast on a CPU, whose products are then efficient by themselves."""
+
 PIECE_ROWS = 512
 """Most rows of several experts that a CPU multiplies in one call, so that intermediate results stay in its cache."""
 
@@ -125,13 +128,9 @@ class GroupedExperts:
 
     def _piece(self, rows_MD: Tensor, size_N: IntArray, reference_N: IntArray) -> Tensor:
         """Outputs on a CPU, grouped where that is faster and keeps results stable."""
-        grouped = (
-            self.fast
-            and rows_MD.shape[0] >= LEAST_GROUPED_ROWS
-            and np.count_nonzero(size_N) > 1
-            and not _needs_padding(size_N, reference_N).any()
-        )
-        if grouped:
+        rows, active = rows_MD.shape[0], np.count_nonzero(size_N)
+        few = LEAST_GROUPED_ROWS <= rows <= MOST_ROWS_EACH * active
+        if self.fast and few and active > 1 and not _needs_padding(size_N, reference_N).any():
             return self.compute_groups(rows_MD, torch.from_numpy(ends_of(size_N)))
         return self._one_by_one(rows_MD, size_N, reference_N)
 
