@@ -29,6 +29,8 @@ FREE = ("last", "ema", "own")
 DEVICES, REDUNDANT = 8, 16
 LEAST_GAIN = 0.001
 """Balancedness below which a gain over the best free rival counts as none."""
+PARTS = {"prefill": "known subjects", "unseen": "unseen subjects"}
+"""Names of the phases that `data.convert` gives to requests."""
 HARDWARE = Hardware(1e7, tokens_per_second=1e5, bytes_per_second=1e10, expert_overhead_tokens=0)
 """Speeds for the verdict, which is not shown here; given, so that none are measured."""
 
@@ -46,7 +48,7 @@ class Regime(NamedTuple):
     def title(self) -> str:
         """Its name in the table."""
         topics = "subject after subject" if self.order == "subject" else "subjects mixed"
-        return f"{self.kind}, {self.slots} x {self.chunk} tokens, {topics}, {self.stream}"
+        return f"{self.kind}, {self.slots} x {self.chunk} tokens, {topics}, {PARTS.get(self.stream, self.stream)}"
 
 
 SIZES: tuple[tuple[Serve, int, int], ...] = (

@@ -25,5 +25,5 @@ def test_it_says_where_there_is_no_gain():
 
 
 def test_a_regime_has_a_name():
-    title = "decode, 32 x 1 tokens, subjects mixed, unseen"
+    title = "decode, 32 x 1 tokens, subjects mixed, unseen subjects"
     assert Regime("decode", 32, 1, "shuffled", "unseen").title == title
