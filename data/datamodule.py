@@ -1,7 +1,6 @@
 """RouterTraceModule: Lightning data module of a stored trace, which is collected first if it is missing."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +92,6 @@ class RouterTraceModule(LightningDataModule):
     def samples(self, split: str) -> TraceSamples:
         """The batches of a split, in their order."""
         return TraceSamples(self.trace, self.loads, self.sizes, split, self.window)
-
-    def tokens(self, split: str) -> Iterator[TokenBatch]:
-        """What is known of the input tokens of a split's batches one batch ahead, in their order."""
-        return (sample.trace.upcoming for sample in self.samples(split))
 
     def train_dataloader(self) -> DataLoader[TraceSample]:
         """Training batches, shuffled differently in each epoch and divided among the processes."""

@@ -16,6 +16,8 @@ MOST_MAPS = 6
 """MoE layers in one picture of heat maps; of more, some are chosen evenly."""
 IDLE = 0.05
 """Mean load, as a share of the mean over experts, from which an expert has a row in a heat map."""
+TRAINED = ("learned", "adaptive")
+"""Forecasters that stand out in the picture of errors."""
 LEFT_OUT = ("uniform", "oracle")
 """Forecasters that the picture of errors leaves out: one would set the scale, the other's error is 0."""
 
@@ -69,7 +71,7 @@ def error_panels(errors: dict[str, dict[str, tuple[float, float, float]]]) -> Fi
             if name not in rows:
                 continue
             value, low, high = rows[name]
-            ours = name == "learned"
+            ours = name in TRAINED
             colour = OURS if ours else GREY
             axis.plot([low, high], [place, place], color=colour, linewidth=3 if ours else 1.4)
             axis.plot([value], [place], "o", color=colour, markersize=7 if ours else 4.5)
@@ -83,7 +85,7 @@ def error_panels(errors: dict[str, dict[str, tuple[float, float, float]]]) -> Fi
     axes[0, 0].set(xlim=(0, 1.08 * largest or 1), ylim=(len(names) - 0.4, -0.6))
     axes[0, 0].set_yticks(range(len(names)), [human(name) for name in names])
     for label, name in zip(axes[0, 0].get_yticklabels(), names, strict=True):
-        label.set(color=OURS if name == "learned" else INK, fontweight="bold" if name == "learned" else "normal")
+        label.set(color=OURS if name in TRAINED else INK, fontweight="bold" if name in TRAINED else "normal")
     left_out = " and ".join(human(name) for name in LEFT_OUT)
     note = f"total variation of forecast and true load, 0 is perfect; bars: 95 % intervals; {left_out} (0) left out"
     heading(figure, "Forecast error by kind of traffic", note)

@@ -80,6 +80,14 @@ def simulate(
     """
     check_folder(out)
     if serve is None:
+        of_serving = {
+            "slots": slots,
+            "chunk": chunk,
+            "order": order != "subject" or None,
+            "stream": stream != "test" or None,
+        }
+        if unused := [name for name, value in of_serving.items() if value is not None]:
+            raise ValueError(f"--{unused[0]} is for --serve prefill or --serve decode; add that, or leave it out")
         recorded = read_loads(loads)
     else:
         recorded, first = served(loads, serve, slots, chunk, order, stream)

@@ -195,7 +195,7 @@ def test_train_and_simulate(stored, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     line = json.loads(printed.out.splitlines()[-1])
     assert set(line["test"]) == {"prefill", "unseen"}
-    assert {"last", "ema", "token_table", "learned", "oracle"} <= set(line["test"]["unseen"])
+    assert {"last", "ema", "own", "token_table", "learned", "adaptive", "oracle"} <= set(line["test"]["unseen"])
     assert line["test"]["prefill"]["oracle"]["token_top1"] == 1.0
     assert f"Next: python -m runtime.simulate {stored.path} --predictor {tmp_path / 'p'}" in printed.err
     config = json.loads((tmp_path / "p" / "config.json").read_text())
@@ -204,7 +204,7 @@ def test_train_and_simulate(stored, tmp_path, monkeypatch, capsys):
     given += ["--planner", "home", "--split", "quota", "--expert_bytes", "1e6", "--tokens_per_second", "1e5"]
     given += ["--link_bytes_per_second", "1e9", "--expert_overhead_tokens", "1", "--out", str(tmp_path / "s")]
     for options in (["prefill", "--chunk", "8"], ["decode", "--slots", "6", "--order", "shuffled"]):
-        forecasts = "last,ema,own,learned,oracle"
+        forecasts = "last,ema,own,learned,adaptive,oracle"
         monkeypatch.setattr(sys, "argv", ["simulate", *given, "--forecast", forecasts, "--serve", *options])
         simulate()
         report = json.loads(capsys.readouterr().out.splitlines()[-1])

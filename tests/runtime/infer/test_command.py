@@ -239,7 +239,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         ({"redundant": 6}, "6 redundant experts do not divide over 4 devices"),
         ({"redundancy": 6}, "redundancy"),
         ({"redundant": 4000}, "4000 redundant experts are more than a copy of each of 8 experts on every one of 4"),
-        ({"expert-overhead-tokens": -1}, "expert_overhead_tokens is -1, expected 0 or more, or 'auto'"),
+        ({"expert-overhead-tokens": -1}, "expert_overhead_tokens is -1, expected a whole number, 0 or more"),
         ({"dtype": "float16"}, "float16"),
         ({"device": "tpu"}, "tpu"),
         *(

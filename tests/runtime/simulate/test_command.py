@@ -173,6 +173,8 @@ def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
         (["LOADS", "--bandwith", "9"], "unrecognized arguments: --bandwith 9; see --help"),
         (["LOADS", "--tokens-per-second", "0"], "tokens_per_second is 0.0, expected a finite number above 0"),
         ([], "the following arguments are required: loads; see --help"),
+        (["LOADS", "--slots", "4"], "--slots is for --serve prefill or --serve decode; add that, or leave it out"),
+        (["LOADS", "--stream", "unseen"], "--stream is for --serve prefill or --serve decode"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, text, tmp_path, monkeypatch, capsys):
