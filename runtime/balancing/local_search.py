@@ -26,11 +26,15 @@ from data.arrays import Float32Array, IntArray
 from runtime.balancing.matching import fill
 from runtime.balancing.water_filling import Layer, copy, fork, replace, score, start, start_exactly, start_like
 
-WORK, LARGE_WORK = 40_000, 150_000
-"""Work allowed on one layer before one batch: trials, times slots and devices, times scenarios and six."""
-ROUND, ROUGH_ROUND, SURE_ROUND = 20, 3, 48
-"""Changes relaxed in full to choose one: in general; while slots are empty or the overload is above `ROUGH`, when most
-copies help; and for a forecast without spread, whose single scenario costs little."""
+WORK, LARGE_WORK, SURE_WORK = 40_000, 150_000, 400_000
+"""Work allowed on one layer before one batch: trials, times slots and devices, times scenarios and six. The first is
+for layers that the search alone can fill; the others for larger layers, the last for a forecast without spread."""
+ROUND, SURE_ROUND, LARGE_ROUND = 20, 48, 24
+"""Changes relaxed in full to choose one: in general; for a forecast without spread, whose single scenario costs little;
+for such a forecast in a large layer."""
+ROUGH_ROUND, ENOUGH = 3, 8
+"""Changes after which the best one is taken if any pays: while slots are empty or the overload is above `ROUGH`, when
+most copies help; and in a large layer with a forecast without spread."""
 ROUGH = 0.2
 """Overload in units of the mean device load."""
 FILL_PRICE = 2.0
@@ -71,23 +75,25 @@ def improve(
     """
     improved = held_LR.copy()
     gain = np.zeros(len(held_LR), dtype=np.float32)
+    sure = weight_K.size == 1
     work = (held_LR.shape[1] + first_LG.shape[1] - 1) * (6 + weight_K.size)
     for i in range(len(held_LR)):
         if work * ROUGH_ROUND * held_LR.shape[1] <= WORK:  # the search alone can fill all slots
-            layer, trials, placed = (
-                start(held_LR[i], first_LG[i], home_LE[i], load_LEK[i], waking_LK[i]),
-                WORK // work,
-                0,
-            )
+            layer = start(held_LR[i], first_LG[i], home_LE[i], load_LEK[i], waking_LK[i])
+            trials, placed = WORK // work, 0
+            count = enough = SURE_ROUND if sure else ROUND
             before = score(layer.load, weight_K)
         else:
             layer, before, placed = _filled(
                 held_LR[i], first_LG[i], home_LE[i], load_LEK[i], waking_LK[i], weight_K, price_L[i], factor_GG,
                 max_moves,
             )  # fmt: skip
-            trials = LARGE_WORK // work
+            trials = (SURE_WORK if sure else LARGE_WORK) // work
+            count, enough = (LARGE_ROUND, ENOUGH) if sure else (ROUND, ROUND)
         current = score(layer.load, weight_K)
-        gain[i] = before - _search(layer, current, weight_K, price_L[i], factor_GG, max_moves - placed, trials)
+        gain[i] = before - _search(
+            layer, current, weight_K, price_L[i], factor_GG, max_moves - placed, trials, count, enough
+        )
         for slot in range(layer.held.size):
             improved[i, slot] = layer.held[slot]
     return improved, gain
@@ -111,10 +117,10 @@ def _filled(
     scenarios = layer if weight_K.size == 1 else start_like(layer, load_EK, waking_K, load_E1[:, 0])
     before = score(scenarios.load, weight_K)
     copy_price = np.float32(FILL_PRICE * price)
-    placed = fill(layer, copy_price, factor_GG, max_moves)
+    placed = fill(layer, held_R, copy_price, factor_GG, max_moves)
     if layer.load[:, 0].max() > REBUILD:
         bare = start(np.full_like(held_R, -1), first_G, home_E, load_E1, waking_1)
-        copies = fill(bare, copy_price, factor_GG, max_moves)
+        copies = fill(bare, held_R, copy_price, factor_GG, max_moves)
         if bare.load[:, 0].max() + copy_price * copies < layer.load[:, 0].max() + copy_price * placed:
             layer, placed = bare, copies
     return layer if weight_K.size == 1 else start_like(layer, load_EK, waking_K, load_E1[:, 0]), before, placed
@@ -139,17 +145,31 @@ def _search(
     factor_GG: Float32Array,
     max_moves: int,
     trials: int,
+    count: int,
+    enough: int,
 ) -> np.float32:
-    """Improves the layer in place; returns its score."""
+    """Improves the layer in place; returns its score.
+
+    Args:
+        layer: A relaxed layer.
+        current: Its score.
+        weight_K: Weight of each scenario.
+        price: Least score that a copy must save.
+        factor_GG: Factor to that price.
+        max_moves: Most slots that may change.
+        trials: Most changes relaxed.
+        count: Most changes relaxed to choose one.
+        enough: Changes relaxed after which the best one is taken if any pays.
+    """
     scratch = fork(layer)
     for _ in range(max_moves):
         if current <= price or trials <= 0:  # even a perfect balance would save less than a move costs
             break
-        slots, experts = _candidates(layer, weight_K, SURE_ROUND if weight_K.size == 1 else ROUND)
+        slots, experts = _candidates(layer, weight_K, count)
         rough = current > ROUGH or (slots.size > 0 and layer.held[slots[0]] < 0)
         least, chosen = current, -1
         for i in range(slots.size):
-            if rough and chosen >= 0 and i >= ROUGH_ROUND:
+            if chosen >= 0 and i >= (ROUGH_ROUND if rough else enough):
                 break
             copy(layer, scratch, experts[i])
             replace(scratch, slots[i], experts[i])

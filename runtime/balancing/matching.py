@@ -13,7 +13,7 @@ is nearly balanced changes by a few copies only.
     >>> from runtime.balancing.water_filling import start
     >>> load = np.array([[1.2], [0.4], [0.3], [0.1]], dtype=np.float32)
     >>> layer = start(np.array([-1, -1]), np.array([0, 1, 2]), np.array([0, 0, 1, 1]), load, np.zeros(1, np.float32))
-    >>> fill(layer, np.float32(0.001), np.ones((2, 2), dtype=np.float32), 2)
+    >>> fill(layer, np.array([-1, -1]), np.float32(0.001), np.ones((2, 2), dtype=np.float32), 2)
     1
     >>> layer.held.tolist(), layer.load[:, 0].round(3).tolist()
     ([-1, 0], [1.0, 1.0])
@@ -38,22 +38,25 @@ SHORT, SHORT_LINKED = 10.0, 1.0
 """Loss for each token that finds no room, relative to room left over; the latter while links are made."""
 FAR = np.float32(0.1)
 """Loss for each unit that the price factor of a copy is above 1."""
+KEPT = np.float32(1)
+"""Gain of a copy that finds its weights in the slot; when all replicas are built anew, most stay where they are."""
 TARGETS = 6
 """Further targets tried after the first one."""
 
 
 @njit(cache=True, nogil=True)
-def fill(layer: Layer, price: np.float32, factor_GG: Float32Array, most: int) -> int:
+def fill(layer: Layer, kept_R: IntArray, price: np.float32, factor_GG: Float32Array, most: int) -> int:
     """Places copies in unused replica slots, in place, and relaxes the layer.
 
     Args:
         layer: A relaxed layer with one scenario.
+        kept_R: Expert whose weights each replica slot has; a copy that finds its weights there costs no move.
         price: Largest device load that a copy must save.
         factor_GG: Factor to the price of a copy from one device to another, at least 1.
         most: Most copies to place.
 
     Returns:
-        Copies placed.
+        Copies placed that need a move.
     """
     order_E = np.argsort(layer.home, kind="mergesort")
     begin_G = np.zeros(len(layer.load) + 1, dtype=np.int64)
@@ -63,17 +66,17 @@ def fill(layer: Layer, price: np.float32, factor_GG: Float32Array, most: int) ->
     top = layer.load[:, 0].max()
     empty = np.sum(layer.held < 0)
     links = bool(2 * empty > layer.held.size and most >= layer.held.size)
-    best, least, copies = layer, top, 0
+    best, least, copies, found = layer, top, 0, False
     low, high = np.float32(1) + LEAST_EXCESS, top
     target = low
     for _ in range(TARGETS + 1):
         if high - low < LEAST_EXCESS and target != low:
             break
         trial = fork(layer)
-        placed, cost = _reach(trial, target, most, factor_GG, order_E, begin_G, links)
+        placed, cost = _reach(trial, kept_R, target, most, factor_GG, order_E, begin_G, links)
         reached = trial.load[:, 0].max()
         if reached + price * cost < least:
-            best, least, copies = trial, reached + price * cost, placed
+            best, least, copies, found = trial, reached + price * cost, placed, True
         if reached <= target + LEAST_EXCESS:
             if target == low:
                 break
@@ -81,7 +84,7 @@ def fill(layer: Layer, price: np.float32, factor_GG: Float32Array, most: int) ->
         else:
             low, links = target, False  # too few slots for links
         target = np.sqrt(low * high)
-    if copies:
+    if found:
         for slot in range(layer.held.size):
             layer.held[slot] = best.held[slot]
         layer.on_replica[:], layer.at_home[:], layer.load[:] = best.on_replica, best.at_home, best.load
@@ -93,6 +96,7 @@ def fill(layer: Layer, price: np.float32, factor_GG: Float32Array, most: int) ->
 @njit(cache=True, nogil=True)
 def _reach(
     layer: Layer,
+    kept_R: IntArray,
     target: np.float32,
     most: int,
     factor_GG: Float32Array,
@@ -124,15 +128,17 @@ def _reach(
             break
         spare = _spare_slot(layer, donor)
         wanted = min(excess + LINK, held) if links and spare else tokens
-        slot, room = _receiver(layer, expert, donor, wanted, target, factor_GG, SHORT_LINKED if links else SHORT)
+        short = SHORT_LINKED if links else SHORT
+        slot, room = _receiver(layer, kept_R, expert, donor, wanted, target, factor_GG, short)
         if slot < 0:
             break
         if tokens < room and spare:
             tokens = min(room, held)
         tokens = min(tokens, room)
         _place(layer, slot, expert, tokens, leave)
-        copies += 1
-        cost += factor_GG[layer.home[expert], layer.device[slot]]
+        if kept_R[slot] != expert:
+            copies += 1
+            cost += factor_GG[layer.home[expert], layer.device[slot]]
     return copies, cost
 
 
@@ -160,7 +166,14 @@ def _most_loaded(layer: Layer, device: int, at_home: IntArray) -> tuple[int, int
 
 @njit(cache=True, nogil=True)
 def _receiver(
-    layer: Layer, expert: int, donor: int, tokens: np.float32, target: np.float32, factor_GG: Float32Array, short: float
+    layer: Layer,
+    kept_R: IntArray,
+    expert: int,
+    donor: int,
+    tokens: np.float32,
+    target: np.float32,
+    factor_GG: Float32Array,
+    short: float,
 ) -> tuple[int, np.float32]:
     """The slot to put a copy into, or -1, and the tokens that its device has room for.
 
@@ -181,6 +194,8 @@ def _receiver(
                 continue
             loss = used + (room - tokens if room >= tokens else np.float32(short) * (tokens - room))
             loss += FAR * (factor_GG[donor, device] - 1)
+            if kept_R[slot] == expert:
+                loss -= KEPT
             if loss < least:
                 best, best_room, least = slot, room, loss
     return best, best_room

@@ -72,6 +72,25 @@ def least_time_quotas(
     if devices_per_node < num_devices:
         near = copies_by_expert(phy2log, total_E.size, num_devices, devices_per_node)
     own_P = _own_tokens(counts_SE, phy2log, num_devices)
+    flow = least_time(
+        counts_SE, total_E, own_P, phy2log, copies, near, expert_overhead_tokens, num_devices, devices_per_node
+    )
+    return _assign_sources(counts_SE, flow.quota, own_P, phy2log, copies, num_devices, devices_per_node)
+
+
+@njit(cache=True, nogil=True)
+def least_time(
+    counts_SE: IntArray,
+    total_E: IntArray,
+    own_P: IntArray,
+    phy2log: IntArray,
+    copies: Copies,
+    near: Copies,
+    expert_overhead_tokens: int,
+    num_devices: int,
+    devices_per_node: int,
+) -> Flow:
+    """The split of least time before its tokens have sources; `near` groups slots by expert and node."""
     flow = Flow(
         np.zeros_like(own_P), own_P, np.zeros(num_devices, dtype=np.int64), np.ones(phy2log.size, dtype=np.bool_)
     )
@@ -85,7 +104,7 @@ def least_time_quotas(
         few = few_slots(total_E, own_P, phy2log, copies, num_devices, expert_overhead_tokens)
         if level(few, copies, near, nodes) <= slowest:
             flow = few
-    return _assign_sources(counts_SE, flow.quota, own_P, phy2log, copies, num_devices, devices_per_node)
+    return flow
 
 
 @njit(cache=True, nogil=True)

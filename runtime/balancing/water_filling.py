@@ -24,8 +24,8 @@ import numpy as np
 from numba import njit
 
 from data.arrays import Float32Array, IntArray
-from runtime.balancing.active_slots import few_slots
-from runtime.balancing.leveling import Flow, copies_by_expert, level
+from runtime.balancing.leveling import copies_by_expert
+from runtime.balancing.max_flow import least_time
 
 SWEEPS, FIRST_SWEEPS = 4, 16
 """Sweeps after one change of a relaxed layer, and most sweeps of a layer that has not been relaxed."""
@@ -115,26 +115,20 @@ def start_exactly(
     slots_per_device = (home_E.size + held_R.size) // num_devices
     phy2log = np.full(num_devices * slots_per_device, -1, dtype=np.int64)
     slot_E, used_G = np.empty(home_E.size, dtype=np.int64), np.zeros(num_devices, dtype=np.int64)
-    quota_P, load_G = np.zeros(phy2log.size, dtype=np.int64), np.zeros(num_devices, dtype=np.int64)
     for expert in range(home_E.size):
         device = home_E[expert]
         slot_E[expert] = device * slots_per_device + used_G[device]
         phy2log[slot_E[expert]] = expert
-        quota_P[slot_E[expert]] = np.int64(load_E1[expert, 0] * UNITS)
-        load_G[device] += quota_P[slot_E[expert]]
         used_G[device] += 1
     for slot in range(held_R.size):
         device = layer.device[slot]
         phy2log[device * slots_per_device + used_G[device]] = held_R[slot]
         used_G[device] += 1
-    copies = copies_by_expert(phy2log, home_E.size, num_devices, num_devices)
-    own_P = np.zeros_like(quota_P)
-    if waking_1[0] > 0:
-        total_E = quota_P[slot_E]
-        flow = few_slots(total_E, own_P, phy2log, copies, num_devices, int(waking_1[0] * UNITS))
-    else:
-        flow = Flow(quota_P, own_P, load_G, np.ones(phy2log.size, dtype=np.bool_))
-    level(flow, copies, copies, False)
+    total_E, own_P = (load_E1[:, 0] * UNITS).astype(np.int64), np.zeros_like(phy2log)
+    copies, price = copies_by_expert(phy2log, home_E.size, num_devices, num_devices), int(waking_1[0] * UNITS)
+    flow = least_time(
+        np.expand_dims(total_E, 0), total_E, own_P, phy2log, copies, copies, price, num_devices, num_devices
+    )
     used_G[:] = 0
     for expert in range(home_E.size):
         used_G[home_E[expert]] += 1

@@ -83,9 +83,28 @@ def test_copies_are_limited_and_never_make_the_largest_load_larger(seed, devices
     home = np.repeat(np.arange(devices), 2)
     layer = start(np.full(devices, -1), np.arange(devices + 1), home, load, np.zeros(1, dtype=np.float32))
     before = layer.load.max()
-    copies = fill(layer, np.float32(0.001), np.ones((devices, devices), dtype=np.float32), most)
+    copies = fill(layer, layer.held.copy(), np.float32(0.001), np.ones((devices, devices), dtype=np.float32), most)
     assert (layer.held >= 0).sum() <= copies <= most  # a slot may be filled twice
     assert layer.load.max() <= before + 1e-4
     assert layer.load.sum() == pytest.approx(devices, rel=1e-4)
     held = layer.held >= 0
     assert (home[layer.held[held]] != layer.device[held]).all()
+
+
+def test_replicas_built_anew_mostly_stay_where_they_are():
+    devices, redundant, rng = 72, 32, np.random.default_rng(0)
+    logs = -0.7 * np.log(rng.permutation(np.arange(1.0, 257)))[None]
+    plan, moves, balance = None, [], []
+    for _ in range(20):
+        logs = logs + 0.05 * rng.standard_normal(logs.shape)
+        load = rng.multinomial(1024 * devices, np.exp(logs) / np.exp(logs).sum())
+        if plan is None:
+            homes = flat_homes(load.astype(float), devices, redundant)
+            plan = ReplicationPlan.at_home(homes, devices, redundant)
+        forecast = forecast_from_load(load.astype(float), made_at=0, source="truth")
+        target = HomePlanner(devices, redundant).plan(forecast, plan, no_history(load))
+        moves.append(len(plan.moves_to(target)))
+        plan = target
+        balance.append(balancedness(split_load(load, plan)).mean())
+    assert np.mean(moves[5:]) <= 5
+    assert np.mean(balance[5:]) >= 0.87
