@@ -141,7 +141,7 @@ def collect(
     finished shard.
 
     Args:
-        model: 'switch-mini-64' (bundled), a local folder, or a hub id such as google/loaded-base-8.
+        model: 'switch-mini-64' or 'qwen3-mini-64' (bundled), a local folder, or a hub id such as google/switch-base-8.
         out: Folder of the trace; it appears complete or not at all.
         text: File, folder or hub data set `owner/name[:config[:split]]`; the offline corpus by default.
         decode: "teacher" masks spans of the text and feeds the decoder the true tokens, "generate" decodes greedily,

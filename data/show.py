@@ -30,7 +30,8 @@ def table(trace: StoredTrace, skew: TraceStatistics) -> Table:
     layout = trace.layout
     padding = "" if skew.padding is None else f", {skew.padding:.0%} of positions padding"
     title = f"{layout.model_id}: {trace.num_batches} batches, {layout.num_experts} experts{padding}"
-    shown = Table("MoE layer", "tokens", "hottest / mean", "dropped", "step to step TV", "sampling alone", title=title)
+    counted = "tokens" if layout.experts_per_token == 1 else "assignments"
+    shown = Table("MoE layer", counted, "hottest / mean", "dropped", "step to step TV", "sampling alone", title=title)
     for layer, name in enumerate(layout.layer_names):
         dropped = "unknown" if skew.dropped is None else f"{skew.dropped[layer]:.1%}"
         shown.add_row(

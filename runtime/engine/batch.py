@@ -19,6 +19,10 @@ IGNORED_LABEL = -100
 """Label that a loss leaves out, as in transformers."""
 
 
+NOT_TAKEN = ("position_ids", "past_key_values", "inputs_embeds")
+"""Inputs of models that would change outputs and that `Engine.run` does not take."""
+
+
 @dataclass(frozen=True)
 class ModelBatch:
     """One batch for a model.
@@ -58,6 +62,12 @@ class ModelBatch:
         if isinstance(inputs, cls):
             batch = inputs
         else:
+            given = inputs if isinstance(inputs, Mapping) else {}
+            if ignored := [name for name in NOT_TAKEN if given.get(name) is not None]:
+                raise ValueError(
+                    f"{ignored[0]} was given; a batch is input_ids and attention_mask, and the engine sets positions "
+                    "itself: leave it out, or call the model inside `with engine:`"
+                )
             batch = cls(TokenBatch.of(inputs), _decoder_tokens(inputs, config) if both else None)
         if batch.decoder is not None and not both:
             raise ValueError(

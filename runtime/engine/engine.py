@@ -39,7 +39,7 @@ from runtime.engine.adapter import adapter_of
 from runtime.engine.arguments import check_arguments
 from runtime.engine.batch import BatchOutput, ModelBatch, check_tokens, forward
 from runtime.engine.controller import Controller, Preparation
-from runtime.engine.generation import DecoderSteps, GenerationSettings, ended, generation_tokens
+from runtime.engine.generation import DecoderSteps, GenerationSettings, draws_of, ended, generation_tokens
 from runtime.engine.model import ReplicatedModel
 from runtime.experts.weights import ExpertSource, FileWeights
 from runtime.offload.slots import MemoryBudget
@@ -274,7 +274,8 @@ class Engine:
     ) -> Tensor:
         """Writes text as the model's own `generate` does: token ids `[b, U]` of this rank's sequences.
 
-        The ids are those that the plain model writes. Ranks stay in step until all sequences are done.
+        The ids are those that the plain model writes; with `do_sample` on several ranks, each draws on its own. Ranks
+        stay in step until all sequences are done.
 
         Args:
             inputs: What a tokenizer returns, or token ids `[B, T]`; `input_ids=` and `attention_mask=` do as
@@ -282,7 +283,8 @@ class Engine:
             generation_config: As in transformers.
             replan_every: Decoder steps after which the placement follows the loads of the steps before; None keeps the
                 placement.
-            settings: Whatever else the model's own `generate` takes.
+            settings: Whatever else the model's own `generate` takes, but `inputs_embeds` and
+                `return_dict_in_generate`.
 
         Raises:
             RankLostError: If another rank is gone.
@@ -292,11 +294,11 @@ class Engine:
         self._check_open()
         model, device = self.loaded.model, self.loaded.model.device
         wanted = GenerationSettings.of(model, generation_config, settings)
-        batch = ModelBatch(generation_tokens(inputs, settings))
+        batch = ModelBatch(generation_tokens(inputs, settings, wanted.pad))
         check_tokens(batch.tokens, model.config)
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own, idle = batch.part(rows).tokens, rows.start == rows.stop
-        for name in set(settings) & PER_SEQUENCE:
+        for name in [name for name in PER_SEQUENCE if settings.get(name) is not None]:
             settings[name] = settings[name][slice(0, 1) if idle else rows]
         if idle:
             settings["stopping_criteria"] = [ended]
@@ -308,7 +310,8 @@ class Engine:
             prompt = own.mask.shape[1] if self.loaded.layout.causal else 0
             mask = own.mask | (idle and self.loaded.layout.causal)  # sampling refuses attention to nothing
             steps = DecoderSteps(self.replicated, self.controller, replan_every, idle, wanted, prompt)
-            with self.replicated.batch(own, None, read, preparation is not None, measure=False), steps:
+            drawing = draws_of(self.ranks.rank, self.ranks.world if wanted.samples else 1, device)
+            with self.replicated.batch(own, None, read, preparation is not None, measure=False), steps, drawing:
                 ids: Tensor = model.generate(
                     input_ids=to_device(own.input_ids, device), attention_mask=to_device(mask.long(), device),
                     generation_config=generation_config, synced_gpus=self.ranks.world > 1, **settings,

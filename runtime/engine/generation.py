@@ -1,6 +1,7 @@
 """Generation token by token: which settings hold, which sequences have ended, and when the placement may change."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,15 @@ class GenerationSettings:
         stepwise: Whether a row of the decoder stays one sequence and its last token is final; not so with beams or
             with candidates of an assistant model or a prompt lookup.
         sequences_each: Texts written for each sequence.
+        pad: Id that is padding wherever no attention mask is given; None takes every position for a token.
+        samples: Whether tokens are drawn.
     """
 
     ends: tuple[int, ...]
     stepwise: bool
     sequences_each: int
+    pad: int | None
+    samples: bool
 
     @classmethod
     def of(cls, model: Any, generation_config: Any, settings: dict[str, Any]) -> "GenerationSettings":
@@ -56,13 +61,28 @@ class GenerationSettings:
         candidates = settings.get("assistant_model") is not None or value("prompt_lookup_num_tokens") is not None
         stepwise = (value("num_beams") or 1) == 1 and not candidates
         ends = torch.as_tensor([] if (eos := value("eos_token_id")) is None else eos).flatten().tolist()
-        return cls(tuple(map(int, ends)), stepwise, value("num_return_sequences") or 1)
+        pad = None if model.config.is_encoder_decoder else value("pad_token_id")
+        pad = None if pad is None or int(pad) in ends else int(pad)  # as transformers tells padding from the end
+        return cls(tuple(map(int, ends)), stepwise, value("num_return_sequences") or 1, pad, bool(value("do_sample")))
 
 
-def generation_tokens(inputs: Any, settings: dict[str, Any]) -> TokenBatch:
+@contextmanager
+def draws_of(rank: int, world: int, device: torch.device) -> Iterator[None]:
+    """A context in which each of several ranks draws on its own, even if all were seeded alike."""
+    if world == 1:
+        yield
+        return
+    seed = int(torch.randint(2**48, ()))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + rank)
+        yield
+
+
+def generation_tokens(inputs: Any, settings: dict[str, Any], pad: int | None) -> TokenBatch:
     """The tokens that `generate` is given in any of its ways; takes them out of `settings`.
 
-    Further entries of a mapping, such as `decoder_input_ids`, join the settings.
+    Further entries of a mapping, such as `decoder_input_ids`, join the settings. Without an attention mask, positions
+    with the id `pad` are padding, as in transformers.
 
     Raises:
         TypeError: If they are none.
@@ -76,12 +96,16 @@ def generation_tokens(inputs: Any, settings: dict[str, Any]) -> TokenBatch:
         if "attention_mask" in named:
             raise ValueError("attention_mask was given beside a TokenBatch, which has a mask of its own; leave one out")
         return inputs
+    tokens: Any = {"input_ids": ids[0] if ids else inputs, "attention_mask": named.get("attention_mask")}
     if isinstance(inputs, Mapping):
         settings |= {name: value for name, value in inputs.items() if name not in TOKEN_INPUTS}
-        return TokenBatch.of(dict(inputs) | named)
-    if not ids and not isinstance(inputs, Tensor | np.ndarray):
+        tokens = dict(inputs) | named
+    elif not ids and not isinstance(inputs, Tensor | np.ndarray):
         return TokenBatch.of(inputs)
-    return TokenBatch.of({"input_ids": ids[0] if ids else inputs, "attention_mask": named.get("attention_mask")})
+    batch = TokenBatch.of(tokens)
+    if pad is not None and tokens.get("attention_mask") is None:
+        batch = TokenBatch(batch.input_ids, batch.input_ids != pad)
+    return batch
 
 
 class DecoderSteps:

@@ -195,7 +195,7 @@ def ends_of(size_N: IntArray) -> IntArray:
 def _is_fast(weight: Tensor) -> bool:
     """Whether `grouped_mm` is one kernel for weights like this one; on a CPU it is a loop inside one call."""
     if weight.device.type != "cuda":
-        return weight.device.type == "cpu"
+        return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     capability: tuple[int, int] = torch.cuda.get_device_capability(weight.device)
     return weight.dtype == torch.bfloat16 and capability[0] in FAST_ON_CUDA
 

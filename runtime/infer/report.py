@@ -186,7 +186,12 @@ def _caching(report: dict[str, Any]) -> list[Text]:
 def _commands(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What to type next, for the model and the predictor of this run, and what it does."""
     if report["predictor"] is None:
-        return [("python train.py", "trains a predictor; then run this again with --predictor outputs/predictor")]
+        trained = "train.py"
+        if report["model"] != BUNDLED:
+            name = Path(report["model"]).name
+            trained += f" --data.model {report['model']} --data.trace outputs/traces/{name} --predictor outputs/{name}"
+        folder = trained.rpartition("--predictor ")[2] if "--predictor" in trained else "outputs/predictor"
+        return [(f"python {trained}", f"trains a predictor; then run this again with --predictor {folder}")]
     model = "" if report["model"] == BUNDLED else f" --model {report['model']}"
     command = f"-m runtime.infer{model} --predictor {report['predictor']}"
     shown = [(f"python -m predictor.show {report['predictor']}", "how good the forecasts are")]

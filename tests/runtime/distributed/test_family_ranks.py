@@ -70,3 +70,19 @@ def different_models(rank: int) -> None:
 
 def test_ranks_with_different_models_are_refused():
     assert all("ValueError: model is " in result for result in on_ranks(2, different_models))
+
+
+def drawn(rank: int) -> tuple[list[list[int]], int]:
+    """Texts drawn for four equal prompts, and the number that the caller's generator gives next."""
+    prompt = torch.arange(3, 9).repeat(4, 1)
+    with Engine(tiny("qwen3_moe"), None, None, 0) as engine:
+        torch.manual_seed(0)
+        ids = engine.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=6)
+    return ids[:, 6:].tolist(), int(torch.randint(1000, ()))
+
+
+def test_each_rank_draws_on_its_own_though_all_were_seeded_alike():
+    (first, after), (second, other) = on_ranks(2, drawn)
+    texts = {tuple(text) for text in first + second}
+    assert len(texts) == 4, "some texts are equal"
+    assert after == other, "the generators of the ranks went different ways"

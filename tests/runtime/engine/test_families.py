@@ -104,3 +104,21 @@ def test_logits_and_text_are_the_plain_models_on_a_gpu(family, devices):
 def test_the_table_of_families_is_what_the_command_writes():
     assert len(FAMILIES) >= 20
     assert page() == PAGE.read_text(), "run python -m tests.helpers.families"
+
+
+def test_without_a_mask_padding_is_what_transformers_takes_for_it():
+    model = tiny("mixtral")
+    prompt = left_padded(right_padded((7, 3, 5), 5))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    expected = copy.deepcopy(model).generate(prompt.input_ids, **settings)
+    assert not torch.equal(expected, model.generate(prompt.input_ids, attention_mask=prompt.mask * 0 + 1, **settings))
+    with Engine(model, None, DEVICES, 0) as engine:
+        assert torch.equal(engine.generate(prompt.input_ids, **settings), expected)
+        assert torch.equal(engine.generate({"input_ids": prompt.input_ids}, position_ids=None, **settings), expected)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "past_key_values", "inputs_embeds"])
+def test_what_a_batch_cannot_hold_is_refused(name):
+    ids = torch.arange(3, 9)[None]
+    with Engine(tiny("mixtral"), None, DEVICES, 0) as engine, pytest.raises(ValueError, match=f"^{name} was given"):
+        list(engine.run([{"input_ids": ids, name: ids}]))
