@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data.cli import from_command_line, user_errors
+from data.traces.store import open_trace
 from predictor.evaluation.metrics import sampling_floor
 from predictor.evaluation.tables import markdown
 from runtime.simulate.comparison import compare_policies
@@ -65,7 +66,8 @@ def measured(trace: Path, predictor: Path, regime: Regime, steps: int) -> dict[s
         recorded, DEVICES, REDUNDANT, (*FREE, "learned", "adaptive", "oracle"), ["home"], ["quota"], predictor, start,
         steps, HARDWARE,
     )  # fmt: skip
-    floors = [sampling_floor(torch.from_numpy(load).float()) for load in recorded.loads[start : start + steps]]
+    top_k = open_trace(trace).layout.experts_per_token
+    floors = [sampling_floor(torch.from_numpy(load).float(), top_k) for load in recorded.loads[start : start + steps]]
     rows = {row["forecast"]: {name: row[name] for name in ("load_tv", "balancedness")} for row in report["results"]}
     return {"regime": regime.title, "steps": steps, "floor": float(torch.stack(floors).mean()), "forecasts": rows}
 

@@ -74,6 +74,7 @@ def measure(trace: StoredTrace) -> TraceStatistics:
     hottest = np.median(share_of(loads).max(-1) * loads.shape[-1], axis=0)
     silent = np.zeros(loads.shape[1])
     floor = step_variation(shuffled(loads, np.random.default_rng(0)))
+    floor = floor * _of_different_experts(share_of(loads.sum(0)), trace.layout.experts_per_token)
     return TraceStatistics(
         loads=loads,
         tokens=tokens,
@@ -84,3 +85,14 @@ def measure(trace: StoredTrace) -> TraceStatistics:
         floor_tv=floor.mean(0) if len(loads) > 1 else silent,
         phases=tuple(phases) or None,
     )
+
+
+def _of_different_experts(share_LE: FloatArray, top_k: int) -> FloatArray:
+    """How much less shares vary by sampling because the K experts of a token are different ones, `[L]`.
+
+    Dealt one by one, an assignment goes to an expert with its share s and varies by s (1 - s); a token takes the expert
+    with K s, and varies by K s (1 - K s).
+    """
+    alone = np.sqrt(share_LE * (1 - share_LE)).sum(-1)
+    together = np.sqrt(share_LE * np.maximum(1 - top_k * share_LE, 0)).sum(-1)
+    return np.asarray(np.divide(together, alone, out=np.ones_like(alone), where=alone > 0))

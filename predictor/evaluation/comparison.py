@@ -75,7 +75,7 @@ def compare_forecasters(
             started = time.perf_counter()
             forecast, logits = forecast_and_logits(forecaster, sample.trace.upcoming, data.loads[:step])
             scores.milliseconds.append(1e3 * (time.perf_counter() - started))
-            scores.add(forecast, data.loads[step])
+            scores.add(forecast, data.loads[step], data.layout.experts_per_token)
             if isinstance(forecaster, OnlineForecaster):
                 sequences = sequence_loads(sample.trace, data.layout).numpy()
                 forecaster.observe(sample.trace.upcoming, data.loads[step], sequences)

@@ -47,15 +47,17 @@ def nll(predicted_LE: Tensor, load_LE: Tensor) -> Tensor:
     return torch.where(load_LE.sum(-1) > 0, -(shares(load_LE) * guess.log()).sum(-1), torch.nan)
 
 
-def sampling_floor(load_LE: Tensor) -> Tensor:
+def sampling_floor(load_LE: Tensor, top_k: int) -> Tensor:
     """Expected total variation of a forecast of the true shares, if tokens draw their experts from them, `[L]`.
 
-    Half the mean absolute deviation of binomial counts (normal approximation), summed over experts. A forecaster that
-    reads the tokens can be below it; a forecaster that knows only average shares cannot.
+    Half the mean absolute deviation of binomial counts (normal approximation), summed over experts; a token takes an
+    expert with `top_k` times its share, because its K experts are different ones. A forecaster that reads the tokens
+    can be below it; a forecaster that knows only average shares cannot.
     """
-    tokens = load_LE.sum(-1, keepdim=True)
+    assignments = load_LE.sum(-1, keepdim=True)
     share = shares(load_LE)
-    return (share * (1 - share) / tokens.clamp(min=1) * (2 / torch.pi)).sqrt().sum(-1) / 2
+    spread = share * (1 - top_k * share).clamp(min=0) / assignments.clamp(min=1)
+    return (spread * (2 / torch.pi)).sqrt().sum(-1) / 2
 
 
 def token_top1(chosen: Tensor, experts: Tensor) -> Tensor:

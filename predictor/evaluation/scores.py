@@ -47,11 +47,11 @@ class Scores:
     spread: list[FloatArray] = field(default_factory=list)
     true_share: list[FloatArray] = field(default_factory=list)
 
-    def add(self, forecast: LoadForecast, load: IntArray) -> None:
-        """Scores one forecast against the true load, `[L, E]`."""
+    def add(self, forecast: LoadForecast, load: IntArray, top_k: int) -> None:
+        """Scores one forecast against the true load, `[L, E]`, of a model with K experts a token."""
         predicted, truth = torch.from_numpy(forecast.load).float(), torch.from_numpy(load).float()
         self.load_tv.append(load_tv(predicted, truth).numpy())
-        self.floor.append(sampling_floor(truth).numpy())
+        self.floor.append(sampling_floor(truth, top_k).numpy())
         self.hot_recall.append(hot_recall(predicted, truth).numpy())
         self.nll.append(nll(predicted, truth).numpy())
         self.share.append(forecast.share.astype(np.float32))

@@ -1,6 +1,7 @@
 """Statistics of a trace: change is distinguished from sampling noise, and the plots are written."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from data.traces.store import open_trace, write_about, write_counts_shard
 LAYOUT = MoELayout("m", "", (("decoder", 0), ("decoder", 1)), 16, 0, 0, 0, 0)
 
 
-def stored(folder, loads):
+def stored(folder, loads, layout=LAYOUT):
     write_about(
-        folder, LAYOUT, [write_counts_shard(folder / "part-00000.parquet", 0, loads)], ["test"] * len(loads), "counts"
+        folder, layout, [write_counts_shard(folder / "part-00000.parquet", 0, loads)], ["test"] * len(loads), "counts"
     )
     return open_trace(folder)
 
@@ -52,3 +53,18 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["shape"] == [9, 2, 16]
     assert (tmp_path / "load.png").stat().st_size > 5000
     assert (tmp_path / "drift.png").stat().st_size > 5000
+
+
+def test_with_several_experts_a_token_sampling_alone_varies_less(tmp_path):
+    rng = np.random.default_rng(0)
+    popularity = np.log(rng.random(16))
+    steps = []
+    for _ in range(40):  # 4 different experts for each of 500 tokens
+        chosen = np.argsort(popularity + rng.gumbel(size=(500, 16)), axis=-1)[:, -4:]
+        steps.append(np.bincount(chosen.ravel(), minlength=16))
+    loads, found = np.array(steps)[:, None].repeat(2, axis=1), {}
+    for top_k in (1, 4):
+        (folder := tmp_path / str(top_k)).mkdir()
+        found[top_k] = measure(stored(folder, loads, replace(LAYOUT, experts_per_token=top_k)))
+    assert found[4].step_tv[0] == pytest.approx(found[4].floor_tv[0], rel=0.1)
+    assert found[1].floor_tv[0] > 1.15 * found[4].floor_tv[0]

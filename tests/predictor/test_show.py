@@ -22,7 +22,7 @@ def trained(tmp_path, layout):
     rows = {}
     for name, guess in (("last", load + 5.0), ("learned", load * 1.0), ("adaptive", load * 1.0)):
         scores = Scores(milliseconds=[1.0])
-        scores.add(forecast_from_load(guess, made_at=1, source=name), load)
+        scores.add(forecast_from_load(guess, made_at=1, source=name), load, 1)
         rows[name] = scores.details()
     about = {
         "metrics": {"steady": rows},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.evaluation.metrics import LayerMean, hot_recall, likeliest, load_tv, token_top1
+from predictor.evaluation.metrics import LayerMean, hot_recall, likeliest, load_tv, sampling_floor, token_top1
 from predictor.training.calibration import fit_spread
 
 
@@ -14,6 +14,17 @@ def test_load_tv_is_zero_for_the_truth_and_one_for_its_opposite():
     assert load_tv(load, load)[2].isnan()
     assert load_tv(torch.tensor([[0.0, 5, 0, 0]]), load[:1]).tolist() == [1.0]
     assert load_tv(torch.zeros(1, 4), load[:1]).tolist() == [0.75]  # no forecast counts as uniform
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_the_sampling_floor_is_what_draws_of_different_experts_differ_by(top_k):
+    generator = torch.Generator().manual_seed(0)
+    popularity = torch.rand(16, generator=generator).log()
+    noise = -(-torch.rand(60, 500, 16, generator=generator).log()).log()
+    chosen = (popularity + noise).topk(top_k).indices  # K different experts for each of 500 tokens, 60 times
+    loads = torch.stack([torch.bincount(draw.flatten(), minlength=16) for draw in chosen]).float()
+    differ = load_tv(loads.mean(0).expand(60, 16), loads).mean()
+    assert sampling_floor(loads.mean(0)[None] * 1.0, top_k).item() == pytest.approx(differ.item(), rel=0.05)
 
 
 def test_hot_recall_counts_ties_as_hot():
