@@ -9,13 +9,12 @@ from data.models.model import LoadedModel
 from predictor.baselines.history import LastBatch
 from runtime.engine.batch import ModelBatch
 from runtime.engine.engine import Engine
-from tests.helpers.families import tiny
+from tests.helpers.families import FAMILIES, tiny
 from tests.helpers.forecasters import Noise
 from tests.helpers.planners import RandomPlanner
 from tests.helpers.processes import on_ranks
 from tests.runtime.engine.test_families import largest_difference, left_padded, right_padded
 
-FAMILIES = ("gpt_oss", "jamba", "qwen3_moe")
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}
 
 

@@ -1,4 +1,4 @@
-"""Within a budget every kind of family gives the plain model's logits and text, for prompts and for steps."""
+"""Within a budget every family gives the plain model's logits and text, for prompts and for steps."""
 
 import shutil
 
@@ -15,14 +15,12 @@ from runtime.engine.engine import Engine
 from runtime.offload.cache import LOADERS
 from runtime.offload.expert_files import ExpertFiles
 from runtime.offload.memory import PAGE
-from tests.helpers.families import tiny
+from tests.helpers.families import FAMILIES, tiny
 from tests.helpers.forecasters import Noise
 from tests.helpers.planners import RandomPlanner
 from tests.helpers.processes import on_ranks
 from tests.runtime.engine.test_families import largest_difference, left_padded, right_padded
 
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "nemotron_h")
-"""Parts w1 and w3, gate and up, no dense layers, dense layers and shared experts, biases and stacks, no gate."""
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}
 
 
