@@ -1,7 +1,7 @@
 """Trains a small MoE model and its tokenizer on the offline corpus.
 
 Run it with `python -m data.pretrain` for the bundled Switch Transformer (about 20 minutes on one core), or with
-`python -m data.pretrain --family qwen3_moe` for a decoder-only model with top-4 routing (under 15 minutes on two cores).
+`python -m data.pretrain --family qwen3_moe` for a decoder-only model with top-4 routing (at most 15 minutes on two).
 """
 
 import itertools
