@@ -111,11 +111,10 @@ class GroupedExperts:
             ends_N: Row at which each buffer's rows end, int32 on the device; None uploads them if they are needed.
         """
         if rows_MD.is_cpu:
-            pieces = list(pieces_of(size_N, PIECE_ROWS))
-            if len(pieces) == 1:
+            if rows_MD.shape[0] <= PIECE_ROWS or np.count_nonzero(size_N) == 1:
                 return self._piece(rows_MD, size_N, reference_N)
             output_MD = torch.empty_like(rows_MD)
-            for first, part_N in pieces:
+            for first, part_N in pieces_of(size_N, PIECE_ROWS):
                 rows = int(part_N.sum())
                 part_MD = self._piece(rows_MD.narrow(0, first, rows), part_N, reference_N)
                 output_MD.narrow(0, first, rows).copy_(part_MD)

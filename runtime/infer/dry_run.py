@@ -19,6 +19,7 @@ from data.models.model import Dtype, outline
 from predictor.checkpoint import differences, read_config
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import EMULATED_DEVICES
+from runtime.engine.arguments import check_arguments
 from runtime.engine.engine import REDUNDANT
 
 BUFFERS = 2
@@ -77,10 +78,7 @@ def size_up(
         ValueError: If the model cannot be run, the predictor is for another family or geometry, slots do not divide
             over devices, or a budget is too small.
     """
-    if host_memory is not None and device_memory is None:
-        raise ValueError(f"host_memory is {host_memory} without device_memory; give both, or neither")
-    if device_memory is not None and devices not in (None, 1):
-        raise ValueError(f"devices is {devices}; within a budget a process is one device: leave the number out")
+    check_arguments(1, devices, redundant, None, None, 0, device_memory, host_memory)
     loaded = outline(model, revision)
     layout = loaded.layout
     if predictor is not None:
