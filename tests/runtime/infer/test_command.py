@@ -350,7 +350,8 @@ def test_an_interrupt_ends_all_processes_and_leaves_no_half_report(start, tmp_pa
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(15) != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    assert (tmp_path / "stderr").read_text().count("interrupted; run the same command again") == 2
+    # one rank may notice the other's end before its own interrupt, and then says that instead
+    assert "interrupted; run the same command again" in (tmp_path / "stderr").read_text()
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "stdout").read_text()
     assert [line["batch"] for line in lines_of(tmp_path)] == list(range(len(lines_of(tmp_path))))
