@@ -20,13 +20,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionYesNo
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.progress import track
@@ -36,19 +39,22 @@ from data.cli import OneLine, print_json, user_errors
 from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
 from data.models.weights import BUNDLED
+from predictor.adaptive import AdaptiveForecaster
 from predictor.baselines.token_table import TokenTable
 from predictor.checkpoint import load_adaptive, save_predictor, save_state
+from predictor.choice import FREE, VALIDATION, loses
 from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import details, summarise, write_report
 from predictor.evaluation.segments import segment_errors
 from predictor.evaluation.tables import REDUNDANT
 from predictor.forecast import LoadForecast
-from predictor.training.calibration import calibrate_spread, warmed_up
+from predictor.training.calibration import calibrate_spread
 from predictor.training.export import check_target, git_revision, model_card, predictor_folder, provenance
 from predictor.training.module import ForecasterModule
 from predictor.training.result_table import result_table
 from predictor.training.run_folder import RunFolder
 from predictor.training.run_log import RunLog
+from predictor.training.validation import load_errors
 from predictor.training.wandb_logging import BaselineCurve, name_run, track_results, track_settings
 from runtime.balancing.balancer import Balancer
 from runtime.balancing.plan import contiguous_homes
@@ -70,6 +76,18 @@ class TrainParser(OneLine, LightningArgumentParser):
 
 class TrainCLI(LightningCLI):
     """LightningCLI with the options that belong neither to the trainer nor to model or data."""
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """The trainer, without callbacks that cannot do anything under its settings and would refuse them."""
+        idle: tuple[type[Callback], ...] = ()
+        if config.get("logger") is False:
+            idle += (LearningRateMonitor,)
+        if config.get("enable_checkpointing") is False:
+            idle += (ModelCheckpoint,)
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        config["callbacks"] = [callback for callback in given if not isinstance(callback, idle)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds --predictor, --overwrite and --ckpt_path."""
@@ -94,18 +112,22 @@ def train(cli: TrainCLI, run_log: RunLog) -> dict[str, Any] | None:
     """Fits, tests the best checkpoint, exports, reports; returns the last line, on the main process only."""
     started, folder, config = time.perf_counter(), Path(cli.config["predictor"]), cli.config
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    check_target(folder, config["overwrite"])
+    trial = config["trainer"]["fast_dev_run"]
+    if not trial:
+        check_target(folder, config["overwrite"])
     run = RunFolder(folder, trainer)
-    checkpoint, wandb_run = run.checkpoint(config["ckpt_path"], model)
-    run_log.write_to(run.log)
-    name_run(trainer, folder, model.architecture, wandb_run)
-    with run.interruptible():
+    with run.alone(), run.interruptible():
+        checkpoint, wandb_run = run.checkpoint(config["ckpt_path"], model)
+        run_log.write_to(run.log)
+        name_run(trainer, folder, model.architecture, wandb_run)
         address = track_settings(trainer, config.as_dict() | {"git_revision": git_revision()})
         log.info("training; checkpoints and log are in %s%s", run.path, f", curves at {address}" * bool(address))
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if not trainer.global_step:
             raise ValueError("the run took no training step; raise --trainer.max_epochs or --trainer.max_steps")
-        if not trainer.is_global_zero:
+        if trial:
+            log.info("fast_dev_run: the batches passed; no predictor is written")
+        if trial or not trainer.is_global_zero:
             return None
         line = export(cli, folder)
     return line | {"seconds": round(time.perf_counter() - started, 1)}
@@ -118,7 +140,9 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
     about: dict[str, Any] = {"provenance": provenance(model.seconds, model.cpu_seconds)}
     learned = model.forecaster()
     learned.spread = calibrate_spread(learned, bar(data.samples("val"), "Calibrating"))
-    adaptive = warmed_up(learned, bar(data.samples("val"), "Warming up"))
+    adaptive = AdaptiveForecaster(learned, *learned.shape)
+    errors = load_errors([adaptive, *FREE.values()], bar(data.samples("val"), "Validating"), data.layout)
+    about[VALIDATION] = {name: round(error, 4) for name, error in errors.items()}
     state = adaptive.state()  # what the folder begins with: without the test batches
     divides = data.layout.num_experts % DEVICES == 0
     replicators = {count: partial(balancedness_of, data.layout, count) for count in REDUNDANT if divides}
@@ -135,17 +159,20 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
         save_predictor(new, learned, about)
         save_state(new, state)
         (new / "run.yaml").write_text(settings(cli))
-        (new / "README.md").write_text(model_card(learned, about["metrics"], about["provenance"]))
+        (new / "README.md").write_text(model_card(learned, about["metrics"], about["provenance"], errors))
         write_report(new, f"Expert load of {data.layout.model_id}", ladder, data.layout.layer_names)
         load_adaptive(new, data.layout)
-    track_results(cli.trainer, ladder, data.layout.layer_names, folder)
     layout = data.layout
     host = "" if layout.model_id == BUNDLED else f" --model {layout.model_id}"
     following = f"runtime.infer{host}" if layout.d_model else f"runtime.simulate {data.path}"
     print(f"\n{result_table(about['metrics'])}")
+    if sentence := loses(errors):
+        print(f"Warning: {sentence}. It is used instead, unless --forecast adaptive is given.")
     print(f"More: {folder / 'report.html'}, python -m predictor.show {folder}")
     print(f"Next: python -m {following} --predictor {folder}")
-    return {"predictor": str(folder), "trace": str(data.path), "test": summarise(ladder)}
+    track_results(cli.trainer, ladder, layout.layer_names, folder, errors)
+    line = {"predictor": str(folder), "trace": str(data.path)}
+    return line | {"validation": about[VALIDATION], "test": summarise(ladder)}
 
 
 def settings(cli: TrainCLI) -> str:
@@ -156,12 +183,21 @@ def settings(cli: TrainCLI) -> str:
     return str(cli.parser.dump(config))
 
 
+@contextmanager
+def refusals_of_lightning() -> Iterator[None]:
+    """Turns what Lightning raises on settings that it cannot follow into ValueError."""
+    try:
+        yield
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise ValueError(str(error)) from None
+
+
 def main() -> None:
     """Command line: only --help and the last line go to stdout."""
     for kind in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # nothing of W&B's outside outputs/
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path("outputs/wandb").absolute()))
     os.environ |= {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
-    with user_errors("run the same command again"), RunLog() as run_log:
+    with user_errors("run the same command again"), RunLog() as run_log, refusals_of_lightning():
         cli = TrainCLI(
             ForecasterModule, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
             auto_configure_optimizers=False, parser_class=TrainParser,

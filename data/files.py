@@ -25,6 +25,29 @@ def whole_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Creates a folder and holds its lock inside the block, so that no two processes write to it.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    import fcntl  # not on every system
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is writing to {folder}; wait until it has ended, or name another folder"
+            ) from None
+        yield
+    finally:
+        os.close(handle)  # which gives the lock back
+
+
 def check_folder(path: Path) -> None:
     """Checks that a folder can be created or written to, before work whose result goes there; creates nothing.
 

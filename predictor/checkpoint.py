@@ -54,6 +54,18 @@ def save_predictor(folder: Path, forecaster: NeuralForecaster, about: dict[str, 
     write_json(folder / CONFIG, config | (about or {}))
 
 
+def local_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a predictor; one on the hub is downloaded.
+
+    Raises:
+        ValueError: If it cannot be downloaded.
+    """
+    folder = Path(folder_or_hub_id)
+    if not folder.is_dir() and is_hub_id(folder_or_hub_id):
+        return download_predictor(str(folder_or_hub_id), revision)
+    return folder
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads and checks config.json.
 
@@ -127,9 +139,7 @@ def load_predictor(
         >>> forecast.load.shape  # MoE layers, experts
         (3, 8)
     """
-    folder = Path(folder_or_hub_id)
-    if not folder.is_dir() and is_hub_id(folder_or_hub_id):
-        folder = download_predictor(str(folder_or_hub_id), revision)
+    folder = local_folder(folder_or_hub_id, revision)
     config = read_config(folder)
     trained = MoELayout.from_json(config["layout"])
     if layout is not None and layout.fingerprint() != trained.fingerprint():
@@ -181,9 +191,7 @@ def load_adaptive(
     Raises:
         ValueError: Also if the state is damaged, or of another model or other weights.
     """
-    folder = Path(folder_or_hub_id)
-    if not folder.is_dir() and is_hub_id(folder_or_hub_id):
-        folder = download_predictor(str(folder_or_hub_id), revision)
+    folder = local_folder(folder_or_hub_id, revision)
     learned = load_predictor(folder, layout, embedding)
     adaptive = AdaptiveForecaster(learned, learned.layout.num_layers, learned.layout.num_experts)
     if (folder / STATE).exists():

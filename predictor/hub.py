@@ -9,7 +9,7 @@ huggingface_hub is imported on use, so that local folders load without it.
 import re
 from pathlib import Path
 
-FILES = ("config.json", "model.safetensors", "README.md")
+FILES = ("config.json", "model.safetensors", "adaptive.safetensors", "README.md")
 """Files of a predictor folder that are on the hub."""
 
 

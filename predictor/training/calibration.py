@@ -12,8 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from data.traces.dataset import TraceSample, sequence_loads
-from predictor.adaptive import AdaptiveForecaster
+from data.traces.dataset import TraceSample
 from predictor.evaluation.metrics import shares
 from predictor.forecaster import NeuralForecaster
 
@@ -41,16 +40,6 @@ def fit_spread(load_NLE: Tensor, terms_NSLE: Tensor, truth_NLE: Tensor) -> Tenso
             if surprise < best:
                 best, result[layer] = surprise, scale**2 * weights
     return result
-
-
-def warmed_up(learned: NeuralForecaster, samples: Iterable[TraceSample]) -> AdaptiveForecaster:
-    """The forecaster wrapped as one that goes on learning, after it has served some batches, in their order."""
-    adaptive = AdaptiveForecaster(learned, *learned.shape)
-    for sample in samples:
-        upcoming, load = sample.trace.upcoming, sample.load.long().numpy()
-        adaptive.forecast(upcoming, sample.history.long().numpy())
-        adaptive.observe(upcoming, load, sequence_loads(sample.trace, learned.layout).numpy())
-    return adaptive
 
 
 def calibrate_spread(forecaster: NeuralForecaster, samples: Iterable[TraceSample]) -> Tensor:

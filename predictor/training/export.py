@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from predictor.checkpoint import CONFIG, WEIGHTS
+from predictor.choice import loses
 from predictor.evaluation.tables import Details, comparison_table
 from predictor.forecaster import NeuralForecaster
 
@@ -70,8 +71,10 @@ def provenance(seconds: float, cpu_seconds: float) -> dict[str, Any]:
     }
 
 
-def model_card(forecaster: NeuralForecaster, details: Details, about: dict[str, Any]) -> str:
-    """README.md of a predictor folder."""
+def model_card(forecaster: NeuralForecaster, details: Details, about: dict[str, Any], errors: dict[str, float]) -> str:
+    """README.md of a predictor folder, with its load error and that of others on the validation batches."""
+    beside = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
+    warning = "" if (sentence := loses(errors)) is None else f"\n**{sentence[0].upper()}{sentence[1:]}.**\n"
     layout, architecture = forecaster.layout, forecaster.network.architecture
     parameters = sum(value.numel() for value in forecaster.network.parameters())
     direction = "bidirectional" if architecture.bidirectional else "left-to-right"
@@ -84,11 +87,13 @@ tags: [mixture-of-experts, switch-transformers, expert-load-forecasting]
 Forecasts how many tokens of the next batch are dispatched to each of {layout.num_experts} experts, in all
 {layout.num_layers} MoE layers of `{layout.model_id}` (layout fingerprint `{layout.fingerprint()}`), from the batch's
 encoder tokens and the loads of the batches before it. It never changes the model's outputs.
-
+{warning}
 - Network: {architecture.depth} {direction} {architecture.cell.upper()} layers of width {architecture.width}, \
 {parameters:,} parameters. The host model's embedding table is read from the host model.
 - Training: {about["training_seconds"]} s, command `python {" ".join(about["command"])}`; settings in run.yaml.
 - Load it with `predictor.load_predictor(folder)`, which needs torch and safetensors only.
+- Load error on the validation batches, which also chose the weights: {beside}. The runtime uses the best of
+  these unless told otherwise.
 
 ## Load error on held-out batches
 Total variation of forecast and true share (0 to 1, lower is better): mean over MoE layers and batches, 95 % interval.

@@ -4,10 +4,12 @@ Shape suffixes: B sequences, T positions, L MoE layers, E logical experts.
 """
 
 import ctypes
+import logging
 import math
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +26,16 @@ from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork, Prediction
 from predictor.training.losses import distillation_loss, load_loss, sequence_loss, token_loss
 
+ENDLESS_WARM_UP = 100
+log = logging.getLogger(__name__)
 
-def one_cycle(step: int, steps: int) -> float:
-    """Factor (0 to 1) of the learning rate: linear warm-up over the first tenth of the steps, then a cosine to zero."""
-    warm_up = max(steps // 10, 1)
+
+def one_cycle(step: int, steps: float) -> float:
+    """Factor (0 to 1) of the learning rate: linear warm-up over the first tenth of the steps, then a cosine to zero.
+
+    A training without an end, of infinite steps, warms up over `ENDLESS_WARM_UP` of them and stays at its peak.
+    """
+    warm_up = max(int(steps) // 10, 1) if math.isfinite(steps) else ENDLESS_WARM_UP
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * min((step - warm_up) / max(steps - warm_up, 1), 1.0)))
@@ -200,15 +208,24 @@ class ForecasterModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs load error (its mean picks the best checkpoint) and token top-1, overall and of each layer."""
         for name, mean in self.means.items():
-            layers = mean.compute()
+            layers = mean.compute().reshape(-1)  # torchmetrics makes a scalar of one layer's mean
             self.log(name, layers.nanmean().float(), prog_bar=True)
             for layer, value in zip(self.layout.layer_names, layers.float(), strict=False):
                 self.log(f"layers/{name}/{layer}", value)
 
     def load_best(self) -> None:
-        """Loads the weights of the checkpoint with the lowest validation error; keeps the present ones without one."""
-        if best := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
-            self.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+        """Loads the weights of the checkpoint with the lowest validation error; keeps the present ones without one.
+
+        A checkpoint names the place where it was written. If the run's folder has moved since, the file in it counts.
+        """
+        callback: Any = self.trainer.checkpoint_callback
+        if not getattr(callback, "best_model_path", ""):
+            log.warning("no checkpoint was validated: the predictor has the weights of the last step")
+            return
+        written = Path(callback.best_model_path)
+        here = Path(callback.dirpath) / written.name
+        best = here if here.exists() else written
+        self.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
 
     def forecaster(self) -> NeuralForecaster:
         """A forecaster with the present weights, on the CPU; its spread is not calibrated yet."""
@@ -222,6 +239,6 @@ class ForecasterModule(LightningModule):
         optimizer = torch.optim.AdamW(
             self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
         )
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

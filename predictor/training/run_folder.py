@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from data.files import held
 from predictor.training.module import ForecasterModule
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class RunFolder:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.path.resolve())
         self.checkpoints = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or self.path)
+        self._first = trainer.is_global_zero
 
     def checkpoint(self, wanted: str | None, model: ForecasterModule) -> tuple[Path | None, str | None]:
         """The checkpoint file to resume, and the id of its W&B run; None and None for a fresh start.
@@ -68,6 +70,16 @@ class RunFolder:
         if wrote != wants:
             raise ValueError(f"{path} is of architecture {wrote}, the configuration wants {wants}; make them agree")
         return path, state.get("wandb_run")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other runs out of the folder inside the block; the processes of one run share it.
+
+        Raises:
+            ValueError: If another run is in it.
+        """
+        with held(self.path) if self._first else nullcontext():
+            yield
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

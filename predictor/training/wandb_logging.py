@@ -6,11 +6,10 @@ loggers are left alone.
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
@@ -19,10 +18,10 @@ from data.files import sha256
 from data.traces.store import TRACE_JSON
 from predictor.baselines.history import Ema, LastBatch
 from predictor.evaluation.comparison import Comparison
-from predictor.evaluation.metrics import load_tv
 from predictor.evaluation.report import details, layer_rows, summarise
 from predictor.evaluation.tables import CAPTIONS
 from predictor.network import Architecture
+from predictor.training.validation import load_errors
 
 CURVE = "val/load_tv"
 SUMMARISED = ("load_tv", "balancedness_r16")
@@ -79,12 +78,13 @@ class BaselineCurve(Callback):
         run, trace = logger.experiment, data.path / TRACE_JSON
         facts = {"trace_sha256": sha256(trace), "layout_fingerprint": data.layout.fingerprint()}
         run.config.update(facts, allow_val_change=True)
-        self.baselines = validation_errors(data)
+        steps = [step for step, split in enumerate(data.splits) if split == "val"]
+        self.baselines = load_errors([LastBatch(), Ema.fit(data.loads, steps)], data.samples("val"), data.layout)
         run.summary.update({f"reference/{CURVE}/{name}": value for name, value in self.baselines.items()})
         if not run.offline:
             import wandb
 
-            artifact = wandb.Artifact(data.path.name, type="trace", metadata={"path": str(data.path)})
+            artifact = wandb.Artifact(artifact_name(data.path), type="trace", metadata={"path": str(data.path)})
             artifact.add_file(str(trace))
             run.use_artifact(artifact)
 
@@ -101,19 +101,23 @@ class BaselineCurve(Callback):
         logger.experiment.log({"curves/load_tv": chart})
 
 
-def validation_errors(data: RouterTraceModule) -> dict[str, float]:
-    """load_tv of last batch and moving average on the validation batches: mean over batches, then over layers."""
-    steps = [step for step, split in enumerate(data.splits) if split == "val" and step > 0]
-    result = {}
-    for forecaster in (LastBatch(), Ema.fit(data.loads, steps)):
-        forecasts = [forecaster.forecast(None, data.loads[:step]).load for step in steps]
-        errors = load_tv(torch.from_numpy(np.stack(forecasts)), torch.from_numpy(data.loads[steps]))
-        result[forecaster.name] = float(errors.nanmean(0).nanmean())
-    return result
+def artifact_name(folder: Path) -> str:
+    """The name of a folder as W&B takes it: ASCII letters, digits, dashes, underscores and dots, at most 128."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name)[:128]
 
 
-def track_results(trainer: Trainer, ladder: Comparison, layer_names: list[str], folder: Path) -> None:
-    """Logs test figures as summary, tables and pictures, and the predictor as output artifact; ends the run."""
+def track_results(
+    trainer: Trainer, ladder: Comparison, layer_names: list[str], folder: Path, errors: dict[str, float]
+) -> None:
+    """Logs figures as summary, tables and pictures, and the predictor as output artifact; ends the run.
+
+    Args:
+        trainer: Whose W&B run it is; without one nothing is done.
+        ladder: Test figures.
+        layer_names: Name of each MoE layer.
+        folder: The predictor's folder.
+        errors: Load error of each forecaster on the validation batches, when training had ended.
+    """
     if (logger := wandb_logger(trainer)) is None:
         return
     import wandb
@@ -129,11 +133,12 @@ def track_results(trainer: Trainer, ladder: Comparison, layer_names: list[str], 
     run.log({"tables/layers": wandb.Table(["stream", "forecaster", *layer_names], layer_rows(ladder, layer_names))})
     for picture in sorted(folder.glob("*.png")):  # drawn once, for the report
         run.log({f"pictures/{picture.stem}": wandb.Image(str(picture))})
+    run.summary.update({f"validation/{name}/load_tv": error for name, error in errors.items()})
     for stream, forecasters in summarise(ladder).items():
         for name, values in forecasters.items():
             chosen = {metric: value for metric, value in values.items() if metric.startswith(SUMMARISED)}
             run.summary.update({f"test/{stream}/{name}/{metric}": value for metric, value in chosen.items()})
-    artifact = wandb.Artifact(folder.name, type="predictor")
+    artifact = wandb.Artifact(artifact_name(folder), type="predictor")
     artifact.add_dir(str(folder))
     run.log_artifact(artifact, aliases=["latest", "best"])
     run.finish()

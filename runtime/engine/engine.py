@@ -17,19 +17,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
 from torch import Tensor
 
+from data.arguments import check_choice
 from data.arrays import IntArray
 from data.files import sha256
 from data.models.device import Device
 from data.models.model import Dtype, LoadedModel, load_dense, load_model
 from data.models.stored_experts import stored_experts
 from data.models.weights import ModelWeights
-from predictor.checkpoint import load_adaptive
+from predictor.choice import Choice, open_forecaster
 from predictor.forecast import Forecaster
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
@@ -60,10 +61,14 @@ class Engine:
         model: A model of transformers in evaluation mode (Switch, or a decoder-only family; docs/models.md lists them),
             'switch-mini-64' (bundled), a local model folder, or a hub id. Under torchrun, or with `device_memory`, give
             a folder or an id: each process then reads only the experts that it needs.
-        predictor: A folder that `train.py` wrote, a hub id of one, or any `Forecaster`; None never replicates.
+        predictor: A folder that `train.py` wrote, a hub id of one, or any `Forecaster`.
         num_devices: G, devices that the experts are spread over: under torchrun the number of processes; else 1 on
             CUDA, and on a CPU 8, which it emulates.
         num_redundant_experts: R, replica slots of each MoE layer over all devices; None is 16, or 0 on one device.
+        forecast: What forecasts: "adaptive" the predictor, which goes on learning from the batches that run; "learned"
+            the predictor as it was trained; "last" the last batch, "ema" a moving average; "none" nothing, and nothing
+            is replicated. "auto" is a `Forecaster` that is given, "adaptive" for a predictor, or "last" or "ema" where
+            that did better on the predictor's validation batches; without a predictor "none".
         max_moves: Most experts copied before one batch, over all layers; None sets no limit.
         devices_per_node: Devices that share a fast network; copies and tokens then stay within a node where balance
             allows it. None means one node.
@@ -96,6 +101,7 @@ class Engine:
         num_devices: int | None = None,
         num_redundant_experts: int | None = None,
         *,
+        forecast: Choice = "auto",
         max_moves: int | None = None,
         devices_per_node: int | None = None,
         expert_overhead_tokens: int | Literal["auto"] = 0,
@@ -121,7 +127,7 @@ class Engine:
         dtype = dtype or ("bfloat16" if cuda else "float32")
         self.loaded, self._weights = self._load(model, revision, dtype, device_memory, host_memory)
         layout = self.loaded.layout
-        self.forecaster, digest = self._open_predictor(predictor)
+        self.forecaster, digest = self._open_predictor(predictor, forecast)
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
         devices = self.ranks.devices(num_devices)
         if num_redundant_experts is None:
@@ -165,17 +171,24 @@ class Engine:
             device_memory, host_memory, stored
         )
 
-    def _open_predictor(self, predictor: Forecaster | Path | str | None) -> tuple[Forecaster | None, str]:
+    def _open_predictor(
+        self, predictor: Forecaster | Path | str | None, forecast: Choice
+    ) -> tuple[Forecaster | None, str]:
         """The forecaster, and a digest of the weights of a predictor folder."""
-        if not isinstance(predictor, str | Path):
-            if predictor is not None and (isinstance(predictor, type) or not hasattr(predictor, "forecast")):
+        check_choice("forecast", forecast, get_args(Choice))
+        if predictor is not None and not isinstance(predictor, str | Path):
+            if isinstance(predictor, type) or not hasattr(predictor, "forecast"):
                 kind = predictor.__name__ if isinstance(predictor, type) else type(predictor).__name__
                 raise TypeError(f"predictor is {kind}, expected a folder, a hub id, or a Forecaster")
+            if forecast != "auto":
+                raise ValueError(f"forecast is '{forecast}' beside a Forecaster; leave one of them out")
             return predictor, "none"
-        folder = Path(predictor)
         table = self.loaded.model.get_input_embeddings().weight.detach()
-        forecaster = load_adaptive(predictor, self.loaded.layout, table)
-        return forecaster, sha256(folder / "model.safetensors") if folder.is_dir() else str(predictor)
+        forecaster = open_forecaster(predictor, forecast, self.loaded.layout, table)
+        if predictor is None:
+            return forecaster, "none"
+        weights = Path(predictor) / "model.safetensors"
+        return forecaster, sha256(weights) if weights.exists() else str(predictor)
 
     def __enter__(self) -> "Engine":
         if self._open:

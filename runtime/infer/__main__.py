@@ -24,6 +24,7 @@ from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
 from data.traces.tracer import input_tokens, model_inputs
+from predictor.choice import Choice
 from runtime.distributed.heartbeat import RankLostError, exit_now
 from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, ModelBatch
@@ -59,6 +60,7 @@ def text_batches(
 def infer(
     model: str = BUNDLED,
     predictor: Path | None = None,
+    forecast: Choice = "auto",
     text: str | None = None,
     devices: int | None = None,
     redundant: int | None = None,
@@ -86,7 +88,11 @@ def infer(
 
     Args:
         model: 'switch-mini-64' or 'qwen3-mini-64' (bundled), a local folder, or a hub id.
-        predictor: Folder that `train.py` wrote; without one nothing is forecast and nothing replicated.
+        predictor: Folder that `train.py` wrote.
+        forecast: What forecasts: 'adaptive' the predictor, which goes on learning; 'learned' the predictor as it was
+            trained; 'last' the last batch, 'ema' a moving average; 'none' nothing, and nothing is replicated. 'auto' is
+            'adaptive', or one of the two from past loads where that did better on the validation batches; without a
+            predictor it is 'none'.
         text: File, folder or hub data set; by default the offline corpus' held-out batches.
         devices: Devices that the experts are spread over; under torchrun the number of processes, else 8, run and timed
             one after the other.
@@ -128,9 +134,10 @@ def infer(
     exporters = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*exporters, out, settings) as telemetry:
         engine = Engine(
-            model, predictor, devices, redundant, max_moves=max_moves, devices_per_node=devices_per_node,
-            expert_overhead_tokens=expert_overhead_tokens, device_memory=device_memory, host_memory=host_memory,
-            device=device, dtype=dtype, measure=True, timeout_s=timeout, revision=revision,
+            model, predictor, devices, redundant, forecast=forecast, max_moves=max_moves,
+            devices_per_node=devices_per_node, expert_overhead_tokens=expert_overhead_tokens,
+            device_memory=device_memory, host_memory=host_memory, device=device, dtype=dtype, measure=True,
+            timeout_s=timeout, revision=revision,
             must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
         plain = plain_model(model, revision, engine) if check else None

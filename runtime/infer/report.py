@@ -82,13 +82,14 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
 
 
 def forecast_health(costs: list[BatchStats], controller: Controller) -> dict[str, Any]:
-    """How often the predictor's own forecast prepared a batch, came too late, or was replaced, and by which errors.
+    """Who forecasts, how often it prepared a batch, came too late, or was replaced, and by which errors.
 
     `replaced` counts each time past loads or the active plan took the place of a forecast or of the plan made from it.
     """
-    name = controller.forecaster.name if controller.forecaster else None
+    name = controller.forecaster.name if controller.forecaster else "none"
     made = [cost.preparation.forecast for cost in costs if cost.preparation]
     return {
+        "by": name,
         "used": sum(forecast is not None and forecast.source == name for forecast in made),
         "late": controller.late,
         "replaced": sum(controller.fallbacks.values()),
@@ -123,7 +124,7 @@ def show(report: dict[str, Any], console: Console, details: bool = False) -> Non
         console.print(layers_table(report))
     lines = [_what_ran(report), _comparison(report)]
     lines += _balance(report) if report["devices"] > 1 else []
-    lines += _forecasts(report) if report["predictor"] else []
+    lines += _forecasts(report) if report["forecasts"]["by"] != "none" else []
     lines += _caching(report) if report["cache"] else []
     lines.append(Text(f"Picture: {report['out']}/balancedness.png; all figures: report.json beside it"))
     title = Text(f"{report['model']} with Switchcast", style="bold")
@@ -160,7 +161,7 @@ def _balance(report: dict[str, Any]) -> list[Text]:
     lines = [Text("Balancedness (mean device load / largest device load, 1 is perfect):")]
     for name, label in POLICIES.items():
         value = report["balancedness"][name]
-        if name == "replicated" and report["predictor"] is None:
+        if name == "replicated" and report["forecasts"]["by"] == "none":
             label = "no forecast"
         bar = "█" * round(BAR * value)
         lines.append(Text(f"  {label:<12} {value:.3f} {bar}", style=COLOURS.get(label, "")))
@@ -171,7 +172,7 @@ def _forecasts(report: dict[str, Any]) -> list[Text]:
     health = report["forecasts"]
     colour = "bold red" if health["replaced"] else "yellow" if health["late"] > health["used"] else ""
     counts = ", ".join(f"{health[name]} {name}" for name in ("used", "late", "replaced"))
-    return [Text.assemble("Forecasts: ", (counts, colour))]
+    return [Text.assemble(f"Forecasts ({health['by']}): ", (counts, colour))]
 
 
 def _caching(report: dict[str, Any]) -> list[Text]:

@@ -1,5 +1,6 @@
 """A small made-up trace for tests: experts are a function of the token, its right neighbour and the topic."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,14 @@ def make_batch(number: int, phase: str, split: str, rng: np.random.Generator) ->
     )  # fmt: skip
 
 
-def write_trace(folder: Path, layout: MoELayout, splits: list[str], shard: int = 8) -> Path:
-    rng = np.random.default_rng(0)
-    half = max(len(splits) // 2, 1)
-    traces = [make_batch(n, PHASES[min(n // half, 1)], split, rng) for n, split in enumerate(splits)]
+def write_trace(folder: Path, layout: MoELayout, splits: list[str], shard: int = 8, repeating: bool = False) -> Path:
+    """Writes a trace of a model with the made-up one's layers or the first of each stack; `repeating` in one batch."""
+    half, rng = max(len(splits) // 2, 1), np.random.default_rng(0)
+    traces = []
+    for number, split in enumerate(splits):
+        phase = PHASES[0 if repeating else min(number // half, 1)]
+        batch = make_batch(number, phase, split, np.random.default_rng(0) if repeating else rng)
+        traces.append(replace(batch, experts=batch.experts[: layout.num_input_layers]))
     shards = []
     for start in range(0, len(traces), shard):
         path = folder / f"part-{start:05d}.parquet"

@@ -55,6 +55,8 @@ def refused(run, capsys):
         (["--ckpt_path=last"], "outputs/smoke/predictor.run/last.ckpt does not exist; there is no run to resume"),
         (["--model.distillation_weight=1"], "the trace contains no likeliest experts to distil from"),
         (["--trainer.max_epochs=0"], "the run took no training step; raise --trainer.max_epochs"),
+        (["--trainer.limit_train_batches=0"], "the run took no training step"),
+        (["--trainer.accelerator=tpu"], "torch_xla"),
         (["--model.learning_rate=1e30"], "is nan; lower --model.learning_rate"),
     ],
 )

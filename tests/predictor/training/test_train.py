@@ -22,7 +22,8 @@ FORECASTERS = {"uniform", "stationary", "last", "ema", "token_table", "learned",
 
 def test_contract_and_folder(run, layout, trace, upcoming):
     line = run("--trainer.max_epochs=6", "--model.learning_rate=0.02")
-    assert set(line) == {"predictor", "trace", "seconds", "test"}
+    assert set(line) == {"predictor", "trace", "seconds", "validation", "test"}
+    assert line["validation"].keys() == {"adaptive", "last", "ema"}
     assert line["trace"] == str(trace)
     assert set(line["test"]) == {"steady", "every_1"}
     for rows in line["test"].values():
@@ -48,6 +49,7 @@ def test_contract_and_folder(run, layout, trace, upcoming):
     config = json.loads((folder / CONFIG).read_text())
     assert config["metrics"]["every_1"]["learned"]["load_tv"] == changing["learned"]["load_tv"]
     assert config["provenance"]["command"][0] == "train.py"
+    assert config["validation"] == line["validation"]
     settings = (folder / "run.yaml").read_text()
     assert "learning_rate: 0.02" in settings
     assert "overwrite" not in settings, "the file repeats the run, and must not replace a predictor unasked"

@@ -143,13 +143,28 @@ def test_a_working_predictor_is_reported_as_such(command, tmp_path):
     said = command()
     report = json.loads(said.out.splitlines()[-1])
     health = report["forecasts"]
-    assert set(health) == {"used", "late", "replaced", "reasons"}
+    assert set(health) == {"by", "used", "late", "replaced", "reasons"}
     assert health["used"] + health["late"] == report["batches"]
     assert (health["replaced"], health["reasons"]) == (0, {})
-    assert f"Forecasts: {health['used']} used, {health['late']} late, 0 replaced" in said.out
+    assert f"Forecasts (adaptive): {health['used']} used, {health['late']} late, 0 replaced" in said.out
     assert "replaced" not in said.err
     assert json.loads((tmp_path / "out" / "report.json").read_text())["forecasts"] == health
-    assert "Forecasts:" not in command(predictor="null").out
+    assert "Forecasts" not in command(predictor="null").out
+
+
+def test_past_loads_forecast_where_they_are_asked_for_or_did_better(command, predictor, tmp_path, caplog):
+    def by(**changes):
+        return json.loads(command(**changes).out.splitlines()[-1])["forecasts"]["by"]
+
+    assert by(predictor="null", forecast="last") == "last"
+    assert by(forecast="none") == "none"
+    losing = shutil.copytree(predictor, tmp_path / "losing")
+    config = json.loads((losing / "config.json").read_text())
+    config["validation"] = {"adaptive": 0.3, "last": 0.2, "ema": 0.25}
+    (losing / "config.json").write_text(json.dumps(config))
+    assert by(predictor=losing) == "last"
+    assert "not better than past loads: load error 0.300, last 0.200; last forecasts instead" in caplog.text
+    assert by(predictor=losing, forecast="adaptive") == "adaptive"
 
 
 def test_a_predictor_that_never_works_is_no_success(command, predictor, tmp_path, monkeypatch, capsys):
@@ -167,7 +182,7 @@ def test_a_predictor_that_never_works_is_no_success(command, predictor, tmp_path
     assert [reason.partition(":")[0] for reason in health["reasons"]] == ["ValueError"]
     assert sum(health["reasons"].values()) == health["replaced"]
     assert report["same_argmax"] == 1.0, "outputs do not depend on forecasts"
-    assert f"Forecasts: 0 used, {health['late']} late, {health['replaced']} replaced" in said.out
+    assert f"Forecasts (adaptive): 0 used, {health['late']} late, {health['replaced']} replaced" in said.out
     (error,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
     for part in (f"replaced {health['replaced']} times", "NaN, infinite", f"train {broken} again", "--allow-fallback"):
         assert part in error
