@@ -164,6 +164,7 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
         load_adaptive(new, data.layout)
     layout = data.layout
     host = "" if layout.model_id == BUNDLED else f" --model {layout.model_id}"
+    host += f" --revision {layout.revision}" if layout.revision else ""
     following = f"runtime.infer{host}" if layout.d_model else f"runtime.simulate {data.path}"
     print(f"\n{result_table(about['metrics'])}")
     if sentence := loses(errors):

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from data.cli import from_command_line, print_json, user_errors
 from data.files import read_json, sha256, write_json
 from data.models.device import Device, pick_device
+from data.models.layout import MoELayout
 from data.models.model import Dtype, LoadedModel, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
@@ -187,7 +188,12 @@ def collect(
 
 def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
     found = open_trace(out)
-    if differing := [key for key in request if key != DEVICE and found.about.get(key) != request[key]]:
+    layout = MoELayout.from_json(request["layout"])
+    differing = [key for key in request if key not in (DEVICE, "layout") and found.about.get(key) != request[key]]
+    names = [(each.model_id, each.revision) for each in (found.layout, layout)]
+    if not found.layout.is_same(layout) or names[0] != names[1]:
+        differing.insert(0, "model")
+    if differing:
         raise ValueError(
             f"{out} holds another trace (different {', '.join(differing)}); name another --out or remove it"
         )

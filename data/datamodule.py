@@ -25,6 +25,7 @@ class RouterTraceModule(LightningDataModule):
         trace: Folder of the trace; if it does not exist, the trace is collected first.
         model: Model to collect a trace from, if it does not exist: a local folder or a hub id; 'switch-mini-64'
             (bundled) by default. A trace that exists must be of this model, if one is given.
+        revision: Revision of a hub model; a trace that exists must be of it, if one is given.
         window: Most past loads in a sample's history.
         sequences: Approximate number of sequences in a training batch. The trace's batches are cut at random, because
             more and smaller steps learn more in the same time.
@@ -47,11 +48,12 @@ class RouterTraceModule(LightningDataModule):
         top: int = 0,
         batching: BatchingConfig = BatchingConfig(),
         decode: float = 0.25,
+        revision: str = "",
     ) -> None:
         if not 0 <= decode <= 1:
             raise ValueError(f"decode is {decode}, expected a share of training batches, 0 to 1")
         super().__init__()
-        self.path, self.model, self.window = trace, model, window
+        self.path, self.model, self.revision, self.window = trace, model, revision, window
         self.sequences, self.seed, self.top, self.batching, self.decode = sequences, seed, top, batching, decode
 
     def prepare_data(self) -> None:
@@ -60,7 +62,10 @@ class RouterTraceModule(LightningDataModule):
             log.info("reusing the trace in %s", self.path)
         else:
             log.info("no trace in %s yet; collecting one from %s", self.path, self.model or BUNDLED)
-            collect(model=self.model or BUNDLED, out=self.path, batching=self.batching, top=self.top)
+            collect(
+                model=self.model or BUNDLED, revision=self.revision, out=self.path, batching=self.batching,
+                top=self.top,
+            )  # fmt: skip
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the trace and derives its loads; later calls do nothing.
@@ -75,6 +80,11 @@ class RouterTraceModule(LightningDataModule):
             raise ValueError(
                 f"{self.path} is a trace of {trace.layout.model_id}, the configuration names {self.model}; "
                 "give --data.trace or --data.model so that they agree"
+            )
+        if self.revision not in ("", trace.layout.revision):
+            raise ValueError(
+                f"{self.path} is a trace of revision '{trace.layout.revision}' of {trace.layout.model_id}, the "
+                f"configuration names '{self.revision}'; give --data.trace or --data.revision so that they agree"
             )
         loads, sizes = [], []
         for batch in trace.traces():

@@ -9,6 +9,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""First bytes of the text that Git LFS leaves in place of a file until the file is fetched."""
+
+
+def cache_folder() -> Path:
+    """Folder for downloads and converted weights: `$SWITCHCAST_CACHE`, by default `~/.cache/switchcast`."""
+    return Path(os.environ.get("SWITCHCAST_CACHE", Path.home() / ".cache" / "switchcast"))
+
+
+def check_fetched(path: Path) -> None:
+    """Refuses a pointer that Git LFS left in place of a file.
+
+    Raises:
+        ValueError: If the file is one.
+    """
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in {path.parent}"
+            )
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@
 and safetensors only.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from data.files import read_json, sha256, whole_file, write_json
+from data.files import check_fetched, read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
 from data.models.weights import read_embedding
 from predictor.adaptive import AdaptiveForecaster, State
@@ -91,6 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
     if not path.exists():
         raise ValueError(f"{path} is missing; train the predictor again")
+    check_fetched(path)
     if (digest := sha256(path)) != expected:
         raise ValueError(
             f"{path} has sha256 {digest[:12]}, {CONFIG} expects {expected[:12]}; the file was cut short, edited or "
@@ -107,10 +108,12 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
 
 
 def differences(layout: MoELayout, trained: MoELayout) -> str:
-    """What tells two models apart beside their weights, such as `: family qwen3_moe, not olmoe`; empty if nothing."""
+    """What tells two models apart, such as `: family qwen3_moe, not olmoe`; empty if it is their routers' weights."""
     names = {"family": "family", "experts_per_token": "experts per token", "num_experts": "experts", "layers": "layers"}
     pairs = [(name, getattr(layout, field), getattr(trained, field)) for field, name in names.items()]
     found = [f"{name} {found}, not {wanted}" for name, found, wanted in pairs if found != wanted]
+    if not found and layout.routers and trained.is_same(replace(layout, dense="")):
+        return ": the same routers, other weights before them"
     return f": {found[0]}" if found else ""
 
 
@@ -142,7 +145,7 @@ def load_predictor(
     folder = local_folder(folder_or_hub_id, revision)
     config = read_config(folder)
     trained = MoELayout.from_json(config["layout"])
-    if layout is not None and layout.fingerprint() != trained.fingerprint():
+    if layout is not None and not layout.is_same(trained):
         raise ValueError(
             f"{folder} was trained for {trained.model_id} (fingerprint {trained.fingerprint()}), the model is "
             f"{layout.model_id} (fingerprint {layout.fingerprint()}{differences(layout, trained)}); train a predictor "

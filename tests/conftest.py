@@ -1,6 +1,7 @@
 """Small real models and traces that several tests share."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +22,17 @@ WORDS = ["expert", "router", "token", "batch", "layer", "device", "replica", "sl
 TEXTS = [" ".join(WORDS[(start * step) % len(WORDS)] for step in range(3, 40)) for start in range(1, 12)]
 
 
-def small_switch(num_experts: int = 8, capacity: int = 6, seed: int = 0) -> SwitchTransformersForConditionalGeneration:
+def small_switch(
+    num_experts: int = 8, capacity: int = 6, seed: int = 0, **settings: Any
+) -> SwitchTransformersForConditionalGeneration:
     """A Switch model with random weights: 2 + 2 blocks, one MoE layer in each stack, and routers that are skewed."""
     torch.manual_seed(seed)
-    config = SwitchTransformersConfig(
-        vocab_size=400, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_experts=num_experts, expert_capacity=capacity,
-        num_layers=2, num_sparse_encoder_layers=1, num_decoder_layers=2, num_sparse_decoder_layers=1,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return SwitchTransformersForConditionalGeneration(config).eval()
+    shape = {
+        "vocab_size": 400, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_experts": num_experts,
+        "expert_capacity": capacity, "num_layers": 2, "num_sparse_encoder_layers": 1, "num_decoder_layers": 2,
+        "num_sparse_decoder_layers": 1, "decoder_start_token_id": 0,
+    }  # fmt: skip
+    return SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**shape | settings)).eval()
 
 
 @pytest.fixture(scope="session")

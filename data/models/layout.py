@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ Stack = str  # "encoder" or "decoder"
 SWITCH = "switch_transformers"
 MOST_EXPERTS = 2**15 - 1
 """Most experts of a layer: routes are 16-bit numbers."""
+SAMPLE = 4096
+"""Most values of a tensor that the digest of the dense weights takes."""
 NOT_IDENTITY = ("model_id", "revision")
-ADDED = {"family": SWITCH, "experts_per_token": 1, "causal": False}
+ADDED = {"family": SWITCH, "experts_per_token": 1, "causal": False, "dense": ""}
 """Fields that older layouts lack, with the values that those had; at these values they are left out."""
 
 
@@ -31,11 +34,13 @@ class MoELayout:
         d_model: Width of the hidden states.
         d_ff: Inner width of an expert.
         vocab_size: Rows of the embedding table.
-        routers: sha256 of all router weights in bf16; "" if only the configuration is known.
+        routers: sha256 of all router weights and biases in bf16; "" if only the configuration is known.
         family: The configuration's `model_type`.
         experts_per_token: Experts that a router chooses for each token, K.
         causal: Whether the model is decoder-only: all layers route the batch's own tokens, which are known ahead.
         modules: Module path of each MoE layer's experts; not part of the fingerprint.
+        dense: sha256 of a sample of all other weights but the experts' and the head's, see `digest_of_dense`: what the
+            routers are given depends on them. "" if it is unknown, as in layouts of earlier versions.
     """
 
     model_id: str
@@ -51,6 +56,7 @@ class MoELayout:
     experts_per_token: int = 1
     causal: bool = False
     modules: tuple[str, ...] = ()
+    dense: str = ""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -91,9 +97,19 @@ class MoELayout:
         return [f"{stack}_{block}" for stack, block in self.layers]
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits, different for models whose routing may differ; name and revision do not count."""
+        """Sixteen hex digits, different for models whose routing may differ; name and revision do not count.
+
+        Not seen are: weights of experts, differences lost in bf16, single values outside of the sample of a large
+        tensor, and settings of the configuration beside the geometry.
+        """
         facts = {key: value for key, value in self._facts().items() if key not in NOT_IDENTITY}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def is_same(self, other: "MoELayout") -> bool:
+        """Whether both are of one model: equal fingerprints, but for `dense` where one of them does not know it."""
+        if self.dense and other.dense:
+            return self.fingerprint() == other.fingerprint()
+        return replace(self, dense="").fingerprint() == replace(other, dense="").fingerprint()
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON document that `from_json` reads."""
@@ -142,19 +158,43 @@ class MoELayout:
             parts = name.split(".")
             if parts[-1] == "router":
                 layers.append((parts[0], int(parts[2])))
-                routers.append(module.get_submodule("classifier").get_parameter("weight").detach())
-        return cls(
+                routers += module.get_submodule("classifier").parameters()
+        layout = cls(
             model_id=model_id, revision=revision, layers=tuple(layers), num_experts=config.num_experts,
             expert_capacity=config.expert_capacity, d_model=config.d_model, d_ff=config.d_ff,
             vocab_size=config.vocab_size, routers=digest_of(routers),
         )  # fmt: skip
+        return replace(layout, dense=digest_of_dense(model, layout.modules))
 
 
-def digest_of(tensors: list[Tensor]) -> str:
+def digest_of_dense(model: Any, experts: Iterable[str]) -> str:
+    """Digest of a sample of the weights that decide what routers are given: embeddings, attention, norms, dense layers.
+
+    Of each tensor it takes all values, or `SAMPLE` of them at equal distances, so that it costs little in large models
+    too. It leaves out the head, unless that is the embedding table, and the experts, which a process need not hold.
+
+    Args:
+        model: The model.
+        experts: Module path of each MoE layer's experts.
+    """
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    left_out = {id(each) for name in experts for each in model.get_submodule(name).parameters()}
+    left_out |= {id(each) for each in head.parameters() if each is not table} if head is not None else set()
+    return digest_of([_sample(each) for each in model.parameters() if id(each) not in left_out])
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    if len(flat) <= SAMPLE or flat.is_meta:
+        return flat
+    return flat[torch.arange(SAMPLE, device=flat.device) * (len(flat) - 1) // (SAMPLE - 1)]
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
     """sha256 of tensors in bf16, one after the other; "" if they hold no values (on the meta device)."""
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor.is_meta:
             return ""
-        digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -1,23 +1,26 @@
 """Loads a Mixture of Experts: the bundled Switch Transformer, a local folder, or a model of the Hugging Face hub."""
 
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.arguments import check_choice
-from data.files import read_json
+from data.files import check_fetched, read_json
 from data.models.family import check_family
 from data.models.layout import SWITCH, MoELayout
 from data.models.registered import moe_modules, registered_layout
-from data.models.weights import ModelWeights, locate, model_file
+from data.models.weights import ModelWeights, is_pickled, locate, model_file, weights_file
 
 OLDEST_TRANSFORMERS = "5.18"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -69,6 +72,20 @@ class LoadedModel:
         # `model.to` refuses a model without its experts, whose parameters are on the meta device
         self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
+    def check_ids(self, *ids: Tensor) -> None:
+        """Refuses token ids that the model has no embedding for.
+
+        Raises:
+            ValueError: If there is one; the message compares tokenizer and embedding table.
+        """
+        rows = len(self.model.get_input_embeddings().weight)
+        if (largest := max((int(each.max()) for each in ids if each.numel()), default=0)) >= rows:
+            known = f", its tokenizer {len(self.tokenizer)} tokens" if self.tokenizer else ""
+            raise ValueError(
+                f"the text has the token {largest}, but {self.layout.model_id} has {rows} embeddings{known}; use the "
+                "tokenizer that the model was trained with, or resize the embedding table (resize_token_embeddings)"
+            )
+
 
 def layout_of(model: Any, model_id: str, revision: str = "") -> MoELayout:
     """Reads the layout of a live model of any family that Switchcast takes.
@@ -110,13 +127,26 @@ def load_tokenizer(place: str, revision: str) -> Any:
     """Loads a model's tokenizer.
 
     Raises:
-        ValueError: If a local folder has no tokenizer; transformers would construct one without a vocabulary.
+        ValueError: If a local folder has no tokenizer, where transformers would construct one without a vocabulary, or
+            a file of it is a pointer of Git LFS; if a package that reads its vocabulary is missing.
     """
     from transformers import AutoTokenizer
 
-    if Path(place).is_dir() and not any((Path(place) / name).exists() for name in TOKENIZER_FILES):
-        raise ValueError(f"the folder has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's into it")
-    return AutoTokenizer.from_pretrained(place, revision=revision or "main")
+    if Path(place).is_dir():
+        found = [name for name in TOKENIZER_FILES if (Path(place) / name).exists()]
+        if not found:
+            raise ValueError(f"the folder has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's into it")
+        for name in (*found, *(name for name in TOKENIZER_SETTINGS if (Path(place) / name).exists())):
+            check_fetched(Path(place) / name)
+    try:
+        return AutoTokenizer.from_pretrained(place, revision=revision or "main")
+    except Exception as error:  # transformers tries tiktoken last, and its words are about that
+        if find_spec("sentencepiece") or not any(name in str(error) for name in ("sentencepiece", "tiktoken")):
+            raise
+        raise ValueError(
+            "its tokenizer is a SentencePiece vocabulary without tokenizer.json; `pip install sentencepiece`, or add "
+            "the tokenizer.json that AutoTokenizer saves where it is installed"
+        ) from None
 
 
 def load_model(model: str, revision: str = "", dtype: Dtype = "float32") -> LoadedModel:
@@ -138,12 +168,15 @@ def _load(
 ) -> LoadedModel:
     """Loads a model as one class and returns it as another, with the modules that were absent until then."""
     check_choice("dtype", dtype, get_args(Dtype))
+    if pickled := is_pickled(weights_file(model, revision)):
+        ModelWeights(model, revision)  # transformers' words for what the safe loader refuses advise to do without it
+        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else transformers asks the hub for a conversion
     with _errors_of(model):
         live, report = kind.from_pretrained(
             locate(model),
             revision=revision or "main",
             dtype=getattr(torch, dtype),
-            use_safetensors=True,
+            use_safetensors=not pickled,
             ignore_mismatched_sizes=True,  # they are refused by name below
             output_loading_info=True,
         )
@@ -163,20 +196,27 @@ def load_dense(model: str, revision: str = "", dtype: Dtype = "float32") -> Load
     on the meta device. Arguments and errors are those of `load_model`.
     """
     family = check_model(model, revision)
-    if family == SWITCH:
-        return _load_dense_switch(model, revision, dtype)
     kind, taken = _class_of(family, model, revision), {}
 
     class WithoutExperts(kind):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            for layer in moe_modules(self):
-                taken[layer.name] = layer.experts
-                self.set_submodule(layer.name, nn.Module())
+            for name in _experts_names(self, family):
+                taken[name] = self.get_submodule(name)
+                self.set_submodule(name, nn.Module())
+                if family == SWITCH:  # else transformers would initialise experts that are not there
+                    self.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
 
     # transformers looks up by the class how files are laid out
     WithoutExperts.__name__, WithoutExperts.__module__ = kind.__name__, kind.__module__
-    return _load(model, revision, dtype, WithoutExperts, kind, taken)
+    return _load(model, revision, dtype, WithoutExperts, kind, {} if family == SWITCH else taken)
+
+
+def _experts_names(live: nn.Module, family: str) -> list[str]:
+    """Module paths of a live model's experts."""
+    if family == SWITCH:
+        return [name for name, _ in live.named_modules() if name.endswith(".mlp.experts")]
+    return [layer.name for layer in moe_modules(live)]
 
 
 def _class_of(family: str, model: str, revision: str) -> Any:
@@ -227,29 +267,3 @@ def _errors_of(model: str) -> Iterator[None]:
         raise ValueError(f"{model} could not be loaded: {error}") from None
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _load_dense_switch(model: str, revision: str, dtype: Dtype) -> LoadedModel:
-    from transformers import AutoConfig, GenerationConfig, SwitchTransformersForConditionalGeneration
-
-    check_choice("dtype", dtype, get_args(Dtype))
-    weights, place = ModelWeights(model, revision), locate(model)
-    with _errors_of(model):
-        config: Any = AutoConfig.from_pretrained(place, revision=revision or "main")
-        tokenizer: Any = load_tokenizer(place, revision)
-        with torch.device("meta"):
-            switch: Any = SwitchTransformersForConditionalGeneration(config)
-    for name in [name for name, _ in switch.named_modules() if name.endswith(".mlp.experts")]:
-        switch.set_submodule(name, nn.Module())
-    kind, names = getattr(torch, dtype), [name for name in switch.state_dict() if name in weights.files]
-    found = {name: weights.read(name).to(kind, copy=True) for name in names}  # copied, because files may change
-    try:
-        switch.load_state_dict(found, strict=False, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{model} could not be loaded: {error}") from None
-    switch.tie_weights()
-    if missing := [name for name, value in switch.state_dict().items() if value.is_meta]:
-        raise ValueError(f"{model} lacks {len(missing)} weights, first {missing[0]}")
-    with suppress(OSError):  # without the file, generation uses the model's configuration
-        switch.generation_config = GenerationConfig.from_pretrained(place, revision=revision or "main")
-    return LoadedModel(switch.eval(), tokenizer, MoELayout.from_model(switch, model, revision))

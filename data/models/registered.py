@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data.models.layout import MoELayout, digest_of
+from data.models.layout import MoELayout, digest_of, digest_of_dense
 
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """Attributes that transformers' `use_experts_implementation` gives every experts module."""
@@ -120,10 +120,12 @@ def registered_layout(model: nn.Module, model_id: str, revision: str = "") -> Mo
     if len(sizes) > 1:
         raise ValueError(f"{model_id} has MoE layers of different sizes (experts, top-k, width): {sorted(sizes)}")
     num_experts, top_k, d_ff = sizes.pop()
+    modules = tuple(layer.name for layer in layers)
     return MoELayout(
         model_id=model_id, revision=revision, layers=tuple(("decoder", layer.number) for layer in layers),
         num_experts=num_experts, expert_capacity=None, d_model=config.hidden_size, d_ff=d_ff,
         vocab_size=config.vocab_size,
         routers=digest_of([tensor for layer in layers for tensor in layer.routing_tensors()]),
-        family=whole.model_type, experts_per_token=top_k, causal=True, modules=tuple(layer.name for layer in layers),
+        family=whole.model_type, experts_per_token=top_k, causal=True, modules=modules,
+        dense=digest_of_dense(model, modules),
     )  # fmt: skip

@@ -113,7 +113,7 @@ class Batcher:
         causal: Whether the text is for a decoder-only model, which gets it without masks and end.
 
     Raises:
-        ValueError: If spans are to be masked and the tokenizer has no sentinel tokens.
+        ValueError: If the tokenizer has no end-of-sequence token, or no sentinel tokens where spans are to be masked.
     """
 
     def __init__(self, tokenizer: Any, decode: Decode, batching: BatchingConfig, causal: bool = False) -> None:
@@ -121,6 +121,8 @@ class Batcher:
         self._held: list[Row] = []
         self._requests = 0
         self._eos, self._mask_spans = tokenizer.eos_token_id, decode == "teacher" and not causal
+        if self._eos is None and not causal:
+            raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         if not self._mask_spans:
             return
         known = [tokenizer.convert_tokens_to_ids(f"<extra_id_{index}>") for index in range(100)]

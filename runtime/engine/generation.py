@@ -1,69 +1,21 @@
-"""Generation token by token: which settings hold, which sequences have ended, and when the placement may change."""
+"""Generation token by token: which sequences have ended, and when the placement may change."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from data.arguments import check_whole
+from data.models.generation import GenerationSettings
 from data.traces.trace import TokenBatch
 from runtime.distributed.device import to_device
 from runtime.engine.controller import Controller
 from runtime.engine.model import ReplicatedModel
 
 TOKEN_INPUTS = ("input_ids", "inputs", "attention_mask")
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """The settings of a call of `generate` that decide how its rows are to be read.
-
-    Attributes:
-        ends: Token ids that end a sequence.
-        stepwise: Whether a row of the decoder stays one sequence and its last token is final; not so with beams or
-            with candidates of an assistant model or a prompt lookup.
-        sequences_each: Texts written for each sequence.
-        pad: Id that is padding wherever no attention mask is given; None takes every position for a token.
-        samples: Whether tokens are drawn.
-    """
-
-    ends: tuple[int, ...]
-    stepwise: bool
-    sequences_each: int
-    pad: int | None
-    samples: bool
-
-    @classmethod
-    def of(cls, model: Any, generation_config: Any, settings: dict[str, Any]) -> "GenerationSettings":
-        """Resolves settings in the order that transformers does: keyword, then object, then the model's own.
-
-        Raises:
-            TypeError: If the object is of another class.
-            ValueError: If something else than token ids is asked for.
-        """
-        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
-            raise TypeError(
-                f"generation_config is a {type(generation_config).__name__}, expected a GenerationConfig of "
-                "transformers; single settings are given by name"
-            )
-
-        def value(name: str) -> Any:
-            found = (settings.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name))
-            return next((each for each in found if each is not None), None)
-
-        if value("return_dict_in_generate"):
-            raise ValueError("return_dict_in_generate is True; the engine returns token ids alone, leave it out")
-        candidates = settings.get("assistant_model") is not None or value("prompt_lookup_num_tokens") is not None
-        stepwise = (value("num_beams") or 1) == 1 and not candidates
-        ends = torch.as_tensor([] if (eos := value("eos_token_id")) is None else eos).flatten().tolist()
-        pad = None if model.config.is_encoder_decoder else value("pad_token_id")
-        pad = None if pad is None or int(pad) in ends else int(pad)  # as transformers tells padding from the end
-        return cls(tuple(map(int, ends)), stepwise, value("num_return_sequences") or 1, pad, bool(value("do_sample")))
 
 
 @contextmanager

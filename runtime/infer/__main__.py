@@ -23,6 +23,7 @@ from data.models.model import Dtype, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
 from data.text.corpus_stream import corpus_splits, open_stream
+from data.traces.trace import TokenBatch
 from data.traces.tracer import input_tokens, model_inputs
 from predictor.choice import Choice
 from runtime.distributed.heartbeat import RankLostError, exit_now
@@ -51,10 +52,11 @@ def text_batches(
         splits = corpus_splits(batching)
         stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
     for batch in islice(stream, count):
-        if causal:
-            yield batch.phase, ModelBatch(input_tokens(batch, PADDING_ID))
-        else:
-            yield batch.phase, ModelBatch(*model_inputs(batch, engine.loaded.model.config))
+        tokens: tuple[TokenBatch, ...] = (
+            (input_tokens(batch, PADDING_ID),) if causal else model_inputs(batch, engine.loaded.model.config)
+        )
+        engine.loaded.check_ids(*(each.input_ids for each in tokens))
+        yield batch.phase, ModelBatch(*tokens)
 
 
 def infer(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,18 @@ def test_another_model_is_refused_with_both_fingerprints(saved, layout):
     other = make_layout("another", routers="x")
     with pytest.raises(ValueError, match=f"{layout.fingerprint()}.*{other.fingerprint()}"):
         load_predictor(saved[0], other)
+
+
+def test_a_model_fine_tuned_with_frozen_routers_is_refused(saved, layout):
+    folder, learned = saved
+    load_predictor(folder, replace(layout, dense="d"))  # the folder is of a version without that digest
+    learned.layout = replace(layout, dense="e")
+    save_predictor(folder, learned)
+    load_predictor(folder, layout)
+    with pytest.raises(
+        ValueError, match=r"was trained for .*: the same routers, other weights before them\); train a pre"
+    ):
+        load_predictor(folder, replace(layout, dense="d"))
 
 
 def test_the_same_model_elsewhere_is_fine(saved, upcoming):

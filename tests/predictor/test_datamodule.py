@@ -61,6 +61,20 @@ def test_ranks_share_the_batches_evenly(data):
     assert len({number for part in parts for number in part}) == 45
 
 
+def test_a_trace_of_another_revision_is_refused(trace, layout):
+    with pytest.raises(
+        ValueError, match=f"is a trace of revision '' of {layout.model_id}, the configuration names 'v2'"
+    ):
+        RouterTraceModule(trace, layout.model_id, revision="v2").setup()
+
+
+def test_a_missing_trace_is_collected_from_the_revision(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("data.datamodule.collect", asked.update)
+    RouterTraceModule(tmp_path / "t", "owner/name", revision="v2").prepare_data()
+    assert (asked["model"], asked["revision"]) == ("owner/name", "v2")
+
+
 def test_a_trace_of_another_model_is_refused(trace, layout):
     with pytest.raises(ValueError, match=f"is a trace of {layout.model_id}, the configuration names other"):
         RouterTraceModule(trace, "other").setup()

@@ -56,7 +56,7 @@ def test_dense_weights_that_are_missing_are_named(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.block.1.layer.1.mlp.router.classifier.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights, first encoder.block.1.*router"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*first encoder.block.1.*router"):
         load_dense(str(folder))
     with pytest.raises(ValueError, match="has no weights named nonsense"):
         ModelWeights(str(folder)).read("nonsense")

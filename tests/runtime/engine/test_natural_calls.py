@@ -1,6 +1,7 @@
 """What a user types first works, or ends in one sentence that says what to do."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -119,6 +120,35 @@ def test_settings_may_come_as_an_object(model, inputs, config):
         assert torch.equal(engine.generate(**inputs, generation_config=config), expected)
         with pytest.raises(ValueError, match="return_dict_in_generate is True"):
             engine.generate(**inputs, generation_config=GenerationConfig(return_dict_in_generate=True))
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "keywords"),
+    [
+        ({"eos_token_id": "early"}, None, {"eos_token_id": None}),
+        ({"eos_token_id": "early"}, {"eos_token_id": 399}, {}),
+        ({"eos_token_id": "early"}, {}, {}),
+        ({"eos_token_id": "early"}, {"eos_token_id": 399}, {"eos_token_id": ["early", 1]}),
+        ({"num_beams": 3, "num_return_sequences": 2}, None, {}),
+        ({"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2}, {}),
+        ({"do_sample": False, "num_beams": 3}, {}, {"num_return_sequences": 2}),
+        ({"num_beams": 3, "num_return_sequences": 2}, None, {"num_return_sequences": 3}),
+    ],
+)  # fmt: skip
+def test_keyword_object_and_the_models_own_settings_hold_in_transformers_order(model, inputs, own, given, keywords):
+    early = int(model.generate(**inputs, max_new_tokens=4)[0, 2])  # a token that it writes early
+
+    def filled(settings):
+        return json.loads(json.dumps(settings).replace('"early"', str(early)))
+
+    for name, value in filled(own).items():
+        setattr(model.generation_config, name, value)
+    asked = {"generation_config": None if given is None else GenerationConfig(max_new_tokens=12, **filled(given))}
+    asked |= filled(keywords) | ({"max_new_tokens": 12} if given is None else {})
+    expected = model.generate(**inputs, **asked)
+    with Engine(model, Ema(), num_devices=4, num_redundant_experts=8) as engine:
+        assert torch.equal(engine.generate(**inputs, **asked), expected)
+        assert torch.equal(engine.generate(**inputs, **asked, replan_every=2), expected)
 
 
 def test_mistakes_say_what_to_do(model, inputs, tmp_path):

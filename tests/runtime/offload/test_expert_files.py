@@ -1,10 +1,12 @@
 """ExpertFiles: experts equal what safetensors reads, damaged files are named; and budgets as text."""
 
+import json
 import os
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from data.byte_sizes import parse_bytes, show_bytes
 from data.models.layout import MoELayout
@@ -19,13 +21,13 @@ def layout():
     return MoELayout.from_model(small_switch(), "random")
 
 
-@pytest.fixture(scope="module", params=["one file", "shards", "bfloat16"])
+@pytest.fixture(scope="module", params=["one file", "shards", "bfloat16", "float16", "float64"])
 def folder(request, tmp_path_factory):
-    """A small model in one file, in shards, and in bfloat16."""
+    """A small model in one file, in shards, and in other data types."""
     path = tmp_path_factory.mktemp("disk")
     model = small_switch()
-    if request.param == "bfloat16":
-        model = model.to(torch.bfloat16)
+    if "float" in request.param:
+        model = model.to(getattr(torch, request.param))
     model.save_pretrained(path, max_shard_size="60KB" if request.param == "shards" else "1GB")
     assert (len(list(path.glob("*.safetensors"))) > 2) == (request.param == "shards")
     return path
@@ -72,20 +74,51 @@ def test_reads_in_pieces_and_stops_between_them(folder, layout, monkeypatch):
         read(files, (1, 3), lambda: next(asked))
 
 
+def rewritten(path, change):
+    """Writes a file again with another header and the same bytes of tensors."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+NAMES = [f"encoder.block.1.layer.1.mlp.experts.expert_{expert}.wi.weight" for expert in (2, 3)]
+DAMAGE = {
+    "another tensor's place": lambda header: header[NAMES[0]].update(data_offsets=header[NAMES[1]]["data_offsets"]),
+    "shifted": lambda header: header[NAMES[0]].update(data_offsets=[n + 4 for n in header[NAMES[0]]["data_offsets"]]),
+    "one byte less": lambda header: header[NAMES[0]]["data_offsets"].__setitem__(1, 1),
+    "another shape": lambda header: header[NAMES[0]].update(shape=[24, 64, 1]),
+    "wrong size": lambda header: header[NAMES[0]].update(shape=[9, 9]),
+    "no shape": lambda header: header[NAMES[0]].pop("shape"),
+    "no dtype": lambda header: header[NAMES[0]].update(dtype="X9"),
+    "a hole": lambda header: header.pop(NAMES[0]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_headers_that_whole_loading_refuses_are_refused(layout, tmp_path, damage):
+    small_switch().save_pretrained(tmp_path)
+    files, path = stored_switch(tmp_path), tmp_path / "model.safetensors"
+    rewritten(path, lambda header: None)
+    ExpertFiles(files, layout, torch.float32).close()
+    rewritten(path, DAMAGE[damage])
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/model\.safetensors"):
+        ExpertFiles(files, layout, torch.float32)
+
+
 def test_damaged_files_are_refused_when_opened(layout, tmp_path):
     small_switch().save_pretrained(tmp_path)
     files, path = stored_switch(tmp_path), tmp_path / "model.safetensors"
-    os.truncate(path, path.stat().st_size - 100)
-    with pytest.raises(
-        ValueError, match=r"model\.safetensors has \d+ bytes, but its header requires \d+; it is cut off"
-    ):
-        ExpertFiles(files, layout, torch.float32)
-    path.write_bytes(b"not weights at all")
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a safetensors file"):
-        ExpertFiles(files, layout, torch.float32)
-    path.write_bytes((10).to_bytes(8, "little") + b'{"a": null')
-    with pytest.raises(ValueError, match=r"model\.safetensors has a damaged safetensors header"):
-        ExpertFiles(files, layout, torch.float32)
+    whole = path.read_bytes()
+    expected = r"model\.safetensors is no safetensors file, or damaged or cut off \(.*; download it again"
+    cut = (10).to_bytes(8, "little") + b'{"a": null'
+    for damaged in (whole[:-100], whole + b"more", b"not weights at all", b"", cut):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=expected):
+            ExpertFiles(files, layout, torch.float32)
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -101,8 +134,12 @@ def test_another_number_of_experts_or_dtype_is_refused(tmp_path, layout):
     small_switch(num_experts=4).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no weights named .*expert_4\.wi\.weight"):
         ExpertFiles(stored_switch(tmp_path), layout, torch.float32)
-    small_switch().half().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="stored as F16; expected one of F32, BF16"):
+    small_switch().save_pretrained(tmp_path)
+    save_file(
+        {name: tensor.to(torch.uint8) for name, tensor in load_file(tmp_path / "model.safetensors").items()},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match="stored as U8; expected one of F32, BF16, F16, F64"):
         ExpertFiles(stored_switch(tmp_path), layout, torch.float32)
 
 

@@ -132,7 +132,7 @@ def test_files_that_lack_an_expert(drop, expected, tmp_path):
         open_files(tmp_path, model)
 
 
-def test_experts_of_another_shape_or_dtype(tmp_path):
+def test_experts_of_another_shape(tmp_path):
     tiny("mixtral").save_pretrained(tmp_path)
     together = (
         r"w1.weight has shape \[48, 32\] and .*w3.weight has shape \[48, 32\], expected \[32, 32\] when put together"
@@ -144,6 +144,3 @@ def test_experts_of_another_shape_or_dtype(tmp_path):
     tiny("gpt_oss").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"experts.gate_up_proj has shape \[8, 32, 96\], and no row 8"):
         open_files(tmp_path, tiny("gpt_oss", num_experts=9, num_local_experts=9))
-    tiny("gpt_oss").half().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is stored as F16; expected one of F32, BF16"):
-        open_files(tmp_path, tiny("gpt_oss"))
