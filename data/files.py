@@ -47,11 +47,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, wait: bool = False) -> Iterator[None]:
     """Creates a folder and holds its lock inside the block, so that no two processes write to it.
 
+    Args:
+        folder: The folder.
+        wait: Whether to wait while another process holds it.
+
     Raises:
-        ValueError: If another process holds it.
+        ValueError: If another process holds it, unless `wait` is True.
     """
     import fcntl  # not on every system
 
@@ -59,7 +63,7 @@ def held(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ValueError(
                 f"another process is writing to {folder}; wait until it has ended, or name another folder"

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.byte_sizes import show_bytes
-from data.files import cache_folder, whole_folder, write_json
+from data.files import cache_folder, held, whole_folder, write_json
 
 SHARD_BYTES = 256 << 20
 """Bytes of tensors in one converted file, which are in memory while it is written."""
@@ -75,15 +75,12 @@ def converted(model: str, files: Mapping[str, Path]) -> Path:
     Raises:
         ValueError: If the folder cannot be written, or a file is damaged.
     """
-    from filelock import FileLock
-
     paths = sorted(set(files.values()))
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     folder = cache_folder() / "weights" / f"{Path(model).name}-{key}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with held(folder.parent, wait=True):
             if not folder.exists():
                 size = show_bytes(sum(size for _, size, _ in state))
                 print(f"Converting the weights of {model} ({size}) to safetensors once, in {folder}", file=sys.stderr)
