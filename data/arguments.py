@@ -5,14 +5,16 @@ from numbers import Integral
 from typing import Any
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuses what is no whole number, or too small a one.
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuses what is no whole number, or one out of bounds.
 
     Raises:
         ValueError: Naming the argument, its value and what was expected.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected a whole number, {least} or more")
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bounds = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name} is {value!r}, expected a whole number, {bounds}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

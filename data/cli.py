@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, auto_cli
 
+from data.errors import one_line
+
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def user_errors(resume: str = "run the same command again to start over") -> Ite
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"interrupted; {resume}", file=sys.stderr)

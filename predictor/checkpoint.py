@@ -83,7 +83,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG} has format version {config.get('format_version')}; this version reads "
             f"{FORMAT_VERSION}; train the predictor again"
         )
-    if missing := {"layout", "architecture", "weights_sha256"} - config.keys():
+    kinds = {"layout": dict, "architecture": dict, "weights_sha256": str}
+    if missing := [name for name, kind in kinds.items() if not isinstance(config.get(name), kind)]:
         raise ValueError(f"{folder / CONFIG} lacks {sorted(missing)}; train the predictor again")
     return config
 

@@ -9,6 +9,8 @@ huggingface_hub is imported on use, so that local folders load without it.
 import re
 from pathlib import Path
 
+from data.errors import first_line
+
 FILES = ("config.json", "model.safetensors", "adaptive.safetensors", "README.md")
 """Files of a predictor folder that are on the hub."""
 
@@ -29,7 +31,7 @@ def download_predictor(repo_id: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # huggingface_hub raises its own errors and those of its HTTP client
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"{repo_id} is not a folder, and the Hugging Face hub did not provide it ({reason}); expected a folder "
             "written by `python train.py` or the hub id 'owner/name' of a predictor"

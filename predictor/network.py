@@ -17,11 +17,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.arguments import check_whole
 from data.models.layout import MoELayout
 from data.traces.trace import UNKNOWN
 from predictor.layers import HistoryMix, Recurrent, SparseAttention
 
 Cell = Literal["sru", "lstm"]
+MOST_WIDTH, MOST_DEPTH = 16384, 64
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ class Architecture:
     def __post_init__(self) -> None:
         if self.cell not in ("sru", "lstm"):
             raise ValueError(f"cell is {self.cell!r}, expected 'sru' or 'lstm'")
-        if self.width < 2 or self.width % 2 or self.depth < 1:
-            raise ValueError(f"width {self.width} and depth {self.depth}: expected an even width and depth 1 or more")
+        check_whole("width", self.width, 2, MOST_WIDTH)
+        check_whole("depth", self.depth, 1, MOST_DEPTH)
+        if self.width % 2:
+            raise ValueError(f"width is {self.width}, expected an even number")
 
 
 class Prediction(NamedTuple):

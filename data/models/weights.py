@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.errors import first_line
 from data.files import check_fetched, read_json
 from data.models.pickled import converted, open_pickled
 
@@ -78,7 +79,7 @@ def _download(model: str, name: str, revision: str) -> Path:
     except RemoteEntryNotFoundError:
         raise FileNotFoundError(f"{model} has no {name} on the hub") from None
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"{model} is not a local folder and {name} was not downloaded from the hub ({reason})"
         ) from None

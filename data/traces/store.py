@@ -119,9 +119,12 @@ class StoredTrace:
         if self.about["granularity"] != "tokens":
             raise ValueError(f"{self.path} holds counts only, without tokens; only its loads can be used")
         schema = sequence_schema(self.layout, self.about.get("top", 0), self.about["format_version"])
-        for path, table in self._tables(schema):
-            splits = self.splits
-            for number, rows in _by_batch(table):
+        splits = self.splits
+        start = 0 if self.num_batches == len(splits) else None  # else some of the shards are read alone
+        for shard, (path, table) in zip(self.about["shards"], self._tables(schema), strict=True):
+            batches = _by_batch(table)
+            start = _check_numbers(path, [number for number, _ in batches], start, shard["batches"], len(splits))
+            for number, rows in batches:
                 if self.only not in (None, splits[number]):
                     continue
                 try:
@@ -137,16 +140,23 @@ class StoredTrace:
         """Loads of all batches, `[steps, L, E]`."""
         if self.about["granularity"] == "tokens":
             return np.stack([trace.load(self.layout) for trace in self.traces()])
-        loads = []
-        for path, table in self._tables(counts_schema()):
-            counts = np.stack(table["counts"].to_numpy())
-            if counts.shape[1] != self.layout.num_experts or len(counts) % self.layout.num_layers:
-                expected = (self.layout.num_layers, self.layout.num_experts)
-                raise ValueError(f"{path} holds counts {counts.shape}, expected layers x experts {expected}")
-            loads.append(counts.reshape(-1, self.layout.num_layers, self.layout.num_experts))
-        return np.concatenate(loads)
+        tables = zip(self.about["shards"], self._tables(counts_schema()), strict=True)
+        return np.concatenate([self._counts(path, table, shard["batches"]) for shard, (path, table) in tables])
+
+    def _counts(self, path: Path, table: pa.Table, steps: int) -> IntArray:
+        """The loads of a shard of counts, `[steps, L, E]`."""
+        shape = steps, self.layout.num_layers, self.layout.num_experts
+        rows = table["counts"].combine_chunks()
+        whole = not rows.null_count and not rows.values.null_count
+        if not whole or len(rows) != steps * shape[1] or set(rows.value_lengths().to_pylist()) - {shape[2]}:
+            raise ValueError(f"{path} holds other counts than those of {shape} steps, layers and experts")
+        counts: IntArray = rows.flatten().to_numpy().reshape(shape)
+        if counts.size and counts.min() < 0:
+            raise ValueError(f"{path} holds {counts.min()}; tokens cannot be negative")
+        return counts
 
     def _tables(self, schema: pa.Schema) -> Iterator[tuple[Path, pa.Table]]:
+        """The table of each shard, checked against its digest and its columns."""
         for shard in self.about["shards"]:
             path = self.path / shard["file"]
             if not path.exists():
@@ -203,12 +213,30 @@ def _stack(layers: list[Tensor], tokens: TokenBatch, top_k: int) -> Tensor:
     return torch.stack(layers) if layers else torch.zeros((0, *tokens.mask.shape, top_k), dtype=torch.int16)
 
 
-def _by_batch(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
-    """Yields the number and the rows of each batch of a shard."""
+def _by_batch(table: pa.Table) -> list[tuple[int, pa.Table]]:
+    """The number and the rows of each batch of a shard."""
     numbers = table["batch"].to_numpy()
+    if not len(numbers):
+        return []
     edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-    for start, stop in pairwise(edges):
-        yield int(numbers[start]), table.slice(start, stop - start)
+    return [(int(numbers[start]), table.slice(start, stop - start)) for start, stop in pairwise(edges)]
+
+
+def _check_numbers(path: Path, numbers: list[int], start: int | None, count: int, total: int) -> int:
+    """Refuses a shard whose batches are others than trace.json says; returns the number behind its last one.
+
+    Args:
+        path: The shard.
+        numbers: Numbers of its batches.
+        start: Number of its first batch; None if it is not known.
+        count: Its batches, according to trace.json.
+        total: Batches of the trace.
+    """
+    first = start if start is not None else min(numbers, default=0)
+    if numbers != list(range(first, first + count)) or not 0 <= first <= total - count:
+        found = f"{len(numbers)} batches, {numbers[0]} to {numbers[-1]}" if numbers else "no batch"
+        raise ValueError(f"{path} holds {found}; trace.json has {count} in it; the trace was edited or cut short")
+    return first + count
 
 
 def open_trace(path: Path | str) -> StoredTrace:

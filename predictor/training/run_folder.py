@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from data.errors import first_line
 from data.files import held
 from predictor.training.module import ForecasterModule
 
@@ -65,7 +65,7 @@ class RunFolder:
                 )
             return None, None
         path = self.checkpoints / LAST if wanted == "last" else Path(wanted)
-        state = _read(path)
+        state = read_checkpoint(path)
         wrote, wants = state["hyper_parameters"].get("architecture"), model.hparams["architecture"]
         if wrote != wants:
             raise ValueError(f"{path} is of architecture {wrote}, the configuration wants {wants}; make them agree")
@@ -103,13 +103,18 @@ class RunFolder:
             raise SystemExit(130) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of train.py; no code in it is run.
+
+    Raises:
+        ValueError: If there is none, or it is damaged or something else.
+    """
     if not path.exists():
         raise ValueError(f"{path} does not exist; there is no run to resume, leave --ckpt_path out")
     try:
         state = torch.load(path, map_location="meta", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint that can be resumed: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch, pickle and zip each raise their own on a damaged file
+        raise ValueError(f"{path} is no checkpoint that can be resumed: {first_line(error)}") from None
     if not isinstance(state, dict) or not state.keys() >= WRITTEN:
         raise ValueError(f"{path} is no checkpoint that can be resumed: no run of train.py wrote it")
     return state

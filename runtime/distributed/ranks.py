@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from data.arrays import IntArray
+from data.errors import first_line
 from data.models.device import Device, pick_device
 from runtime.distributed.device import use_device
 from runtime.distributed.heartbeat import Heartbeat, RankLostError, exit_now
@@ -93,7 +94,7 @@ class Ranks:
             try:
                 self._open_groups()
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise RankLostError(f"{self.world} processes did not meet in {self.timeout_s} s ({reason})") from None
             self._heartbeat = Heartbeat(self._store, self.rank, self.world, self.timeout_s)
             self._heartbeat.start()
@@ -195,7 +196,7 @@ class Ranks:
             if self.world == 1 or isinstance(error, RankLostError):
                 raise
             if lost := self._heartbeat.lost():
-                raise RankLostError(f"{lost}; rank {self.rank} stops ({str(error).splitlines()[0]})") from None
+                raise RankLostError(f"{lost}; rank {self.rank} stops ({first_line(error)})") from None
             raise
         finally:
             if self.world > 1:

@@ -148,8 +148,11 @@ def test_history_takes_over_where_it_is_trusted(layout, upcoming):
 def test_architecture_refuses_nonsense():
     with pytest.raises(ValueError, match="cell is 'rnn', expected"):
         Architecture(cell="rnn")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected an even width"):
+    with pytest.raises(ValueError, match="width is 7, expected an even number"):
         Architecture(width=7)
+    for wrong in ({"depth": 2**31}, {"width": 0}, {"width": 8.0}):
+        with pytest.raises(ValueError, match=r"expected a whole number, \d+ to \d+"):
+            Architecture(**wrong)
 
 
 def test_gradients_reach_every_parameter(layout, upcoming):
