@@ -59,7 +59,7 @@ from predictor.training.wandb_logging import BaselineCurve, name_run, track_resu
 from runtime.balancing.balancer import Balancer
 from runtime.balancing.plan import contiguous_homes
 from runtime.balancing.scenarios import RECENT
-from runtime.balancing.split import balancedness, split_load
+from runtime.balancing.split import mean_balancedness, split_load
 
 DEFAULTS = Path(__file__).parent / "configs" / "default.yaml"
 DEVICES = 8
@@ -103,7 +103,7 @@ def balancedness_of(layout: MoELayout, redundant: int) -> Callable[[LoadForecast
 
     def of_batch(forecast: LoadForecast, load: IntArray, past: IntArray) -> float:
         plan = balancer.plan_for(forecast, past[-RECENT:])
-        return float(balancedness(split_load(load, plan)).mean())
+        return mean_balancedness(split_load(load, plan))
 
     return of_batch
 

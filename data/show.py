@@ -35,18 +35,28 @@ def table(trace: StoredTrace, skew: TraceStatistics) -> Table:
     for layer, name in enumerate(layout.layer_names):
         dropped = "unknown" if skew.dropped is None else f"{skew.dropped[layer]:.1%}"
         shown.add_row(
-            name, f"{skew.tokens[layer]:,}", f"{skew.hottest[layer]:.1f}", dropped,
-            f"{skew.step_tv[layer]:.3f}", f"{skew.floor_tv[layer]:.3f}",
+            name, f"{skew.tokens[layer]:,}", _figure(skew.hottest[layer], 1), dropped if skew.tokens[layer] else "-",
+            _figure(skew.step_tv[layer], 3), _figure(skew.floor_tv[layer], 3),
         )  # fmt: skip
     return shown
+
+
+def _figure(value: float, digits: int) -> str:
+    """A figure as text; a layer without load has none."""
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
+
+
+def _drawn(skew: TraceStatistics) -> list[int]:
+    """The layers of a picture: the first ones with load."""
+    return [int(layer) for layer in np.flatnonzero(skew.tokens)[:MOST_MAPS]]
 
 
 @drawing()
 def heat_maps(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
     """Expert by time for each MoE layer, experts sorted by load; colour is the share times the number of experts."""
-    layers, num_experts = min(len(trace.layout.layers), MOST_MAPS), skew.loads.shape[-1]
-    figure, axes = panels(8.6, 0.9 + 1.35 * layers, layers, sharex=True)
-    for layer, axis in enumerate(axes[:, 0]):
+    layers, num_experts = _drawn(skew), skew.loads.shape[-1]
+    figure, axes = panels(8.6, 0.9 + 1.35 * len(layers), len(layers), sharex=True)
+    for layer, axis in zip(layers, axes[:, 0], strict=True):
         share = share_of(skew.loads[:, layer])
         order = np.argsort(-share.mean(0))
         used = max(int((share.mean(0) > IDLE / num_experts).sum()), 1)
@@ -59,11 +69,11 @@ def heat_maps(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
             )
             box = {"facecolor": "black", "edgecolor": "none", "pad": 1.5, "alpha": 0.8}
             axis.text(0.995, 0.05, text, transform=axis.transAxes, ha="right", color="white", fontsize=SMALL, bbox=box)
-        name_phases(axis, skew.phases or (), 7.4, separator="white", named=layer == 0)
+        name_phases(axis, skew.phases or (), 7.4, separator="white", named=layer == layers[0])
     axes[-1, 0].set(xlabel="batch")
     bar = figure.colorbar(image, ax=axes, label="load, times the mean", extend="max", aspect=40, pad=0.015)
     bar.outline.set_visible(False)
-    changes = skew.step_tv.mean() > CHANGING * skew.floor_tv.mean()
+    changes = np.nansum(skew.step_tv) > CHANGING * np.nansum(skew.floor_tv)
     finding = ": hot experts change with the topic" if changes and len(set(skew.phases or ())) > 1 else ""
     heading(figure, f"Expert load over time{finding}", "rows: experts of a MoE layer, the most loaded on top")
     save(figure, path)
@@ -72,19 +82,20 @@ def heat_maps(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
 @drawing()
 def drift_plot(trace: StoredTrace, skew: TraceStatistics, path: Path) -> None:
     """Total variation from batch to batch: one panel a MoE layer, shaded up to what sampling alone makes."""
-    names = trace.layout.layer_names[:MOST_MAPS]
-    rows = -(-len(names) // 2)
-    figure, axes = panels(8.6, 1.1 + 1.5 * rows, rows, min(len(names), 2), sharex=True, sharey=True)
+    layers, names = _drawn(skew), trace.layout.layer_names
+    rows = -(-len(layers) // 2)
+    figure, axes = panels(8.6, 1.1 + 1.5 * rows, rows, min(len(layers), 2), sharex=True, sharey=True)
     variation = step_variation(skew.loads)
-    top = min(1.3 * float(variation.max(initial=skew.floor_tv.max())), 1.05) or 1
-    for layer, (name, axis) in enumerate(zip(names, axes.flat, strict=False)):
-        axis.axhspan(0, skew.floor_tv[layer], color=LIGHT, linewidth=0, zorder=0)
+    top = min(1.3 * max([0.0, *variation[np.isfinite(variation)]]), 1.05) or 1
+    for layer, axis in zip(layers, axes.flat, strict=False):
+        axis.axhspan(0, np.nan_to_num(skew.floor_tv[layer]), color=LIGHT, linewidth=0, zorder=0)
         axis.plot(np.arange(1, len(skew.loads)), variation[:, layer], color=INK, linewidth=0.8)
-        name_phases(axis, skew.phases or (), 3.9, separator=GREY, named=layer < 2)
-        label = f"{name.replace('_', ' ')}: mean {skew.step_tv[layer]:.2f}, sampling alone {skew.floor_tv[layer]:.2f}"
+        name_phases(axis, skew.phases or (), 3.9, separator=GREY, named=layer in layers[:2])
+        means = f"mean {_figure(skew.step_tv[layer], 2)}, sampling alone {_figure(skew.floor_tv[layer], 2)}"
+        label = f"{names[layer].replace('_', ' ')}: {means}"
         axis.text(0.01, 0.95, label, transform=axis.transAxes, va="top", fontsize=SMALL, bbox=WHITE)
         axis.set(ylim=(0, top), xlim=(0, max(len(skew.loads) - 1, 1)))
-    for axis in axes.flat[len(names) :]:
+    for axis in axes.flat[len(layers) :]:
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set(xlabel="batch")
@@ -101,18 +112,23 @@ def show(trace: Path, out: Path | None = None) -> dict[str, Any]:
         out: Folder for load.png and drift.png; by default the folder of the trace.
 
     Raises:
-        ValueError: If the folder holds no complete trace.
+        ValueError: If the folder holds no complete trace, or one without any load.
     """
     stored = open_trace(trace)
     console = Console(stderr=True)
     with console.status(f"reading {stored.num_batches} batches"):
         skew = measure(stored)
+    if not skew.tokens.any():
+        raise ValueError(f"{trace} holds no load in any of its {stored.num_batches} batches; collect it again")
     Console().print(table(stored, skew))
     folder = out or trace
     heat_maps(stored, skew, folder / "load.png")
     drift_plot(stored, skew, folder / "drift.png")
     console.print(f"Saved {folder / 'load.png'} and {folder / 'drift.png'}")
-    rounded = {name: np.round(getattr(skew, name), 4).tolist() for name in ("hottest", "step_tv", "floor_tv")}
+    rounded = {
+        name: [None if np.isnan(value) else round(float(value), 4) for value in getattr(skew, name)]
+        for name in ("hottest", "step_tv", "floor_tv")
+    }
     dropped = None if skew.dropped is None else np.round(skew.dropped, 4).tolist()
     shape = list(skew.loads.shape)
     return {"trace": str(trace), "shape": shape, "padding": skew.padding, "dropped": dropped, **rounded}

@@ -4,21 +4,22 @@
 |---|---|
 | trace | folder that `python -m data.collect` wrote (or `data.convert`, with counts alone) |
 | numpy | `.npy`, or `.npz` with the key `counts`, `[steps, L, E]` |
-| SGLang's expert-distribution recorder | `.pt`, or a folder of them with one file for each rank |
+| SGLang's expert-distribution recorder | `.pt`, or a folder of them ([sglang.py](sglang.py)) |
 | TensorRT-LLM's expert statistics | folder of `meta_info.json` and `rank*.safetensors` |
 | vLLM's routed experts | `.npz` with the key `routed_experts`, or `*routed_experts.npy`, ids `[tokens, L, K]` |
 | Megatron's router trace | `.jsonl`, or a folder of them with one file for each rank |
 
-vLLM does not record steps: its tokens are counted in steps of 512.
+vLLM does not record steps: its tokens are counted in steps of 512. Steps in which no expert got a token (the unused end
+of a buffer, idle passes) are no load; they are counted, left out, and logged.
 
 Importing this module loads numpy alone: torch, pyarrow and safetensors are imported by the readers that need them.
-Shape suffixes: T tokens, K experts of a token, L MoE layers, E logical experts, P physical slots (experts and their
-replicas).
+Shape suffixes: T tokens, K experts of a token, L MoE layers, E logical experts.
 """
 
 import json
+import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,11 @@ STEP_TOKENS = 512
 """Tokens of a step where a recording has no steps."""
 MOST_TOKENS = 2**53
 """Up to here float64, in which counts are summed, is exact."""
+FEWEST_ROWS, MOST_OF_TOKEN = 256, 16
+"""Rows from which an array is examined for ids in place of counts, and most experts of a token in such a row."""
 Counts = np.ndarray[Any, Any]
 """Counts as a file holds them, not checked yet."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,11 @@ class RecordedLoads:
 
     Attributes:
         name: Path of the recording.
-        loads: Tokens of each expert, `[steps, L, E]`.
+        loads: Tokens of each expert, `[steps, L, E]`; every step has some.
         batches: What is known of the input tokens of each step before it runs; None where only counts were recorded.
         layout: The model's layout; None where only counts were recorded.
         sequences: Loads of each sequence, `[steps][B, L, E]`; None unless requests were served.
+        empty_steps: Steps without tokens, which were left out.
     """
 
     name: str
@@ -61,10 +66,36 @@ class RecordedLoads:
     batches: "list[TokenBatch] | None" = None
     layout: "MoELayout | None" = None
     sequences: "list[Counts] | None" = None
+    empty_steps: int = 0
+
+    @property
+    def layers(self) -> IntArray:
+        """Numbers of the layers that got tokens in some step; dense layers, and those that did not run, got none."""
+        return np.flatnonzero(self.loads.any((0, 2)))
+
+    def with_tokens(self) -> "RecordedLoads":
+        """The same without the steps in which no expert got a token; what is left out is logged.
+
+        Raises:
+            ValueError: If no step has tokens.
+        """
+        kept, steps = np.flatnonzero(self.loads.any((1, 2))), len(self.loads)
+        if not (empty := steps - len(kept)):
+            return self
+        if empty == steps:
+            raise ValueError(f"{self.name} holds no tokens in any of its {steps} steps; expected counts of tokens")
+        log.warning("%s: %d of %d steps hold no tokens and are left out", self.name, empty, steps)
+        return replace(
+            self,
+            loads=self.loads[kept],
+            batches=None if self.batches is None else [self.batches[step] for step in kept],
+            sequences=None if self.sequences is None else [self.sequences[step] for step in kept],
+            empty_steps=self.empty_steps + empty,
+        )
 
 
 def read_loads(path: Path, num_experts: int | None = None) -> RecordedLoads:
-    """Reads a recording of any format in the table above.
+    """Reads a recording of any format in the table above, without the steps that hold no tokens.
 
     Args:
         path: The recording.
@@ -73,6 +104,10 @@ def read_loads(path: Path, num_experts: int | None = None) -> RecordedLoads:
     Raises:
         ValueError: If the path is no recording, or the recording is damaged or holds something other than counts.
     """
+    return _read(path, num_experts).with_tokens()
+
+
+def _read(path: Path, num_experts: int | None) -> RecordedLoads:
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected {FORMATS}")
     if path.is_dir():
@@ -82,7 +117,7 @@ def read_loads(path: Path, num_experts: int | None = None) -> RecordedLoads:
     if path.suffix == ".jsonl":
         return RecordedLoads(str(path), _megatron([path], num_experts))
     if path.suffix == ".pt":
-        return RecordedLoads(str(path), check_loads(_sglang(path, [path]), path))
+        return RecordedLoads(str(path), _sglang(path, [path]))
     raise ValueError(f"{path} is not a recording; expected {FORMATS}")
 
 
@@ -94,15 +129,24 @@ def check_loads(array: Counts, path: Path) -> IntArray:
     """
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"{path} has shape {array.shape}, expected [steps, layers, experts], at least one of each")
+    return check_counts(array, path).astype(np.int64)
+
+
+def check_counts(array: Counts, path: Path) -> Counts:
+    """Refuses anything but whole tokens, in an array of any shape, such as one rank's part of a sum.
+
+    Raises:
+        ValueError: Naming the file, what it holds, and what was expected.
+    """
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{path} holds {array.dtype}, expected counts of tokens")
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
         raise ValueError(f"{path} holds figures that are not whole numbers; expected counts of tokens")
-    if array.min() < 0:
+    if array.min(initial=0) < 0:
         raise ValueError(f"{path} holds {array.min()}; tokens cannot be negative")
-    if array.max() > MOST_TOKENS:
+    if array.max(initial=0) > MOST_TOKENS:
         raise ValueError(f"{path} holds {array.max()}; expected counts of tokens, at most {MOST_TOKENS}")
-    return array.astype(np.int64)
+    return array
 
 
 def share_of(load: IntArray | FloatArray) -> FloatArray:
@@ -131,7 +175,7 @@ def _read_folder(folder: Path, num_experts: int | None) -> RecordedLoads:
             return RecordedLoads(str(folder), loads)
         return RecordedLoads(str(folder), loads, list(trace.batches()), trace.layout)
     if recordings := sorted(folder.glob("*.pt")):
-        return RecordedLoads(str(folder), check_loads(_sglang(folder, recordings), folder))
+        return RecordedLoads(str(folder), _sglang(folder, recordings))
     if files := sorted(folder.glob("rank*.safetensors")):
         return RecordedLoads(str(folder), check_loads(_tensorrt_llm(folder, files), folder))
     if files := sorted(folder.glob("router_trace_rank*.jsonl")):
@@ -144,7 +188,7 @@ def _read_folder(folder: Path, num_experts: int | None) -> RecordedLoads:
 def _numpy(path: Path, num_experts: int | None) -> Counts:
     routed = path.stem.endswith(ROUTED)
     try:
-        array = np.load(path, allow_pickle=False)
+        array: Counts = np.load(path, allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
             with array:
                 routed = ROUTED in array
@@ -153,7 +197,40 @@ def _numpy(path: Path, num_experts: int | None) -> Counts:
                 array = array[ROUTED if routed else KEY]
     except Exception as error:  # zip, zlib and numpy each raise their own on a damaged file
         raise ValueError(f"{path} cannot be read as loads: {error}") from None
-    return _vllm(path, array, num_experts) if routed else array
+    if routed:
+        return _vllm(path, array, num_experts)
+    if path.suffix == ".npy":
+        _refuse_ids(path, array)
+    return array
+
+
+def _sglang(path: Path, files: list[Path]) -> IntArray:
+    from data.traces.sglang import read_sglang
+
+    return check_loads(read_sglang(path, files), path)
+
+
+def _refuse_ids(path: Path, array: Counts) -> None:
+    """Refuses what is most likely ids `[tokens, L, K]`, in a file that does not say what it holds.
+
+    The experts of a token differ from one another in every row, and their sums from layer to layer. Counts of hundreds
+    of steps repeat a number in some row, and most models compute as many tokens in each layer.
+
+    Raises:
+        ValueError: If so.
+    """
+    if array.ndim != 3 or array.dtype.kind not in "iu" or not 1 < array.shape[-1] <= MOST_OF_TOKEN:
+        return
+    array = _varying(array)
+    rows, sums = array.reshape(-1, array.shape[-1]), array.sum(-1, dtype=np.float64)
+    if len(rows) < FEWEST_ROWS or array.shape[1] < 2 or not (np.diff(np.sort(rows)) != 0).all():
+        return
+    if (sums != sums[:, :1]).any(1).mean() > 0.5:
+        raise ValueError(
+            f"{path} looks like expert ids [tokens, layers, experts of a token]: the {array.shape[-1]} numbers of a "
+            f"row always differ, and their sums from layer to layer; name it {path.stem}.{ROUTED}.npy if it is, or "
+            f"save counts as .npz under the key '{KEY}'"
+        )
 
 
 def _vllm(path: Path, routed_TLK: Counts, num_experts: int | None) -> Counts:
@@ -163,13 +240,19 @@ def _vllm(path: Path, routed_TLK: Counts, num_experts: int | None) -> Counts:
             f"{path} holds {routed_TLK.dtype} {routed_TLK.shape}, expected expert ids [tokens, layers, experts of a "
             "token]"
         )
-    sparse = [layer for layer in range(routed_TLK.shape[1]) if len(np.unique(routed_TLK[:, layer])) > 1]
-    if not sparse:
+    routed_TLK = _varying(routed_TLK)
+    if not routed_TLK.size:
         raise ValueError(f"{path} holds one expert id in all layers; expected the experts of each token")
     starts = range(0, len(routed_TLK), STEP_TOKENS)
-    steps = [routed_TLK[start : start + STEP_TOKENS, sparse] for start in starts]
+    steps = [routed_TLK[start : start + STEP_TOKENS] for start in starts]
     size = _experts_of([(path, routed_TLK)], num_experts)
     return np.stack([_count_ids(step.transpose(1, 0, 2), size) for step in steps])
+
+
+def _varying(array: Counts) -> Counts:
+    """The layers of `[steps, L, ...]` that do not hold one number everywhere, as dense layers do."""
+    layers = [layer for layer in range(array.shape[1]) if array[:, layer].size and np.ptp(array[:, layer]) > 0]
+    return array[:, layers]
 
 
 def _experts_of(ids: "list[tuple[Path, Counts]]", num_experts: int | None) -> int:
@@ -234,51 +317,6 @@ def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
     return counts
 
 
-def _sglang(path: Path, files: list[Path]) -> Counts:
-    """Counts of a recording in mode stat (`logical_count [steps, L, E]`) or, one file a rank, in mode per_pass."""
-    import torch
-
-    documents: list[dict[str, Any]] = []
-    for file in files:
-        try:
-            document = torch.load(file, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch, pickle and zip each raise their own on a damaged file
-            raise ValueError(f"{file} cannot be read as an SGLang recording: {str(error).splitlines()[0]}") from None
-        keys = document.keys() if isinstance(document, dict) else set()
-        if "logical_count" in keys:  # already summed over ranks
-            return np.asarray(document["logical_count"])
-        if not {"records", "last_physical_to_logical_map"} <= keys:
-            found = sorted(map(str, keys))
-            raise ValueError(f"{file} holds {found}, expected 'logical_count', or 'records' and the map of slots")
-        documents.append(document)
-    try:
-        records = [record for document in documents for record in document["records"]]
-        return _by_logical_expert(records, np.asarray(documents[0]["last_physical_to_logical_map"]))
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is not laid out as an SGLang recording: {error}") from None
-
-
-def _by_logical_expert(records: list[dict[str, Any]], phy2log_LP: IntArray) -> FloatArray:
-    """Counts of each forward pass `[steps, L, E]`, summed over the slots of an expert and over ranks.
-
-    A rank counts its own tokens or its own slots, so the records of one pass add up. With `phy2log` [0, 1, 0, -1] and
-    counts [5, 2, 1, 0], expert 0 got 5 + 1 tokens and expert 1 got 2; slot 3 is empty.
-    """
-    num_experts = int(phy2log_LP.max()) + 1
-    layer_LP = np.arange(len(phy2log_LP))[:, None]
-    passes: dict[int, FloatArray] = {}
-    for record in records:
-        physical_LP = np.asarray(record["global_physical_count"])
-        if physical_LP.shape != phy2log_LP.shape:
-            raise ValueError(f"a record counts {physical_LP.shape} slots, the map has {phy2log_LP.shape}")
-        number, none_LE = int(record["forward_pass_id"]), np.zeros((len(phy2log_LP), num_experts + 1))
-        logical_LE = passes.setdefault(number, none_LE)
-        np.add.at(logical_LE, (layer_LP, phy2log_LP), physical_LP)  # -1, an empty slot, is the last column
-    if not passes:
-        raise ValueError("it holds no forward pass")
-    return np.stack([passes[number][:, :num_experts] for number in sorted(passes)])
-
-
 def _tensorrt_llm(folder: Path, files: list[Path]) -> FloatArray:
     """Counts of files whose keys are `{iteration}_{layer}`, summed over ranks."""
     from safetensors.numpy import load_file
@@ -293,7 +331,8 @@ def _tensorrt_llm(folder: Path, files: list[Path]) -> FloatArray:
         for key, counts in tensors.items():
             if not (match := re.fullmatch(r"(\d+)_(\d+)", key)):
                 raise ValueError(f"{file} has the key '{key}', expected '<iteration>_<layer>'")
-            place, row = (int(match[1]), int(match[2])), counts.astype(np.float64).reshape(-1)
+            place = (int(match[1]), int(match[2]))
+            row = check_counts(counts, file).astype(np.float64).reshape(-1)
             if len(row) != len(sums.setdefault(place, np.zeros_like(row))):
                 raise ValueError(f"{file} counts {len(row)} experts in '{key}', another rank {len(sums[place])}")
             sums[place] += row

@@ -3,7 +3,9 @@
 Shape suffixes: N batches, L MoE layers, E logical experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +21,11 @@ class TraceStatistics:
     Attributes:
         loads: Dispatched tokens, `[N, L, E]`.
         tokens: Dispatched tokens, summed over batches.
-        hottest: Load of the hottest expert divided by the mean load, median over batches.
+        hottest: Load of the hottest expert divided by the mean load, median over the batches with load; NaN without.
         dropped: Fraction of demand that was dropped for capacity; None if only counts were logged.
         padding: Fraction of input positions that were padding; None if only counts were logged.
-        step_tv: Total variation distance (0 to 1) between the shares of consecutive batches, mean over batches.
+        step_tv: Total variation distance (0 to 1) between the shares of consecutive batches that both have load, mean
+            over batches; NaN without any.
         floor_tv: `step_tv` if every batch were drawn from the same distribution: the part that sampling alone causes.
         phases: Phase of the stream that each batch belongs to; None if only counts were logged.
     """
@@ -38,9 +41,12 @@ class TraceStatistics:
 
 
 def step_variation(loads: IntArray) -> FloatArray:
-    """Total variation distance between the shares of each batch and of the batch before it, `[N - 1, L]`."""
-    shares = share_of(loads)
-    return total_variation(shares[1:], shares[:-1])
+    """Total variation distance between the shares of each batch and of the batch before it, `[N - 1, L]`.
+
+    NaN where one of the two has no load.
+    """
+    shares, carried = share_of(loads), loads.sum(-1) > 0
+    return np.where(carried[1:] & carried[:-1], total_variation(shares[1:], shares[:-1]), np.nan)
 
 
 def shuffled(loads: IntArray, rng: np.random.Generator) -> IntArray:
@@ -71,20 +77,25 @@ def measure(trace: StoredTrace) -> TraceStatistics:
         loads = trace.loads()
     tokens = loads.sum((0, 2))
     wanted = None if demand is None else np.maximum(demand.sum(-1), 1)
-    hottest = np.median(share_of(loads).max(-1) * loads.shape[-1], axis=0)
-    silent = np.zeros(loads.shape[1])
+    hottest = np.where(loads.sum(-1) > 0, share_of(loads).max(-1) * loads.shape[-1], np.nan)
     floor = step_variation(shuffled(loads, np.random.default_rng(0)))
     floor = floor * _of_different_experts(share_of(loads.sum(0)), trace.layout.experts_per_token)
     return TraceStatistics(
         loads=loads,
         tokens=tokens,
-        hottest=hottest,
+        hottest=_of_known(hottest, np.median),
         dropped=None if wanted is None else 1 - np.where(tokens > 0, tokens / wanted, 1),
         padding=None if demand is None else 1 - real / positions,
-        step_tv=step_variation(loads).mean(0) if len(loads) > 1 else silent,
-        floor_tv=floor.mean(0) if len(loads) > 1 else silent,
+        step_tv=_of_known(step_variation(loads), np.mean),
+        floor_tv=_of_known(floor, np.mean),
         phases=tuple(phases) or None,
     )
+
+
+def _of_known(values_NL: FloatArray, statistic: Callable[[FloatArray], Any]) -> FloatArray:
+    """A statistic of each layer over the batches with a value, `[L]`; NaN without any."""
+    known = [layer[np.isfinite(layer)] for layer in values_NL.T]
+    return np.array([float(statistic(layer)) if layer.size else np.nan for layer in known])
 
 
 def _of_different_experts(share_LE: FloatArray, top_k: int) -> FloatArray:

@@ -52,12 +52,13 @@ def sampling_floor(load_LE: Tensor, top_k: int) -> Tensor:
 
     Half the mean absolute deviation of binomial counts (normal approximation), summed over experts; a token takes an
     expert with `top_k` times its share, because its K experts are different ones. A forecaster that reads the tokens
-    can be below it; a forecaster that knows only average shares cannot.
+    can be below it; a forecaster that knows only average shares cannot. NaN as in `load_tv`.
     """
     assignments = load_LE.sum(-1, keepdim=True)
     share = shares(load_LE)
     spread = share * (1 - top_k * share).clamp(min=0) / assignments.clamp(min=1)
-    return (spread * (2 / torch.pi)).sqrt().sum(-1) / 2
+    floor = (spread * (2 / torch.pi)).sqrt().sum(-1) / 2
+    return torch.where(assignments[..., 0] > 0, floor, torch.nan)
 
 
 def token_top1(chosen: Tensor, experts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from data.style import human, save
 from predictor.baselines.history import LastBatch, Oracle
 from predictor.evaluation.comparison import Comparison
 from predictor.evaluation.plots import calibration_curve, error_panels, heat_maps
+from predictor.evaluation.scores import layer_means
 from predictor.evaluation.tables import CAPTIONS, REDUNDANT, Details, figure
 
 Summaries = dict[str, dict[str, dict[str, float | None]]]
@@ -71,10 +72,10 @@ def details(ladder: Comparison) -> Details:
     return result
 
 
-def layer_rows(ladder: Comparison, layer_names: list[str]) -> list[list[str | float]]:
-    """Stream, forecaster, then the load error of each layer."""
+def layer_rows(ladder: Comparison, layer_names: list[str]) -> list[list[str | float | None]]:
+    """Stream, forecaster, then the load error of each layer; None for a layer without load."""
     return [
-        [stream, name, *(round(float(tv), 4) for tv in np.nanmean(scores.load_tv, axis=0))]
+        [stream, name, *layer_means(scores.load_tv)]
         for stream, forecasters in ladder.items()
         for name, scores in forecasters.items()
         if len(scores.load_tv[0]) == len(layer_names)
@@ -141,12 +142,12 @@ def alt_text(name: str, found: Details) -> str:
     return f"Expert load batch by batch, {human(stream)}: forecast above what came; they differ by {error:.3f}."
 
 
-def _table(header: list[str], rows: list[list[str | float]]) -> str:
+def _table(header: list[str], rows: list[list[str | float | None]]) -> str:
     """A table in a box of its own that scrolls; the learned forecaster's rows stand out."""
 
-    def cell(value: str | float) -> str:
-        if isinstance(value, float):
-            return f"<td>{value:.3f}</td>"
+    def cell(value: str | float | None) -> str:
+        if not isinstance(value, str):
+            return "<td></td>" if value is None else f"<td>{value:.3f}</td>"
         number, bracket, interval = value.partition(" [")
         return f"<td>{html.escape(number)}" + (f" <small>[{interval}</small>" if bracket else "") + "</td>"
 
@@ -161,7 +162,7 @@ def _table(header: list[str], rows: list[list[str | float]]) -> str:
 def _tables(ladder: Comparison, found: Details, layer_names: list[str]) -> list[str]:
     streams, parts = list(ladder), []
     for metric, caption in CAPTIONS.items():
-        rows: list[list[str | float]] = [
+        rows: list[list[str | float | None]] = [
             [human(name), *(figure(found[stream][name], metric) for stream in streams)] for name in ladder[streams[0]]
         ]
         if shown := [row for row in rows if any(row[1:])]:
@@ -181,6 +182,7 @@ def write_report(folder: Path, title: str, ladder: Comparison, layer_names: list
         data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         alt = html.escape(alt_text(name, found))
         pictures[name] = f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    counted = ", ".join(f"{human(stream)}: {len(rows['learned'].load_tv)}" for stream, rows in ladder.items())
     first = ["ladder", f"heat_{telling_stream(found)}", "calibration"]
     page = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
@@ -188,7 +190,7 @@ def write_report(folder: Path, title: str, ladder: Comparison, layer_names: list
         f"<title>{html.escape(title)}</title><style>{CSS}</style>",
         f'<main><h1>{html.escape(title)}</h1><p class="finding">{html.escape(finding(found))}</p>',
         *(pictures[name] for name in first),
-        "<h2>Tables</h2><p>Held-out test batches; in brackets 95 % intervals.</p>",
+        f"<h2>Tables</h2><p>Means over held-out test batches ({counted}); in brackets 95 % intervals.</p>",
         *_tables(ladder, found, layer_names),
         "<h2>Expert load on the other streams</h2>" if len(pictures) > len(first) else "",
         *(picture for name, picture in pictures.items() if name not in first),

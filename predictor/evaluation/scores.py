@@ -60,9 +60,10 @@ class Scores:
 
     def coverage(self, nominal: FloatArray) -> FloatArray:
         """Share of experts whose true share lies in the forecast interval, for each nominal coverage (0 to 1)."""
-        error = np.abs(np.stack(self.share) - np.stack(self.true_share))
+        carried = np.isfinite(np.stack(self.load_tv))  # a layer without load has no true share
+        error = np.abs(np.stack(self.share) - np.stack(self.true_share))[carried]
         width = torch.special.ndtri(torch.from_numpy((1 + nominal) / 2)).numpy()
-        spread = np.stack(self.spread)
+        spread = np.stack(self.spread)[carried]
         return np.array([(error <= z * spread).mean() for z in width])
 
     def reported(self) -> dict[str, list[Any]]:
@@ -89,22 +90,32 @@ class Scores:
         return float(1 - own.mean() / max(its.mean(), 1e-9)), (float(low), float(high))
 
     def summary(self) -> dict[str, float | None]:
-        """Means over layers and batches of the metrics in `reported`, None for metrics not measured."""
+        """Means of the metrics in `reported` over the layers and batches with load, None for metrics not measured."""
         return {
             name: round(float(np.nanmean(values)), 4) if len(values) else None
             for name, values in self.reported().items()
         }
 
     def details(self) -> dict[str, Any]:
-        """`summary` with intervals, and the values per layer, NLL, coverage and forecast time."""
-        result: dict[str, Any] = dict(self.summary())
+        """`summary` with intervals, and the values per layer, NLL, coverage and forecast time; None where no load was.
+
+        `batches` is the number of batches that the means are over.
+        """
+        result: dict[str, Any] = dict(self.summary()) | {"batches": len(self.load_tv)}
         for name, values in self.reported().items():
             if len(values):
                 result[f"{name}_interval"] = [round(value, 4) for value in self.interval(name)]
-        result["load_tv_layers"] = [round(float(value), 4) for value in np.nanmean(self.load_tv, axis=0)]
-        result["sampling_floor_layers"] = [round(float(value), 4) for value in np.nanmean(self.floor, axis=0)]
+        result["load_tv_layers"], result["sampling_floor_layers"] = layer_means(self.load_tv), layer_means(self.floor)
         result["nll"] = round(float(np.nanmean(self.nll)), 4)
         result["milliseconds"] = round(float(np.median(self.milliseconds)), 2)
         if np.any(self.spread):
             result["coverage_80"] = round(float(self.coverage(np.array([0.8]))[0]), 4)
         return result
+
+
+def layer_means(values: list[FloatArray]) -> list[float | None]:
+    """Mean of each layer over the batches that have load in it, of values `[N][L]`; None where none has."""
+    stacked = np.stack(values)
+    known = np.isfinite(stacked)
+    sums, counts = np.where(known, stacked, 0).sum(0), known.sum(0)
+    return [round(float(total / count), 4) if count else None for total, count in zip(sums, counts, strict=True)]

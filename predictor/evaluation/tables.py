@@ -44,7 +44,7 @@ def comparison_table(details: Details, metric: str) -> str:
 def layers_table(details: Details, layer_names: list[str], names: list[str]) -> str:
     """Total variation per layer of some forecasters, a row for each stream and forecaster."""
     rows = [
-        [stream, name, *(f"{tv:.3f}" for tv in forecasters[name]["load_tv_layers"])]
+        [stream, name, *("" if tv is None else f"{tv:.3f}" for tv in forecasters[name]["load_tv_layers"])]
         for stream, forecasters in details.items()
         for name in names
     ]

@@ -91,15 +91,26 @@ def split_load(load_LE: IntArray, plan: ReplicationPlan) -> IntArray:
 
 
 def balancedness(device_load_LG: IntArray) -> FloatArray:
-    """Mean device load over the largest one, for each layer, `[L]`; 1 is perfect, also for a layer without tokens.
+    """Mean device load over the largest one, for each layer, `[L]`; 1 is perfect, NaN a layer without tokens.
 
     >>> balancedness(np.array([[8, 8], [12, 4], [0, 0]])).round(3).tolist()
-    [1.0, 0.667, 1.0]
+    [1.0, 0.667, nan]
     """
     largest = device_load_LG.max(-1)
     mean = device_load_LG.mean(-1)
-    result: FloatArray = np.divide(mean, largest, out=np.ones_like(mean), where=largest > 0)
+    result: FloatArray = np.divide(mean, largest, out=np.full_like(mean, np.nan), where=largest > 0)
     return result
+
+
+def mean_balancedness(device_load_LG: IntArray) -> float:
+    """Mean of `balancedness` over the layers that have tokens; NaN where none has.
+
+    >>> round(mean_balancedness(np.array([[8, 8], [12, 4], [0, 0]])), 3)
+    0.833
+    """
+    balance = balancedness(device_load_LG)
+    known = balance[np.isfinite(balance)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def _checked(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> IntArray:

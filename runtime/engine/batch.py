@@ -12,7 +12,7 @@ from torch import Tensor
 from data.arrays import FloatArray, IntArray
 from data.models.generation import padding_id, start_id
 from data.traces.trace import TokenBatch
-from runtime.balancing.split import balancedness
+from runtime.balancing.split import balancedness, mean_balancedness
 from runtime.distributed.device import to_device
 from runtime.engine.controller import Preparation
 
@@ -161,13 +161,13 @@ class BatchStats:
 
     @property
     def layer_balancedness(self) -> FloatArray:
-        """Mean device load over the largest one in each MoE layer, `[L]`; 1 is perfect."""
+        """Mean device load over the largest one in each MoE layer, `[L]`; 1 is perfect, NaN a layer without tokens."""
         return balancedness(self.device_load)
 
     @property
     def balancedness(self) -> float:
-        """Mean of `layer_balancedness`."""
-        return float(np.mean(self.layer_balancedness))
+        """Mean of `layer_balancedness` over the layers with tokens; a decoder that did not run has none."""
+        return mean_balancedness(self.device_load)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from data.arrays import IntArray
 from data.traces.router_tap import RouterTap
 from predictor.baselines.history import LastBatch
 from predictor.forecast import forecast_from_load
-from runtime.balancing.split import balancedness, split_load
+from runtime.balancing.split import mean_balancedness, split_load
 from runtime.engine.batch import BatchOutput, ModelBatch, forward
 from runtime.engine.engine import Engine
 from runtime.telemetry.recorder import forecast_error
@@ -104,11 +103,11 @@ class Verifier:
         return BatchCheck(
             tokens=batch.tokens.num_tokens + (batch.decoder.num_tokens if batch.decoder else 0),
             **found._asdict(),
-            contiguous=_mean_balance(split_load(output.stats.load, self.engine.home)),
-            replicated=_mean_balance(output.stats.device_load),
-            last=_mean_balance(split_load(output.stats.load, self._last_plan)),
-            oracle=_mean_balance(split_load(output.stats.load, self._plan)),
-            load_tv=None if (errors := forecast_error(output.stats)) is None else float(errors.mean()),
+            contiguous=mean_balancedness(split_load(output.stats.load, self.engine.home)),
+            replicated=mean_balancedness(output.stats.device_load),
+            last=mean_balancedness(split_load(output.stats.load, self._last_plan)),
+            oracle=mean_balancedness(split_load(output.stats.load, self._plan)),
+            load_tv=None if (errors := forecast_error(output.stats)) is None else float(np.nanmean(errors)),
             phase=phase,
         )
 
@@ -151,7 +150,3 @@ class Verifier:
             differ = (chosen[: len(mask)] != expected[rows]) & mask[:, :, None]
             flipped, routes = flipped + int(differ.sum()), routes + k * int(mask.sum())
         return flipped, routes
-
-
-def _mean_balance(device_load_LG: IntArray) -> float:
-    return float(balancedness(device_load_LG).mean())

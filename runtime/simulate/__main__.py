@@ -60,11 +60,13 @@ def simulate(
         planner: Some of contiguous,eplb,home.
         split: Some of even,quota.
         predictor: Folder that train.py wrote, for the forecasts 'learned' and 'adaptive'.
-        start: First step that is planned; homes are chosen from the steps before it.
+        start: First step that is planned, counted without steps that hold no tokens; homes are chosen from the steps
+            before it.
         steps: Number of steps to plan; by default all.
         max_moves: Most experts that the home planner moves before a step, over all layers; by default no limit.
         devices_per_node: Devices that share a fast network; by default all.
-        save_plans: File (.npz) for phy2log [N, L, P] and device_load [N, L, G] of each policy.
+        save_plans: File (.npz) for phy2log [N, L, P] and device_load [N, L, G] of each policy, and for layers [L], the
+            numbers of these layers in the recording: layers without tokens are left out.
         out: Folder for balancedness.png and report.json.
         expert_bytes: Bytes of one expert; by default from the trace, or a Switch-base expert in bf16.
         tokens_per_second: Tokens a device computes per second; by default measured on this machine.

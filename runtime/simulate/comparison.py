@@ -97,17 +97,18 @@ def compare_policies(
         devices_per_node: Devices that share a fast network. The home planner then prefers copies within a node, the
             quota split keeps tokens there, and the report says how many moves and tokens stay within a node.
         out: Folder for balancedness.png and report.json; by default nothing is written.
-        save_plans: File (.npz) for every plan and device load.
+        save_plans: File (.npz) for every plan and device load, and for `layers`, their numbers in the recording.
         console: Console for a progress bar.
 
     Returns:
-        JSON document: loads, devices, redundant, steps, results (one for each policy) and verdict.
+        JSON document: loads, devices, redundant, steps, layers, left_out (how many `steps` and which `layers` hold no
+        tokens, so that no figure counts them), results (one for each policy) and verdict.
 
     Raises:
         ValueError: If the loads, a name or a number cannot be used.
     """
     recorded = _recorded(loads)
-    _, _, num_experts = recorded.loads.shape
+    _, recorded_layers, num_experts = recorded.loads.shape
     check_division(num_experts, num_devices, num_redundant_experts)
     names = forecasts or _usual_forecasts(recorded, predictor is not None)
     settings = Settings(
@@ -127,6 +128,8 @@ def compare_policies(
     asked = [item for item in replays if item.planner in settings.planners]
     report: dict[str, Any] = {"loads": recorded.name, "devices": num_devices, "redundant": num_redundant_experts}
     report |= {"max_moves": max_moves, "devices_per_node": devices_per_node}
+    silent = sorted(set(range(recorded_layers)) - set(recorded.layers.tolist()))
+    report |= {"layers": len(recorded.layers), "left_out": {"steps": recorded.empty_steps, "layers": silent}}
     report |= document(asked, hardware.expert_bytes)
     if devices_per_node:
         for result, item in zip(report["results"], asked, strict=True):
@@ -138,7 +141,7 @@ def compare_policies(
         write_json(out / "report.json", report)
         plot(asked, start, out / "balancedness.png")
     if save_plans:
-        _save_plans(asked, save_plans)
+        _save_plans(asked, recorded.layers, save_plans)
     return report
 
 
@@ -147,7 +150,7 @@ def _recorded(loads: RecordedLoads | Path | str | IntArray) -> RecordedLoads:
         return loads
     if isinstance(loads, (Path, str)):
         return read_loads(Path(loads))
-    return RecordedLoads("array", check_loads(np.asarray(loads), Path("the array")))
+    return RecordedLoads("array", check_loads(np.asarray(loads), Path("the array"))).with_tokens()
 
 
 def _usual_forecasts(recorded: RecordedLoads, with_predictor: bool) -> list[str]:
@@ -170,6 +173,10 @@ def _span(start: int, steps: int | None, recorded: int) -> tuple[int, int]:
     Raises:
         ValueError: If the loads have no such steps.
     """
+    if recorded < 2:
+        raise ValueError(
+            f"{recorded} step with tokens was recorded, expected 2 or more: homes need one before the first"
+        )
     if not 1 <= start < recorded:
         raise ValueError(f"start is {start}, expected 1 to {recorded - 1}: {recorded} steps were recorded")
     if steps is not None and not 1 <= steps <= recorded - start:
@@ -186,12 +193,13 @@ def expert_bytes_of(recorded: RecordedLoads) -> float:
 def _replay_all(
     settings: Settings, recorded: RecordedLoads, hardware: Hardware, console: Console | None
 ) -> list[Replay]:
-    """All policies, the one without replicas first."""
-    _, num_layers, num_experts = recorded.loads.shape
+    """All policies on the layers with tokens, the one without replicas first."""
+    loads = recorded.loads[:, recorded.layers]
+    _, num_layers, num_experts = loads.shape
     devices, redundant = settings.num_devices, settings.num_redundant_experts
     start, stop = settings.start, settings.stop
     order = contiguous_homes(num_layers, num_experts)
-    known = recorded.loads[:start].sum(0).astype(np.float64)
+    known = loads[:start].sum(0).astype(np.float64)
     bare = ReplicationPlan.at_home(order, devices, 0)
     empty = ReplicationPlan.at_home(order, devices, redundant)
     flat = ReplicationPlan.at_home(flat_homes(known, devices, redundant), devices, redundant)
@@ -209,7 +217,7 @@ def _replay_all(
         def run(name: str, planner: Planner, made: Iterator[LoadForecast], first: ReplicationPlan) -> list[Replay]:
             splits = ["even"] if name == "contiguous" else list(settings.splits)
             steps = advancing(made)
-            return replay((name, planner), steps, recorded.loads, first, start, stop, splits, settings.devices_per_node)
+            return replay((name, planner), steps, loads, first, start, stop, splits, settings.devices_per_node)
 
         unused = forecast_steps(LastBatch(), recorded, start, stop)
         replays = run("contiguous", ContiguousPlanner(), unused, bare)
@@ -221,7 +229,7 @@ def _replay_all(
                 own += run("eplb", EplbPlanner(), iter(made), empty)
             if "home" in names:
                 own += run("home", exposed if forecast == "exact" else home, iter(made), flat)
-            load_tv = forecast_error(made, recorded.loads[start:stop])
+            load_tv = forecast_error(made, loads[start:stop])
             replays += [replace(item, load_tv=load_tv) for item in own]
     return replays
 
@@ -273,9 +281,9 @@ def _switch_on(policy: dict[str, str], settings: Settings, num_experts: int) -> 
     return f"Balancer({devices}, {redundant}, {forecaster}{more}) with {split}"
 
 
-def _save_plans(replays: list[Replay], path: Path) -> None:
-    """Stores the plans and device loads of each result, named `<forecast>.<planner>.<split>.<array>`."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
+def _save_plans(replays: list[Replay], layers: IntArray, path: Path) -> None:
+    """Stores the plans and device loads of each result, named `<forecast>.<planner>.<split>.<array>`, and `layers`."""
+    arrays: dict[str, npt.NDArray[Any]] = {"layers": layers}
     for item in replays:
         name = f"{item.forecast}.{item.planner}.{item.split}"
         arrays[f"{name}.phy2log"] = item.phy2log.astype(np.int16)

@@ -7,7 +7,7 @@ Shape suffixes: N steps replayed, L MoE layers, E logical experts, S source devi
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from data.traces.loads import RecordedLoads, share_of, total_variation
 from predictor.forecast import Forecaster, LoadForecast, OnlineForecaster
 from runtime.balancing.plan import ReplicationPlan
 from runtime.balancing.planner import Planner
-from runtime.balancing.split import balancedness, split_by_quota, split_evenly
+from runtime.balancing.split import balancedness, mean_balancedness, split_by_quota, split_evenly
 
 Split = Callable[[npt.ArrayLike, IntArray, int], IntArray]
 SPLITS = ("even", "quota")
@@ -59,8 +59,13 @@ class Replay:
 
     @property
     def balancedness(self) -> FloatArray:
-        """Mean device load over the largest, `[N, L]`."""
+        """Mean device load over the largest, `[N, L]`; NaN where a layer has no tokens in a step."""
         return balancedness(self.device_load)
+
+    @property
+    def mean_balancedness(self) -> float:
+        """Mean of `balancedness` over the steps and layers with tokens."""
+        return mean_balancedness(self.device_load)
 
     @property
     def moves_per_layer(self) -> float:
@@ -71,12 +76,14 @@ class Replay:
 def forecast_steps(forecaster: Forecaster, recorded: RecordedLoads, start: int, stop: int) -> Iterator[LoadForecast]:
     """Forecasts of steps start to stop, each from the loads before it and what is known of the step's own tokens.
 
-    A forecaster that learns while it serves observes each step after its forecast.
+    The forecaster sees the loads of all layers; of its forecast the layers with tokens are kept. A forecaster that
+    learns while it serves observes each step after its forecast.
     """
-    loads, batches, sequences = recorded.loads, recorded.batches, recorded.sequences
+    loads, batches, sequences, layers = recorded.loads, recorded.batches, recorded.sequences, recorded.layers
     for step in range(start, stop):
         upcoming = batches[step] if batches else None
-        yield forecaster.forecast(upcoming, loads[:step])
+        made = forecaster.forecast(upcoming, loads[:step])
+        yield replace(made, share=made.share[layers], tokens=made.tokens[layers], spread=made.spread[layers])
         if isinstance(forecaster, OnlineForecaster):
             forecaster.observe(upcoming, loads[step], sequences[step] if sequences else None)
 

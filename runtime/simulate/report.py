@@ -63,8 +63,8 @@ def _figures(item: Replay, expert_bytes: float) -> dict[str, Any]:
         "planner": item.planner,
         "split": item.split,
         "load_tv": None if item.load_tv is None else round(item.load_tv, 5),
-        "balancedness": round(float(balance.mean()), 5),
-        "p05": round(float(np.quantile(balance, 0.05)), 5),
+        "balancedness": round(item.mean_balancedness, 5),
+        "p05": round(float(np.nanquantile(balance, 0.05)), 5),
         "ratio_of_sums": round(float(mean / largest) if largest else 1.0, 5),
         "moves_per_layer": round(item.moves_per_layer, 4),
         "bytes_per_step": round(float(item.arrivals.sum(-1).mean() * expert_bytes)),
@@ -119,9 +119,9 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
     """
     names = list(dict.fromkeys(result[key] for key in ("forecast", "planner") for result in report["results"]))
     made = Table(
-        title=f"{report['loads']}: {report['steps']} steps, {report['devices']} devices, "
+        title=f"{report['loads']}: {report['steps']} steps of {report['layers']} layers, {report['devices']} devices, "
         f"{report['redundant']} redundant experts a layer",
-        caption="\n".join(f"{name}: {EXPLAINED[name]}" for name in names if name in EXPLAINED),
+        caption="\n".join([*_left_out(report), *(f"{name}: {EXPLAINED[name]}" for name in names if name in EXPLAINED)]),
         caption_justify="left",
     )
     for name in ("forecast", "planner", "split"):
@@ -141,6 +141,13 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
             cells += [f"{result['split_us']:.1f}", "" if closed is None else f"{closed:.0%}"]
         made.add_row(*cells, style="bold" if result is best else None)
     return made
+
+
+def _left_out(report: dict[str, Any]) -> list[str]:
+    """A line that says what is in no figure, if anything."""
+    steps, layers = report["left_out"]["steps"], len(report["left_out"]["layers"])
+    found = [f"{steps} steps"] * bool(steps) + [f"{layers} of {layers + report['layers']} layers"] * bool(layers)
+    return [f"left out, because they hold no tokens: {' and '.join(found)}"] if found else []
 
 
 @drawing()
@@ -173,7 +180,7 @@ def _name(item: Replay) -> tuple[str, str, str]:
 def _best(replays: list[Replay]) -> tuple[str, str, str]:
     """The policy of highest balancedness among those that do not know the future."""
     honest = [item for item in replays if item.forecast not in TRUTHS] or replays
-    return max(((float(item.balancedness.mean()), _name(item)) for item in honest), default=(0, ("", "", "")))[1]
+    return max(((item.mean_balancedness, _name(item)) for item in honest), default=(0, ("", "", "")))[1]
 
 
 def _colour(forecast: str, planner: str, best: tuple[str, str, str]) -> str:
@@ -186,7 +193,7 @@ def _colour(forecast: str, planner: str, best: tuple[str, str, str]) -> str:
 
 def _draw_means(axes: Any, replays: list[Replay], rows: list[tuple[str, str]], best: tuple[str, str, str]) -> None:
     """Two marks a row, filled for quotas and hollow for even splits; the best policy's number in bold."""
-    means = {_name(item): float(item.balancedness.mean()) for item in replays}
+    means = {_name(item): item.mean_balancedness for item in replays}
     for place, row in enumerate(rows):
         found = {split: means[*row, split] for split in ("even", "quota") if (*row, split) in means}
         colour = _colour(*row, best)
@@ -220,7 +227,7 @@ def _draw_steps(
     for item in shown:
         colour = _colour(item.forecast, item.planner, best)
         style = LINES["oracle"] if colour == ORACLE else {"color": colour, "linewidth": 2.4 if colour == OURS else 1.1}
-        values = _smooth(item.balancedness.mean(-1), width)
+        values = _smooth(np.nanmean(item.balancedness, -1), width)
         steps = np.arange(start + width - 1, start + width - 1 + len(values))
         balance.plot(steps, values, **style)
         policy = human(item.planner)

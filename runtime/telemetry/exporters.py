@@ -95,7 +95,8 @@ class PrometheusEndpoint(Exporter):
                 self._tier.labels(tier, name).set(value)
         for figures in document["layers"]:
             layer = figures["layer"]
-            self._balance.labels(layer).observe(figures["balancedness"])
+            if figures["balancedness"] is not None:
+                self._balance.labels(layer).observe(figures["balancedness"])
             if figures["load_tv"] is not None:
                 self._error.labels(layer).observe(figures["load_tv"])
             self._tokens.labels(layer, "local").inc(figures["tokens_local"])

@@ -24,11 +24,24 @@ PROJECT = "switchcast"
 
 
 def forecast_error(stats: BatchStats) -> FloatArray | None:
-    """Total variation distance between the forecast a batch was prepared with and its load, `[L]`; None without one."""
+    """Total variation distance between the forecast a batch was prepared with and its load, `[L]`; None without one.
+
+    NaN in a layer without load, which no forecast is right or wrong about.
+    """
     forecast = stats.preparation.forecast if stats.preparation else None
     if forecast is None:
         return None
-    return total_variation(forecast.share, share_of(stats.load))
+    return np.where(stats.load.sum(-1) > 0, total_variation(forecast.share, share_of(stats.load)), np.nan)
+
+
+def _number(value: float) -> float | None:
+    """A figure for JSON, which has no NaN."""
+    return None if np.isnan(value) else float(value)
+
+
+def _mean(values: FloatArray) -> float | None:
+    """The mean of the figures that exist; None without any."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
 def figures(layers: Sequence[str], stats: BatchStats) -> Document:
@@ -38,7 +51,7 @@ def figures(layers: Sequence[str], stats: BatchStats) -> Document:
     forecast or the preparation was late. `moves` and `bytes` count what the preparation before the batch copied;
     `load_tv` is the forecast's error. `tiers` counts from the start of the run. Lists have one entry a device
     (`device_tokens`, `busy_ms`) or a rank (`waited_ms`). `compute_ms`, `busy_ms` and `waited_ms` are None if times were
-    not measured.
+    not measured; `balancedness` and `load_tv` of a layer are None if no token reached it, and no mean counts it.
     """
     done, errors = stats.preparation, forecast_error(stats)
     source = done.forecast.source if done and done.forecast else "none"
@@ -47,7 +60,7 @@ def figures(layers: Sequence[str], stats: BatchStats) -> Document:
     balance = balancedness(stats.device_load)
     return {
         "source": "history" if source == Ema.name else source,
-        "load_tv": None if errors is None else float(errors.mean()),
+        "load_tv": None if errors is None else _mean(errors),
         "compute_ms": stats.compute_ms if stats.measured else None,
         "exposed_ms": stats.exposed_ms,
         "forecast_ms": done.forecast_ms if done else None,
@@ -57,8 +70,8 @@ def figures(layers: Sequence[str], stats: BatchStats) -> Document:
         "layers": [
             {
                 "layer": name,
-                "balancedness": float(balance[layer]),
-                "load_tv": None if errors is None else float(errors[layer]),
+                "balancedness": _number(balance[layer]),
+                "load_tv": None if errors is None else _number(errors[layer]),
                 "tokens_local": int(stats.load[layer].sum() - stats.sent[layer]),
                 "tokens_sent": int(stats.sent[layer]),
                 "moves": moves[layer],
@@ -73,7 +86,10 @@ def figures(layers: Sequence[str], stats: BatchStats) -> Document:
 
 
 def over_batches(batches: Sequence[BatchStats], names: Sequence[str]) -> list[Document]:
-    """Each MoE layer over all batches: mean balancedness, median ms of the busiest device and longest wait, sums."""
+    """Each MoE layer over all batches: mean balancedness, median ms of the busiest device and longest wait, sums.
+
+    Balancedness is the mean over `batches`, those with tokens in the layer; None where there are none.
+    """
     balance_NL = np.stack([balancedness(stats.device_load) for stats in batches])
     busy_NL = np.stack([stats.busy_ms.max(-1) for stats in batches])
     waited_NL = np.stack([stats.waited_ms.max(-1) for stats in batches])
@@ -85,7 +101,8 @@ def over_batches(batches: Sequence[BatchStats], names: Sequence[str]) -> list[Do
     return [
         {
             "layer": name,
-            "balancedness": float(balance_NL[:, layer].mean()),
+            "batches": int(np.isfinite(balance_NL[:, layer]).sum()),
+            "balancedness": _mean(balance_NL[:, layer]),
             "busy_max_ms": float(np.median(busy_NL[:, layer])),
             "waited_ms": float(np.median(waited_NL[:, layer])),
             "sent_share": float(sent_NL[:, layer].sum() / max(1, tokens_NL[:, layer].sum())),

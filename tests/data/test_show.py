@@ -43,7 +43,25 @@ def test_steady_traffic_varies_by_sampling_alone_and_changing_traffic_by_more(tm
 
 def test_variation_by_hand():
     loads = np.array([[[1, 1, 0, 0]], [[0, 0, 3, 3]], [[0, 3, 3, 0]], [[0, 0, 0, 0]]])
-    assert step_variation(loads)[:, 0].tolist() == [1.0, 0.5, 0.5]
+    assert step_variation(loads)[:2, 0].tolist() == [1.0, 0.5]
+    assert np.isnan(step_variation(loads)[2, 0]), "a batch without load is neither like nor unlike another"
+
+
+def test_a_layer_without_load_has_no_figures_and_no_panel(tmp_path, monkeypatch, capsys):
+    loads = np.random.default_rng(0).integers(0, 60, (9, 2, 16))
+    loads[:, 1] = 0
+    stored(tmp_path, loads)
+    monkeypatch.setattr("sys.argv", ["show", str(tmp_path)])
+    data.show.main()
+    shown = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in shown if "decoder_1" in line]
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == ["0", "-", "-", "-", "-"]
+    found = json.loads(shown[-1])
+    assert (found["hottest"][1], found["step_tv"][1], found["floor_tv"][1]) == (None, None, None)
+    assert found["hottest"][0] > 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no load in any of its 9 batches"):
+        data.show.show(stored(tmp_path / "empty", loads * 0).path)
 
 
 def test_command(tmp_path, monkeypatch, capsys):

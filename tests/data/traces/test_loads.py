@@ -88,40 +88,45 @@ def test_megatron_sums_ranks_and_takes_one_stage(tmp_path):
         read_loads(tmp_path / "none.jsonl")
 
 
-def test_sglang_stat(tmp_path):
-    torch.save({"rank": 0, "logical_count": torch.from_numpy(COUNTS)}, tmp_path / "s.pt")
-    assert np.array_equal(read_loads(tmp_path / "s.pt").loads, COUNTS)
-
-
-def test_sglang_per_pass_sums_replicas_and_ranks(tmp_path):
-    """Eleven slots a layer: experts 2 and 5 have a second one, and one slot is empty; two ranks count half each."""
-    phy2log = torch.tensor([[*range(8), 2, 5, -1]] * 3)
-    for rank in (0, 1):
-        records = []
-        for number, counts in enumerate(torch.from_numpy(COUNTS)):
-            half = counts // 2 if rank else counts - counts // 2
-            physical = torch.zeros(3, 11, dtype=torch.int32)
-            physical[:, :8] = half
-            physical[:, 8], physical[:, 2] = half[:, 2] // 3, half[:, 2] - half[:, 2] // 3
-            physical[:, 9], physical[:, 5] = half[:, 5], 0
-            records.append(
-                {
-                    "forward_pass_id": 100 - number,
-                    "rank": rank,
-                    "gatherer_key": "primary",
-                    "global_physical_count": physical,
-                }
-            )
-        torch.save({"records": records, "last_physical_to_logical_map": phy2log}, tmp_path / f"recorder_{rank}.pt")
-    assert np.array_equal(read_loads(tmp_path).loads, COUNTS[::-1]), "passes come in the order of their numbers"
-
-
 def test_tensorrt_llm_statistics(tmp_path):
     (tmp_path / "meta_info.json").write_text(json.dumps({"num_experts": 8}))
     for rank, half in enumerate((COUNTS // 2, COUNTS - COUNTS // 2)):
         tensors = {f"{10 + step}_{3 + layer}": half[step, layer] for step in range(5) for layer in range(3)}
         save_file(tensors, tmp_path / f"rank{rank}.safetensors")
     assert np.array_equal(read_loads(tmp_path).loads, COUNTS)
+
+
+def test_steps_without_tokens_are_no_load(tmp_path, caplog):
+    np.save(tmp_path / "padded.npy", np.concatenate([COUNTS[:2], np.zeros((7, 3, 8), int), COUNTS[2:]]))
+    recorded = read_loads(tmp_path / "padded.npy")
+    assert np.array_equal(recorded.loads, COUNTS)
+    assert recorded.empty_steps == 7
+    assert "padded.npy: 7 of 12 steps hold no tokens and are left out" in caplog.text
+    np.save(tmp_path / "idle.npy", np.zeros((4, 3, 8), int))
+    with pytest.raises(ValueError, match=r"idle.npy holds no tokens in any of its 4 steps"):
+        read_loads(tmp_path / "idle.npy")
+
+
+def test_ids_in_a_file_that_does_not_say_so_are_not_counted_as_loads(tmp_path):
+    routed = np.random.default_rng(0).random((300, 4, 32)).argsort(-1)[..., :8].astype(np.int16)
+    routed[:, 1] = 0  # a dense layer
+    np.save(tmp_path / "ids.npy", routed)
+    with pytest.raises(ValueError, match=r"ids.npy looks like expert ids .*; name it ids.routed_experts.npy if it is"):
+        read_loads(tmp_path / "ids.npy")
+    np.save(tmp_path / "ids.routed_experts.npy", routed)
+    assert read_loads(tmp_path / "ids.routed_experts.npy").loads.sum() == 300 * 3 * 8
+    counts = np.random.default_rng(0).multinomial(900, np.full(8, 1 / 8), (300, 4))
+    np.save(tmp_path / "counts.npy", counts)
+    assert np.array_equal(read_loads(tmp_path / "counts.npy").loads, counts)
+    np.savez(tmp_path / "named.npz", counts=routed.astype(int) + (routed.sum(-1, keepdims=True) == 0))
+    assert read_loads(tmp_path / "named.npz").loads.shape == (300, 4, 8), "the key says what it is"
+
+
+def test_vllm_fills_dense_layers_with_any_number(tmp_path):
+    routed = np.random.default_rng(0).random((600, 3, 8)).argsort(-1)[..., :2].astype(np.int16)
+    routed[:, 0] = -1
+    np.savez(tmp_path / "a.npz", routed_experts=routed)
+    assert read_loads(tmp_path / "a.npz").loads.shape == (2, 2, 8)
 
 
 class Malicious:
@@ -135,6 +140,7 @@ def write_bad(folder):
     np.save(folder / "negative.npy", -COUNTS - 1)
     np.save(folder / "half.npy", COUNTS + 0.5)
     np.save(folder / "huge.npy", COUNTS + 1e300)
+    np.save(folder / "unsigned.npy", np.full((2, 3, 8), 2**63 + 1, dtype=np.uint64))
     np.save(folder / "text.npy", COUNTS.astype(str))
     np.savez(folder / "key.npz", loads=COUNTS)
     (folder / "cut.npz").write_bytes(b"PK\x03\x04cut")
@@ -152,11 +158,15 @@ def write_bad(folder):
         "ragged": {"0_0": COUNTS[0, 0], "0_1": COUNTS[0, 0, :4]},
         "meta": {"0_0": COUNTS[0, 0]},
         "fraction": {"0_0": COUNTS[0, 0] + 0.5},
+        "halves": {"0_0": COUNTS[0, 0] + 0.5},
+        "cancel": {"0_0": -COUNTS[0, 0] - 1},
     }
     for name, tensors in rows.items():
         (folder / name).mkdir()
         (folder / name / "meta_info.json").write_text('{"num_experts": 4}' if name == "meta" else "{}")
         save_file(tensors, folder / name / "rank0.safetensors")
+    save_file({"0_0": COUNTS[0, 0] + 0.5}, folder / "halves" / "rank1.safetensors")
+    save_file({"0_0": 3 * COUNTS[0, 0] + 9}, folder / "cancel" / "rank1.safetensors")
     (folder / "empty").mkdir()
     (folder / "counts.txt").write_text("1 2 3")
 
@@ -170,6 +180,7 @@ def write_bad(folder):
         ("negative.npy", "holds -50; tokens cannot be negative"),
         ("half.npy", "holds figures that are not whole numbers"),
         ("huge.npy", r"holds 1e\+300; expected counts of tokens, at most"),
+        ("unsigned.npy", rf"holds {2**63 + 1}; expected counts of tokens, at most"),
         ("text.npy", "holds <U21, expected counts of tokens"),
         ("key.npz", r"cannot be read as loads: it holds \['loads'\], expected the key 'counts'"),
         ("cut.npz", "cannot be read as loads"),
@@ -177,13 +188,15 @@ def write_bad(folder):
         ("code.pt", "cannot be read as an SGLang recording"),
         ("other.pt", r"holds \['something'\], expected 'logical_count'"),
         ("silent.pt", "is not laid out as an SGLang recording: it holds no forward pass"),
-        ("keyless.pt", "is not laid out as an SGLang recording: 'global_physical_count'"),
+        ("keyless.pt", "is not laid out as an SGLang recording: 'forward_pass_id'"),
         ("wide.pt", r"a record counts \(1, 3\) slots, the map has \(1, 2\)"),
         ("gap", "lacks iteration 0 of layer 1"),
         ("named", "has the key 'layer', expected '<iteration>_<layer>'"),
         ("ragged", r"counts \[4, 8\] experts in different places"),
         ("meta", r"counts 8 experts, its meta_info.json names 4"),
         ("fraction", "holds figures that are not whole numbers"),
+        ("halves", "rank0.safetensors holds figures that are not whole numbers"),
+        ("cancel", r"rank0.safetensors holds -\d+; tokens cannot be negative"),
         (
             "empty",
             r"has no trace.json, no \*.pt, no rank\*.safetensors and no router_trace_rank\*.jsonl; expected a trace",

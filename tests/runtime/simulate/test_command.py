@@ -116,6 +116,45 @@ def test_the_verdict_names_what_switches_eplb_on(split, line):
     assert report["verdict"]["switch_on"] == line
 
 
+def test_steps_and_layers_without_tokens_are_in_no_figure(tmp_path, monkeypatch, capsys):
+    """The unused end of a ring buffer, and a model's dense first layers."""
+    rng, share = np.random.default_rng(0), 1 / np.arange(1, 17) / (1 / np.arange(1, 17)).sum()
+    real = np.stack([[rng.multinomial(512, share) for _ in range(3)] for _ in range(24)])
+    padded = np.concatenate([np.zeros((24, 2, 16), int), real], 1)
+    padded = np.concatenate([padded, np.zeros((9, 5, 16), int)])
+    reports = {}
+    for name, loads in (("real", real), ("padded", padded)):
+        np.save(tmp_path / f"{name}.npy", loads)
+        reports[name] = simulate(
+            monkeypatch, capsys, tmp_path / f"{name}.npy", "--devices", 4, "--redundant", 4, "--out", tmp_path,
+            "--expert-bytes", 9437184, "--tokens-per-second", 1e5, "--link-bytes-per-second", 25e9,
+            "--expert-overhead-tokens", 0, "--save-plans", tmp_path / f"{name}.npz",
+        )  # fmt: skip
+    timed = {"plan_ms", "split_us"}
+    for one, other in zip(reports["real"]["results"], reports["padded"]["results"], strict=True):
+        assert {name: one[name] for name in one.keys() - timed} == {name: other[name] for name in other.keys() - timed}
+    assert reports["real"]["results"][0]["balancedness"] < 0.6
+    found = reports["padded"]
+    assert (found["steps"], found["layers"], found["left_out"]) == (23, 3, {"steps": 9, "layers": [0, 1]})
+    assert np.load(tmp_path / "padded.npz")["layers"].tolist() == [2, 3, 4]
+    capsys.readouterr()
+    words = [tmp_path / "padded.npy", "--devices", 4, "--redundant", 4, "--forecast", "last", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["simulate", *map(str, words)])
+    main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "left out, because they hold no tokens: 9 steps and 2 of 5 layers" in shown
+
+
+def test_a_layer_that_is_silent_in_some_steps_counts_in_the_others():
+    real = np.random.default_rng(0).multinomial(512, np.full(16, 1 / 16), (20, 2))
+    real[5:, 1] = 0
+    whole = compare_policies(real, 4, 4, forecasts="last", hardware=HARDWARE)["results"][0]
+    first = compare_policies(real[:, :1], 4, 4, forecasts="last", hardware=HARDWARE)["results"][0]
+    second = compare_policies(real[:5, 1:], 4, 4, forecasts="last", hardware=HARDWARE)["results"][0]
+    expected = (19 * first["balancedness"] + 4 * second["balancedness"]) / 23
+    assert whole["balancedness"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_max_moves_bounds_the_moves_of_a_step():
     balance = []
     for most in (1, 4, None):
@@ -187,6 +226,8 @@ def test_mistakes_end_in_one_line(arguments, text, tmp_path, monkeypatch, capsys
     [
         (np.ones((4, 8)), r"has shape (4, 8), expected [steps, layers, experts]"),
         (np.zeros((0, 1, 8)), "at least one of each"),
+        (np.ones((1, 1, 8)), "1 step with tokens was recorded, expected 2 or more"),
+        (np.zeros((4, 1, 8)), "holds no tokens in any of its 4 steps"),
         (np.full((4, 1, 8), np.nan), "not whole numbers"),
         (np.full((4, 1, 8), -1), "holds -1; tokens cannot be negative"),
         (np.full((4, 1, 8), "x"), "expected counts of tokens"),
