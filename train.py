@@ -138,6 +138,7 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
     model, data, bar = cli.model, cli.datamodule, partial(track, console=Console(stderr=True))
     model.load_best()
     about: dict[str, Any] = {"provenance": provenance(model.seconds, model.cpu_seconds)}
+    about["trained_on"] = data.trace.trained_on
     learned = model.forecaster()
     learned.spread = calibrate_spread(learned, bar(data.samples("val"), "Calibrating"))
     adaptive = AdaptiveForecaster(learned, *learned.shape)

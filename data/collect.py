@@ -7,7 +7,7 @@ Under `torchrun --nproc-per-node N -m data.collect ...` the ranks divide the wor
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
@@ -25,16 +25,21 @@ from data.models.layout import MoELayout
 from data.models.model import Dtype, LoadedModel, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
+from data.text.corpus import OFFLINE
 from data.text.corpus_stream import corpus_splits, open_stream
+from data.text.source import open_text
 from data.traces.router_tap import RouterTap
 from data.traces.store import Shard, StoredTrace, open_trace, write_about, write_shard
 from data.traces.text_tracer import TextTracer
 from data.traces.tracer import Tracer
 
 SHARD_BATCHES = 32
-OFFLINE = "offline corpus"
+LAYOUT = "layout"
+"""Key of a request that holds the model's layout."""
 DEVICE = "device"
 """Key of a request that says where the model ran; absent for the CPU."""
+FILES = "text_files"
+"""Key of a request that holds the digest of each file of the user's text; absent for the offline corpus."""
 
 
 class Ranks:
@@ -67,15 +72,32 @@ def _request(loaded: LoadedModel, **settings: Any) -> dict[str, Any]:
     """All settings that the bytes of a trace depend on."""
     libraries = {name: version(name) for name in ("torch", "transformers", "numpy", "pyarrow")}
     versions = libraries | {"python": platform.python_version()}
-    return {"layout": loaded.layout.to_json(), **settings, "versions": versions}
+    return {LAYOUT: loaded.layout.to_json(), **settings, "versions": versions}
 
 
 def _prepare(partial: Path, request: dict[str, Any]) -> None:
-    """Creates the folder to write to; shards of an interrupted run are kept if its request was the same."""
+    """Creates the folder to write to; shards of an interrupted run of the same request are kept.
+
+    Raises:
+        ValueError: If shards of another request are there.
+    """
     started = partial / "request.json"
-    if not (started.exists() and read_json(started) == request):
-        shutil.rmtree(partial, ignore_errors=True)
-        write_json(started, request)
+    if started.exists() and any(partial.glob("shard-*.json")):
+        found = read_json(started)
+        if differing := _differing(request, found, request.keys() | found.keys()):
+            raise ValueError(
+                f"{partial} holds a trace that was interrupted (different {', '.join(differing)}); remove it or name "
+                "another --out"
+            )
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    write_json(started, request)
+
+
+def _differing(request: dict[str, Any], found: dict[str, Any], keys: Set[str]) -> list[str]:
+    """In which of some keys a trace differs from a request, as they are called in messages."""
+    names = {LAYOUT: "model", FILES: "content of the text"}
+    return sorted(names.get(key, key) for key in keys if found.get(key) != request.get(key))
 
 
 def _finished_shard(partial: Path, index: int) -> Shard | None:
@@ -90,11 +112,17 @@ def _finished_shard(partial: Path, index: int) -> Shard | None:
 
 def _write_shards(
     partial: Path, stream: Iterator[TextBatch], tracer: Tracer | TextTracer, ranks: Ranks, total: int
-) -> None:
-    """Traces this rank's shards, every `world`-th one; finished shards are kept."""
+) -> list[int]:
+    """Traces this rank's shards, every `world`-th one; finished shards are kept.
+
+    Returns:
+        Of each batch of the stream the documents that were begun up to its end.
+    """
+    documents: list[int] = []
     with Progress(console=Console(stderr=True), disable=ranks.rank > 0) as progress:
         task, index = progress.add_task("tracing", total=total), 0
         while chunk := list(islice(stream, SHARD_BATCHES)):
+            documents += [batch.documents for batch in chunk]
             if index % ranks.world == ranks.rank and _finished_shard(partial, index) is None:
                 traces = []
                 for batch in chunk:
@@ -104,18 +132,25 @@ def _write_shards(
                 write_json(partial / f"shard-{index:05d}.json", shard)
             progress.update(task, completed=min((index + 1) * SHARD_BATCHES, total))
             index += 1
+    return documents
 
 
 def _finish(
-    partial: Path, out: Path, tracer: Tracer | TextTracer, request: dict[str, Any], batching: BatchingConfig
-) -> None:
-    """Writes trace.json, removes temporary files, and renames the folder."""
+    partial: Path, out: Path, tracer: Tracer | TextTracer, request: dict[str, Any], batching: BatchingConfig,
+    documents: list[int],
+) -> None:  # fmt: skip
+    """Writes trace.json, removes temporary files, and renames the folder.
+
+    The user's documents from number `held_out_from` on are in no batch for training or validation.
+    """
     entries = sorted(partial.glob("shard-*.json"))
     shards = [read_json(entry) for entry in entries]
     texts = sum(shard["batches"] for shard in shards) // tracer.steps
     of_texts = corpus_splits(batching) if request["text"] == OFFLINE else time_splits(texts)
     splits = [split for split in of_texts for _ in range(tracer.steps)]
-    facts = {key: value for key, value in request.items() if key != "layout"}
+    facts = {key: value for key, value in request.items() if key != LAYOUT}
+    if FILES in request:
+        facts["held_out_from"] = documents[[*of_texts, "test"].index("test") - 1]
     write_about(partial, tracer.loaded.layout, shards, splits, "tokens", **facts)
     for leftover in [partial / "request.json", *entries]:
         leftover.unlink()
@@ -126,6 +161,7 @@ def collect(
     model: str = BUNDLED,
     out: Path = Path("outputs/traces/switch-mini-64"),
     text: str | None = None,
+    text_column: str | None = None,
     decode: Decode = "teacher",
     batching: BatchingConfig = BatchingConfig(),
     max_new_tokens: int = 32,
@@ -138,13 +174,15 @@ def collect(
 
     The model is a Switch Transformer, or a decoder-only model with the experts interface of transformers.
 
-    An existing trace of the same request is reused. After an interruption, the same command resumes at the last
-    finished shard.
+    An existing trace of the same request is reused, unless the content of the text has changed. After an interruption,
+    the same command resumes at the last finished shard.
 
     Args:
         model: 'switch-mini-64' or 'qwen3-mini-64' (bundled), a local folder, or a hub id such as google/switch-base-8.
         out: Folder of the trace; it appears complete or not at all.
-        text: File, folder or hub data set `owner/name[:config[:split]]`; the offline corpus by default.
+        text: File, folder or hub data set `owner/name[:config[:split]]`; the offline corpus by default. Files of a
+            folder take turns; data/text/text_file.py says what a document is.
+        text_column: Column of text in .csv, .json, .jsonl, .parquet and hub data sets; "text" by default.
         decode: "teacher" masks spans of the text and feeds the decoder the true tokens, "generate" decodes greedily,
             token by token, "none" runs the encoder alone. A decoder-only model is run on the text as it is; with
             "generate" it then writes `max_new_tokens` tokens, and each step becomes a batch of phase `decode`.
@@ -160,12 +198,15 @@ def collect(
     Raises:
         ValueError: If the model, text or folder cannot be used; the message says what to do.
     """
+    source = open_text(text, text_column)
+    of_text = {} if source is None else {"text_column": text_column, FILES: source.files}
     place = pick_device(device)
     loaded = load_model(model, revision, dtype)
     loaded.model.to(place)
+    named = ({"top": top} if top else {}) | ({DEVICE: place.type} if place.type != "cpu" else {})
     request = _request(
         loaded, text=text or OFFLINE, decode=decode, batching=asdict(batching), max_new_tokens=max_new_tokens,
-        dtype=dtype, **({"top": top} if top else {}), **({DEVICE: place.type} if place.type != "cpu" else {}),
+        dtype=dtype, **of_text, **named,
     )  # fmt: skip
     if out.exists():
         return _reuse(out, request)
@@ -175,21 +216,25 @@ def collect(
             _prepare(partial, request)
         ranks.barrier()
         total = len(corpus_splits(batching)) if text is None else batching.batches
-        stream = open_stream(text, loaded.tokenizer, decode, batching, loaded.layout.causal)
+        stream = open_stream(source, loaded.tokenizer, decode, batching, loaded.layout.causal)
         with RouterTap(loaded.model, loaded.layout, top) as tap:
             tracer = (TextTracer if loaded.layout.causal else Tracer)(loaded, tap, decode, max_new_tokens)
-            _write_shards(partial, stream, tracer, ranks, total)
+            documents = _write_shards(partial, stream, tracer, ranks, total)
         ranks.barrier()
         if ranks.rank == 0:
-            _finish(partial, out, tracer, request, batching)
+            _finish(partial, out, tracer, request, batching, documents)
+            if source is not None:
+                Console(stderr=True).print(source.table())
         ranks.barrier()
     return open_trace(out)
 
 
 def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
-    found = open_trace(out)
-    layout = MoELayout.from_json(request["layout"])
-    differing = [key for key in request if key not in (DEVICE, "layout") and found.about.get(key) != request[key]]
+    found, unknown = open_trace(out), set[str]()
+    if FILES in request and FILES not in found.about:
+        unknown = {FILES}
+    differing = _differing(request, found.about, request.keys() - {DEVICE, LAYOUT} - unknown)
+    layout = MoELayout.from_json(request[LAYOUT])
     names = [(each.model_id, each.revision) for each in (found.layout, layout)]
     if not found.layout.is_same(layout) or names[0] != names[1]:
         differing.insert(0, "model")
@@ -197,7 +242,8 @@ def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
         raise ValueError(
             f"{out} holds another trace (different {', '.join(differing)}); name another --out or remove it"
         )
-    Console(stderr=True).print(f"Reusing the trace in {out} ({found.num_batches} batches)")
+    note = "; it does not record the content of its text, which may have changed" if unknown else ""
+    Console(stderr=True).print(f"Reusing the trace in {out} ({found.num_batches} batches){note}")
     return found
 
 

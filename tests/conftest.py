@@ -12,7 +12,7 @@ from data.models.layout import MoELayout
 from data.models.model import LoadedModel
 from data.pretrain.switch import SENTINELS
 from data.pretrain.tokenizer import train_tokenizer
-from data.text.corpus import Document
+from data.text.document import Document
 
 # The same examples in every run; deadlines would fail on a busy machine.
 settings.register_profile("fixed", derandomize=True, deadline=None)

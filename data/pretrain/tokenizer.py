@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data.arrays import IntArray
-from data.text.corpus import SEGMENTS, Document
+from data.text.corpus import SEGMENTS
+from data.text.document import Document
 
 
 def train_tokenizer(

@@ -1,1 +1,1 @@
-"""Text as batches: sources (`corpus`), `batching`, the default stream (`corpus_stream`), and `span_corruption`."""
+"""Text as batches: the offline `corpus`, the user's own text (`source`), `batching`, `corpus_stream`, masked spans."""

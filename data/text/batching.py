@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from data.arrays import IntArray
-from data.text.corpus import Document
+from data.text.document import Document
 from data.text.span_corruption import corrupt
 
 SHORTEST = 8
@@ -15,8 +16,20 @@ SHORTEST = 8
 TOKENIZED_AT_ONCE = 64
 """Documents in one call of the tokenizer."""
 Decode = Literal["teacher", "generate", "none"]
-Row = tuple[str, IntArray]
-"""Segment and token ids of one sequence."""
+
+
+class Row(NamedTuple):
+    """One sequence.
+
+    Attributes:
+        segment: Its segment.
+        ids: Its token ids.
+        document: Number of its document in the stream, from 0.
+    """
+
+    segment: str
+    ids: IntArray
+    document: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class TextBatch:
         sources: Input token ids of each sequence: the encoder's, or the text of a decoder-only model.
         targets: Decoder target ids of each sequence; empty arrays unless spans are masked.
         requests: Number of each sequence in the stream, `[B]`: every sequence is a request of its own.
+        documents: Documents of the user's text that this batch and those before it have begun.
     """
 
     number: int
@@ -71,6 +85,7 @@ class TextBatch:
     sources: list[IntArray]
     targets: list[IntArray]
     requests: IntArray
+    documents: int = 0
 
 
 def time_splits(count: int) -> list[str]:
@@ -82,24 +97,18 @@ def time_splits(count: int) -> list[str]:
 
 
 def sequences(documents: Iterable[Document], tokenizer: Any, length: int) -> Iterator[Row]:
-    """Cuts documents into sequences of at most `length` tokens, in their order."""
-    waiting: list[Document] = []
-    for document in documents:
-        waiting.append(document)
-        if len(waiting) == TOKENIZED_AT_ONCE:
-            yield from _cut(waiting, tokenizer, length)
-            waiting = []
-    yield from _cut(waiting, tokenizer, length)
-
-
-def _cut(documents: list[Document], tokenizer: Any, length: int) -> Iterator[Row]:
-    if not documents:
-        return
-    encoded = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)
-    for document, ids in zip(documents, encoded["input_ids"], strict=True):
-        for start in range(0, len(ids), length):
-            if len(ids) - start >= SHORTEST:
-                yield document.segment, np.asarray(ids[start : start + length], dtype=np.int64)
+    """Cuts documents into sequences of at most `length` tokens, in their order, and counts them."""
+    numbered = enumerate(documents)
+    while waiting := list(islice(numbered, TOKENIZED_AT_ONCE)):
+        texts = [document.text for _, document in waiting]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for (number, document), ids in zip(waiting, encoded, strict=True):
+            if document.counts is not None:
+                document.counts.used += len(ids) >= SHORTEST
+                document.counts.too_short += len(ids) < SHORTEST
+            for start in range(0, len(ids), length):
+                if len(ids) - start >= SHORTEST:
+                    yield Row(document.segment, np.asarray(ids[start : start + length], dtype=np.int64), number)
 
 
 class Batcher:
@@ -119,7 +128,7 @@ class Batcher:
     def __init__(self, tokenizer: Any, decode: Decode, batching: BatchingConfig, causal: bool = False) -> None:
         self.batching, self.causal = batching, causal
         self._held: list[Row] = []
-        self._requests = 0
+        self._requests = self._documents = 0
         self._eos, self._mask_spans = tokenizer.eos_token_id, decode == "teacher" and not causal
         if self._eos is None and not causal:
             raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
@@ -140,12 +149,13 @@ class Batcher:
         taken = self._take(rows, round(float(np.exp(rng.uniform(low, high)))))
         if not taken:
             return None
-        shaped = [self._shape(ids, rng) for _, ids in taken]
-        segments = tuple(segment for segment, _ in taken)
+        shaped = [self._shape(row.ids, rng) for row in taken]
+        segments = tuple(row.segment for row in taken)
+        self._documents = max(self._documents, *(row.document + 1 for row in taken))
         requests = np.arange(self._requests, self._requests + len(taken))
         self._requests += len(taken)
         sources, targets = [source for source, _ in shaped], [target for _, target in shaped]
-        return TextBatch(number, phase, segments, sources, targets, requests)
+        return TextBatch(number, phase, segments, sources, targets, requests, self._documents)
 
     def _take(self, rows: Iterator[Row], size: int) -> list[Row]:
         taken: list[Row] = []
@@ -154,7 +164,7 @@ class Batcher:
             row = self._held.pop() if self._held else next(rows, None)
             if row is None:
                 break
-            longest = max(longest, len(row[1]) + 1)
+            longest = max(longest, len(row.ids) + 1)
             if self.batching.token_budget and taken and longest * (len(taken) + 1) > self.batching.token_budget:
                 self._held.append(row)
                 break
@@ -173,16 +183,10 @@ class Batcher:
 def text_stream(
     documents: Iterable[Document], tokenizer: Any, decode: Decode, batching: BatchingConfig, causal: bool = False
 ) -> Iterator[TextBatch]:
-    """Yields batches of the user's own text in its order, at most `batching.batches` of them.
-
-    Raises:
-        ValueError: If the text has no usable line.
-    """
+    """Yields batches of the user's own text in its order, at most `batching.batches` of them; none without text."""
     batcher, rows = Batcher(tokenizer, decode, batching, causal), sequences(documents, tokenizer, batching.length)
     for number in range(batching.batches):
         batch = batcher.form(number, "text", rows, batcher.rng(number))
-        if batch is None and number == 0:
-            raise ValueError(f"the text has no usable line; expected at least one of {SHORTEST} tokens")
         if batch is None:
             return
         yield batch

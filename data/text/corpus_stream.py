@@ -11,8 +11,20 @@ from typing import Any
 import numpy as np
 
 from data.arrays import FloatArray
-from data.text.batching import Batcher, BatchingConfig, Decode, Row, TextBatch, sequences, text_stream, time_splits
-from data.text.corpus import Document, offline_corpus, read_text
+from data.text.batching import (
+    SHORTEST,
+    Batcher,
+    BatchingConfig,
+    Decode,
+    Row,
+    TextBatch,
+    sequences,
+    text_stream,
+    time_splits,
+)
+from data.text.corpus import offline_corpus
+from data.text.document import Document
+from data.text.source import TextSource
 
 PHASES = ("steady", "drift", "every_10", "every_1")
 TRAINED_MIX = {"news": 0.35, "tweets": 0.2, "speech-de": 0.15, "speech-es": 0.1, "code": 0.2}
@@ -92,9 +104,33 @@ def _draw(
 
 
 def open_stream(
-    text: str | None, tokenizer: Any, decode: Decode, batching: BatchingConfig, causal: bool = False
+    source: TextSource | None,
+    tokenizer: Any,
+    decode: Decode,
+    batching: BatchingConfig,
+    causal: bool = False,
+    skip: int = 0,
 ) -> Iterator[TextBatch]:
-    """Yields batches of the user's text, or of the offline corpus if `text` is None; `causal` as in `Batcher`."""
-    if text is None:
-        return corpus_stream(offline_corpus("traffic"), tokenizer, decode, batching, causal)
-    return text_stream(read_text(text), tokenizer, decode, batching, causal)
+    """Yields batches of the user's text, or of the offline corpus if `source` is None.
+
+    Args:
+        source: The user's text.
+        tokenizer: The model's tokenizer.
+        decode: As in `Batcher`.
+        batching: Sizes, lengths and seed.
+        causal: As in `Batcher`.
+        skip: Documents of the user's text that are left out at its beginning, as in `TextSource.documents`.
+
+    Raises:
+        ValueError: If the text cannot be read, or gives no batch.
+    """
+    if source is None:
+        yield from corpus_stream(offline_corpus("traffic"), tokenizer, decode, batching, causal)
+        return
+    batch = None
+    for batch in text_stream(source.documents(skip), tokenizer, decode, batching, causal):
+        yield batch
+    if batch is None:
+        raise ValueError(
+            f"{source.name} gives no batch ({source.counted()}); expected a document of at least {SHORTEST} tokens"
+        )

@@ -105,6 +105,12 @@ class StoredTrace:
         return sum(shard["batches"] for shard in self.about["shards"])
 
     @property
+    def trained_on(self) -> dict[str, Any]:
+        """What identifies the text that a predictor of this trace is trained on; see docs/trace-format.md."""
+        keys = ("text", "text_column", "text_files", "batching", "held_out_from")
+        return {key: self.about[key] for key in keys if key in self.about}
+
+    @property
     def splits(self) -> list[str]:
         """Split of each batch."""
         return [split for split, start, stop in self.about["splits"] for _ in range(start, stop)]

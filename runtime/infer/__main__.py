@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +21,7 @@ from data.models.device import Device
 from data.models.model import Dtype, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
-from data.text.corpus_stream import corpus_splits, open_stream
-from data.traces.trace import TokenBatch
-from data.traces.tracer import input_tokens, model_inputs
+from data.text.source import open_text
 from predictor.choice import Choice
 from runtime.distributed.heartbeat import RankLostError, exit_now
 from runtime.distributed.ranks import Ranks
@@ -32,31 +29,9 @@ from runtime.engine.batch import BatchStats, ModelBatch
 from runtime.engine.engine import Engine
 from runtime.infer.dry_run import size_up
 from runtime.infer.report import fallback_warning, plot, show, summarise
+from runtime.infer.text import held_out, text_batches
 from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
-
-PADDING_ID = 0
-"""Token id at the padding of a decoder-only model, which may have none of its own; no token attends to it."""
-
-
-def text_batches(
-    engine: Engine, text: str | None, batching: BatchingConfig, count: int
-) -> Iterator[tuple[str, ModelBatch]]:
-    """Phase and inputs of each batch of the user's text.
-
-    By default they are the offline corpus' held-out batches from where the topic always changes.
-    """
-    causal = engine.loaded.layout.causal
-    stream = open_stream(text, engine.loaded.tokenizer, "teacher", batching, causal)
-    if text is None:
-        splits = corpus_splits(batching)
-        stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
-    for batch in islice(stream, count):
-        tokens: tuple[TokenBatch, ...] = (
-            (input_tokens(batch, PADDING_ID),) if causal else model_inputs(batch, engine.loaded.model.config)
-        )
-        engine.loaded.check_ids(*(each.input_ids for each in tokens))
-        yield batch.phase, ModelBatch(*tokens)
 
 
 def infer(
@@ -64,6 +39,7 @@ def infer(
     predictor: Path | None = None,
     forecast: Choice = "auto",
     text: str | None = None,
+    text_column: str | None = None,
     devices: int | None = None,
     redundant: int | None = None,
     max_moves: int | None = None,
@@ -95,7 +71,9 @@ def infer(
             trained; 'last' the last batch, 'ema' a moving average; 'none' nothing, and nothing is replicated. 'auto' is
             'adaptive', or one of the two from past loads where that did better on the validation batches; without a
             predictor it is 'none'.
-        text: File, folder or hub data set; by default the offline corpus' held-out batches.
+        text: File, folder or hub data set, from behind the documents that the predictor was trained on; by default the
+            offline corpus' held-out batches.
+        text_column: Column of text in .csv, .json, .jsonl, .parquet and hub data sets; "text" by default.
         devices: Devices that the experts are spread over; under torchrun the number of processes, else 8, run and timed
             one after the other.
         redundant: Replica slots of each MoE layer over all devices: 16, or 0 on one device, unless given.
@@ -133,6 +111,8 @@ def infer(
     settings = {"model": model, "predictor": str(predictor), "text": text, "devices": devices, "redundant": redundant}
     first = Ranks(timeout, device).rank == 0  # only this rank exports and writes
     check_folder(out)
+    source = open_text(text, text_column)
+    digest = "none" if source is None else source.digest
     exporters = (metrics_port, metrics_file, wandb) if first else (None, None, False)
     with Telemetry(*exporters, out, settings) as telemetry:
         engine = Engine(
@@ -140,17 +120,22 @@ def infer(
             devices_per_node=devices_per_node, expert_overhead_tokens=expert_overhead_tokens,
             device_memory=device_memory, host_memory=host_memory, device=device, dtype=dtype, measure=True,
             timeout_s=timeout, revision=revision,
-            must_agree={"text": str(text), "batches": str(batches), "batching": str(batching), "check": str(check)},
+            must_agree={"text": digest, "batches": str(batches), "batching": str(batching), "check": str(check)},
         )  # fmt: skip
         plain = plain_model(model, revision, engine) if check else None
+        held = held_out(predictor, source, batching)
         with engine:
-            checks, stats = run(engine, plain, text_batches(engine, text, batching, batches), batches, telemetry)
+            stream = text_batches(engine, source, batching, batches, held.skip)
+            checks, stats = run(engine, plain, stream, batches, telemetry)
             report = summarise(checks, stats, engine)
+    report |= {"held_out": held.known, "held_out_note": held.note}
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
         plot(checks, out / "balancedness.png")
     report |= {"out": str(out), "predictor": predictor and str(predictor), "allow_fallback": allow_fallback}
     if first:
+        if source is not None:
+            Console(stderr=True).print(source.table())
         show(report, Console(), details)
     return report
 
@@ -167,7 +152,6 @@ def run(
     """Runs and verifies every batch.
 
     Raises:
-        ValueError: If there is none.
         RankLostError: If another process is gone.
     """
     checks: list[BatchCheck] = []
@@ -190,8 +174,6 @@ def run(
                 checks.append(verifier.check(batch, output, phase))
             stats.append(output.stats)
             telemetry.record(layers, output.stats, controller.late, controller.fallbacks)
-    if not checks:
-        raise ValueError("the text gave no batch; expected at least one usable line")
     return checks, stats
 
 

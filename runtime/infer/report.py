@@ -122,7 +122,7 @@ def show(report: dict[str, Any], console: Console, details: bool = False) -> Non
     if details:
         console.print(totals_table(report))
         console.print(layers_table(report))
-    lines = [_what_ran(report), _comparison(report)]
+    lines = [_what_ran(report), *_held_out(report), _comparison(report)]
     lines += _balance(report) if report["devices"] > 1 else []
     lines += _forecasts(report) if report["forecasts"]["by"] != "none" else []
     lines += _caching(report) if report["cache"] else []
@@ -139,6 +139,18 @@ def _what_ran(report: dict[str, Any]) -> Text:
     devices = f"{report['devices']}{emulated} device{'s' if report['devices'] > 1 else ''}"
     slots = f", {report['redundant']} replica slots a layer" if report["redundant"] else ""
     return Text(f"{report['batches']} batches, {report['tokens']:,} tokens on {devices}{slots}")
+
+
+def _held_out(report: dict[str, Any]) -> list[Text]:
+    """Whether the forecasts are judged on text that the predictor was not trained on, where that needs saying."""
+    if not (note := report["held_out_note"]):
+        return []
+    return [
+        Text(
+            f"{'Held-out text' if report['held_out'] else 'Not held out'}: {note}",
+            "" if report["held_out"] else "yellow",
+        )
+    ]
 
 
 def _comparison(report: dict[str, Any]) -> Text:
@@ -236,7 +248,7 @@ def layers_table(report: dict[str, Any]) -> Table:
         *figures, sent, moves = (
             row[name] for name in ("balancedness", "busy_max_ms", "waited_ms", "sent_share", "moves")
         )
-        table.add_row(row["layer"], *(f"{figure:.3f}" for figure in figures), f"{sent:.1%}", str(moves))
+        table.add_row(row["layer"], *(_or_dash(figure, ".3f") for figure in figures), f"{sent:.1%}", str(moves))
     return table
 
 

@@ -13,7 +13,7 @@ import data.collect
 from data.collect import collect
 from data.models.model import load_model
 from data.text.batching import BatchingConfig, text_stream
-from data.text.corpus import read_text
+from data.text.source import TextSource
 from data.traces.store import open_trace
 from data.traces.tracer import Tracer, download
 from tests.conftest import TEXTS
@@ -62,6 +62,53 @@ def test_the_same_request_is_reused_and_another_refused(switch_folder, text, tmp
     with pytest.raises(ValueError, match=r"holds another trace \(different decode\)"):
         collect(str(switch_folder), out, text, decode="none", batching=BATCHING)
     assert shards(out) == before
+
+
+def test_a_trace_of_text_that_has_changed_is_refused(switch_folder, text, tmp_path, capsys):
+    out = tmp_path / "trace"
+    collect(str(switch_folder), out, text, batching=BATCHING)
+    before, old = shards(out), Path(text).read_text()
+    Path(text).write_text(old.replace("expert", "export"))
+    with pytest.raises(ValueError, match=r"holds another trace \(different content of the text\); name another --out"):
+        collect(str(switch_folder), out, text, batching=BATCHING)
+    assert shards(out) == before
+    Path(text).write_text(old)
+    about = json.loads((out / "trace.json").read_text())
+    del about["text_files"]  # as in traces of earlier versions
+    (out / "trace.json").write_text(json.dumps(about))
+    capsys.readouterr()
+    collect(str(switch_folder), out, text, batching=BATCHING)
+    assert "it does not record the content of its text" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_interrupted_trace_is_not_resumed_with_other_text(switch_folder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.collect, "SHARD_BATCHES", 2)
+    real = Tracer.trace
+
+    def interrupted(self, batch):
+        if batch.number == 3:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(Tracer, "trace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(str(switch_folder), tmp_path / "cut", text, batching=BATCHING)
+    monkeypatch.setattr(Tracer, "trace", real)
+    Path(text).write_text(Path(text).read_text().replace("expert", "export"))
+    with pytest.raises(
+        ValueError, match=r"cut.partial holds a trace that was interrupted \(different content of the te"
+    ):
+        collect(str(switch_folder), tmp_path / "cut", text, batching=BATCHING)
+    assert (tmp_path / "cut.partial" / "shard-00000.json").exists()
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_trace_says_where_its_held_out_documents_begin(switch_folder, text, tmp_path):
+    batching = BatchingConfig(batches=8, smallest=2, largest=2, length=100)  # a text is one sequence
+    stored = collect(str(switch_folder), tmp_path / "trace", text, batching=batching)
+    first = stored.splits.index("test")
+    assert stored.about["held_out_from"] == 2 * first
+    assert stored.trained_on.keys() == {"text", "text_column", "text_files", "batching", "held_out_from"}
 
 
 def test_without_decoder_its_layers_have_no_load(switch_folder, text, tmp_path):
@@ -161,14 +208,16 @@ def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text
     whole, cut = (
         [
             row
-            for batch in text_stream(read_text(text), load_model(str(switch_folder)).tokenizer, "none", batching)
+            for batch in text_stream(
+                TextSource(text).documents(), load_model(str(switch_folder)).tokenizer, "none", batching
+            )
             for row in batch.sources
         ]
         for batching in (BatchingConfig(batches=50, length=32), BatchingConfig(batches=50, length=32, token_budget=70))
     )
     assert [row.tolist() for row in cut] == [row.tolist() for row in whole]
     for batch in text_stream(
-        read_text(text),
+        TextSource(text).documents(),
         load_model(str(switch_folder)).tokenizer,
         "none",
         BatchingConfig(batches=50, length=32, token_budget=70),
@@ -183,8 +232,12 @@ def test_a_token_budget_bounds_positions_and_keeps_the_order(switch_folder, text
         (["--model", "{tmp}/t5"], "is a t5 model; expected switch_transformers"),
         (["--model", "{tmp}/cut"], "could not be loaded"),
         (["--text", "{tmp}/missing.txt"], "missing.txt does not exist"),
-        (["--text", "{tmp}/blank.txt"], "the text has no usable line"),
-        (["--text", "{tmp}/damaged.parquet"], "no text could be read from"),
+        (
+            ["--text", "{tmp}/blank.txt"],
+            "blank.txt gives no batch (no documents); expected a document of at least 8 tokens",
+        ),
+        (["--text", "{tmp}/damaged.parquet"], "damaged.parquet cannot be read as Parquet"),
+        (["--text-column", "body", "--text", "{tmp}/rows.csv"], "has no column 'body'; name one of its columns: 'id'"),
         (["--batching.batches", "0"], "batches is 0; at least 1 is needed"),
         (["--batching.token_budget", "20"], "token_budget 20 holds no sequence of 128 tokens"),
         (["--batching.smallest", "9", "--batching.largest", "3"], "9 to 3 are not a range"),
@@ -199,6 +252,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "rows.csv").write_text("id,content\n1,some words\n")
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1nonsense")
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5"}))

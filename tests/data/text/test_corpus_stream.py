@@ -7,8 +7,9 @@ import pytest
 
 from data.models.model import load_model
 from data.text.batching import BatchingConfig, time_splits
-from data.text.corpus import SEGMENTS, Document
+from data.text.corpus import SEGMENTS
 from data.text.corpus_stream import PHASES, UNSEEN, UNSEEN_MIX, corpus_splits, corpus_stream, phase_sizes, topic_mixes
+from data.text.document import Document
 
 BASE = np.array([0.4, 0.3, 0.2, 0.1])
 

@@ -66,7 +66,7 @@ def command(switch_folder, predictor, tmp_path, monkeypatch, capsys):
 def test_contract(command, tmp_path):
     shown = command(**{"expert-overhead-tokens": "auto"}).out
     assert "Outputs equal the plain model's" in shown
-    assert len(shown.splitlines()) <= 18  # two of them may be wrapped paths
+    assert len(shown.splitlines()) <= 19  # two of them may be wrapped paths
     report = json.loads(shown.splitlines()[-1])
     assert report["batches"] == 5
     assert report["tokens"] > 0
@@ -248,7 +248,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(command, switch_folder, pred
         ({"model": other_model(switch_folder, tmp_path)}, "was trained for"),
         ({"predictor": tmp_path / "nowhere"}, "is not a folder; expected a predictor"),
         ({"predictor": cut(predictor, tmp_path / "p")}, "cut short"),
-        ({"text": tmp_path / "blank.txt"}, "no usable line"),
+        ({"text": tmp_path / "blank.txt"}, "gives no batch (no documents); expected a document of at least 8 tokens"),
         ({"batches": 0}, "batches is 0"),
         ({"devices": 5}, "8 experts and 4 redundant experts do not divide over 5 devices"),
         ({"redundant": 6}, "6 redundant experts do not divide over 4 devices"),
