@@ -184,6 +184,8 @@ def _load(
     if wrong := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
         raise ValueError(f"{model} lacks {len(wrong)} weights or has them in another shape, first {wrong[0]}")
     live.__class__ = final or kind
+    if final is not None:  # its files stay in use, and may change: no weight stays mapped from them
+        live._apply(lambda tensor: tensor.clone())
     for name, module in (absent or {}).items():
         live.set_submodule(name, module)
     return LoadedModel(live.eval(), tokenizer, layout_of(live, model, revision))

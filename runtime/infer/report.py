@@ -46,6 +46,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
     layout = engine.loaded.layout
     return {
         "model": layout.model_id,
+        "revision": layout.revision,
         "dtype": str(engine.loaded.model.dtype).removeprefix("torch."),
         "device": engine.ranks.device.type,
         "processes": engine.ranks.world,
@@ -202,10 +203,13 @@ def _commands(report: dict[str, Any]) -> list[tuple[str, str]]:
         trained = "train.py"
         if report["model"] != BUNDLED:
             name = Path(report["model"]).name
-            trained += f" --data.model {report['model']} --data.trace outputs/traces/{name} --predictor outputs/{name}"
+            at = f" --data.revision {report['revision']}" if report["revision"] else ""
+            trained += f" --data.model {report['model']}{at} --data.trace outputs/traces/{name}"
+            trained += f" --predictor outputs/{name}"
         folder = trained.rpartition("--predictor ")[2] if "--predictor" in trained else "outputs/predictor"
         return [(f"python {trained}", f"trains a predictor; then run this again with --predictor {folder}")]
     model = "" if report["model"] == BUNDLED else f" --model {report['model']}"
+    model += f" --revision {report['revision']}" if report["revision"] else ""
     command = f"-m runtime.infer{model} --predictor {report['predictor']}"
     shown = [(f"python -m predictor.show {report['predictor']}", "how good the forecasts are")]
     if report["processes"] == 1:

@@ -68,13 +68,14 @@ def test_pickled_weights_are_converted_once_for_each_state_of_the_files(folder, 
     assert torch.equal(ModelWeights(str(folder)).as_safetensors().read(name), tensors[name] + 1)
 
 
-def convert(rank: int, folder: str) -> list[str]:
+def convert(rank: int, folder: str, cache: str) -> list[str]:
+    os.environ["SWITCHCAST_CACHE"] = cache
     return sorted(map(str, set(ModelWeights(folder).as_safetensors().files.values())))
 
 
 def test_processes_that_convert_at_once_wait_for_one(folder):
     as_pickled(folder)
-    results = on_ranks(3, convert, str(folder))
+    results = on_ranks(3, convert, str(folder), str(folder.parent / "cache"))
     assert results[0] == results[1] == results[2]
     assert len(results[0]) == 1
     places = [place for place in (folder.parent / "cache" / "weights").iterdir() if place.is_dir()]

@@ -1,5 +1,6 @@
 """Whatever form a checkpoint has, logits and text are the plain model's: whole, within a budget, on two ranks."""
 
+import os
 import shutil
 
 import pytest
@@ -70,7 +71,8 @@ def test_one_process(folders, budget):
             assert max(differences(engine, plain_model(folder))) <= 1e-5, name
 
 
-def on_rank(rank: int, folders: dict[str, str], budget: str | None) -> dict[str, list[float]]:
+def on_rank(rank: int, folders: dict[str, str], budget: str | None, cache: str) -> dict[str, list[float]]:
+    os.environ["SWITCHCAST_CACHE"] = cache
     found = {}
     for name, folder in folders.items():
         with Engine(folder, LastBatch(), None, 4, device_memory=budget) as engine:
@@ -79,8 +81,8 @@ def on_rank(rank: int, folders: dict[str, str], budget: str | None) -> dict[str,
 
 
 @pytest.mark.parametrize("budget", [None, "200KiB"])
-def test_two_ranks(folders, budget):
-    for result in on_ranks(2, on_rank, folders, budget):
+def test_two_ranks(folders, budget, tmp_path):
+    for result in on_ranks(2, on_rank, folders, budget, str(tmp_path / "cache")):
         assert isinstance(result, dict), result
         for name, found in result.items():
             assert max(found) <= 1e-5, name
