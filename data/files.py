@@ -96,13 +96,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON document.
 
     Raises:
-        ValueError: If the file is missing or not a JSON object.
+        ValueError: If the file is missing, not a JSON object, or a pointer of Git LFS.
     """
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        check_fetched(path)
         raise ValueError(f"{path} is not JSON ({error}); it was edited or cut short") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds a {type(document).__name__}, expected a JSON object")

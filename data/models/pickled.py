@@ -7,6 +7,7 @@ nothing else; files that need more are refused.
 import hashlib
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,9 +86,11 @@ def converted(model: str, files: Mapping[str, Path]) -> Path:
             if not folder.exists():
                 size = show_bytes(sum(size for _, size, _ in state))
                 print(f"Converting the weights of {model} ({size}) to safetensors once, in {folder}", file=sys.stderr)
+                for left_over in folder.parent.glob(".*"):  # of a process that was killed
+                    shutil.rmtree(left_over)
                 with whole_folder(folder) as aside:
                     _convert(files, aside)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"the weights of {model} could not be converted into {folder.parent} ({error}); name another folder in "
             "the environment variable SWITCHCAST_CACHE"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data.arrays import IntArray
-from data.files import read_json, sha256, whole_file, write_json
+from data.files import check_fetched, read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
 from data.traces.columns import (
     counts_schema,
@@ -167,6 +167,7 @@ class StoredTrace:
             path = self.path / shard["file"]
             if not path.exists():
                 raise ValueError(f"{path} is missing; collect the trace again")
+            check_fetched(path)
             if (digest := sha256(path)) != shard["sha256"]:
                 raise ValueError(
                     f"{path} has sha256 {digest[:12]}, trace.json says {shard['sha256'][:12]}; "

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.files import LFS_POINTER
@@ -80,6 +81,33 @@ def test_processes_that_convert_at_once_wait_for_one(folder):
     assert len(results[0]) == 1
     places = [place for place in (folder.parent / "cache" / "weights").iterdir() if place.is_dir()]
     assert len(places) == 1, "nothing half-written is left"
+
+
+def test_a_conversion_that_was_killed_leaves_nothing(folder, tmp_path):
+    as_pickled(folder)
+    left_over = tmp_path / "cache" / "weights" / ".model-1234.abc"
+    left_over.mkdir(parents=True)
+    (left_over / "model-00001.safetensors").write_text("half")
+    weights = ModelWeights(str(folder)).as_safetensors()
+    assert [place.parent for place in set(weights.files.values())] == list((tmp_path / "cache" / "weights").iterdir())
+
+
+def test_a_full_disk_leaves_no_converted_copy(folder, tmp_path, monkeypatch):
+    as_pickled(folder)
+    real, calls = pickled.save_file, []
+
+    def full(shard, path, about):
+        calls.append(path)
+        if len(calls) == 2:
+            raise SafetensorError("I/O error: No space left on device")
+        real(shard, path, about)
+
+    monkeypatch.setattr(pickled, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(pickled, "save_file", full)
+    with pytest.raises(ValueError, match=r"No space left on device.*; name another folder in .* SWITCHCAST_CACHE"):
+        ModelWeights(str(folder)).as_safetensors()
+    assert not list((tmp_path / "cache" / "weights").iterdir())
+    ModelWeights(str(folder)).as_safetensors()
 
 
 def test_a_conversion_without_room_says_what_to_do(folder, tmp_path, monkeypatch):
