@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from rich.table import Table
 
+from data.errors import first_line
 from data.text.document import Document, ReadCounts
 from data.text.text_file import COLUMN, FORMATS, TABLES, TextFile
 
@@ -246,5 +247,4 @@ def _no_text(source: str) -> ValueError:
 
 
 def _unread(name: str, error: Exception) -> ValueError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(f"no text could be read from {name}: {reason}")
+    return ValueError(f"no text could be read from {name}: {first_line(error)}")

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.errors import first_line
 from data.text.document import Document, ReadCounts
 
 COLUMN = "text"
@@ -142,7 +143,7 @@ class TextFile:
                 for batch in file.iter_batches(ROWS, columns=[self.column]):
                     yield from batch.select([self.column]).to_pylist()
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{self.path} cannot be read as Parquet: {first_line(error)}") from None
 
     def _json(self) -> Rows:
         text = self.path.read_text(encoding=self._encoding)

@@ -290,7 +290,11 @@ def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
     found: dict[tuple[int, tuple[str, int, int]], list[tuple[Path, Counts]]] = {}
     stage = None
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not a router trace of Megatron: {error}") from None
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
                 place = (str(record.get("block", "decoder")), int(record.get("mtp_idx", 0)), int(record["layer"]))

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from data.arrays import IntArray
+from data.errors import first_line
 from data.models.layout import MOST_EXPERTS
 from data.traces.loads import Counts, check_counts
 
@@ -69,7 +70,7 @@ def _dump(file: Path) -> Dump:
     try:
         document = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # torch, pickle and zip each raise their own on a damaged file
-        raise ValueError(f"{file} cannot be read as an SGLang recording: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file} cannot be read as an SGLang recording: {first_line(error)}") from None
     keys = document.keys() if isinstance(document, dict) else set()
     if not (STAT in keys or {"records", MAP} <= keys):
         found = sorted(map(str, keys))
@@ -80,7 +81,9 @@ def _dump(file: Path) -> Dump:
             if counts.ndim != 3:
                 raise ValueError(f"{STAT} has shape {counts.shape}, expected [steps, layers, experts]")
             return Dump(file, int(document.get("rank", 0)), counts, [], np.zeros((0, 0), dtype=np.int64))
-        records = list(document["records"])
+        records = document["records"]
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ValueError("'records' is no list of records")
         ranks = {int(record.get("rank", 0)) for record in records}
         return Dump(file, min(ranks, default=_rank_named(file)), None, records, _map(_array(document[MAP])))
     except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:

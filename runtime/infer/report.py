@@ -144,14 +144,9 @@ def _what_ran(report: dict[str, Any]) -> Text:
 
 def _held_out(report: dict[str, Any]) -> list[Text]:
     """Whether the forecasts are judged on text that the predictor was not trained on, where that needs saying."""
-    if not (note := report["held_out_note"]):
-        return []
-    return [
-        Text(
-            f"{'Held-out text' if report['held_out'] else 'Not held out'}: {note}",
-            "" if report["held_out"] else "yellow",
-        )
-    ]
+    labels = {True: "Held-out text", False: "Not held out", None: "Not known to be held out"}
+    style, note = "" if report["held_out"] else "yellow", report["held_out_note"]
+    return [Text(f"{labels[report['held_out']]}: {note}", style)] if note else []
 
 
 def _comparison(report: dict[str, Any]) -> Text:
@@ -246,13 +241,19 @@ def totals_table(report: dict[str, Any]) -> Table:
 def layers_table(report: dict[str, Any]) -> Table:
     """One row per MoE layer."""
     table = Table("layer", title="Layer by layer", title_justify="left")
-    for column in ("balancedness", "busiest device, ms", "waited, ms", "sent", "moves"):
+    for column in ("batches", "balancedness", "busiest device, ms", "waited, ms", "sent", "moves"):
         table.add_column(column, justify="right")
     for row in report["layers"]:
         *figures, sent, moves = (
             row[name] for name in ("balancedness", "busy_max_ms", "waited_ms", "sent_share", "moves")
         )
-        table.add_row(row["layer"], *(_or_dash(figure, ".3f") for figure in figures), f"{sent:.1%}", str(moves))
+        table.add_row(
+            row["layer"],
+            str(row["batches"]),
+            *(_or_dash(figure, ".3f") for figure in figures),
+            f"{sent:.1%}",
+            str(moves),
+        )
     return table
 
 

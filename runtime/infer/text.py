@@ -72,7 +72,8 @@ def held_out(predictor: Path | None, source: TextSource | None, batching: Batchi
         skip = trained["held_out_from"]
         return HeldOut(True, f"the predictor was trained on the first {skip:,} documents of this text, left out", skip)
     shared = sum(digest in set(seen) for digest in files)
-    return HeldOut(False, f"the predictor was trained on {shared} of these {len(files)} files, and all are read")
+    which = f"{shared} of these {len(files)} files" if len(files) > 1 else "this file"
+    return HeldOut(False, f"the predictor was trained on {which}, among others or in another column; all of it is read")
 
 
 def _trained_on(predictor: Path) -> dict[str, Any]:

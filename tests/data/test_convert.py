@@ -30,6 +30,13 @@ def test_a_recording_that_cannot_be_read_leaves_no_folder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_steps_without_tokens_are_no_part_of_the_trace(tmp_path, caplog):
+    np.save(tmp_path / "ring.npy", np.concatenate([COUNTS, np.zeros((95, 3, 8), int)]))
+    stored = convert(tmp_path / "ring.npy", tmp_path / "trace")
+    assert np.array_equal(stored.loads(), COUNTS)
+    assert "95 of 100 steps hold no tokens and are left out" in caplog.text
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "loads.npy", COUNTS)
     monkeypatch.setattr("sys.argv", ["convert", str(tmp_path / "loads.npy"), "--out", str(tmp_path / "trace")])

@@ -127,6 +127,8 @@ def write_unclear(folder):
     save(folder / "parts.pt", record(0, global_physical_count=one / 2))
     torch.save({"logical_count": torch.ones(1).expand(10**5, 10**4, 64)}, folder / "expanded.pt")
     torch.save({"logical_count": torch.ones(3, 8)}, folder / "total.pt")
+    endless = torch.ones(1).expand(10**6, 10**6)
+    torch.save({"records": endless, "last_physical_to_logical_map": SLOTS}, folder / "endless.pt")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +147,7 @@ def write_unclear(folder):
         ("minus.pt", r"minus.pt holds -\d+; tokens cannot be negative"),
         ("parts.pt", "parts.pt holds figures that are not whole numbers"),
         ("expanded.pt", r"a tensor \(100000, 10000, 64\) is stored in 4 bytes"),
+        ("endless.pt", "'records' is no list of records"),
         ("total.pt", r"logical_count has shape \(3, 8\), expected \[steps, layers, experts\]"),
     ],
 )

@@ -1,10 +1,15 @@
 """The rivals and the measuring itself."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+import train
 from data.datamodule import RouterTraceModule
+from data.models.layout import MoELayout
 from predictor.baselines.history import Ema, Oracle, Uniform
 from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import summarise, write_report
@@ -49,6 +54,31 @@ def test_balancer_sees_each_stream_alone(data):
     assert summary["regret_r8"] == 0.4
     assert summary["balancedness_r16"] is None
     assert comparison["steady"]["oracle"].summary()["regret_r8"] == 0.0
+
+
+def test_layers_without_load_are_in_no_mean():
+    """A decoder that did not run is neither forecast well nor balanced well."""
+    loads = np.random.default_rng(0).integers(1, 90, (6, 2, 16))
+    scores, alone = Scores(milliseconds=[1.0]), Scores(milliseconds=[1.0])
+    loads[:, 1] = 0
+    loads[0] = loads[0][::-1]  # once it is the other way round
+    for number, load in enumerate(loads):
+        scores.add(replace(Uniform(2, 16).forecast(None, loads), spread=np.full((2, 16), 0.02)), load, 1)
+        carried = load[[1 if number == 0 else 0]]
+        alone.add(replace(Uniform(1, 16).forecast(None, loads[:, :1]), spread=np.full((1, 16), 0.02)), carried, 1)
+    found, expected = scores.details(), alone.details()
+    for name in ("load_tv", "load_tv_interval", "hot_recall", "nll", "coverage_80"):
+        assert found[name] == pytest.approx(expected[name])
+    assert found["batches"] == 6
+    assert found["load_tv_layers"][1] == pytest.approx(scores.load_tv[0][1], abs=1e-4), "one batch has load there"
+    silent = Scores(milliseconds=[1.0])
+    silent.add(Uniform(2, 16).forecast(None, loads), loads[1], 1)
+    assert silent.details()["load_tv_layers"][1] is silent.details()["sampling_floor_layers"][1] is None
+    assert "NaN" not in json.dumps(silent.details())
+    layout = MoELayout("m", "", (("encoder", 0), ("decoder", 0)), 16, None, 0, 0, 0)
+    of_both, of_one = (train.balancedness_of(each, 8) for each in (layout, replace(layout, layers=layout.layers[:1])))
+    both = of_both(Uniform(2, 16).forecast(None, loads), loads[1], loads[1:2])
+    assert both == of_one(Uniform(1, 16).forecast(None, loads[:, :1]), loads[1, :1], loads[1:2, :1]) < 1
 
 
 def test_ema_picks_the_rate_that_fits():

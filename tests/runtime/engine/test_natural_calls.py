@@ -163,6 +163,10 @@ def test_mistakes_say_what_to_do(model, inputs, tmp_path):
     with Engine(model, num_devices=4) as engine:
         with pytest.raises(TypeError, match="got a str, expected what a tokenizer returns"):
             next(engine.run(["a text"]))
+        run = engine.run([inputs, None, inputs])
+        next(run)  # which must not end with the batch that is None, as if nothing followed
+        with pytest.raises(TypeError, match="got a NoneType, expected what a tokenizer returns"):
+            next(run)
         with pytest.raises(ValueError, match="0 inputs were given, expected input_ids once"):
             engine.generate(max_new_tokens=4)
         with pytest.raises(ValueError, match="2 inputs were given"):

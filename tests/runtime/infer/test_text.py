@@ -65,13 +65,11 @@ def test_text_that_is_partly_known_or_cut_from_another_column_is_not_held_out(te
     folder = predictor(tmp_path / "predictor", trained_on=trained)
     assert held_out(folder, source, BATCHING).skip == 20
     assert held_out(folder, TextSource(str(text / "a.txt")), BATCHING) == HeldOut(
-        False, "the predictor was trained on 1 of these 1 files, and all are read"
+        False, "the predictor was trained on this file, among others or in another column; all of it is read"
     )
     (text / "b.txt").write_text("other words")
-    changed = TextSource(str(text))
-    assert (
-        held_out(folder, changed, BATCHING).note == "the predictor was trained on 1 of these 2 files, and all are read"
-    )
+    note = held_out(folder, TextSource(str(text)), BATCHING).note
+    assert note.startswith("the predictor was trained on 1 of these 2 files, among others")
     (text / "a.txt").write_text("other words as well")
     assert held_out(folder, TextSource(str(text)), BATCHING) == HeldOut(True)
     assert held_out(folder, None, BATCHING) == HeldOut(True), "it was not trained on the offline corpus"
