@@ -285,7 +285,7 @@ def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
     """Counts of records with the ids `top_indices [tokens, K]` of one step and layer, summed over ranks.
 
     Layers of block "mtp" follow those of block "decoder". Where records of several stages stand side by side, those of
-    the stage that comes first count.
+    the stage that comes first count. A rank without tokens in a step has an empty list there.
     """
     found: dict[tuple[int, tuple[str, int, int]], list[tuple[Path, Counts]]] = {}
     stage = None
@@ -302,23 +302,24 @@ def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
                 stage = record.get("stage") if stage is None else stage
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number} is not a record of Megatron's router trace: {error}") from None
-            if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
+            if not ids.size:
+                ids = np.zeros((0, 1), dtype=np.int64)
+            if ids.ndim != 2 or ids.dtype.kind not in "iu":
                 raise ValueError(
                     f"{file}, line {number}: top_indices has shape {ids.shape}, expected ids [tokens, topk]"
                 )
             if record.get("stage") == stage:
                 found.setdefault((step, place), []).append((file, ids))
-    if not found:
-        raise ValueError(f"{files[0]} holds no record; expected one JSON document a line")
+    known = [one for group in found.values() for one in group if one[1].size]
+    if not known:
+        raise ValueError(f"{files[0]} holds no record with tokens; expected one JSON document a line")
     steps, layers = sorted({step for step, _ in found}), sorted({place for _, place in found})
     if missing := [(step, place) for step in steps for place in layers if (step, place) not in found]:
         raise ValueError(f"{files[0].parent} lacks step {missing[0][0]} of layer {missing[0][1][2]}")
-    size = _experts_of([one for group in found.values() for one in group], num_experts)
-    counts = np.zeros((len(steps), len(layers), size), dtype=np.int64)
-    for (step, place), group in found.items():
-        for _, ids in group:
-            counts[steps.index(step), layers.index(place)] += np.bincount(ids.reshape(-1), minlength=size)
-    return counts
+    size = _experts_of(known, num_experts)
+    rows = ([ids.reshape(-1) for _, ids in found[step, place]] for step in steps for place in layers)
+    counts = np.stack([np.bincount(np.concatenate(ids), minlength=size) for ids in rows])
+    return counts.reshape(len(steps), len(layers), size)
 
 
 def _tensorrt_llm(folder: Path, files: list[Path]) -> FloatArray:

@@ -11,6 +11,7 @@
 `experts` need not exist for every token: the tokens before the first routed one are context.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ UNSEEN, SEEN = "unseen", "prefill"
 """Phases: requests on subjects that are in no training request, and the others."""
 UNSEEN_SHARE, TRAIN_SHARE, VAL_SHARE = 0.15, 0.65, 0.12
 """Share of subjects held out; of the other subjects' requests, the share for training and for validation."""
+log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -58,7 +60,7 @@ def holds_tokens(path: Path) -> bool:
 def read_token_recording(
     path: Path, model_id: str = "", num_experts: int | None = None
 ) -> tuple[list[RecordedRequest], MoELayout]:
-    """Reads requests in the order of the file, and a layout that knows no weights and no embeddings.
+    """Reads the requests with routed tokens, in the order of the file, and a layout without weights and embeddings.
 
     Args:
         path: The .npz file.
@@ -73,13 +75,20 @@ def read_token_recording(
     tokens, experts = arrays["tokens"].astype(np.int64), arrays["experts"].astype(np.int16)
     names = _subjects(path, arrays)
     token_stop, route_stop = arrays["length"].cumsum(), arrays["routed"].cumsum()
+    if silent := int((arrays["routed"] == 0).sum()):
+        log.warning("%s: %d of %d requests have no routed token and are left out", path, silent, len(arrays["routed"]))
     requests = []
-    for number, (length, first, routed) in enumerate(
-        zip(arrays["length"], arrays["first_routed"], arrays["routed"], strict=True)
-    ):
+    columns = (
+        arrays[name].tolist() for name in ("length", "first_routed", "routed")
+    )  # whole numbers, which never wrap
+    for number, (length, first, routed) in enumerate(zip(*columns, strict=True)):
+        if first + routed > length:
+            raise ValueError(f"{path}: request {number} has {length} tokens, but routes up to token {first + routed}")
+        if not routed:
+            continue
         own = tokens[token_stop[number] - length : token_stop[number]]
         routes = experts[route_stop[number] - routed : route_stop[number]]
-        requests.append(RecordedRequest(number, names[number], SEEN, "train", own, int(first), routes))
+        requests.append(RecordedRequest(number, names[number], SEEN, "train", own, first, routes))
     found = int(experts.max()) + 1
     if num_experts is not None and num_experts < found:
         raise ValueError(f"{path} holds expert {found - 1}, the model has {num_experts} experts; give {found} or more")

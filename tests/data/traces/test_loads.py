@@ -84,8 +84,13 @@ def test_megatron_sums_ranks_and_takes_one_stage(tmp_path):
     with pytest.raises(ValueError, match="lacks step 1 of layer 1"):
         read_loads(tmp_path / "gap.jsonl")
     (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"none\.jsonl holds no record"):
+    with pytest.raises(ValueError, match=r"none\.jsonl holds no record with tokens"):
         read_loads(tmp_path / "none.jsonl")
+    idle = [{"step": step, "layer": 1, "top_indices": ids} for step, ids in enumerate(([[0, 3]], [], [[1, 3]]))]
+    (tmp_path / "idle.jsonl").write_text("\n".join(map(json.dumps, idle)))
+    recorded = read_loads(tmp_path / "idle.jsonl")
+    assert recorded.loads.tolist() == [[[1, 0, 0, 1]], [[0, 1, 0, 1]]]
+    assert recorded.empty_steps == 1
 
 
 def test_tensorrt_llm_statistics(tmp_path):

@@ -106,7 +106,7 @@ def test_splits_follow_time_within_a_subject():
         ({"tokens": -arrays()["tokens"]}, "holds negative numbers"),
         ({"vocabulary": np.array(5)}, "holds token id 47, its vocabulary has 5"),
         ({"subject": np.arange(3)}, r"subject has shape \(3,\), expected a number in subjects for each of 48"),
-        ({"first_routed": arrays()["length"]}, "request 0 has .* tokens, but routes up to token"),
+        ({"first_routed": arrays()["length"]}, "r.npz: request 0 has .* tokens, but routes up to token"),
     ],
 )
 def test_a_recording_that_does_not_fit_together_is_refused(tmp_path, changes, message):
@@ -114,6 +114,19 @@ def test_a_recording_that_does_not_fit_together_is_refused(tmp_path, changes, me
     with pytest.raises(ValueError, match=message):
         convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_request_without_routed_tokens_is_left_out_and_counted(tmp_path, caplog):
+    found = arrays()
+    first, routed = found["first_routed"].copy(), found["routed"].copy()
+    dropped = int(routed[1])
+    start = int(routed[0])
+    routed[1] = 0
+    experts = np.delete(found["experts"], slice(start, start + dropped), axis=0)
+    path = write_recording(tmp_path / "r.npz", routed=routed, first_routed=first, experts=experts)
+    requests, _ = read_token_recording(path)
+    assert [request.number for request in requests] == [0, *range(2, len(routed))]
+    assert f"r.npz: 1 of {len(routed)} requests have no routed token and are left out" in caplog.text
 
 
 def test_command_and_its_mistakes(tmp_path, monkeypatch, capsys):
