@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionYesNo
+from jsonargparse import ActionYesNo, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -67,7 +67,15 @@ log = logging.getLogger(__name__)
 
 
 class TrainParser(OneLine, LightningArgumentParser):
-    """Lightning's parser; its help begins with the options that most runs need."""
+    """Lightning's parser; settings are checked for their groups, and help begins with what most runs need."""
+
+    def parse_args(self, *args: Any, **settings: Any) -> Any:
+        """Parses, and refuses a group of settings that is something else."""
+        config = super().parse_args(*args, **settings)
+        for group in ("trainer", "model", "data"):
+            if not isinstance(config[group], Namespace):
+                raise ValueError(f"{group} is {config[group]!r}, expected settings such as those in {DEFAULTS}")
+        return config
 
     def format_help(self, *args: Any) -> str:
         """This module's docstring, then all options."""
@@ -185,6 +193,15 @@ def settings(cli: TrainCLI) -> str:
     return str(cli.parser.dump(config))
 
 
+def command_line(words: list[str] | None = None) -> TrainCLI:
+    """Trainer, model and data of some command-line words, by default those of this process."""
+    return TrainCLI(
+        ForecasterModule, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
+        auto_configure_optimizers=False, parser_class=TrainParser, trainer_defaults={"callbacks": [BaselineCurve()]},
+        parser_kwargs={"default_config_files": [str(DEFAULTS)], "usage": "python train.py [options]"}, args=words,
+    )  # fmt: skip
+
+
 @contextmanager
 def refusals_of_lightning() -> Iterator[None]:
     """Turns what Lightning raises on settings that it cannot follow into ValueError."""
@@ -200,12 +217,7 @@ def main() -> None:
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path("outputs/wandb").absolute()))
     os.environ |= {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
     with user_errors("run the same command again"), RunLog() as run_log, refusals_of_lightning():
-        cli = TrainCLI(
-            ForecasterModule, RouterTraceModule, run=False, seed_everything_default=0, save_config_callback=None,
-            auto_configure_optimizers=False, parser_class=TrainParser,
-            trainer_defaults={"callbacks": [BaselineCurve()]},
-            parser_kwargs={"default_config_files": [str(DEFAULTS)], "usage": "python train.py [options]"},
-        )  # fmt: skip
+        cli = command_line()
         with redirect_stdout(sys.stderr):
             line = train(cli, run_log)
         if line is not None:

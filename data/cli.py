@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser, auto_cli
+import yaml
+from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 
 from data.errors import one_line
 
+DEEPEST = 50
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
@@ -39,6 +42,20 @@ class OneLine(Base):
 
 class OneLineParser(OneLine, ArgumentParser):
     """jsonargparse's parser with `OneLine` errors."""
+
+
+def load_yaml(text: str) -> Any:
+    """Loads YAML without aliases and deep nesting: a few lines of either can keep a program busy for hours."""
+    depth = accumulate((character in "[{") - (character in "]}") for character in text if character in "[]{}")
+    if max(depth, default=0) > DEEPEST:
+        raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+    if "&" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise yaml.YAMLError("it has an alias (*name), which is not supported; write the value out")
+    return _load_yaml(text)
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
 
 
 @contextmanager

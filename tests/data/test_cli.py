@@ -1,5 +1,6 @@
 """Every command line: help on stdout, errors in one line, no abbreviated options, and a hint after Ctrl-C."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,3 +139,21 @@ def test_json_is_for_programs_only(terminal, printed, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     print_json({"batches": 3})
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: &a [1, 1]\nbatches: [*a, *a]\n", "it has an alias (*name), which is not supported; write the value out"),
+        ("batches: " + "[" * 60 + "\n", "it is nested more than 50 levels deep"),
+        ("batches: [1\n", "expected"),
+    ],
+)
+def test_a_settings_file_that_cannot_be_read(tmp_path, monkeypatch, text, says):
+    def take(batches: int = 3) -> int:
+        return batches
+
+    (tmp_path / "settings.yaml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["take", "--config", str(tmp_path / "settings.yaml")])
+    with pytest.raises(ValueError, match=re.escape(says)):
+        from_command_line(take)
