@@ -35,14 +35,18 @@ def small_switch(
     return SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**shape | settings)).eval()
 
 
-@pytest.fixture(scope="session")
-def switch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder in the hub's format, with random weights and a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("models") / "switch-random-8"
+def write_switch(folder: Path) -> Path:
+    """Writes a model folder in the hub's format, with random weights and a tokenizer of its own."""
     small_switch().save_pretrained(folder)
     documents = [Document("words", text) for text in TEXTS]
     train_tokenizer(documents, 400, SENTINELS).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def switch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model, shared by all tests."""
+    return write_switch(tmp_path_factory.mktemp("models") / "switch-random-8")
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ import numpy as np
 
 from data.arrays import FloatArray, IntArray
 from data.files import read_json
+from data.traces.numpy_file import array_names, read_arrays
 
 if TYPE_CHECKING:
     from data.models.layout import MoELayout
@@ -186,17 +187,13 @@ def _read_folder(folder: Path, num_experts: int | None) -> RecordedLoads:
 
 
 def _numpy(path: Path, num_experts: int | None) -> Counts:
-    routed = path.stem.endswith(ROUTED)
-    try:
-        array: Counts = np.load(path, allow_pickle=False)
-        if isinstance(array, np.lib.npyio.NpzFile):
-            with array:
-                routed = ROUTED in array
-                if KEY not in array and not routed:
-                    raise ValueError(f"it holds {sorted(array)}, expected the key '{KEY}' or '{ROUTED}'")
-                array = array[ROUTED if routed else KEY]
-    except Exception as error:  # zip, zlib and numpy each raise their own on a damaged file
-        raise ValueError(f"{path} cannot be read as loads: {error}") from None
+    routed, names = path.stem.endswith(ROUTED), array_names(path)
+    if path.suffix == ".npz" and names:
+        routed = ROUTED in names
+        if KEY not in names and not routed:
+            raise ValueError(f"{path} holds {sorted(names)}, expected the key '{KEY}' or '{ROUTED}'")
+        names = [ROUTED if routed else KEY]
+    (array,) = read_arrays(path, names or None).values()
     if routed:
         return _vllm(path, array, num_experts)
     if path.suffix == ".npy":

@@ -14,12 +14,12 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.arrays import IntArray
 from data.models.layout import MOST_EXPERTS, MoELayout
+from data.traces.numpy_file import Arrays, array_names, read_arrays
 from data.traces.requests import RecordedRequest
 
 MOST_TOKEN = 2**31 - 1
@@ -30,31 +30,11 @@ UNSEEN, SEEN = "unseen", "prefill"
 UNSEEN_SHARE, TRAIN_SHARE, VAL_SHARE = 0.15, 0.65, 0.12
 """Share of subjects held out; of the other subjects' requests, the share for training and for validation."""
 log = logging.getLogger(__name__)
-Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-def read_arrays(path: Path) -> Arrays:
-    """Reads all arrays of an .npz file.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file}
-    except Exception as error:  # zip, zlib and numpy each raise their own on a damaged file
-        raise ValueError(f"{path} cannot be read as a recording of tokens: {error}") from None
 
 
 def holds_tokens(path: Path) -> bool:
     """Whether a file is an .npz with the array `tokens`; its other arrays are not checked."""
-    if path.suffix != ".npz" or not path.is_file():
-        return False
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return "tokens" in file
-    except Exception:  # a damaged file is refused by name where it is read
-        return False
+    return path.suffix == ".npz" and path.is_file() and "tokens" in array_names(path)
 
 
 def read_token_recording(
