@@ -27,7 +27,7 @@ from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
 from data.text.corpus import OFFLINE
 from data.text.corpus_stream import corpus_splits, open_stream
-from data.text.source import open_text
+from data.text.source import TextSource, open_text
 from data.traces.router_tap import RouterTap
 from data.traces.store import Shard, StoredTrace, open_trace, write_about, write_shard
 from data.traces.text_tracer import TextTracer
@@ -98,6 +98,16 @@ def _differing(request: dict[str, Any], found: dict[str, Any], keys: Set[str]) -
     """In which of some keys a trace differs from a request, as they are called in messages."""
     names = {LAYOUT: "model", FILES: "content of the text"}
     return sorted(names.get(key, key) for key in keys if found.get(key) != request.get(key))
+
+
+def _files(source: TextSource, out: Path) -> dict[str, str] | None:
+    """Digests of the text's files; None if the hub cannot be reached and a finished trace is there."""
+    try:
+        return source.files
+    except ValueError:
+        if out.exists():
+            return None
+        raise
 
 
 def _finished_shard(partial: Path, index: int) -> Shard | None:
@@ -199,7 +209,7 @@ def collect(
         ValueError: If the model, text or folder cannot be used; the message says what to do.
     """
     source = open_text(text, text_column)
-    of_text = {} if source is None else {"text_column": text_column, FILES: source.files}
+    of_text = {} if source is None else {"text_column": text_column, FILES: _files(source, out)}
     place = pick_device(device)
     loaded = load_model(model, revision, dtype)
     loaded.model.to(place)
@@ -231,7 +241,7 @@ def collect(
 
 def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
     found, unknown = open_trace(out), set[str]()
-    if FILES in request and FILES not in found.about:
+    if FILES in request and (request[FILES] is None or FILES not in found.about):
         unknown = {FILES}
     differing = _differing(request, found.about, request.keys() - {DEVICE, LAYOUT} - unknown)
     layout = MoELayout.from_json(request[LAYOUT])
@@ -242,7 +252,7 @@ def _reuse(out: Path, request: dict[str, Any]) -> StoredTrace:
         raise ValueError(
             f"{out} holds another trace (different {', '.join(differing)}); name another --out or remove it"
         )
-    note = "; it does not record the content of its text, which may have changed" if unknown else ""
+    note = "; whether its text has changed since is not known" if unknown else ""
     Console(stderr=True).print(f"Reusing the trace in {out} ({found.num_batches} batches){note}")
     return found
 

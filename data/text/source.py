@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from rich.table import Table
@@ -33,8 +34,11 @@ class Part(Protocol):
     """A file, or a data set of the hub."""
 
     name: str
-    digest: str
     counts: ReadCounts
+
+    @property
+    def digest(self) -> str:
+        """What its content is known by."""
 
     def documents(self) -> Iterator[Document]:
         """Yields its documents in their order."""
@@ -167,34 +171,39 @@ class TextSource:
 
 
 class HubText:
-    """A data set of the Hugging Face hub, read as a stream.
+    """A data set of the Hugging Face hub, read as a stream; the hub is asked when it is needed.
 
     Args:
         source: `owner/name[:configuration[:split]]`.
         column: Column of text; None takes `text`.
-
-    Attributes:
-        digest: Commit of its repository: files that it links to elsewhere are not seen.
-
-    Raises:
-        ValueError: If there is no such data set.
     """
 
     def __init__(self, source: str, column: str | None = None) -> None:
+        self.name, self.column, self.counts = source, column or COLUMN, ReadCounts()
+        self._segment, self._config, split = (*source.split(":"), "", "")[:3]
+        self._split = split or "train"
+
+    @cached_property
+    def _builder(self) -> Any:
         try:
             import datasets
+
+            return datasets.load_dataset_builder(self._segment, self._config or None)
         except ImportError:
             raise ValueError(
-                f"{source} is no file or folder; hub data sets need the package datasets (pip install datasets)"
+                f"{self.name} is no file or folder; hub data sets need the package datasets (pip install datasets)"
             ) from None
-        name, config, split = (*source.split(":"), "", "")[:3]
-        self.name, self.column, self.counts = source, column or COLUMN, ReadCounts()
-        self._segment = name
-        try:
-            self._builder = datasets.load_dataset_builder(name, config or None)
         except Exception as error:  # errors of datasets, requests and the hub
-            raise _unread(name, error) from None
-        self._split, self.digest = split or "train", str(self._builder.hash)
+            raise _unread(self.name, error) from None
+
+    @property
+    def digest(self) -> str:
+        """Commit of its repository: files that it links to elsewhere are not seen.
+
+        Raises:
+            ValueError: If there is no such data set, or the hub cannot be reached.
+        """
+        return str(self._builder.hash)
 
     def documents(self) -> Iterator[Document]:
         """Yields the texts of the rows.
@@ -202,8 +211,9 @@ class HubText:
         Raises:
             ValueError: If they cannot be read, or have no such column.
         """
+        builder = self._builder
         try:
-            for number, row in enumerate(self._builder.as_streaming_dataset(split=self._split), 1):
+            for number, row in enumerate(builder.as_streaming_dataset(split=self._split), 1):
                 if self.column not in row:
                     names = ", ".join(map(repr, row))
                     raise LookupError(f"it has no column '{self.column}'; name one with --text-column: {names}")

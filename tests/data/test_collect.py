@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -78,7 +79,25 @@ def test_a_trace_of_text_that_has_changed_is_refused(switch_folder, text, tmp_pa
     (out / "trace.json").write_text(json.dumps(about))
     capsys.readouterr()
     collect(str(switch_folder), out, text, batching=BATCHING)
-    assert "it does not record the content of its text" in " ".join(capsys.readouterr().err.split())
+    assert "whether its text has changed since is not known" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_trace_of_a_hub_data_set_is_reused_without_the_hub(switch_folder, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS * 3))
+    builder = datasets.load_dataset_builder("json", data_files=str(rows), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: builder)
+    stored = collect(str(switch_folder), tmp_path / "trace", "owner/name", decode="none", batching=BATCHING)
+    assert stored.about["text_files"] == {"owner/name": builder.hash}
+
+    def offline(*names):
+        raise ConnectionError("the hub cannot be reached")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
+    collect(str(switch_folder), tmp_path / "trace", "owner/name", decode="none", batching=BATCHING)
+    assert "whether its text has changed since is not known" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ValueError, match="no text could be read from owner/name: the hub cannot be reached"):
+        collect(str(switch_folder), tmp_path / "other", "owner/name", decode="none", batching=BATCHING)
 
 
 def test_an_interrupted_trace_is_not_resumed_with_other_text(switch_folder, text, tmp_path, monkeypatch):

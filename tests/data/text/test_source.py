@@ -144,10 +144,10 @@ def test_a_hub_data_set_is_known_by_its_commit_and_read_by_column(tmp_path, monk
     asked = []
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: asked.append(names) or builder)
     text = TextSource("owner/name:config:train")
-    assert asked == [("owner/name", "config")]
     assert text.files == {"owner/name:config:train": builder.hash}
     assert [document.text for document in text.documents()] == ["some text"]
     assert text.counted() == "1 empty"
+    assert asked == [("owner/name", "config")]
     with pytest.raises(
         ValueError, match="no text could be read from owner/name: it has no column 'body'; name one with"
     ):

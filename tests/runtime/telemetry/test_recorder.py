@@ -68,6 +68,30 @@ def test_a_scrape_at_any_time_gives_what_the_batches_so_far_took(switch):
         scrape(telemetry.port)
 
 
+def test_layers_that_no_token_reached_have_no_figures(switch):
+    """Batches without decoder tokens run the encoder alone."""
+    encoder_only = [dataclasses.replace(batch, decoder=None) for batch in batches()]
+    telemetry = Telemetry(port=0)
+    with telemetry, Engine(switch, Noise(switch.layout), 4, 8) as engine:
+        costs = [output.stats for output in engine.run(encoder_only)]
+        for cost in costs:
+            telemetry.record(LAYERS, cost)
+        found = scrape(telemetry.port)
+    assert found["balancedness_count", "encoder_1"] == len(costs)
+    assert ("balancedness_count", "decoder_1") not in found
+    for cost in costs:
+        document = figures(LAYERS, cost)
+        encoder, decoder = document["layers"]
+        assert (decoder["balancedness"], decoder["load_tv"]) == (None, None)
+        assert document["load_tv"] == encoder["load_tv"]
+        assert encoder["balancedness"] == cost.balancedness
+        assert "NaN" not in json.dumps(document)
+    encoder, decoder = over_batches(costs, LAYERS)
+    assert (decoder["batches"], decoder["balancedness"]) == (0, None)
+    assert encoder["batches"] == len(costs)
+    assert encoder["balancedness"] == pytest.approx(np.mean([cost.balancedness for cost in costs]))
+
+
 def test_every_batch_is_a_line_as_soon_as_it_has_run(switch, tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
 
