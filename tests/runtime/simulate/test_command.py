@@ -242,7 +242,7 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch, capsys):
     whole = (RECORDED / "dsv2lite.npz").read_bytes()
     for name, content in (("cut.npz", whole[:5000]), ("empty.npy", b""), ("text.npy", b"not numpy")):
         (tmp_path / name).write_bytes(content)
-        assert f"{name} cannot be read as loads" in refuse(monkeypatch, capsys, tmp_path / name)
+        assert f"{name} cannot be read" in refuse(monkeypatch, capsys, tmp_path / name)
     np.savez(tmp_path / "key.npz", loads=np.ones((2, 1, 8)))
     assert "it holds ['loads'], expected the key 'counts'" in refuse(monkeypatch, capsys, tmp_path / "key.npz")
 
