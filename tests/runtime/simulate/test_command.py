@@ -244,7 +244,7 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_bytes(content)
         assert f"{name} cannot be read" in refuse(monkeypatch, capsys, tmp_path / name)
     np.savez(tmp_path / "key.npz", loads=np.ones((2, 1, 8)))
-    assert "it holds ['loads'], expected the key 'counts'" in refuse(monkeypatch, capsys, tmp_path / "key.npz")
+    assert "key.npz holds ['loads'], expected the key 'counts'" in refuse(monkeypatch, capsys, tmp_path / "key.npz")
 
 
 def test_the_workloads_command_writes_them_all(tmp_path, monkeypatch, capsys):
