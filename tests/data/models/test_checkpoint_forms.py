@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from data.files import LFS_POINTER
 from data.models import pickled
-from data.models.model import load_dense, load_model
+from data.models.model import LoadedModel, load_dense, load_model
+from data.models.stored_experts import stored_experts
 from data.models.weights import ModelWeights, read_embedding
 from tests.conftest import small_switch
 from tests.helpers.checkpoints import as_aliased, as_dtype, as_pickled
+from tests.helpers.families import tiny
 from tests.helpers.processes import on_ranks
 
 
@@ -55,6 +57,7 @@ def test_pickled_weights_are_converted_once_for_each_state_of_the_files(folder, 
     for name, tensor in expected.items():
         assert torch.equal(converted.read(name), tensor), name
         assert torch.equal(converted.read_row(name, 0), tensor[0])
+        assert torch.equal(weights.read_row(name, 0), tensor[0])
     assert len(set(converted.files.values())) > 3
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -67,6 +70,20 @@ def test_pickled_weights_are_converted_once_for_each_state_of_the_files(folder, 
     torch.save({name: tensor + 1 for name, tensor in tensors.items()}, changed)
     name = next(iter(tensors))
     assert torch.equal(ModelWeights(str(folder)).as_safetensors().read(name), tensors[name] + 1)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
+def test_experts_of_pickled_families_are_read_one_by_one(folder, tmp_path, family):
+    place = tmp_path / family
+    model = tiny(family)
+    model.save_pretrained(place)
+    shutil.copy(folder / "tokenizer.json", place)
+    layout = LoadedModel.of(model).layout
+    dense = load_dense(str(as_pickled(as_dtype(place, torch.bfloat16), 2)))
+    stored = stored_experts(ModelWeights(str(place)), dense.model, dense.layout)
+    for layer, module in enumerate(layout.modules):
+        for tensor, name in zip(stored.read(layer, 5), stored.format.names, strict=True):
+            assert torch.equal(tensor, model.get_submodule(module).get_parameter(name)[5].bfloat16()), name
 
 
 def convert(rank: int, folder: str, cache: str) -> list[str]:
