@@ -6,8 +6,8 @@ Under `torchrun --nproc-per-node N -m data.collect ...` the ranks divide the wor
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Set
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.cli import from_command_line, print_json, user_errors
-from data.files import read_json, sha256, write_json
+from data.files import held, read_json, sha256, write_json
 from data.models.device import Device, pick_device
 from data.models.layout import MoELayout
 from data.models.model import Dtype, LoadedModel, load_model
@@ -90,7 +90,8 @@ def _prepare(partial: Path, request: dict[str, Any]) -> None:
                 "another --out"
             )
         return
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in partial.iterdir():
+        leftover.unlink()
     write_json(started, request)
 
 
@@ -221,7 +222,7 @@ def collect(
     if out.exists():
         return _reuse(out, request)
     partial = out.with_name(out.name + ".partial")
-    with Ranks() as ranks:
+    with Ranks() as ranks, held(partial) if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0:
             _prepare(partial, request)
         ranks.barrier()

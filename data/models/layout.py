@@ -133,7 +133,7 @@ class MoELayout:
         fields = {key: value for key, value in document.items() if key != "fingerprint"}
         try:
             layout = cls(**fields)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"not a model layout: {error}") from None
         if document.get("fingerprint") != layout.fingerprint():
             raise ValueError(

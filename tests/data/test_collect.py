@@ -12,6 +12,7 @@ import torch
 
 import data.collect
 from data.collect import collect
+from data.files import held
 from data.models.model import load_model
 from data.text.batching import BatchingConfig, text_stream
 from data.text.source import TextSource
@@ -288,3 +289,11 @@ def test_mistakes_end_with_one_line_and_exit_code_2(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_not_collect_one_trace(switch_folder, tmp_path):
+    (tmp_path / "words.txt").write_text("\n".join(TEXTS))
+    text = str(tmp_path / "words.txt")
+    with held(tmp_path / "t.partial"), pytest.raises(ValueError, match=r"another process is writing to .*t\.partial"):
+        collect(str(switch_folder), tmp_path / "t", text, batching=BATCHING)
+    assert collect(str(switch_folder), tmp_path / "t", text, batching=BATCHING).num_batches
