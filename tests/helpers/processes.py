@@ -6,6 +6,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ import torch
 PRELOAD = ["torch", "transformers", "numba", "tests.conftest", "runtime.engine.engine"]
 
 
-def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def on_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0, abandoned: int | None = None
+) -> list[Any]:
     """The function's result on each rank, or the text of its error; None for a rank that was killed.
 
-    The function is called as `function(rank, *args)`; it must be importable, and its arguments picklable.
+    The function is called as `function(rank, *args)`; it must be importable, and its arguments picklable. A rank that is
+    `abandoned` is killed once the others have ended; its result is None unless it has one by then.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -31,14 +35,15 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: fl
         theirs.close()
         pipes.append(ours)
         processes.append(process)
-    results = []
-    for process, pipe in zip(processes, pipes, strict=True):
-        try:
-            results.append(pipe.recv() if pipe.poll(timeout_s) else "hangs")
-        except EOFError:
-            results.append(None)
-        process.join(10)
-        process.kill()
+    results: list[Any] = [None] * world
+    for rank in sorted(range(world), key=lambda rank: rank == abandoned):
+        with suppress(EOFError):
+            if pipes[rank].poll(0 if rank == abandoned else timeout_s):
+                results[rank] = pipes[rank].recv()
+            elif rank != abandoned:
+                results[rank] = "hangs"
+        processes[rank].join(0 if rank == abandoned else 10)
+        processes[rank].kill()
     return results
 
 

@@ -6,22 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import train
 from data.models.layout import MoELayout
 from data.traces.trace import TokenBatch
-from tests.helpers.made_up_trace import VOCABULARY, WIDTH, make_batch, make_layout, time_splits, write_trace
+from tests.helpers.made_up_trace import make_batch, make_layout, time_splits, write_trace
+from tests.helpers.models import write_table
 
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory) -> Path:
     """The folder of a model that consists of an embedding table alone."""
-    folder = tmp_path_factory.mktemp("host")
-    table = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))
-    save_file({"shared.weight": table}, folder / "model.safetensors")
-    return folder
+    return write_table(tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture(scope="session")

@@ -17,27 +17,14 @@ from safetensors.torch import load_file, save_file
 
 import runtime.infer.__main__
 from data.files import sha256
-from data.models.model import load_model
-from predictor.checkpoint import save_predictor
-from predictor.forecaster import NeuralForecaster
-from predictor.network import Architecture, LoadNetwork
 from tests.conftest import TEXTS, small_switch
+from tests.helpers.predictors import untrained
 from tests.helpers.prometheus import scrape
 from tests.helpers.small_qwen3 import write_qwen3
 from tests.helpers.wandb_file import records
 
 ROOT = Path(__file__).parents[3]
 MS = {"forecast", "plan", "move", "compute", "slowest_device", "waited", "exposed"}
-
-
-def untrained(model: Path, folder: Path) -> Path:
-    """Writes an untrained predictor of a model."""
-    torch.manual_seed(0)
-    loaded = load_model(str(model))
-    network = LoadNetwork(loaded.layout, Architecture(width=8, depth=1))
-    spread, table = torch.zeros(2, loaded.layout.num_layers, 3), loaded.model.get_input_embeddings().weight
-    save_predictor(folder, NeuralForecaster(loaded.layout, network, table, spread))
-    return folder
 
 
 @pytest.fixture
