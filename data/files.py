@@ -33,7 +33,11 @@ def check_fetched(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; it is renamed to `path` if the block succeeds and removed if it fails."""
+    """Yields a temporary path to write to; it is renamed to `path` if the block succeeds and removed if it fails.
+
+    Raises:
+        OSError: Naming the file, if the disk is full, also where a library's error names none.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -42,6 +46,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield aside
         aside.chmod(0o644)
         aside.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(aside)):
+            raise
+        raise OSError(error.errno, f"{path} cannot be written: {os.strerror(error.errno)}") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -114,6 +122,14 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_digest() -> str:
+    """Digest of this project's own code, equal in processes that run the same code: 16 hex digits."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(path for package in ("data", "predictor", "runtime") for path in (root / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)} {sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def check_new(path: Path) -> None:

@@ -70,7 +70,7 @@ class Case:
         Raises:
             ValueError: If a name or a value is unknown.
         """
-        known = {each.name: type(each.default) for each in fields(cls)}
+        known: dict[str, Any] = {each.name: type(each.default) for each in fields(cls)}
         values: dict[str, Any] = {}
         for name, _, value in (part.partition("=") for part in text.split(",")):
             if name not in known:

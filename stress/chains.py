@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from runtime.distributed.ranks import Ranks
 from stress.cases import Case, shrunk
-from stress.layer_cases import Found, LayerCase, run_layer_case
+from stress.layer_cases import LayerCase
+from stress.layers import Found, run_layer_case
 from stress.model_cases import ModelCase, run_model_case
 from tests.helpers.processes import on_ranks
 
 KINDS: dict[str, tuple[type[Case], Callable[..., Found]]] = {
     "layer": (LayerCase, run_layer_case), "model": (ModelCase, run_model_case),
 }  # fmt: skip
-RANK_CASES = 1000
+RANK_CASES = 2500
 """Cases that one set of processes runs."""
 HANGS_S = 300.0
 """Seconds after which a set of processes counts as hanging."""
@@ -46,14 +46,14 @@ class Mode:
 
 
 MODES = (
-    Mode("layers, one process", 0.72, "layer", {"world": 1, "budget": 0}),
+    Mode("layers, one process", 0.74, "layer", {"world": 1, "budget": 0}),
     Mode("layers, 2 ranks", 0.12, "layer", {"world": 2, "budget": 0}),
     Mode("layers, 4 ranks", 0.05, "layer", {"world": 4, "budget": 0}),
     Mode("layers within a budget, one process", 0.05, "layer", {"world": 1, "devices": 1}),
     Mode("layers within a budget, 2 ranks", 0.02, "layer", {"world": 2}),
-    Mode("models, one process", 0.03, "model", {"world": 1}),
-    Mode("models, 2 ranks", 0.006, "model", {"world": 2}),
-    Mode("models, 4 ranks", 0.004, "model", {"world": 4}),
+    Mode("models, one process", 0.013, "model", {"world": 1}),
+    Mode("models, 2 ranks", 0.004, "model", {"world": 2}),
+    Mode("models, 4 ranks", 0.003, "model", {"world": 4}),
 )
 
 
@@ -117,16 +117,22 @@ def run_chains(rank: int, mode: Mode, seed: int, first: int, cases: int) -> Tall
     return tally
 
 
-def run_mode(mode: Mode, seed: int, cases: int, console: Console) -> Tally:
-    """Runs a mode's share of the cases; ends at its first failure."""
+def run_mode(mode: Mode, seed: int, cases: int, after: Callable[[int], None] = lambda cases: None) -> Tally:
+    """Runs so many cases of a mode, or until the first failure.
+
+    Args:
+        mode: The mode.
+        seed: Seed of all its chains.
+        cases: Number of cases, at least.
+        after: Called with the number of cases so far, from time to time.
+    """
     tally = Tally()
     while tally.cases < cases and tally.failed is None:
-        some = min(RANK_CASES if mode.world > 1 else 5 * RANK_CASES, cases - tally.cases)
+        some = min(RANK_CASES, cases - tally.cases)
         if mode.world == 1:
             results: list[Any] = [run_chains(0, mode, seed, tally.chains, some)]
         else:
             results = on_ranks(mode.world, run_chains, mode, seed, tally.chains, some, timeout_s=HANGS_S)
-        console.print(f"{mode.name}: {tally.cases + some:,} of {cases:,}", end="\r")
         if broken := [result for result in results if not isinstance(result, Tally)]:
             tally.failed, tally.error = f"one of the chains from {tally.chains} on", str(broken)
             break
@@ -139,6 +145,7 @@ def run_mode(mode: Mode, seed: int, cases: int, console: Console) -> Tally:
         if failures:  # other ranks fail because one is gone
             earliest = min(failures, key=lambda result: (result.chains, is_consequence(result.error)))
             tally.failed, tally.error = earliest.failed, earliest.error
+        after(tally.cases)
     return tally
 
 

@@ -20,14 +20,21 @@ import platform
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
 import torch
+import transformers
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from runtime.balancing.balancer import compile_kernels
 from runtime.experts.dispatch import compile_kernels as compile_dispatch
 from stress.chains import KINDS, MODES, Tally, error_of, reproducer, run_mode
+
+
+def _count(status: Status, name: str, cases: int, done: int) -> None:
+    status.update(f"{name}: {done:,} of {cases:,}")
 
 
 def show(tallies: dict[str, Tally], console: Console) -> None:
@@ -52,6 +59,8 @@ def main() -> None:
     parser.add_argument("--case", metavar="KIND:VALUES", help="runs this case alone, as a failure prints it")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # which kernels are absent
+    transformers.logging.disable_progress_bar()
     compile_kernels()
     compile_dispatch()
     if given.case:
@@ -62,17 +71,19 @@ def main() -> None:
             case = KINDS[kind][0].parse(text)
         except ValueError as error:
             parser.error(str(error))
-        error = error_of(kind, case)
-        print(error or "passed")
-        sys.exit(bool(error))
+        found = error_of(kind, case)
+        print(found or "passed")
+        sys.exit(bool(found))
     began, console, tallies = time.perf_counter(), Console(stderr=True), {}
     for mode in MODES:
-        tallies[mode.name] = tally = run_mode(mode, given.seed, max(round(mode.share * given.cases), 1), console)
+        cases = max(round(mode.share * given.cases), 1)
+        with console.status(mode.name) as status:
+            tally = tallies[mode.name] = run_mode(mode, given.seed, cases, partial(_count, status, mode.name, cases))
         if tally.failed is not None:
             print(f"{mode.name}: {tally.failed} fails: {tally.error}")
             if "=" in tally.failed:
-                command, error = reproducer(mode.kind, tally.failed)
-                print(f"smallest case found: {error}\n    {command}")
+                command, found = reproducer(mode.kind, tally.failed)
+                print(f"smallest case found: {found}\n    {command}")
     show(tallies, Console(width=None if sys.stdout.isatty() else 140))
     print(json.dumps({
         "cases": sum(tally.cases for tally in tallies.values()), "seed": given.seed,

@@ -26,7 +26,7 @@ from runtime.offload.cache import LOADERS
 from runtime.offload.expert_files import ExpertFiles
 from runtime.offload.memory import PAGE
 from stress.cases import Case, one_of
-from stress.layer_cases import Found
+from stress.layers import Found
 from stress.plain_loop import LIMITS, difference
 from tests.conftest import small_switch, write_switch
 from tests.helpers.families import FAMILIES, VOCABULARY, tiny
@@ -126,13 +126,14 @@ def run_model_case(case: ModelCase, ranks: Ranks) -> Found:
     shape = layout.num_layers, layout.num_experts
     homes = rng.permuted(np.tile(np.arange(shape[1]), (shape[0], 1)), axis=1) if case.random_homes else None
     options: dict[str, Any] = {
-        "max_moves": None if case.max_moves < 0 else case.max_moves, "expert_overhead_tokens": case.price, "homes": homes,
+        "max_moves": None if case.max_moves < 0 else case.max_moves, "expert_overhead_tokens": case.price,
+        "homes": homes,
     }  # fmt: skip
     model: Any = loaded
     if case.budget:
         model, expert, besides = folder_of(case.family)
         options["device_memory"] = case.budget * expert + besides
-    with Engine(model, forecaster, case.devices, case.spare * case.devices, **options) as engine:
+    with Engine(model, forecaster, case.devices, case.spare * case.devices, timeout_s=120.0, **options) as engine:
         if case.random_plans:
             engine.controller.planner = RandomPlanner(engine.home, case.seed)
         batches = [_batch(case, rng) for _ in range(case.steps)]

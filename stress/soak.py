@@ -5,12 +5,12 @@
 
 A random Switch model (8 experts in each of two layers) runs on 4 emulated devices with 8 replica slots. A predictor
 forecasts every batch and learns from it; the planner fills the replica slots at random, so that experts move before
-every batch. One batch in four runs the decoder, too. Every 25 batches text is generated, with a new plan every second
+every batch. One batch in ten runs the decoder, too. Every 100 batches text is generated, with a new plan every second
 step. Every 1,000 batches another engine,
 within a memory budget, is opened, runs some batches and is closed; a Prometheus endpoint serves all the time. One
 batch in 500 is compared with the plain model.
 
-Resident memory, threads and open files are sampled every 50 batches. The first tenth of the run is the warm-up. Promised:
+Resident memory, threads and open files are sampled every 50 batches. The first tenth is the warm-up. Promised:
 
 - memory: the median of the last tenth is at most 2 % above the median of the second tenth;
 - threads and open files: the same number in every sample after the warm-up;
@@ -18,7 +18,8 @@ Resident memory, threads and open files are sampled every 50 batches. The first 
   second tenth's, where the deviation is that of the percentiles of all tenths but the first. Processor time, because
   other programs of the machine lengthen the time by the clock, which is printed as well.
 
-Prints a table and, as the last line, one JSON document, which is also written to the folder `--out` with a picture.
+Ctrl-C ends it early, with the figures so far. Prints a table and, as the last line, one JSON document, which is also
+written to the folder `--out` with a picture.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,8 @@ from tests.helpers.planners import RandomPlanner
 from tests.helpers.predictors import untrained
 
 DEVICES, REDUNDANT = 4, 8
-DECODE, GENERATE, SAMPLE, COMPARE, REOPEN = 4, 25, 50, 500, 1000
-"""Batches between two with a decoder, generations, samples, comparisons with the plain model, and engines within a budget."""
+DECODE, GENERATE, SAMPLE, COMPARE, REOPEN = 10, 100, 50, 500, 1000
+"""Batches between two with a decoder, generations, samples, comparisons, and engines within a budget."""
 TENTHS = 10
 MOST_GROWTH, MOST_DEVIATIONS, MOST_DIFFERENCE = 0.02, 3.0, 1e-5
 
@@ -99,7 +101,7 @@ class Course:
 
 
 def batches(count: int, seed: int) -> Iterator[ModelBatch]:
-    """Ragged batches of 1 to 4 sequences, one in four with a decoder."""
+    """Ragged batches of 1 to 4 sequences, one in ten with a decoder."""
     rng = np.random.default_rng(seed)
 
     def rows(size: int, longest: int) -> Any:
@@ -122,7 +124,8 @@ def soak(count: int, seed: int, folder: Path) -> Course:
             queue.append(batch)
             yield batch
 
-    with Telemetry(port=0) as telemetry, Engine(loaded, predictor, DEVICES, REDUNDANT) as engine:
+    engine = Engine(loaded, predictor, DEVICES, REDUNDANT)
+    with suppress(KeyboardInterrupt), Telemetry(port=0) as telemetry, engine:
         engine.controller.planner = RandomPlanner(engine.home, seed)
         outputs = engine.run(queued())
         for number in track(range(count), "batches", console=Console(stderr=True)):
@@ -144,7 +147,7 @@ def soak(count: int, seed: int, folder: Path) -> Course:
                 within_budget(folder / "model", seed)
             if number % SAMPLE == 0:
                 course.sample()
-        course.late = engine.controller.late
+            course.late = engine.controller.late
     return course
 
 
@@ -189,7 +192,8 @@ def findings(course: Course) -> dict[str, Any]:
         "other_texts": course.other_texts, "resident_mib": [round(each / 2**20, 1) for each in memory],
         "growth": round(growth, 4), "threads": sorted(set(course.threads[after:])),
         "files": sorted(set(course.files[after:])), "cpu_ms_p99": [round(each, 2) for each in cpu_p99],
-        "wall_ms_p99": [round(each, 2) for each in wall_p99], "cpu_ms_median": round(float(np.median(course.cpu_ms)), 2),
+        "wall_ms_p99": [round(each, 2) for each in wall_p99],
+        "cpu_ms_median": round(float(np.median(course.cpu_ms)), 2),
         "wall_ms_median": round(float(np.median(course.wall_ms)), 2), "last_over_second": round(slower, 3),
         "noise": round(noise, 3), "kept": kept,
     }  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = "data|predictor|runtime|switchcast|benchmarks|examples"
+PACKAGES = "data|predictor|runtime|switchcast|benchmarks|stress|examples"
 FOLDERS = [*PACKAGES.split("|"), "tests", "docs", "configs", ".github"]
 TEXT = {".py", ".md", ".yaml", ".yml", ".cff", ".toml", ".svg"}
 HISTORY = {"docs/log.md", "CHANGELOG.md", "tests/test_docs.py"}  # these may use old names

@@ -19,6 +19,8 @@ SILENCE_S = 10 * HEARTBEAT_S
 """Seconds without a beat after which a rank counts as lost."""
 ANNOUNCE_S = 4 * HEARTBEAT_S
 """Seconds a rank stays alive after it has announced a lost one: if it left at once, it would look lost itself."""
+STORE_S = 3 * (SILENCE_S + ANNOUNCE_S)
+"""Seconds after which a store that does not respond counts as lost: a stopped process keeps its connections."""
 
 
 def exit_now(code: int) -> NoReturn:
@@ -45,7 +47,7 @@ class Heartbeat:
         timeout_s: Seconds after which a rank that does not respond counts as lost.
 
     Attributes:
-        waiting_since: When the main thread began work that may wait for other ranks (`time.monotonic`); None outside.
+        waiting_since: When the main thread last began to wait for other ranks (`time.monotonic`); None if it does not.
     """
 
     def __init__(self, store: Any, rank: int, world: int, timeout_s: float) -> None:
@@ -72,14 +74,25 @@ class Heartbeat:
             signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def lost(self) -> str:
-        """'rank 1, 3 is lost' for the ranks without a beat, '' if there are none; takes `SILENCE_S` seconds."""
+        """'rank 1, 3 is lost' for the ranks without a beat, '' if there are none.
+
+        Takes `SILENCE_S` seconds, or `STORE_S` if the store does not respond.
+        """
         return self._lost(self._watch_stores)
 
     def _lost(self, stores: list[Any]) -> str:
-        for store in stores:
-            with suppress(RuntimeError):
-                return self._announced or self._silent_ranks(store)
-        return self._announced or "rank 0 is lost, and the store with it"
+        found: list[str] = []
+
+        def look() -> None:
+            for store in stores:
+                with suppress(RuntimeError):
+                    found.append(self._announced or self._silent_ranks(store))
+                    return
+
+        looking = threading.Thread(target=look, daemon=True, name="switchcast-lost")
+        looking.start()
+        looking.join(STORE_S)
+        return found[0] if found else self._announced or "rank 0 is lost, and the store with it"
 
     def _beat(self) -> None:
         store, count = self._store.clone(), 0

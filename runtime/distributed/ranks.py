@@ -139,13 +139,21 @@ class Ranks:
                     raise ValueError(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}")
 
     def exchange(self, topic: str, said: Any) -> list[Any]:
-        """What each rank says about a topic, anything that JSON can hold; all ranks call this in the same order."""
+        """What each rank says about a topic, anything that JSON can hold; all ranks call this in the same order.
+
+        Raises:
+            RankLostError: If a rank says nothing within the timeout.
+        """
         if self.world == 1:
             return [said]
         self._said[topic] += 1
         key = f"{topic}/{self._said[topic]}"
-        self._store.set(f"{key}/{self.rank}", json.dumps(said))
-        return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
+        try:
+            self._store.set(f"{key}/{self.rank}", json.dumps(said))
+            return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
+        except RuntimeError:
+            late = f"a rank has not sent its {topic} in {self.timeout_s} s (a larger timeout waits longer)"
+            raise RankLostError(f"{self._heartbeat.lost() or late}; rank {self.rank} stops") from None
 
     @property
     def host(self) -> str:
@@ -156,6 +164,7 @@ class Ranks:
         """All-gather: every rank's `row`, of the same shape `[...]` on all ranks, stacked to `[world, ...]`."""
         if self.world == 1:
             return row[None]
+        self._waits()
         rows = row.new_empty((self.world, *row.shape))
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         gather(rows.view(-1), row.contiguous().view(-1))
@@ -163,12 +172,14 @@ class Ranks:
 
     def all_to_all(self, rows: Tensor, send_sizes: list[int], out: Tensor, receive_sizes: list[int]) -> Any:
         """Starts an all-to-all of `rows`, sorted by destination rank, into `out`; returns a handle with `wait()`."""
+        self._waits()
         return dist.all_to_all_single(out, rows, receive_sizes, send_sizes, async_op=True)
 
     def all_ready(self, ready: bool) -> bool:
         """Whether all ranks are ready."""
         if self.world == 1:
             return ready
+        self._waits()
         flag = torch.tensor([int(ready)])
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag.item())
@@ -180,6 +191,11 @@ class Ranks:
         tensor = torch.from_numpy(np.array(array))
         dist.broadcast(tensor, 0, group=self.background)
         return np.asarray(tensor.numpy())
+
+    def _waits(self) -> None:
+        """Notes that the main thread waits for other ranks from now on, inside `watched`."""
+        if self._heartbeat.waiting_since is not None:
+            self._heartbeat.waiting_since = time.monotonic()
 
     @contextmanager
     def watched(self) -> Iterator[None]:

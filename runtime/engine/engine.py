@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data.arguments import check_choice
 from data.arrays import IntArray
-from data.files import sha256
+from data.files import code_digest, sha256
 from data.models.device import Device
 from data.models.generation import GenerationSettings
 from data.models.model import Dtype, LoadedModel, load_dense, load_model
@@ -138,6 +138,7 @@ class Engine:
         self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self._open, self._running = False, threading.Lock()
         self._facts = {
+            "switchcast": code_digest() if self.ranks.world > 1 else "",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "model": layout.fingerprint(),

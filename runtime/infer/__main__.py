@@ -127,7 +127,8 @@ def infer(
         with engine:
             stream = text_batches(engine, source, batching, batches, held.skip)
             checks, stats = run(engine, plain, stream, batches, telemetry)
-            report = summarise(checks, stats, engine)
+            with engine.ranks.watched():
+                report = summarise(checks, stats, engine)
     report |= {"held_out": held.known, "held_out_note": held.note}
     if first:
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})

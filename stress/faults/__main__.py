@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from runtime.balancing.balancer import compile_kernels
 from stress.faults import disks, forecasts, lost_ranks, runs, tiers
@@ -50,7 +51,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_column(column)
     for row in rows:
         kept = {True: "yes", False: "NO", None: "-"}[row["kept"]]
-        table.add_row(row["done"], row["promised"], row["happened"][:600], kept)
+        table.add_row(*(Text(cell) for cell in (row["done"], row["promised"], row["happened"][:600], kept)))
     console.print(table)
 
 

@@ -21,7 +21,9 @@ from tests.helpers.models import write_table
 
 Words = list[object]
 Writer = tuple[str, Callable[[Path, Path], Words], Callable[[Path], object]]
-"""A command that writes: its module, its words (from the folder of its inputs and where to write), and a reader of what it writes."""
+"""A command that writes: its module, its words, and a reader of what it writes.
+
+The words depend on the folder of its inputs and on where to write."""
 
 
 def collecting(folder: Path, out: Path) -> Words:
@@ -129,7 +131,8 @@ def terminated(what: str, folder: Path) -> str:
 FAULTS = [
     Fault(
         f"disk full, {what}", f"a disk of {KIB[what]} KiB while `{module}` writes",
-        "exit code 2 and one line; nothing under the final name; with room the same command ends well", partial(full, what),
+        "exit code 2 and one line; nothing under the final name; with room the same command ends well",
+        partial(full, what),
     )
     for what, (module, _, _) in WRITERS.items()
 ] + [

@@ -4,10 +4,12 @@ import copy
 import json
 import shutil
 import subprocess
-import tempfile
 import threading
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +53,7 @@ class Exits:
         raise SystemExit(3)
 
 
-class Huge(Noise):
+class Huge(Noise):  # type: ignore[misc]
     """Forecasts 1e300 tokens for each expert."""
 
     def forecast(self, upcoming: object, history: object) -> LoadForecast:
@@ -59,7 +61,7 @@ class Huge(Noise):
         return forecast_from_load(np.full(self.shape, 1e300), made_at=0, source=self.name)
 
 
-FORECASTERS = {
+FORECASTERS: dict[str, Callable[[], Any]] = {
     "hangs": lambda: Hangs(), "returns NaN": lambda: Broken("nan"), "raises": lambda: Broken("raises"),
     "returns another shape": lambda: Broken("other layout"), "calls sys.exit": lambda: Exits(),
     "forecasts 1e300 tokens": lambda: Huge(LoadedModel.of(small_switch()).layout),
@@ -90,7 +92,7 @@ def forecaster(how: str, folder: Path) -> str:
 def with_version(rank: int, what: str, folder: Path) -> None:
     """Opens an engine; rank 1 has another version."""
     if rank == 1 and what == "torch":
-        torch.__version__ = "2.9.0"
+        torch.__version__ = "2.9.0"  # type: ignore[assignment]
     if rank == 1 and what == "transformers":
         transformers.__version__ = "5.18.0"
     if rank == 1 and what == "switchcast":
@@ -165,7 +167,7 @@ def clock(folder: Path) -> str:
     assert done.returncode == 0, done.stderr[-1500:]
     report = json.loads((folder / "out" / "report.json").read_text())
     times = [json.loads(line)["time"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    jumped = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    jumped = max(later - earlier for earlier, later in pairwise(times))
     assert jumped > 80_000, "the clock did not jump during the run"
     assert report["max_logit_difference"] <= MOST_DIFFERENCE
     spans = {name: value for name, value in report["ms"].items() if not 0 <= value < 10_000}

@@ -19,8 +19,8 @@ def on_ranks(
 ) -> list[Any]:
     """The function's result on each rank, or the text of its error; None for a rank that was killed.
 
-    The function is called as `function(rank, *args)`; it must be importable, and its arguments picklable. A rank that is
-    `abandoned` is killed once the others have ended; its result is None unless it has one by then.
+    The function is called as `function(rank, *args)`; it must be importable, and its arguments picklable. A rank that
+    is `abandoned` is killed once the others have ended; its result is None unless it has one by then.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

@@ -14,7 +14,7 @@ from runtime.distributed.heartbeat import Heartbeat, RankLostError
 @pytest.fixture
 def ranks(monkeypatch):
     """Three ranks' heartbeats in one process."""
-    for name, seconds in (("HEARTBEAT_S", 0.02), ("SILENCE_S", 0.4), ("ANNOUNCE_S", 0.2)):
+    for name, seconds in (("HEARTBEAT_S", 0.02), ("SILENCE_S", 0.4), ("ANNOUNCE_S", 0.2), ("STORE_S", 3.0)):
         monkeypatch.setattr(runtime.distributed.heartbeat, name, seconds)
     handler = signal.getsignal(signal.SIGTERM)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -37,6 +37,12 @@ def test_a_silent_rank_is_named_by_all_others(ranks):
     threading.Event().wait(0.1)
     assert ranks[1]._announced == "rank 2 is lost"
     assert ranks[1].lost() == "rank 2 is lost"
+
+
+def test_a_store_that_does_not_respond_counts_as_lost(ranks, monkeypatch):
+    monkeypatch.setattr(runtime.distributed.heartbeat, "STORE_S", 0.1)
+    monkeypatch.setattr(ranks[1], "_silent_ranks", lambda store: threading.Event().wait())
+    assert ranks[1].lost() == "rank 0 is lost, and the store with it"
 
 
 def test_sigterm_after_a_loss_names_the_lost_rank(ranks):
