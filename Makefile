@@ -1,5 +1,6 @@
 # make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
 # make gpu   what only a GPU can show, in one folder under docs/results   make peers  transformers' own tests in an engine
+# make stress   random cases against the plain loop: docs/reliability.md
 PYTHON ?= python3
 BIN := .venv/bin
 PREDICTOR := outputs/predictor
@@ -12,7 +13,7 @@ IMPORTS := import train; from predictor.recurrence import compile_kernels; compi
 KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
 	balancer.compile_kernels(); dispatch.compile_kernels()
 
-.PHONY: run test smoke gpu peers clean
+.PHONY: run test smoke gpu peers stress clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -46,6 +47,10 @@ TRANSFORMERS ?= outputs/transformers
 peers: .venv/ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized==0.9.0
 	@$(BIN)/python -m benchmarks.peers --transformers $(TRANSFORMERS)
+
+# 100,000 random cases against the plain loop over experts; faults and the hour's soak are commands of their own.
+stress: .venv/ready
+	@$(BIN)/python -m stress.exactness
 
 # uv installs in a fifth of pip's time; where it cannot be had, pip does the same. The stamp is written last, so that a
 # set-up that was interrupted starts over.

@@ -1,4 +1,4 @@
-"""Chains of random cases in modes: run in this process or on several ranks, tallied, and shrunk where they fail."""
+"""Chains of random cases in modes: run in this process or on several ranks, summed up, and shrunk where they fail."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -58,7 +58,7 @@ MODES = (
 
 
 @dataclass
-class Tally:
+class Totals:
     """What many chains found.
 
     Attributes:
@@ -81,7 +81,7 @@ class Tally:
     failed: str | None = None
     error: str = ""
 
-    def add(self, found: "Found | Tally", cases: int, chains: int) -> None:
+    def add(self, found: "Found | Totals", cases: int, chains: int) -> None:
         """Adds what further chains found."""
         self.chains += chains
         self.cases += cases
@@ -102,22 +102,22 @@ def chain(mode: Mode, seed: int, number: int) -> Case:
             return case
 
 
-def run_chains(rank: int, mode: Mode, seed: int, first: int, cases: int) -> Tally:
+def run_chains(rank: int, mode: Mode, seed: int, first: int, cases: int) -> Totals:
     """Runs chains on this rank, from a number on, until so many cases have been compared or one fails."""
-    tally, run = Tally(), KINDS[mode.kind][1]
+    totals, run = Totals(), KINDS[mode.kind][1]
     with Ranks(timeout_s=20.0, device="cpu") if mode.kind == "layer" else nullcontext(Ranks(device="cpu")) as ranks:
-        while tally.cases < cases:
-            case = chain(mode, seed, first + tally.chains)
+        while totals.cases < cases:
+            case = chain(mode, seed, first + totals.chains)
             try:
                 found = run(case, ranks)
             except Exception as error:  # whatever it is, it is what this command looks for
-                tally.failed, tally.error = str(case), f"{type(error).__name__}: {error}"
-                return tally
-            tally.add(found, found.compared, 1)
-    return tally
+                totals.failed, totals.error = str(case), f"{type(error).__name__}: {error}"
+                return totals
+            totals.add(found, found.compared, 1)
+    return totals
 
 
-def run_mode(mode: Mode, seed: int, cases: int, after: Callable[[int], None] = lambda cases: None) -> Tally:
+def run_mode(mode: Mode, seed: int, cases: int, after: Callable[[int], None] = lambda cases: None) -> Totals:
     """Runs so many cases of a mode, or until the first failure.
 
     Args:
@@ -126,27 +126,27 @@ def run_mode(mode: Mode, seed: int, cases: int, after: Callable[[int], None] = l
         cases: Number of cases, at least.
         after: Called with the number of cases so far, from time to time.
     """
-    tally = Tally()
-    while tally.cases < cases and tally.failed is None:
-        some = min(RANK_CASES, cases - tally.cases)
+    totals = Totals()
+    while totals.cases < cases and totals.failed is None:
+        some = min(RANK_CASES, cases - totals.cases)
         if mode.world == 1:
-            results: list[Any] = [run_chains(0, mode, seed, tally.chains, some)]
+            results: list[Any] = [run_chains(0, mode, seed, totals.chains, some)]
         else:
-            results = on_ranks(mode.world, run_chains, mode, seed, tally.chains, some, timeout_s=HANGS_S)
-        if broken := [result for result in results if not isinstance(result, Tally)]:
-            tally.failed, tally.error = f"one of the chains from {tally.chains} on", str(broken)
+            results = on_ranks(mode.world, run_chains, mode, seed, totals.chains, some, timeout_s=HANGS_S)
+        if broken := [result for result in results if not isinstance(result, Totals)]:
+            totals.failed, totals.error = f"one of the chains from {totals.chains} on", str(broken)
             break
-        tally.add(results[0], results[0].cases, results[0].chains)
+        totals.add(results[0], results[0].cases, results[0].chains)
         for result in results[1:]:  # the same cases, other sequences
-            tally.largest |= {
-                dtype: max(tally.largest.get(dtype, 0.0), value) for dtype, value in result.largest.items()
+            totals.largest |= {
+                dtype: max(totals.largest.get(dtype, 0.0), value) for dtype, value in result.largest.items()
             }
         failures = [result for result in results if result.failed is not None]
         if failures:  # other ranks fail because one is gone
             earliest = min(failures, key=lambda result: (result.chains, is_consequence(result.error)))
-            tally.failed, tally.error = earliest.failed, earliest.error
-        after(tally.cases)
-    return tally
+            totals.failed, totals.error = earliest.failed, earliest.error
+        after(totals.cases)
+    return totals
 
 
 def run_one(rank: int, kind: str, text: str) -> str:

@@ -30,24 +30,24 @@ from rich.table import Table
 
 from runtime.balancing.balancer import compile_kernels
 from runtime.experts.dispatch import compile_kernels as compile_dispatch
-from stress.chains import KINDS, MODES, Tally, error_of, reproducer, run_mode
+from stress.chains import KINDS, MODES, Totals, error_of, reproducer, run_mode
 
 
 def _count(status: Status, name: str, cases: int, done: int) -> None:
     status.update(f"{name}: {done:,} of {cases:,}")
 
 
-def show(tallies: dict[str, Tally], console: Console) -> None:
+def show(totals_of: dict[str, Totals], console: Console) -> None:
     """Prints what each mode found."""
     table = Table(title="Random cases against the plain loop")
     for column in ("mode", "cases", "to the bit", "plans", "dropped tokens", "largest difference float32", "bfloat16"):
         table.add_column(column, justify="left" if column == "mode" else "right")
-    for name, tally in tallies.items():
+    for name, totals in totals_of.items():
         largest = [
-            f"{tally.largest[dtype]:.1e}" if dtype in tally.largest else "-" for dtype in ("float32", "bfloat16")
+            f"{totals.largest[dtype]:.1e}" if dtype in totals.largest else "-" for dtype in ("float32", "bfloat16")
         ]
-        equal = f"{tally.equal / max(tally.cases, 1):.1%}"
-        table.add_row(name, f"{tally.cases:,}", equal, f"{tally.moved:,}", f"{tally.dropped:,}", *largest)
+        equal = f"{totals.equal / max(totals.cases, 1):.1%}"
+        table.add_row(name, f"{totals.cases:,}", equal, f"{totals.moved:,}", f"{totals.dropped:,}", *largest)
     console.print(table)
 
 
@@ -74,23 +74,23 @@ def main() -> None:
         found = error_of(kind, case)
         print(found or "passed")
         sys.exit(bool(found))
-    began, console, tallies = time.perf_counter(), Console(stderr=True), {}
+    began, console, totals_of = time.perf_counter(), Console(stderr=True), {}
     for mode in MODES:
         cases = max(round(mode.share * given.cases), 1)
         with console.status(mode.name) as status:
-            tally = tallies[mode.name] = run_mode(mode, given.seed, cases, partial(_count, status, mode.name, cases))
-        if tally.failed is not None:
-            print(f"{mode.name}: {tally.failed} fails: {tally.error}")
-            if "=" in tally.failed:
-                command, found = reproducer(mode.kind, tally.failed)
+            totals = totals_of[mode.name] = run_mode(mode, given.seed, cases, partial(_count, status, mode.name, cases))
+        if totals.failed is not None:
+            print(f"{mode.name}: {totals.failed} fails: {totals.error}")
+            if "=" in totals.failed:
+                command, found = reproducer(mode.kind, totals.failed)
                 print(f"smallest case found: {found}\n    {command}")
-    show(tallies, Console(width=None if sys.stdout.isatty() else 140))
+    show(totals_of, Console(width=None if sys.stdout.isatty() else 140))
     print(json.dumps({
-        "cases": sum(tally.cases for tally in tallies.values()), "seed": given.seed,
+        "cases": sum(totals.cases for totals in totals_of.values()), "seed": given.seed,
         "seconds": round(time.perf_counter() - began), "python": platform.python_version(), "torch": torch.__version__,
-        "processors": os.cpu_count(), "modes": {name: asdict(tally) for name, tally in tallies.items()},
+        "processors": os.cpu_count(), "modes": {name: asdict(totals) for name, totals in totals_of.items()},
     }))  # fmt: skip
-    sys.exit(any(tally.failed is not None for tally in tallies.values()))
+    sys.exit(any(totals.failed is not None for totals in totals_of.values()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -96,7 +97,7 @@ def with_version(rank: int, what: str, folder: Path) -> None:
     if rank == 1 and what == "transformers":
         transformers.__version__ = "5.18.0"
     if rank == 1 and what == "switchcast":
-        runtime.engine.engine.code_digest = lambda: "0123456789abcdef"
+        setattr(runtime.engine.engine, "code_digest", lambda: "0123456789abcdef")  # noqa: B010
     predictor = folder / ("other" if rank == 1 and what == "predictor" else "predictor")
     with Engine(str(folder / "model"), predictor, None, 4, timeout_s=20.0):
         pass
@@ -120,15 +121,11 @@ CLOCK = """
 #include <stdlib.h>
 #include <sys/time.h>
 #include <time.h>
-/* From ten seconds after the start on, the clock of the day is a day ahead on rank 0, and a day behind on rank 1. */
+#include <unistd.h>
+/* From the moment a file exists, the clock of the day is a day ahead on rank 0, and a day behind on rank 1. */
 static long jump(void) {
-    static int (*real)(clockid_t, struct timespec *); static time_t start;
-    struct timespec now;
-    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-    real(CLOCK_MONOTONIC, &now);
-    if (!start) start = now.tv_sec;
-    const char *rank = getenv("RANK");
-    return now.tv_sec - start < 10 || !rank ? 0 : *rank == '0' ? 86400 : -86400;
+    const char *rank = getenv("RANK"), *file = getenv("CLOCK_JUMPS");
+    return !rank || !file || access(file, F_OK) ? 0 : *rank == '0' ? 86400 : -86400;
 }
 int clock_gettime(clockid_t id, struct timespec *t) {
     static int (*real)(clockid_t, struct timespec *);
@@ -157,16 +154,21 @@ def clock(folder: Path) -> str:
         raise NotImplementedError("a false clock needs a C compiler")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", "clock.so", "clock.c", "-ldl"], cwd=folder, check=True)
     words = ["--standalone", "--nproc-per-node", 2, "-m", "runtime.infer", "--model", folder / "model", "--predictor",
-             folder / "predictor", "--text", folder / "words.txt", "--redundant=4", "--batches=400", "--timeout=10",
-             "--batching.batches=400", "--batching.smallest=3", "--batching.largest=3", "--metrics-file",
+             folder / "predictor", "--text", folder / "words.txt", "--redundant=4", "--batches=150", "--timeout=10",
+             "--batching.batches=150", "--batching.smallest=3", "--batching.largest=3", "--metrics-file",
              folder / "metrics.jsonl", "--out", folder / "out"]  # fmt: skip
-    done = subprocess.run(
-        command("torch.distributed.run", *words), cwd=folder, capture_output=True, text=True, timeout=240,
-        env=environment(LD_PRELOAD=str(folder / "clock.so")),
+    process = subprocess.Popen(
+        command("torch.distributed.run", *words), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=environment(LD_PRELOAD=str(folder / "clock.so"), CLOCK_JUMPS=str(folder / "now")), text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-1500:]
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    (folder / "now").touch()
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said[-1500:]
     report = json.loads((folder / "out" / "report.json").read_text())
-    times = [json.loads(line)["time"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [json.loads(line)["time"] for line in metrics.read_text().splitlines()]
     jumped = max(later - earlier for earlier, later in pairwise(times))
     assert jumped > 80_000, "the clock did not jump during the run"
     assert report["max_logit_difference"] <= MOST_DIFFERENCE
@@ -191,7 +193,7 @@ FAULTS = [
         for what in ("switchcast", "predictor", "torch", "transformers")
     ),
     Fault(
-        "clock jumps", "after ten seconds the clocks of two ranks jump, a day ahead and a day back",
+        "clock jumps", "in the middle of a run the clocks of two ranks jump, a day ahead and a day back",
         "the run goes on; no rank is taken for lost; times are right", clock,
     ),
 ]  # fmt: skip

@@ -96,9 +96,9 @@ def run_rank(rank: int, stage: Stage, number: signal.Signals, folder: Path) -> t
 
 def _infer(folder: Path) -> None:
     infer(
-        str(folder / "model"), folder / "predictor", str(folder / "words.txt"), redundant=4, batches=8, check=False,
-        batching=BatchingConfig(batches=8, smallest=3, largest=3, length=32), timeout=TIMEOUT_S, out=folder / "out",
-        allow_fallback=True,
+        str(folder / "model"), folder / "predictor", text=str(folder / "words.txt"), redundant=4, batches=8,
+        batching=BatchingConfig(batches=8, smallest=3, largest=3, length=32), check=False, allow_fallback=True,
+        timeout=TIMEOUT_S, out=folder / "out",
     )  # fmt: skip
 
 

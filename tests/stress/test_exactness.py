@@ -28,11 +28,11 @@ def one_thread():
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_random_cases_equal_the_plain_loop(mode):
     cases = CASES.get(mode.name, 16)
-    tally = run_mode(mode, 1, cases)
-    assert tally.failed is None, f"{tally.error}\n{tally.failed}"
-    assert tally.cases >= cases
-    assert tally.moved > 0 or tally.chains < 3
-    assert max(tally.largest.values()) < 0.03
+    totals = run_mode(mode, 1, cases)
+    assert totals.failed is None, f"{totals.error}\n{totals.failed}"
+    assert totals.cases >= cases
+    assert totals.moved > 0 or totals.chains < 3
+    assert max(totals.largest.values()) < 0.03
 
 
 def test_a_seed_gives_the_same_chains():
@@ -46,9 +46,9 @@ def commit_nothing(self, slots):
 
 def test_weights_that_do_not_become_active_are_found_and_the_case_is_made_small(monkeypatch):
     monkeypatch.setattr(ResidentSlots, "commit", commit_nothing)
-    tally = run_chains(0, MODES[0], 0, 0, 400)
-    assert tally.failed is not None
-    command, error = reproducer("layer", tally.failed)
+    totals = run_chains(0, MODES[0], 0, 0, 400)
+    assert totals.failed is not None
+    command, error = reproducer("layer", totals.failed)
     assert error.startswith("AssertionError: outputs differ by")
     case = LayerCase.parse(command.partition("layer:")[2])
     assert (case.layers, case.width, case.form, case.dtype, case.padding) == (1, 4, "plain", "float32", "none")
