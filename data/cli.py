@@ -5,7 +5,9 @@ A command's `main` is `with user_errors(): from_command_line(function)`. A parse
 """
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -62,9 +64,13 @@ set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
 def user_errors(resume: str = "run the same command again to start over") -> Iterator[None]:
     """Prints ValueError and OSError, which the packages raise for bad input, as `error: ...`; the exit code is 2.
 
+    SIGTERM ends the command with exit code 143, as an error does: temporary files are removed.
+
     Args:
         resume: What to do after Ctrl-C, printed as `interrupted; <resume>`; the exit code is 130.
     """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except (ValueError, OSError) as error:
@@ -73,6 +79,10 @@ def user_errors(resume: str = "run the same command again to start over") -> Ite
     except KeyboardInterrupt:
         print(f"interrupted; {resume}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def print_json(document: object) -> None:
