@@ -143,10 +143,10 @@ def soak(count: int, seed: int, folder: Path) -> Course:
                 course.differences.append(float((output.logits[real] - forward(plain, batch)[real]).abs().max()))
             if number % GENERATE == 0:
                 generate(engine, plain, batch, course, compare=number % COMPARE == 0)
-            if number % REOPEN == 0:
-                within_budget(folder / "model", seed)
             if number % SAMPLE == 0:
                 course.sample()
+            if number % REOPEN == 0:  # after the sample, because threads of a closed engine end a moment later
+                within_budget(folder / "model", seed)
             course.late = engine.controller.late
     return course
 
