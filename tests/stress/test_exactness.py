@@ -31,7 +31,7 @@ def test_random_cases_equal_the_plain_loop(mode):
     totals = run_mode(mode, 1, cases)
     assert totals.failed is None, f"{totals.error}\n{totals.failed}"
     assert totals.cases >= cases
-    assert totals.moved > 0 or totals.chains < 3
+    assert totals.moved > 0 or cases < 50  # in whole models plans may be late on a busy machine
     assert max(totals.largest.values()) < 0.03
 
 
