@@ -69,7 +69,8 @@ def user_errors(resume: str = "run the same command again to start over") -> Ite
     Args:
         resume: What to do after Ctrl-C, printed as `interrupted; <resume>`; the exit code is 130.
     """
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if ours:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
@@ -79,6 +80,9 @@ def user_errors(resume: str = "run the same command again to start over") -> Ite
     except KeyboardInterrupt:
         print(f"interrupted; {resume}", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
