@@ -23,6 +23,7 @@ def result_table(metrics: Details) -> str:
         if balanced:
             row.append(f"{np.mean([metrics[stream][key][BALANCEDNESS] for stream in streams]):.3f}")
         rows.append(row)
+    rows.append(["test batches", *(str(metrics[stream][ORACLE]["batches"]) for stream in streams), *[""] * balanced])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [[row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
     return "\n".join("  ".join(line) for line in lines)
