@@ -1,6 +1,6 @@
 # make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
 # make gpu   what only a GPU can show, in one folder under docs/results   make peers  transformers' own tests in an engine
-# make stress   random cases against the plain loop: docs/reliability.md
+# make stress   random cases, damaged files: docs/reliability.md
 PYTHON ?= python3
 BIN := .venv/bin
 PREDICTOR := outputs/predictor
@@ -51,6 +51,7 @@ peers: .venv/ready
 # 100,000 random cases against the plain loop over experts; faults and the hour's soak are commands of their own.
 stress: .venv/ready
 	@$(BIN)/python -m stress.exactness
+	@$(BIN)/python -m stress.fuzz
 
 # uv installs in a fifth of pip's time; where it cannot be had, pip does the same. The stamp is written last, so that a
 # set-up that was interrupted starts over.
