@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from data.datamodule import RouterTraceModule
+from data.errors import first_line
 from data.files import sha256
 from data.traces.store import TRACE_JSON
 from predictor.baselines.history import Ema, LastBatch
@@ -23,7 +24,10 @@ from predictor.evaluation.tables import CAPTIONS
 from predictor.network import Architecture
 from predictor.training.validation import load_errors
 
+log = logging.getLogger(__name__)
 CURVE = "val/load_tv"
+INIT_S = "30"
+"""Seconds that W&B is given to answer when a run begins, as an environment variable; W&B itself would take 90."""
 SUMMARISED = ("load_tv", "balancedness_r16")
 """Test figures in a run's summary, by the beginning of their names."""
 
@@ -47,9 +51,22 @@ def name_run(trainer: Trainer, predictor: Path, architecture: Architecture, resu
 
 
 def track_settings(trainer: Trainer, settings: dict[str, Any]) -> str | None:
-    """Logs the settings as the run's configuration; returns the address of an online run."""
+    """Logs the settings as the run's configuration; returns the address of an online run.
+
+    Where W&B cannot be reached, the run is kept on disk instead, because a training must not depend on a connection.
+    """
     if (logger := wandb_logger(trainer)) is None:
         return None
+    import wandb
+
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_S)
+    try:
+        _ = logger.experiment
+    except wandb.errors.CommError as error:
+        log.warning(
+            "W&B cannot be reached (%s); the run stays on disk, and `wandb sync` sends it later", first_line(error)
+        )
+        logger._wandb_init["mode"] = "offline"  # W&B reads its environment only once
     logger.experiment.config.update(settings, allow_val_change=True)
     return getattr(logger.experiment, "url", None)
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 import wandb
 import yaml
+from lightning.pytorch.loggers import WandbLogger
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from data.files import sha256
+from predictor.training.wandb_logging import track_settings
 from tests.helpers.wandb_file import records
 from tests.predictor.conftest import ROOT
 
@@ -74,13 +76,23 @@ def test_offline_run_holds_what_was_promised(offline, run, layout, trace):
     assert len(state["callbacks"]["BaselineCurve"]["errors"]) == 2, "the chart shows both parts of the run"
 
 
+class Settings(dict):
+    """In place of a run's configuration."""
+
+    def update(self, settings, allow_val_change):
+        super().update(settings)
+
+
 class Online:
     """In place of a run with a connection: keeps the artifacts it is given."""
 
     offline, url = False, "https://example.org/run"
 
     def __init__(self) -> None:
-        self.used, self.config, self.summary, self.logged = [], {}, {}, []
+        self.used, self.config, self.summary, self.logged = [], Settings(), {}, []
+
+    def define_metric(self, *_, **__):
+        pass
 
     def use_artifact(self, artifact):
         self.used.append(artifact)
@@ -109,6 +121,24 @@ def test_online_the_trace_is_an_input_and_the_predictor_an_output(run, trace, mo
     assert set(logged.manifest.entries) == {file.name for file in folder.iterdir()}
     assert "git_revision" in online.config
     assert f", curves at {online.url}" in run.stderr
+
+
+def test_without_a_connection_the_run_stays_on_disk(tmp_path, monkeypatch, caplog):
+    modes, online = [], Online()
+
+    def init(**settings):
+        modes.append(settings.get("mode"))
+        if len(modes) == 1:
+            raise wandb.errors.CommError("Timed out while retrying\nand more")
+        return online
+
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    monkeypatch.setattr(wandb, "init", init)
+    logger = WandbLogger(project="switchcast", save_dir=tmp_path)
+    track_settings(SimpleNamespace(loggers=[logger], is_global_zero=True), {"width": 8})
+    assert modes == [None, "offline"]
+    assert online.config == {"width": 8}
+    assert "W&B cannot be reached (Timed out while retrying); the run stays on disk" in caplog.text
 
 
 def test_the_command_of_a_sweep_agent_runs(offline, arguments, monkeypatch):
