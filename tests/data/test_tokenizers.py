@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 from data.collect import collect
 from data.models.model import LoadedModel, load_model
 from data.text.batching import BatchingConfig
+from data.text.source import TextSource
 from data.traces.store import open_trace
 from runtime.engine.engine import Engine
-from runtime.infer.__main__ import text_batches
+from runtime.infer.text import text_batches
 from tests.conftest import TEXTS, small_switch
 from tests.helpers.small_qwen3 import write_qwen3
 
@@ -56,7 +57,7 @@ def test_a_token_without_embedding_ends_in_one_line(folder, text, tmp_path, deco
         collect(str(folder), tmp_path / "trace", text, decode=decode, batching=BATCHING)
     assert not (tmp_path / "trace").exists()
     with Engine(str(folder)) as engine, pytest.raises(ValueError, match=expected):
-        list(text_batches(engine, text, BATCHING, 3))
+        list(text_batches(engine, TextSource(text), BATCHING, 3))
 
 
 def test_a_decoder_only_model_with_a_small_embedding_ends_in_one_line(switch_folder, text, tmp_path):
