@@ -40,6 +40,8 @@ MOST_TOKENS = 1e12
 """Tokens for one expert above which a forecast counts as broken."""
 Observed = tuple[TokenBatch | None, IntArray]
 """The tokens of a batch that has run, and its load `[L, E]`."""
+FOREIGN = (Exception, SystemExit)
+"""What the code of others may raise without ending the run."""
 log = logging.getLogger(__name__)
 
 
@@ -201,7 +203,7 @@ class Controller:
         try:
             for tokens, load in observed:
                 self.forecaster.observe(tokens, load)
-        except Exception as error:  # as in _forecast
+        except FOREIGN as error:  # as in _forecast
             self._fall_back(f"forecaster '{self.forecaster.name}'", error, "it has not learned from all batches")
 
     def _forecast(self, upcoming: TokenBatch | None, history: LoadHistory) -> LoadForecast | None:
@@ -216,7 +218,7 @@ class Controller:
             return forecast
         except NoHistoryError:  # nothing has run yet, so the placement stays as it is
             return None
-        except Exception as error:  # the batch must run whatever a forecaster does
+        except FOREIGN as error:  # the batch must run whatever a forecaster does
             self._fall_back(f"forecaster '{self.forecaster.name}'", error, "past loads take its place")
         return Ema().forecast(upcoming, history) if len(history) else None
 
@@ -224,11 +226,11 @@ class Controller:
         """The planner's plan, else the active one."""
         try:
             return self.planner.plan(forecast, self.transfer.plan, history)
-        except Exception as error:  # the other ranks wait for a plan
+        except FOREIGN as error:  # the other ranks wait for a plan
             self._fall_back("planner", error, "the placement stays as it is")
             return self.transfer.plan
 
-    def _fall_back(self, failed: str, error: Exception, instead: str) -> None:
+    def _fall_back(self, failed: str, error: BaseException, instead: str) -> None:
         reason = f"{type(error).__name__}: {error}"
         if not self.fallbacks:
             log.warning("%s failed (%s); %s", failed, reason, instead)

@@ -44,16 +44,6 @@ class Hangs:
         raise AssertionError
 
 
-class Exits:
-    """Tries to end the program."""
-
-    name = "exits"
-
-    def forecast(self, upcoming: object, history: object) -> LoadForecast:
-        """Raises SystemExit."""
-        raise SystemExit(3)
-
-
 class Huge(Noise):  # type: ignore[misc]
     """Forecasts 1e300 tokens for each expert."""
 
@@ -64,7 +54,7 @@ class Huge(Noise):  # type: ignore[misc]
 
 FORECASTERS: dict[str, Callable[[], Any]] = {
     "hangs": lambda: Hangs(), "returns NaN": lambda: Broken("nan"), "raises": lambda: Broken("raises"),
-    "returns another shape": lambda: Broken("other layout"), "calls sys.exit": lambda: Exits(),
+    "returns another shape": lambda: Broken("other layout"), "calls sys.exit": lambda: Broken("exits"),
     "forecasts 1e300 tokens": lambda: Huge(LoadedModel.of(small_switch()).layout),
 }  # fmt: skip
 

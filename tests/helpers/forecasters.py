@@ -26,6 +26,8 @@ class Broken:
     def forecast(self, upcoming, history):
         if self.how == "raises":
             raise RuntimeError("no forecast today")
+        if self.how == "exits":
+            raise SystemExit(3)
         shape = (7, 3) if self.how == "other layout" else history.shape[1:]
         share = np.full(shape, np.nan if self.how == "nan" else 1 / shape[1])
         return LoadForecast(share, np.ones(shape[0]), np.zeros(shape), len(history), self.name)

@@ -135,7 +135,7 @@ def test_a_forecaster_that_cannot_learn_still_forecasts():
     assert dict(made.fallbacks) == {"RuntimeError: it cannot learn": 1}
 
 
-@pytest.mark.parametrize("how", ["raises", "nan", "other layout"])
+@pytest.mark.parametrize("how", ["raises", "exits", "nan", "other layout"])
 def test_past_loads_take_a_failed_forecasts_place(how, caplog):
     made = controller(Broken(how))
     made.prepare(None)
