@@ -165,7 +165,8 @@ def interrupted(rank: int) -> str:
 def test_an_interrupt_ends_all_ranks_within_seconds():
     results = on_ranks(2, interrupted, timeout_s=15)
     assert "KeyboardInterrupt" in results
-    assert set(results) <= {"KeyboardInterrupt", "RankLostError"}
+    # None: it was waiting for the rank that served the store and had ended already, and its heartbeat ended it
+    assert set(results) <= {"KeyboardInterrupt", "RankLostError", None}
 
 
 def unlike(rank: int) -> str:
