@@ -131,8 +131,8 @@ def infer(
                 report = summarise(checks, stats, engine)
     report |= {"held_out": held.known, "held_out_note": held.note}
     if first:
-        write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
         plot(checks, out / "balancedness.png")
+        write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
     report |= {"out": str(out), "predictor": predictor and str(predictor), "allow_fallback": allow_fallback}
     if first:
         if source is not None:
