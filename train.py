@@ -40,9 +40,10 @@ from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
 from data.models.weights import BUNDLED
 from predictor.adaptive import AdaptiveForecaster
+from predictor.baselines.history import FREE
 from predictor.baselines.token_table import TokenTable
 from predictor.checkpoint import load_adaptive, save_predictor, save_state
-from predictor.choice import FREE, VALIDATION, loses
+from predictor.choice import VALIDATION, loses
 from predictor.evaluation.comparison import compare_forecasters, rivals
 from predictor.evaluation.report import details, summarise, write_report
 from predictor.evaluation.segments import segment_errors
@@ -177,7 +178,7 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
     following = f"runtime.infer{host}" if layout.d_model else f"runtime.simulate {data.path}"
     print(f"\n{result_table(about['metrics'])}")
     if sentence := loses(errors):
-        print(f"Warning: {sentence}. It is used instead, unless --forecast adaptive is given.")
+        print(f"Warning: {sentence}; those forecast in its place unless --forecast adaptive is given")
     print(f"More: {folder / 'report.html'}, python -m predictor.show {folder}")
     print(f"Next: python -m {following} --predictor {folder}")
     track_results(cli.trainer, ladder, layout.layer_names, folder, errors)

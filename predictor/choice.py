@@ -7,19 +7,16 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from data.models.layout import MoELayout
-from predictor.baselines.history import Ema, LastBatch
-from predictor.checkpoint import load_adaptive, load_predictor, local_folder, read_config
+from predictor.baselines.history import FREE
+from predictor.checkpoint import CONFIG, load_adaptive, load_predictor, local_folder, read_config
 from predictor.forecast import Forecaster
 
 Choice = Literal["auto", "adaptive", "learned", "last", "ema", "none"]
-FREE: dict[str, Forecaster] = {"last": LastBatch(), "ema": Ema()}
-"""Forecasters that need no training."""
-TRAINED = ("adaptive", "learned")
 VALIDATION = "validation"
 """Key of config.json: forecaster -> load error on the validation batches."""
 log = logging.getLogger(__name__)
@@ -46,6 +43,20 @@ def loses(errors: dict[str, float]) -> str | None:
         f"on the validation batches the predictor is not better than past loads: load error "
         f"{errors['adaptive']:.3f}, {best} {errors[best]:.3f}"
     )
+
+
+def validation_errors(folder: Path) -> dict[str, float]:
+    """Load error of each forecaster on the validation batches of a predictor; empty in folders of earlier versions.
+
+    Raises:
+        ValueError: If config.json says something else.
+    """
+    errors = read_config(folder).get(VALIDATION, {})
+    if not isinstance(errors, dict) or not all(type(error) in (int, float) for error in errors.values()):
+        raise ValueError(
+            f"{folder / CONFIG}: {VALIDATION} is {errors!s:.80}, expected numbers; train the predictor again"
+        )
+    return errors
 
 
 def open_forecaster(
@@ -79,8 +90,8 @@ def open_forecaster(
     folder = local_folder(predictor, revision)
     if choice == "learned":
         return load_predictor(folder, layout, embedding)
-    errors: dict[str, Any] = read_config(folder).get(VALIDATION, {})
-    if choice == "auto" and (best := better_free(errors)) is not None:
+    errors = validation_errors(folder) if choice == "auto" else {}
+    if (best := better_free(errors)) is not None:
         log.warning("%s; %s forecasts instead (forecast 'adaptive' takes the predictor)", loses(errors), best)
         return FREE[best]
     return load_adaptive(folder, layout, embedding)

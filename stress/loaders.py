@@ -32,6 +32,7 @@ from data.traces.loads import read_loads
 from data.traces.store import open_trace
 from predictor.adaptive import AdaptiveForecaster
 from predictor.checkpoint import CONFIG, STATE, WEIGHTS, load_adaptive, save_predictor, save_state
+from predictor.choice import open_forecaster
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from predictor.training.run_folder import read_checkpoint
@@ -181,7 +182,9 @@ def forecast_twice(adaptive: AdaptiveForecaster) -> None:
 
 def read_predictor(folder: Path) -> None:
     table = torch.zeros(VOCABULARY, WIDTH)
-    forecast_twice(load_adaptive(folder, make_layout("made-up"), table))
+    layout = make_layout("made-up")
+    open_forecaster(folder, "auto", layout, table)
+    forecast_twice(load_adaptive(folder, layout, table))
 
 
 def repair_predictor(folder: Path) -> None:

@@ -199,18 +199,20 @@ def findings(course: Course) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plot(course: Course, path: Path) -> None:
-    """Memory, and the 99th percentile of latency, over the run."""
-    places = np.linspace(0, len(course.wall_ms), len(course.resident))
-    parts = np.array_split(np.array(course.cpu_ms), 5 * TENTHS)
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Memory, and the 99th percentile of latency, in each tenth of the run."""
+    titles = {
+        "resident_mib": "resident memory, MiB, median",
+        "cpu_ms_p99": "processor time of a batch, ms, 99th percentile",
+    }
     with drawing():
         figure, axes = panels(8, 2.6, columns=2)
-        axes[0, 0].plot(places, np.array(course.resident) / 2**20, **line("learned"))
-        axes[0, 0].set(title="resident memory, MiB", xlabel="batch", ylim=(0, None))
-        percentiles = [np.percentile(part, 99) for part in parts if len(part)]
-        axes[0, 1].plot(np.linspace(0, len(course.wall_ms), len(percentiles)), percentiles, **line("learned"))
-        axes[0, 1].set(title="processor time of a batch, ms, 99th percentile", xlabel="batch", ylim=(0, None))
-        heading(figure, f"{len(course.wall_ms):,} batches through one engine", "plans change before every batch")
+        for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
+            values = report[name]
+            axis.plot(np.arange(1, len(values) + 1), values, **line("learned"))
+            axis.set(title=title, xlabel="tenth of the run", ylim=(0, 1.15 * max(values)))
+        moved = f"experts moved before {report['moved']:,} of them"
+        heading(figure, f"{report['batches']:,} batches through one engine", moved)
     save(figure, path)
 
 
@@ -249,7 +251,7 @@ def main() -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     report = {"seed": given.seed, "seconds": round(time.perf_counter() - began)} | findings(course) | versions
     write_json(given.out / "soak.json", report)
-    plot(course, given.out / "soak.png")
+    plot(report, given.out / "soak.png")
     show(report, Console(width=None if sys.stdout.isatty() else 120))
     print(json.dumps(report))
     sys.exit(not all(report["kept"].values()))

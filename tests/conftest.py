@@ -1,5 +1,6 @@
 """Small real models and traces that several tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,12 @@ def switch() -> LoadedModel:
     """A live random model with its layout, without a tokenizer."""
     model = small_switch()
     return LoadedModel(model, None, MoELayout.from_model(model, "random"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Operators with one thread: on tiny tensors several wait for each other, and kernels may sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ import numpy as np
 
 from data.arrays import FloatArray, IntArray
 from data.traces.loads import share_of
-from predictor.forecast import LoadForecast, LoadHistory, NoHistoryError, forecast_from_load
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory, NoHistoryError, forecast_from_load
 
 if TYPE_CHECKING:  # it imports torch
     from data.traces.trace import TokenBatch
@@ -105,6 +105,10 @@ class Ema:
             return float(np.mean(distances))
 
         return cls(min(EMA_RATES, key=error))
+
+
+FREE: dict[str, Forecaster] = {"last": LastBatch(), "ema": Ema()}
+"""Forecasters from past loads that a trained predictor is compared with before it serves."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.arrays import IntArray
-from predictor.baselines.history import Ema, LastBatch, RunningMean
+from predictor.baselines.history import FREE, RunningMean
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory
 from runtime.balancing.plan import ReplicationPlan, SlotMove, check_nodes, flat_homes
 from runtime.balancing.planner import HomePlanner, Planner
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # planning needs no torch
 
 HISTORY = 64
 """Past batches that are kept."""
-FORECASTERS: dict[str, Forecaster] = {"last": LastBatch(), "mean": RunningMean(), "ema": Ema()}
+FORECASTERS: dict[str, Forecaster] = FREE | {"mean": RunningMean()}
 """Forecasters that need the load history alone."""
 
 

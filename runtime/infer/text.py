@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data.models.generation import padding_id
 from data.text.batching import BatchingConfig
 from data.text.corpus import OFFLINE
 from data.text.corpus_stream import corpus_splits, open_stream
@@ -22,8 +23,6 @@ from runtime.engine.batch import ModelBatch
 from runtime.engine.engine import Engine
 
 UNKNOWN = "the predictor does not record which text it was trained on; this text may be part of it"
-PADDING_ID = 0
-"""Token id at the padding of a decoder-only model, which may have none of its own; no token attends to it."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,14 @@ def text_batches(
 
     By default they are the offline corpus' held-out batches from where the topic always changes.
     """
-    causal = engine.loaded.layout.causal
+    causal, config = engine.loaded.layout.causal, engine.loaded.model.config
     stream = open_stream(source, engine.loaded.tokenizer, "teacher", batching, causal, skip)
     if source is None:
         splits = corpus_splits(batching)
         stream = (batch for batch in stream if splits[batch.number] == "test" and batch.phase in ("every_1", "unseen"))
     for batch in islice(stream, count):
         tokens: tuple[TokenBatch, ...] = (
-            (input_tokens(batch, PADDING_ID),) if causal else model_inputs(batch, engine.loaded.model.config)
+            (input_tokens(batch, padding_id(config)),) if causal else model_inputs(batch, config)
         )
         engine.loaded.check_ids(*(each.input_ids for each in tokens))
         yield batch.phase, ModelBatch(*tokens)

@@ -65,3 +65,11 @@ def test_a_choice_is_followed(folder):
     assert open_forecaster(losing, "none", layout) is open_forecaster(None, "auto", layout) is None
     with pytest.raises(ValueError, match="forecast is 'learned' without a predictor"):
         open_forecaster(None, "learned", layout)
+
+
+@pytest.mark.parametrize("said", [3, {"adaptive": "low", "last": 0.1}, {"adaptive": None, "last": 0.1}, [0.1]])
+def test_validation_errors_that_are_none_are_refused(folder, said):
+    config = folder() / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"validation": said}))
+    with pytest.raises(ValueError, match=r"validation is .*, expected numbers; train the predictor again"):
+        open_forecaster(config.parent, "auto", make_layout("made-up"), TABLE)

@@ -12,17 +12,8 @@ from stress.chains import KINDS, MODES, chain, error_of, reproducer, run_chains,
 from stress.layer_cases import LayerCase
 from stress.plain_loop import difference
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.usefixtures("one_thread")]
 CASES = {"layers, one process": 400, "layers, 2 ranks": 60, "layers within a budget, one process": 60}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the ranks, and faster for tiny tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)

@@ -126,7 +126,7 @@ def test_a_load_of_another_model_is_refused():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="there is no plan yet: call step or observe with a first load, or give homes"):
         _ = Balancer(2, 2).plan
-    with pytest.raises(ValueError, match="forecaster is 'tea', expected last, mean, ema or an object"):
+    with pytest.raises(ValueError, match="forecaster is 'tea', expected last, ema, mean or an object"):
         Balancer(2, 2, "tea")
     with pytest.raises(ValueError, match="max_moves is an option of the default planner"):
         Balancer(2, 2, planner=EplbPlanner(), max_moves=1)

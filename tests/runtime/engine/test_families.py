@@ -20,13 +20,7 @@ from tests.helpers.planners import RandomPlanner
 DEVICES, REDUNDANT = 4, 8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operators on tiny tensors wait for each other's threads on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def left_padded(tokens: TokenBatch) -> TokenBatch:

@@ -24,13 +24,7 @@ from tests.runtime.engine.test_families import largest_difference, left_padded, 
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operators on tiny tensors wait for each other's threads on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
