@@ -184,6 +184,8 @@ def main() -> None:
     The exit code is 1 if forecasts were replaced, unless `--allow-fallback` is given.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if Ranks().rank > 0:  # all ranks choose the same forecaster, and rank 0 says so
+        logging.getLogger("predictor.choice").setLevel(logging.ERROR)
     try:
         with user_errors():
             report = from_command_line(infer)
