@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("data", "predictor", "runtime", "switchcast", "configs", "train.py", "setup.py", "pyproject.toml",
-           "MANIFEST.in", "README.md", "LICENSE")  # fmt: skip
+           "MANIFEST.in", "README.md", "LICENSE", "NOTICE")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

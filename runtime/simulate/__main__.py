@@ -15,9 +15,10 @@ from rich.console import Console
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder
-from data.traces.loads import read_loads
+from data.traces.loads import RecordedLoads, read_loads
 from runtime.simulate.comparison import PLANNERS, compare_policies, expert_bytes_of
-from runtime.simulate.cost_model import Hardware, measure
+from runtime.simulate.cost_model import DeviceTimes, Hardware, measure
+from runtime.simulate.gpu_cost import gpu_times
 from runtime.simulate.replay import SPLITS
 from runtime.simulate.report import table, verdict_panel
 from runtime.simulate.serving import Order, Serve, served
@@ -41,6 +42,13 @@ def simulate(
     tokens_per_second: float | None = None,
     link_bytes_per_second: float | None = None,
     expert_overhead_tokens: float | None = None,
+    gpu: str | None = None,
+    like: str | None = None,
+    precision: str | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    top_k: int | None = None,
+    tokens_per_step: float | None = None,
     serve: Serve | None = None,
     slots: int | None = None,
     chunk: int | None = None,
@@ -72,6 +80,15 @@ def simulate(
         tokens_per_second: Tokens a device computes per second; by default measured on this machine.
         link_bytes_per_second: Bytes a device can receive per second; by default measured on this machine.
         expert_overhead_tokens: Tokens a device computes while it reads one more expert; by default measured.
+        gpu: Take times from tables measured on this GPU: a100_sxm, h100_sxm, h200_sxm, b200_sxm or l40s. Moves,
+            forecasts, dispatch and combine are included.
+        like: Model whose expert sizes are taken, such as deepseek_v3; by default the recorded trace's.
+        precision: Precision of the weights, as the tables name it; by default the model's usual one.
+        hidden_size: Width of the hidden states, where the model has no name here.
+        intermediate_size: Inner width of an expert, likewise.
+        top_k: Experts of a token, likewise.
+        tokens_per_step: Tokens of a step in the deployment that is asked about; by default as recorded. More tokens
+            keep the recorded shares, fewer are drawn from them.
         serve: Serve the requests of a token trace again instead of replaying its batches: 'prefill' in chunks whose
             tokens are known ahead, 'decode' token by token, the next token unknown.
         slots: Requests in a step with --serve; by default 4 for prefill, 32 for decode.
@@ -94,16 +111,31 @@ def simulate(
     else:
         recorded, first = served(loads, serve, slots, chunk, order, stream)
         start = max(start, first)
+    speeds = (expert_bytes, tokens_per_second, link_bytes_per_second, expert_overhead_tokens)
+    sizes = (like, precision, hidden_size, intermediate_size, top_k)
+    hardware: DeviceTimes
+    if gpu is not None:
+        if any(value is not None for value in speeds):
+            raise ValueError("--gpu takes speeds from measured tables; leave out --expert-bytes and the other speeds")
+        hardware = gpu_times(gpu, recorded, *sizes)
+    elif any(value is not None for value in sizes):
+        raise ValueError("--like, --precision and sizes of experts are for --gpu; add that, or leave them out")
+    else:
+        hardware = _speeds(recorded, *speeds)
+    return compare_policies(
+        recorded, devices, redundant, forecast.split(",") if forecast else None, planner.split(","), split.split(","),
+        predictor, start, steps, hardware, max_moves, devices_per_node, tokens_per_step,
+        out=out, save_plans=save_plans, console=Console(stderr=True),
+    )  # fmt: skip
+
+
+def _speeds(recorded: RecordedLoads, expert_bytes: float | None, *given: float | None) -> Hardware:
+    """The speeds that were given, and those of this machine for the others."""
     nbytes = expert_bytes_of(recorded) if expert_bytes is None else expert_bytes
-    given = (tokens_per_second, link_bytes_per_second, expert_overhead_tokens)
     measured = measure(nbytes) if None in given else None
     names = ("tokens_per_second", "bytes_per_second", "expert_overhead_tokens")
     speeds = [getattr(measured, name) if value is None else value for name, value in zip(names, given, strict=True)]
-    return compare_policies(
-        recorded, devices, redundant, forecast.split(",") if forecast else None, planner.split(","), split.split(","),
-        predictor, start, steps, Hardware(nbytes, *speeds), max_moves, devices_per_node,
-        out=out, save_plans=save_plans, console=Console(stderr=True),
-    )  # fmt: skip
+    return Hardware(nbytes, *speeds)
 
 
 def main() -> None:

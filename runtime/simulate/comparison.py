@@ -7,8 +7,9 @@
 A policy is a forecaster, a planner and a token split. No model is needed.
 """
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from runtime.balancing.balancer import FORECASTERS
 from runtime.balancing.eplb import ContiguousPlanner, EplbPlanner
 from runtime.balancing.plan import ReplicationPlan, check_division, contiguous_homes, flat_homes
 from runtime.balancing.planner import HomePlanner, Planner
-from runtime.simulate.cost_model import Hardware, measure, verdict
+from runtime.simulate.cost_model import DeviceTimes, measure
 from runtime.simulate.replay import SPLITS, Replay, forecast_error, forecast_steps, replay
 from runtime.simulate.report import document, plot
+from runtime.simulate.step_size import StepSize, at_step_size
+from runtime.simulate.verdict import TRAINED, verdict
 
 FORECASTS = (*FORECASTERS, "own", "learned", "adaptive", "oracle", "exact")
-TRAINED = ("learned", "adaptive")
-"""Forecasts that need a predictor."""
+FROM_TOKENS = (*TRAINED, "own")
+"""Forecasts that read tokens or requests, which counts alone do not have."""
 PLANNERS = ("contiguous", "eplb", "home")
 SWITCH_BASE_EXPERT = 2 * 2 * 768 * 3072
 """Bytes of one expert of Switch-base in bf16."""
@@ -71,9 +74,10 @@ def compare_policies(
     predictor: Path | str | None = None,
     start: int = 1,
     steps: int | None = None,
-    hardware: Hardware | None = None,
+    hardware: DeviceTimes | None = None,
     max_moves: int | None = None,
     devices_per_node: int | None = None,
+    tokens_per_step: float | None = None,
     *,
     out: Path | None = None,
     save_plans: Path | None = None,
@@ -92,10 +96,12 @@ def compare_policies(
         predictor: Folder that `train.py` wrote, for the forecasts `learned` and `adaptive`.
         start: First step that is planned; homes are chosen from the steps before it.
         steps: Number of steps to plan; by default all.
-        hardware: Speeds of a device and its link; by default measured on this machine.
+        hardware: What steps cost: `Hardware` with speeds of your own, or `gpu_times(...)`; by default this machine.
         max_moves: Most experts that the home planner moves before a step, over all layers; by default no limit.
         devices_per_node: Devices that share a fast network. The home planner then prefers copies within a node, the
             quota split keeps tokens there, and the report says how many moves and tokens stay within a node.
+        tokens_per_step: Tokens of a step in the deployment that is asked about, see `at_step_size`; by default as
+            recorded.
         out: Folder for balancedness.png and report.json; by default nothing is written.
         save_plans: File (.npz) for every plan and device load, and for `layers`, their numbers in the recording.
         console: Console for a progress bar.
@@ -108,9 +114,15 @@ def compare_policies(
         ValueError: If the loads, a name or a number cannot be used.
     """
     recorded = _recorded(loads)
+    hardware = hardware or measure(expert_bytes_of(recorded))
+    top_k = hardware.top_k or (recorded.layout.experts_per_token if recorded.layout else 1)
+    traffic = StepSize.of(recorded, top_k)
+    if tokens_per_step is not None:
+        recorded = at_step_size(recorded, tokens_per_step, top_k)
+        traffic = StepSize.of(recorded, top_k, traffic.tokens_per_step)
     _, recorded_layers, num_experts = recorded.loads.shape
     check_division(num_experts, num_devices, num_redundant_experts)
-    names = forecasts or _usual_forecasts(recorded, predictor is not None)
+    names = forecasts or _usual_forecasts(recorded, predictor is not None and tokens_per_step is None)
     settings = Settings(
         num_devices,
         num_redundant_experts,
@@ -122,7 +134,11 @@ def compare_policies(
         max_moves,
         devices_per_node,
     )
-    hardware = hardware or measure(expert_bytes_of(recorded))
+    if tokens_per_step is not None and (unable := [name for name in settings.forecasts if name in FROM_TOKENS]):
+        raise ValueError(
+            f"forecast {unable[0]} reads tokens, but tokens_per_step keeps counts alone; leave one of them out, or "
+            "serve the requests of a trace with other --slots and --chunk"
+        )
     replays = _replay_all(settings, recorded, hardware, console)
     contiguous = next(item for item in replays if item.planner == "contiguous")
     asked = [item for item in replays if item.planner in settings.planners]
@@ -134,7 +150,7 @@ def compare_policies(
     if devices_per_node:
         for result, item in zip(report["results"], asked, strict=True):
             result |= {"near_moves": item.near_moves, "near_tokens": item.near_tokens}
-    report["verdict"] = verdict(contiguous, replays, hardware)
+    report["verdict"] = verdict(contiguous, replays, hardware) | {"traffic": asdict(traffic)}
     if "policy" in report["verdict"]:
         report["verdict"]["switch_on"] = _switch_on(report["verdict"]["policy"], settings, num_experts)
     if out:
@@ -191,7 +207,7 @@ def expert_bytes_of(recorded: RecordedLoads) -> float:
 
 
 def _replay_all(
-    settings: Settings, recorded: RecordedLoads, hardware: Hardware, console: Console | None
+    settings: Settings, recorded: RecordedLoads, hardware: DeviceTimes, console: Console | None
 ) -> list[Replay]:
     """All policies on the layers with tokens, the one without replicas first."""
     loads = recorded.loads[:, recorded.layers]
@@ -223,14 +239,16 @@ def _replay_all(
         replays = run("contiguous", ContiguousPlanner(), unused, bare)
         for forecast in settings.forecasts:
             forecaster = _open_forecaster(forecast, settings.predictor, recorded)
+            began = time.perf_counter()
             made = list(advancing(forecast_steps(forecaster, recorded, start, stop)))
+            forecast_ms = 1e3 * (time.perf_counter() - began) / len(made)
             own: list[Replay] = []
             if "eplb" in names:
                 own += run("eplb", EplbPlanner(), iter(made), empty)
             if "home" in names:
                 own += run("home", exposed if forecast == "exact" else home, iter(made), flat)
             load_tv = forecast_error(made, loads[start:stop])
-            replays += [replace(item, load_tv=load_tv) for item in own]
+            replays += [replace(item, load_tv=load_tv, forecast_ms=forecast_ms) for item in own]
     return replays
 
 

@@ -1,34 +1,77 @@
-"""Cost model and verdict: whether replication saves enough expert time on recorded traffic, with an interval.
+"""What a step costs: recorded loads to seconds, on a device that was measured here or described by its speeds.
 
 A device's time for a layer is the time to read the weights of its active experts and to compute its tokens; a layer
-takes as long as its slowest device. Experts move and plans are made while the batch before runs, so only the time
-beyond that batch is exposed. The split is not overlapped and is counted in full. Attention, routing and communication
-are left out, so the gain is a share of expert time.
+takes as long as its slowest device. Experts move, and forecasts and plans are made, while the batch before runs, so
+only the time beyond that batch is exposed. The split is not overlapped and is counted in full. Attention is left out,
+so a gain is a share of expert time. GPUs that are not here: `runtime.simulate.gpu_cost`.
 
 Shape suffixes: N steps, L MoE layers, G devices.
 """
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from data.arrays import FloatArray
-from predictor.evaluation.bootstrap import resampled
+from data.arrays import FloatArray, IntArray
 from runtime.simulate.replay import Replay
 
-WORTH = 0.1
-"""Share of expert time (0 to 1) that must be saved to pay for the memory of the replicas."""
-FEWEST = 16
-"""Number of steps below which the verdict is always "not enough data"."""
-TRUTHS = ("oracle", "exact")
-"""Forecasts that know the load, which no deployment can have in time."""
+
+class DeviceTimes(ABC):
+    """Seconds that a policy's steps take on some hardware."""
+
+    expert_bytes: float
+    """Weights of one expert of one layer, bytes."""
+    top_k: int | None = None
+    """Experts of a token; None where that is unknown."""
+    layers: int | None = None
+    """MoE layers of the model; None where that is unknown."""
+    memory_bytes: float | None = None
+    """Memory of a device; None where that is unknown."""
+    error: float = 0.0
+    """How far times are likely off, as a share."""
+
+    @property
+    @abstractmethod
+    def move_tokens(self) -> float:
+        """Tokens a device computes in the time one expert moves."""
+
+    @abstractmethod
+    def layer_seconds(self, replay: Replay) -> FloatArray:
+        """Expert time of each step and layer, the slowest device deciding, `[N, L]`."""
+
+    @abstractmethod
+    def move_seconds(self, arrivals: IntArray) -> FloatArray:
+        """Time in which devices receive `[N, G]` experts, the slowest device deciding, `[N]`."""
+
+    @abstractmethod
+    def described(self, devices: int) -> dict[str, Any]:
+        """The hardware assumed, for the JSON document."""
+
+    def split_seconds(self, replay: Replay) -> float:
+        """Time of the splits of a step, which nothing overlaps."""
+        return float(1e-6 * np.median(replay.split_us) * replay.device_load.shape[1])
+
+    def batch_seconds(self, replay: Replay) -> FloatArray:
+        """Expert time of each step, `[N]`."""
+        return np.asarray(self.layer_seconds(replay).sum(-1))
+
+    def net_seconds(self, replay: Replay) -> FloatArray:
+        """Expert time of each step plus the exposed time of its moves, forecast and plan and its split, `[N]`."""
+        batch = self.batch_seconds(replay)
+        if replay.planner == "contiguous":
+            return batch
+        before = np.zeros_like(batch) if replay.forecast == "exact" else np.concatenate([batch[:1], batch[:-1]])
+        prepared = self.move_seconds(replay.arrivals) + 1e-3 * (np.median(replay.plan_ms) + replay.forecast_ms)
+        exposed = np.maximum(prepared - before, 0)
+        return np.asarray(batch + exposed + self.split_seconds(replay))
 
 
 @dataclass(frozen=True)
-class Hardware:
+class Hardware(DeviceTimes):
     """Speeds that turn tokens and moves into seconds.
 
     Attributes:
@@ -52,23 +95,17 @@ class Hardware:
 
     @property
     def move_tokens(self) -> float:
-        """Tokens a device computes in the time one expert moves."""
         return self.expert_bytes / self.bytes_per_second * self.tokens_per_second
 
-    def batch_seconds(self, replay: Replay) -> FloatArray:
-        """Expert time of each step, the slowest device deciding in each layer, `[N]`."""
+    def layer_seconds(self, replay: Replay) -> FloatArray:
         tokens = replay.device_load + self.expert_overhead_tokens * replay.active
-        return np.asarray(tokens.max(-1).sum(-1) / self.tokens_per_second)
+        return np.asarray(tokens.max(-1) / self.tokens_per_second)
 
-    def net_seconds(self, replay: Replay) -> FloatArray:
-        """Expert time of each step plus the exposed time of its moves and plan and the time of its split, `[N]`."""
-        batch = self.batch_seconds(replay)
-        if replay.planner == "contiguous":
-            return batch
-        before = np.zeros_like(batch) if replay.forecast == "exact" else np.concatenate([batch[:1], batch[:-1]])
-        moves = replay.arrivals.max(-1) * self.expert_bytes / self.bytes_per_second
-        exposed = np.maximum(moves + 1e-3 * np.median(replay.plan_ms) - before, 0)
-        return np.asarray(batch + exposed + 1e-6 * np.median(replay.split_us) * replay.device_load.shape[1])
+    def move_seconds(self, arrivals: IntArray) -> FloatArray:
+        return np.asarray(arrivals.max(-1) * self.expert_bytes / self.bytes_per_second)
+
+    def described(self, devices: int) -> dict[str, Any]:
+        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
 
 
 def measure(expert_bytes: float) -> Hardware:
@@ -96,58 +133,3 @@ def measure(expert_bytes: float) -> Hardware:
     copied = (time.perf_counter() - began) / len(weights)
     token = max(seconds(many) - seconds(one), 1e-9) / (len(many) - 1)
     return Hardware(expert_bytes, 1 / token, 4 * side**2 / copied, max(seconds(one) / token - 1, 0.0))
-
-
-def verdict(contiguous: Replay, replays: list[Replay], hardware: Hardware) -> dict[str, Any]:
-    """Decides between "enable", "not worth it" and "not enough data", for the best policy that deployments can have.
-
-    Of the policies whose gain lies within the interval of the largest one, the one with the fewest moves is the best.
-
-    The interval is a circular block bootstrap over steps, in blocks of the square root of their number: a subject or
-    task that lasts many steps makes neighbours alike.
-
-    Returns:
-        JSON document: answer, why, policy, net_gain (share of the expert time without replicas), interval (90 %),
-        milliseconds a step without and with, hardware.
-    """
-    honest = [replay for replay in replays if replay.planner != "contiguous" and replay.forecast not in TRUTHS]
-    if not honest:
-        return {"answer": "not enough data", "why": "no policy with replicas and a forecast was replayed"}
-    without = hardware.batch_seconds(contiguous)
-    gains = [_gain(without, hardware.net_seconds(replay)) for replay in honest]
-    least = max(gains)[1]  # policies within the interval of the fastest one count as equal; then the fewest moves win
-    alike = [index for index, (gain, *_) in enumerate(gains) if gain >= least]
-    chosen = min(alike, key=lambda index: (honest[index].moves_per_layer, -gains[index][0]))
-    best, net, (gain, low, high) = honest[chosen], hardware.net_seconds(honest[chosen]), gains[chosen]
-    answer, why = _answer(len(net), gain, low, high)
-    return {
-        "answer": answer,
-        "why": why,
-        "policy": {"forecast": best.forecast, "planner": best.planner, "split": best.split},
-        "net_gain": round(gain, 4),
-        "interval": [round(low, 4), round(high, 4)],
-        "step_ms": {"without": round(1e3 * float(without.mean()), 4), "with": round(1e3 * float(net.mean()), 4)},
-        "hardware": {name: float(f"{value:.4g}") for name, value in asdict(hardware).items()},
-    }
-
-
-def _answer(steps: int, gain: float, low: float, high: float) -> tuple[str, str]:
-    """The answer and its reason."""
-    found = f"{gain:.1%} of expert time saved, 90 % interval {low:.1%} to {high:.1%}"
-    if steps < FEWEST:
-        return "not enough data", f"{steps} steps replayed, at least {FEWEST} are needed"
-    if low >= WORTH:
-        return "enable", found
-    if high < WORTH:
-        return "not worth it", f"{found}; {WORTH:.0%} is the least that pays for the memory"
-    return "not enough data", f"{found}, with {WORTH:.0%} in between; replay more steps"
-
-
-def _gain(without: FloatArray, net: FloatArray) -> tuple[float, float, float]:
-    """Share of time saved, and the ends of its 90 % interval."""
-    total = float(without.sum())
-    if total <= 0:
-        return 0.0, 0.0, 0.0
-    steps = resampled(len(net), block=max(1, round(len(net) ** 0.5)))
-    low, high = np.quantile(1 - net[steps].sum(-1) / np.maximum(without[steps].sum(-1), 1e-12), [0.05, 0.95])
-    return 1 - float(net.sum()) / total, float(low), float(high)

@@ -40,6 +40,7 @@ class Replay:
         split_us: Microseconds the split of a layer took, mean over the layers of each step, `[N]`.
         near_moves: Share of all moves whose expert has its home on the same node; None without nodes or moves.
         near_tokens: Share of all tokens computed on the node they come from; None without nodes or tokens.
+        forecast_ms: Milliseconds a forecast took, mean over steps.
         load_tv: Total variation distance (0 to 1) of forecast and true shares, mean over steps and layers; None for the
             contiguous planner.
     """
@@ -56,6 +57,7 @@ class Replay:
     near_moves: float | None = None
     near_tokens: float | None = None
     load_tv: float | None = None
+    forecast_ms: float = 0.0
 
     @property
     def balancedness(self) -> FloatArray:

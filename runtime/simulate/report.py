@@ -24,8 +24,8 @@ from data.style import (
     human,
     save,
 )
-from runtime.simulate.cost_model import TRUTHS
 from runtime.simulate.replay import Replay
+from runtime.simulate.verdict import TRUTHS
 
 DRAWN = {
     ("none", "contiguous", "even"),
@@ -96,18 +96,50 @@ def best_honest(results: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def verdict_panel(report: dict[str, Any]) -> Panel:
-    """The verdict in a frame: the answer, its reason, the policy and how to switch it on."""
+    """The verdict in a frame: the answer, its reason, the policy, what it was compared with, and what it assumes."""
     answer = report["verdict"]
     lines = [f"{answer['why']}."]
     if "policy" in answer:
-        policy = answer["policy"]
+        layer, step, memory = answer["layer_ms"], answer["step_ms"], answer["memory"]
+        rival, traffic = answer["baselines"]["no predictor"], answer["traffic"]
         lines.append(
-            f"Best policy: forecast [bold]{policy['forecast']}[/bold], planner [bold]{policy['planner']}[/bold], "
-            f"split [bold]{policy['split']}[/bold]"
+            f"Without replicas and with, all costs counted: [bold]{layer['without']:.4g} -> {layer['with']:.4g} ms a "
+            f"layer[/bold], {step['without']:.4g} -> {step['with']:.4g} ms a step of {report['layers']} layers"
         )
-        lines.append(f"Switch it on: {answer['switch_on']}")
+        lines.append(f"Best policy: {_policy(answer['policy'])}")
+        if rival and _policy(rival) != _policy(answer["policy"]):
+            lines.append(f"Without a predictor: {_policy(rival)}, {rival['step_ms']:.4g} ms a step")
+        lines.append(
+            f"Memory of the replicas: {memory['bytes_per_device'] / 1e9:.3g} GB a device in {memory['layers']} layers, "
+            f"{memory['share_of_experts']:.0%} of the experts"
+        )
+        size, recorded = traffic["tokens_per_step"], traffic["recorded_tokens_per_step"]
+        scaled = f", scaled from {recorded:.4g} to {size:.4g} tokens a step" if recorded != size else ""
+        lines.append(f"Traffic: {traffic['tokens_per_expert']:.4g} tokens an expert and step{scaled}")
+        lines += [f"Hardware: {hardware_line(answer['hardware'])}", f"Switch it on: {answer['switch_on']}"]
     colour = {"enable": "green", "not worth it": "yellow"}.get(answer["answer"], "white")
     return Panel("\n".join(lines), title=f"Verdict: [bold]{answer['answer']}[/bold]", border_style=colour)
+
+
+def hardware_line(hardware: dict[str, Any]) -> str:
+    """The hardware assumed, and how sure its times are, in one line."""
+    if "gpu" not in hardware:
+        speeds = f"{hardware['tokens_per_second']:.3g} tokens/s, {hardware['bytes_per_second'] / 1e9:.3g} GB/s"
+        expert, tokens = hardware["expert_bytes"] / 1e6, hardware["expert_overhead_tokens"]
+        return f"{speeds}, the {expert:.3g} MB of an expert read in the time of {tokens:.3g} tokens"
+    called = {"tokens": "between token counts", "ep_size": "between EP sizes", "skew": "on skewed loads",
+              "shape": "from another shape"}  # fmt: skip
+    errors = [f"{item['median']:.1%} {called[name]} ({item['p90']:.0%})" for name, item in hardware["error"].items()]
+    estimate = f"an estimate {hardware['estimate']}" if hardware["estimate"] else "measured"
+    return (
+        f"{hardware['gpu']}, experts of {hardware['model']} in {hardware['precision']}, {estimate} with "
+        f"{hardware['kernel']}; {hardware['links']}; error, median (90th percentile): {', '.join(errors)}"
+    )
+
+
+def _policy(policy: dict[str, Any]) -> str:
+    names = ("forecast", "planner", "split")
+    return ", ".join(f"{name} [bold]{policy[name]}[/bold]" for name in names)
 
 
 def table(report: dict[str, Any], details: bool = False) -> Table:

@@ -6,8 +6,9 @@ from predictor.baselines.history import LastBatch, Oracle
 from runtime.balancing.eplb import ContiguousPlanner
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
-from runtime.simulate.cost_model import Hardware, measure, verdict
+from runtime.simulate.cost_model import Hardware, measure
 from runtime.simulate.replay import forecast_steps, replay
+from runtime.simulate.verdict import verdict
 
 SLOW_DEVICE = Hardware(expert_bytes=1e6, tokens_per_second=1e4, bytes_per_second=1e12, expert_overhead_tokens=0)
 

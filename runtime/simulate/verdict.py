@@ -1,0 +1,127 @@
+"""The verdict: whether replication saves enough expert time on recorded traffic, against what, with which policy.
+
+The policy judged is the best that a deployment can have. Past batches are preferred: a trained predictor is named only
+where it is faster than the best policy without one by more than chance.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from data.arrays import FloatArray
+from predictor.evaluation.bootstrap import resampled
+from runtime.simulate.cost_model import DeviceTimes
+from runtime.simulate.replay import Replay
+
+WORTH = 0.1
+"""Share of expert time (0 to 1) that must be saved to pay for the memory of the replicas."""
+MOST_MEMORY = 0.5
+"""Most replicas, as a share of the experts, that "enable" is said for: beyond, their memory has better uses."""
+FEWEST = 16
+"""Number of steps below which the verdict is always "not enough data"."""
+TRUTHS = ("oracle", "exact")
+"""Forecasts that know the load, which no deployment can have in time."""
+TRAINED = ("learned", "adaptive")
+"""Forecasts that need a predictor."""
+
+
+def verdict(contiguous: Replay, replays: list[Replay], times: DeviceTimes) -> dict[str, Any]:
+    """Decides between "enable", "not worth it" and "not enough data", for the best policy that deployments can have.
+
+    Of the policies whose gain lies within the interval of the largest one, the one with the fewest moves is the best.
+    The interval is a circular block bootstrap over steps, in blocks of the square root of their number: a subject or
+    task that lasts many steps makes neighbours alike. It is widened by the error of the times.
+
+    Returns:
+        JSON document: answer, why, policy, net_gain (share of the expert time without replicas), interval (90 %),
+        milliseconds a step and a layer without replicas and with the policy, baselines (no replicas, and the best
+        policy without a predictor), memory of the replicas, hardware.
+    """
+    honest = [replay for replay in replays if replay.planner != "contiguous" and replay.forecast not in TRUTHS]
+    if not honest:
+        return {"answer": "not enough data", "why": "no policy with replicas and a forecast was replayed"}
+    without = times.batch_seconds(contiguous)
+    net = {id(replay): times.net_seconds(replay) for replay in honest}
+    free = [replay for replay in honest if replay.forecast not in TRAINED]
+    best, beaten = _best(honest, net, without), ""
+    rival = _best(free, net, without) if free else None
+    if rival and best.forecast in TRAINED and gain(net[id(rival)], net[id(best)])[1] <= 0:
+        beaten = f"; the forecast {best.forecast} is not faster than {rival.forecast}, which needs no predictor"
+        best = rival
+    chosen = net[id(best)]
+    saved, low, high = gain(without, chosen)
+    off = times.error * (1 - saved)  # a ratio of two times that are both off by about that much, at worst
+    memory = _memory(contiguous, best, times)
+    answer, why = _answer(len(without), (saved, low, high), off, memory["share_of_experts"])
+    layers, devices = contiguous.device_load.shape[1:]
+    return {
+        "answer": answer,
+        "why": why + beaten,
+        "policy": _policy(best),
+        "net_gain": round(saved, 4),
+        "interval": [round(low - off, 4), round(high + off, 4)],
+        "step_ms": {"without": _ms(without), "with": _ms(chosen)},
+        "layer_ms": {"without": _ms(without, layers), "with": _ms(chosen, layers)},
+        "baselines": {
+            "no replicas": {"step_ms": _ms(without)},
+            "no predictor": _policy(rival) | {"step_ms": _ms(net[id(rival)])} if rival else None,
+        },
+        "memory": memory,
+        "hardware": times.described(devices),
+    }
+
+
+def _policy(replay: Replay) -> dict[str, str]:
+    return {"forecast": replay.forecast, "planner": replay.planner, "split": replay.split}
+
+
+def _ms(seconds: FloatArray, layers: int = 1) -> float:
+    return round(1e3 * float(seconds.mean()) / layers, 4)
+
+
+def _best(replays: list[Replay], net: dict[int, FloatArray], without: FloatArray) -> Replay:
+    """Of the policies whose gain lies within the interval of the largest one, the one with the fewest moves."""
+    gains = {id(replay): gain(without, net[id(replay)]) for replay in replays}
+    least = max(gains.values())[1]
+    alike = [replay for replay in replays if gains[id(replay)][0] >= least]
+    return min(alike, key=lambda replay: (replay.moves_per_layer, -gains[id(replay)][0]))
+
+
+def _memory(contiguous: Replay, best: Replay, times: DeviceTimes) -> dict[str, Any]:
+    """What the replica slots of a policy take on a device, in all layers of the model, and as shares."""
+    recorded, experts = contiguous.phy2log.shape[1:]
+    layers = max(times.layers or 0, recorded)
+    redundant, devices = best.phy2log.shape[-1] - experts, best.device_load.shape[-1]
+    taken = layers * redundant / devices * times.expert_bytes
+    share = round(taken / times.memory_bytes, 4) if times.memory_bytes else None
+    return {"bytes_per_device": round(taken), "share_of_experts": round(redundant / experts, 4),
+            "share_of_device": share, "layers": layers}  # fmt: skip
+
+
+def _answer(steps: int, found: tuple[float, float, float], off: float, share: float) -> tuple[str, str]:
+    """The answer and its reason, from a gain and its interval, what the error of the times adds, and the memory."""
+    saved, low, high = found
+    why = f"{saved:.1%} of expert time saved, 90 % interval {low - off:.1%} to {high + off:.1%}"
+    if steps < FEWEST:
+        return "not enough data", f"{steps} steps replayed, at least {FEWEST} are needed"
+    if low - off >= WORTH and share > MOST_MEMORY:
+        return "not worth it", (
+            f"{why}; but the replicas are {share:.0%} of the experts, and above {MOST_MEMORY:.0%} their memory has "
+            "better uses: simulate fewer"
+        )
+    if low - off >= WORTH:
+        return "enable", why
+    if high + off < WORTH:
+        return "not worth it", f"{why}; {WORTH:.0%} is the least that pays for the memory"
+    mend = "replay more steps" if low < WORTH <= high else f"the times are uncertain by {off:.1%}: measure on your GPUs"
+    return "not enough data", f"{why}, with {WORTH:.0%} in between; {mend}"
+
+
+def gain(without: FloatArray, net: FloatArray) -> tuple[float, float, float]:
+    """Share of time saved, and the ends of its 90 % interval."""
+    total = float(without.sum())
+    if total <= 0:
+        return 0.0, 0.0, 0.0
+    steps = resampled(len(net), block=max(1, round(len(net) ** 0.5)))
+    low, high = np.quantile(1 - net[steps].sum(-1) / np.maximum(without[steps].sum(-1), 1e-12), [0.05, 0.95])
+    return 1 - float(net.sum()) / total, float(low), float(high)
