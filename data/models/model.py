@@ -142,7 +142,9 @@ def load_tokenizer(place: str, revision: str) -> Any:
         return AutoTokenizer.from_pretrained(place, revision=revision or "main")
     except Exception as error:  # transformers tries tiktoken last, and its words are about that
         if find_spec("sentencepiece") or not any(name in str(error) for name in ("sentencepiece", "tiktoken")):
-            raise
+            lacks = Path(place).is_dir() and not (Path(place) / TOKENIZER_SETTINGS[0]).exists()
+            mend = f" without {TOKENIZER_SETTINGS[0]}; copy the model's into the folder" if lacks else ""
+            raise ValueError(f"its tokenizer could not be loaded{mend} ({error})") from None
         raise ValueError(
             "its tokenizer is a SentencePiece vocabulary without tokenizer.json; `pip install sentencepiece`, or add "
             "the tokenizer.json that AutoTokenizer saves where it is installed"

@@ -283,3 +283,9 @@ def test_a_vocabulary_that_needs_a_package_names_it(folder, name, kind):
     for load in (load_model, load_dense):
         with pytest.raises(ValueError, match=r"`pip install sentencepiece`, or add the tokenizer.json"):
             load(str(folder))
+
+
+def test_a_tokenizer_without_its_settings_is_named(folder):
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer could not be loaded without tokenizer_config.json; copy the"):
+        load_model(str(folder))
