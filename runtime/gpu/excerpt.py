@@ -2,7 +2,8 @@
 
     python -m runtime.gpu.excerpt FOLDER        # .../aiconfigurator_core/systems/data of an unpacked wheel
 
-For each GPU, model and precision it keeps the rows of the site that `find_site` chooses, balanced and of exponent 1.2.
+For each GPU, model and precision it keeps the rows of the site that `find_site` chooses, balanced and of exponent 1.2;
+and the rows that were measured with and without replicas. It takes a minute.
 """
 
 import argparse
@@ -15,11 +16,14 @@ import pyarrow.parquet as pq
 from data.cli import user_errors
 from data.files import whole_file
 from runtime.gpu.devices import GPUS, GpuDevice
+from runtime.gpu.replica_rows import LARGEST, read_replica_rows
 from runtime.gpu.shapes import MODELS
 from runtime.gpu.sites import Site, all_sites, find_site
 from runtime.gpu.skew import POWER
 from runtime.gpu.tables import MEASURED, link_rows
 
+WITH_REPLICAS = ("h100_sxm", "h200_sxm")
+"""GPUs whose rows with and without replicas are kept."""
 KEPT = ("bfloat16", "fp8_block", "w4a16_mxfp4")
 SKEWED_TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Token counts of the skewed rows that are kept: they only check."""
@@ -47,7 +51,7 @@ def kept_rows(site: Site) -> pa.Table:
 
 
 def make_excerpt(folder: Path, out: Path = MEASURED) -> None:
-    """Writes kernels.parquet and links.parquet."""
+    """Writes kernels.parquet, links.parquet and replicas.parquet."""
     if not (folder / "h100_sxm" / "moe").is_dir():
         raise ValueError(f"{folder} holds no tables; expected aiconfigurator_core/systems/data of an unpacked wheel")
     kernels = pa.concat_tables(
@@ -56,13 +60,18 @@ def make_excerpt(folder: Path, out: Path = MEASURED) -> None:
     order = [(name, "ascending") for name in kernels.column_names if name != "milliseconds"]
     _write(kernels.sort_by(order), out / "kernels.parquet")
     _write(pa.concat_tables(link_rows(name, folder) for name in GPUS), out / "links.parquet")
+    replicas = pa.concat_tables(read_replica_rows(name, folder) for name in WITH_REPLICAS)
+    tested = pc.and_(pc.greater(replicas["power"], 1.1), pc.less_equal(replicas["ep_size"], LARGEST))
+    used = pc.and_(pc.equal(replicas["slots"], 256), replicas["eplb"])
+    _write(replicas.filter(pc.or_(tested, pc.and_(used, pc.less(replicas["power"], 1.1)))), out / "replicas.parquet")
 
 
 def _write(rows: pa.Table, path: Path) -> None:
-    text = [name for name in rows.column_names if name != "milliseconds"]
+    floats = [field.name for field in rows.schema if pa.types.is_floating(field.type)]
+    other = [name for name in rows.column_names if name not in floats]
     with whole_file(path) as aside:
-        pq.write_table(rows, aside, compression="zstd", compression_level=19, use_dictionary=text,
-                       column_encoding={"milliseconds": "BYTE_STREAM_SPLIT"}, write_statistics=False)  # fmt: skip
+        pq.write_table(rows, aside, compression="zstd", compression_level=19, use_dictionary=other,
+                       column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"), write_statistics=False)  # fmt: skip
     print(f"{path.name}: {len(rows)} rows, {path.stat().st_size / 1e3:.0f} kB")
 
 

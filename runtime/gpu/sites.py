@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from data.arrays import FloatArray
 from runtime.gpu.devices import GpuDevice
-from runtime.gpu.kernel_time import FEWEST_ROWS, Balanced, Error, KernelTimes
+from runtime.gpu.kernel_time import FEWEST_ROWS, Error, KernelTimes, KnownRows
 from runtime.gpu.shapes import EIGHT_BIT, ExpertShape
+from runtime.gpu.skew import POWER, most_loaded
 from runtime.gpu.tables import column, kernel_rows, version_order
 
 KEYS = ("source", "kernel", "precision", "hidden_size", "intermediate_size", "top_k", "num_experts")
@@ -64,14 +65,29 @@ class Site:
     @cached_property
     def times(self) -> KernelTimes:
         """Its times."""
-        even = self.rows.filter(pc.equal(self.rows["distribution"], "balanced"))
-        names = ("tokens", "ep_size", "milliseconds")
-        return KernelTimes(Balanced(*(column(even, name) for name in names)), self.shape.num_experts, self.shape.top_k)
+        return KernelTimes(KnownRows.balanced(self.rows, self.shape.num_experts, self.shape.top_k))
+
+    def skewed(self, power: float = POWER) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Tokens, predicted and measured milliseconds of the rows whose loads follow a power law.
+
+        None of them was used before. What is predicted is the mean over draws from the law.
+
+        Args:
+            power: The law's exponent.
+        """
+        skewed = self.rows.filter(pc.equal(self.rows["distribution"], f"power_law_{power}"))
+        tokens, sizes = column(skewed, "tokens"), column(skewed, "ep_size")
+        predicted = []
+        for count, size in zip(tokens.astype(int).tolist(), sizes.astype(int).tolist(), strict=True):
+            loads = most_loaded(count, self.shape.num_experts, self.shape.top_k, size, power)
+            times = self.times.milliseconds(np.array(count), loads.assignments, loads.active)
+            predicted.append(float(times.mean()))
+        return tokens, np.array(predicted), column(skewed, "milliseconds")
 
     @cached_property
     def skewed_error(self) -> Error:
         """Error on the skewed rows that nothing was chosen by."""
-        return self.times.skewed_error(self.rows)
+        return Error.of(*self.skewed()[1:])
 
     def milliseconds(self, tokens: FloatArray, assignments: FloatArray, active: FloatArray) -> FloatArray:
         """Time of a GPU, as in `KernelTimes.milliseconds`, for the shape that is asked for."""
@@ -126,7 +142,7 @@ def _as_many_experts(sites: list[Site], wanted: int) -> list[Site]:
 def _best(sites: list[Site]) -> Site:
     if len(sites) == 1:
         return sites[0]
-    return min(sites, key=lambda site: np.nan_to_num(site.times.skewed_error(site.rows, CHOOSING).median, nan=np.inf))
+    return min(sites, key=lambda site: np.nan_to_num(Error.of(*site.skewed(CHOOSING)[1:]).median, nan=np.inf))
 
 
 def _nearest(sites: list[Site], shape: ExpertShape, device: GpuDevice) -> Site:
@@ -149,10 +165,7 @@ def estimate_error(device: GpuDevice, shape: ExpertShape, folder: Path | None = 
             continue
         lender = replace(min(others, key=lambda other: _distance(other.shape, site.shape)), asked=site.shape)
         rows = site.times.rows
-        rank = rows.tokens * site.shape.top_k / rows.ep_size
-        rows, rank = rows.where(rank >= 1), rank[rank >= 1]
-        active = np.minimum(site.shape.num_experts / rows.ep_size, rank)
-        predicted.append(lender.milliseconds(rows.tokens, rank, active))
+        predicted.append(lender.milliseconds(rows.tokens, rows.assignments, rows.active))
         measured.append(rows.milliseconds)
     if not measured:
         return Error(float("nan"), float("nan"), 0)

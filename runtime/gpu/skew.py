@@ -29,12 +29,12 @@ class RankLoads(NamedTuple):
 def most_loaded(tokens: int, num_experts: int, top_k: int, ranks: int, power: float = POWER) -> RankLoads:
     """What the most loaded rank has, in `DRAWS` draws from a fixed seed."""
     rng = np.random.default_rng([tokens, num_experts, top_k, ranks])
-    draws = [_draw(rng, tokens, num_experts, top_k, power).reshape(ranks, -1) for _ in range(DRAWS)]
+    draws = [power_law(rng, tokens, num_experts, top_k, power).reshape(ranks, -1) for _ in range(DRAWS)]
     hot = [load_GE[load_GE.sum(-1).argmax()] for load_GE in draws]
     return RankLoads(np.array([float(load.sum()) for load in hot]), np.array([float((load > 0).sum()) for load in hot]))
 
 
-def _draw(rng: np.random.Generator, tokens: int, num_experts: int, top_k: int, power: float) -> IntArray:
+def power_law(rng: np.random.Generator, tokens: int, num_experts: int, top_k: int, power: float) -> IntArray:
     """Loads of one draw, `[E]`: their sum is tokens x top_k, and no expert has more than all tokens."""
     wanted = tokens * top_k
     low, high = (1.0, 0.8 * tokens) if wanted > num_experts else (0.01, 2.0)

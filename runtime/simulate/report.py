@@ -116,7 +116,8 @@ def verdict_panel(report: dict[str, Any]) -> Panel:
         size, recorded = traffic["tokens_per_step"], traffic["recorded_tokens_per_step"]
         scaled = f", scaled from {recorded:.4g} to {size:.4g} tokens a step" if recorded != size else ""
         lines.append(f"Traffic: {traffic['tokens_per_expert']:.4g} tokens an expert and step{scaled}")
-        lines += [f"Hardware: {hardware_line(answer['hardware'])}", f"Switch it on: {answer['switch_on']}"]
+        lines.append(f"Hardware: {hardware_line(answer['hardware'])}")
+        lines += [f"Switch it on: {answer['switch_on']}"] * (answer["answer"] != "not worth it")
     colour = {"enable": "green", "not worth it": "yellow"}.get(answer["answer"], "white")
     return Panel("\n".join(lines), title=f"Verdict: [bold]{answer['answer']}[/bold]", border_style=colour)
 

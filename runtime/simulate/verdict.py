@@ -101,7 +101,8 @@ def _memory(contiguous: Replay, best: Replay, times: DeviceTimes) -> dict[str, A
 def _answer(steps: int, found: tuple[float, float, float], off: float, share: float) -> tuple[str, str]:
     """The answer and its reason, from a gain and its interval, what the error of the times adds, and the memory."""
     saved, low, high = found
-    why = f"{saved:.1%} of expert time saved, 90 % interval {low - off:.1%} to {high + off:.1%}"
+    why = f"{abs(saved):.1%} of expert time {'saved' if saved >= 0 else 'lost'}"
+    why += f", 90 % interval of what is saved {low - off:.1%} to {high + off:.1%}"
     if steps < FEWEST:
         return "not enough data", f"{steps} steps replayed, at least {FEWEST} are needed"
     if low - off >= WORTH and share > MOST_MEMORY:

@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from runtime.gpu.devices import GPUS, gpu_device
-from runtime.gpu.kernel_time import Balanced, KernelTimes
+from runtime.gpu.kernel_time import KernelTimes, KnownRows
 from runtime.gpu.links import Links
 from runtime.gpu.shapes import MODELS, ExpertShape, known_shape
 from runtime.gpu.sites import all_sites, estimate_error, find_site
@@ -60,7 +60,8 @@ def test_a_known_law_is_recovered():
         return 1e-4 * tokens + 0.01 * active + 5e-5 * rank + 0.02
 
     rank = tokens * 4 / size
-    times = KernelTimes(Balanced(tokens, size, law(tokens, rank, np.minimum(64 / size, rank))), 64, 4)
+    active = np.minimum(64 / size, rank)
+    times = KernelTimes(KnownRows(tokens, size, rank, active, law(tokens, rank, active)))
     assert times.overhead == pytest.approx(1e-4, rel=0.02)
     asked = np.array([(8192, 16384, 9), (16384, 60000, 8), (4096, 1500, 5)], float).T
     assert times.milliseconds(*asked) == pytest.approx(law(*asked), rel=0.02)
