@@ -139,7 +139,9 @@ def load_tokenizer(place: str, revision: str) -> Any:
         for name in (*found, *(name for name in TOKENIZER_SETTINGS if (Path(place) / name).exists())):
             check_fetched(Path(place) / name)
     try:
-        return AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        tokenizer("text")  # settings of the wrong type are found only when they are used
+        return tokenizer
     except Exception as error:  # transformers tries tiktoken last, and its words are about that
         if find_spec("sentencepiece") or not any(name in str(error) for name in ("sentencepiece", "tiktoken")):
             lacks = Path(place).is_dir() and not (Path(place) / TOKENIZER_SETTINGS[0]).exists()

@@ -289,3 +289,10 @@ def test_a_tokenizer_without_its_settings_is_named(folder):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer could not be loaded without tokenizer_config.json; copy the"):
         load_model(str(folder))
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": [512]}))
+    with pytest.raises(ValueError, match=r"its tokenizer could not be loaded \(.*'int' and 'list'"):
+        load_model(str(folder))
