@@ -16,7 +16,7 @@ import numpy as np
 from predictor.evaluation.tables import markdown
 from runtime.gpu.devices import GPUS
 from runtime.gpu.shapes import MODELS
-from runtime.gpu.sites import Site, all_sites, find_site
+from runtime.gpu.sites import Site, all_sites, even_site
 from runtime.gpu.skew import POWER
 
 BOUNDS = (0, 4, 16, 32, 64, 128, 256, 512, np.inf)
@@ -64,7 +64,7 @@ def usual_sites(gpu: str) -> dict[str, Site]:
     for name, shape in MODELS.items():
         for precision in (shape.precision, "bfloat16"):
             if name not in found and (shape.hidden_size, shape.intermediate_size, precision) in measured:
-                found[name] = find_site(device, type(shape)(**(vars(shape) | {"precision": precision})))
+                found[name] = even_site(device, type(shape)(**(vars(shape) | {"precision": precision})))
     return found
 
 

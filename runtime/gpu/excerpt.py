@@ -2,7 +2,7 @@
 
     python -m runtime.gpu.excerpt FOLDER        # .../aiconfigurator_core/systems/data of an unpacked wheel
 
-For each GPU, model and precision it keeps the rows of the site that `find_site` chooses, balanced and of exponent 1.2;
+For each GPU, model and precision it keeps the rows of the site that `even_site` chooses, balanced and of exponent 1.2;
 and the rows that were measured with and without replicas. It takes a minute.
 """
 
@@ -18,12 +18,12 @@ from data.files import whole_file
 from runtime.gpu.devices import GPUS, GpuDevice
 from runtime.gpu.replica_rows import LARGEST, read_replica_rows
 from runtime.gpu.shapes import MODELS
-from runtime.gpu.sites import Site, all_sites, find_site
+from runtime.gpu.sites import Site, all_sites, even_site
 from runtime.gpu.skew import POWER
-from runtime.gpu.tables import MEASURED, link_rows
+from runtime.gpu.tables import MEASURED, dispatch_rows, link_rows
 
 WITH_REPLICAS = ("h100_sxm", "h200_sxm")
-"""GPUs whose rows with and without replicas are kept."""
+"""GPUs whose rows with and without replicas are kept, and those of DeepEP."""
 KEPT = ("bfloat16", "fp8_block", "w4a16_mxfp4")
 SKEWED_TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Token counts of the skewed rows that are kept: they only check."""
@@ -37,7 +37,7 @@ def chosen_sites(device: GpuDevice, folder: Path) -> list[Site]:
     for shape in MODELS.values():
         for precision in KEPT:
             if (shape.hidden_size, shape.intermediate_size, shape.top_k, precision) in measured:
-                site = find_site(device, type(shape)(**(vars(shape) | {"precision": precision})), folder)
+                site = even_site(device, type(shape)(**(vars(shape) | {"precision": precision})), folder)
                 found[site.source, site.kernel, site.shape] = site
     return list(found.values())
 
@@ -51,7 +51,7 @@ def kept_rows(site: Site) -> pa.Table:
 
 
 def make_excerpt(folder: Path, out: Path = MEASURED) -> None:
-    """Writes kernels.parquet, links.parquet and replicas.parquet."""
+    """Writes kernels.parquet, links.parquet, dispatch.parquet and replicas.parquet."""
     if not (folder / "h100_sxm" / "moe").is_dir():
         raise ValueError(f"{folder} holds no tables; expected aiconfigurator_core/systems/data of an unpacked wheel")
     kernels = pa.concat_tables(
@@ -60,6 +60,7 @@ def make_excerpt(folder: Path, out: Path = MEASURED) -> None:
     order = [(name, "ascending") for name in kernels.column_names if name != "milliseconds"]
     _write(kernels.sort_by(order), out / "kernels.parquet")
     _write(pa.concat_tables(link_rows(name, folder) for name in GPUS), out / "links.parquet")
+    _write(pa.concat_tables(dispatch_rows(name, folder) for name in WITH_REPLICAS), out / "dispatch.parquet")
     replicas = pa.concat_tables(read_replica_rows(name, folder) for name in WITH_REPLICAS)
     tested = pc.and_(pc.greater(replicas["power"], 1.1), pc.less_equal(replicas["ep_size"], LARGEST))
     used = pc.and_(pc.equal(replicas["slots"], 256), replicas["eplb"])

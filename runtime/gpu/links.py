@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from data.arrays import FloatArray
 from runtime.gpu.devices import GPUS_A_NODE, GpuDevice
-from runtime.gpu.tables import column, link_rows
+from runtime.gpu.tables import column, dispatch_rows, link_rows
 
 BYTES = 2
 """Bytes of a number of a hidden state."""
@@ -26,7 +26,7 @@ class Links:
     """
 
     def __init__(self, device: GpuDevice, devices: int, folder: Path | None = None) -> None:
-        self.device, self.devices = device, devices
+        self.device, self.devices, self.folder = device, devices, folder
         self.rows = link_rows(device.name, folder)
         sizes = sorted(set(self.rows["num_gpus"].to_pylist()))
         self.size = next((size for size in sizes if size >= devices), None)
@@ -37,6 +37,11 @@ class Links:
         """Whether the group is in one node, so that its times were measured."""
         return self.size is not None
 
+    @property
+    def dispatch_source(self) -> str:
+        """Where the times of all-to-all dispatch and combine come from."""
+        return str(dispatch_rows(self.device.name, self.folder)["source"][0])
+
     def exchange_milliseconds(self, tokens: FloatArray, hidden_size: int) -> FloatArray:
         """Time in which all tokens reach all GPUs, and their results are added up: the same for every placement."""
         nbytes = tokens * hidden_size * BYTES
@@ -45,6 +50,25 @@ class Links:
         if not self.measured:
             return 2 * 1e3 * nbytes * (1 - GPUS_A_NODE / self.devices) / self.device.network_speed
         return self._along("all_gather", nbytes) + self._along("reduce_scatter", nbytes)
+
+    def dispatch_milliseconds(self, tokens: FloatArray, hidden_size: int, top_k: int) -> FloatArray:
+        """Time of an all-to-all dispatch and combine, measured with DeepEP on 8 GPUs; smaller groups need no longer.
+
+        Args:
+            tokens: Assignments of the most loaded GPU over `top_k`: the tokens of each GPU, if all were as loaded.
+            hidden_size: Width of the hidden states.
+            top_k: Experts of a token.
+        """
+        if self.devices == 1:
+            return np.zeros_like(tokens)
+        if not self.measured:
+            nbytes = tokens * top_k * hidden_size * BYTES
+            return 2 * 1e3 * nbytes * (1 - GPUS_A_NODE / self.devices) / self.device.network_speed
+        rows = dispatch_rows(self.device.name, self.folder)
+        chosen = pc.and_(pc.equal(rows["hidden_size"], hidden_size), pc.equal(rows["top_k"], top_k))
+        rows = rows.filter(chosen).sort_by("tokens")
+        known, time = np.log(column(rows, "tokens")), np.log(column(rows, "milliseconds"))
+        return np.asarray(np.exp(np.interp(np.log(np.maximum(tokens, 1.0)), known, time)))
 
     def move_milliseconds(self, nbytes: FloatArray) -> FloatArray:
         """Time in which the GPU that receives most gets so many bytes of weights."""

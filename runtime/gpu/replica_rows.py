@@ -24,14 +24,16 @@ DRAWS = {True: 20, False: 80}
 """Draws with EPLB, and without."""
 LARGEST = 32
 """Largest EP size that was measured on 288 slots."""
-PRECISION = "fp8_block"
+PRECISION, EXPERTS, TOP_K = "fp8_block", 256, 8
+"""Of all rows that are read."""
 
 
+@cache
 def replica_rows(gpu: str) -> pa.Table:
     """The rows of a GPU, from the excerpt.
 
-    Columns: gpu, hidden_size, intermediate_size, eplb (whether EPLB placed the experts), slots, ep_size, power, tokens,
-    assignments and active experts of the timed rank, milliseconds.
+    Columns: gpu, source, hidden_size, intermediate_size, eplb (whether EPLB placed the experts), slots, ep_size, power,
+    tokens, assignments and active experts of the timed rank, milliseconds.
     """
     return pq.read_table(MEASURED / "replicas.parquet", filters=[("gpu", "=", gpu)])
 
@@ -39,7 +41,9 @@ def replica_rows(gpu: str) -> pa.Table:
 def read_replica_rows(gpu: str, folder: Path) -> pa.Table:
     """The rows of a GPU, from the whole tables."""
     path = max((folder / gpu / "moe" / "trtllm").glob("*/wideep_moe_perf.parquet"))
-    rows = pq.read_table(path, filters=[("num_experts", "=", 256), ("moe_dtype", "=", PRECISION), ("topk", "=", 8)])
+    rows = pq.read_table(
+        path, filters=[("num_experts", "=", EXPERTS), ("moe_dtype", "=", PRECISION), ("topk", "=", TOP_K)]
+    )
     eplb = [name == "wideep_moe_eplb" for name in rows["op_name"].to_pylist()]
     power = [float(name.split("_")[2]) for name in rows["distribution"].to_pylist()]
     names = ("num_tokens", "moe_ep_size", "num_slots", "rank0_num_tokens")
@@ -49,7 +53,8 @@ def read_replica_rows(gpu: str, folder: Path) -> pa.Table:
         for *draw, count in zip(tokens, ranks, slots, power, eplb, reached, strict=True)
     ]
     columns = {
-        "gpu": [gpu] * len(rows), "hidden_size": rows["hidden_size"].cast(pa.int32()),
+        "gpu": [gpu] * len(rows), "source": [f"trtllm {path.parent.name}"] * len(rows),
+        "hidden_size": rows["hidden_size"].cast(pa.int32()),
         "intermediate_size": rows["inter_size"].cast(pa.int32()), "eplb": eplb, "slots": pa.array(slots, pa.int32()),
         "ep_size": pa.array(ranks, pa.int32()), "power": pa.array(power, pa.float32()),
         "tokens": pa.array(tokens, pa.int32()),
@@ -82,7 +87,7 @@ def _draws(tokens: int, ranks: int, slots: int, power: float, eplb: bool) -> Flo
     rng = np.random.default_rng([tokens, ranks, slots])
     found = []
     for _ in range(DRAWS[eplb]):
-        load_E = power_law(rng, tokens, 256, 8, power)
+        load_E = power_law(rng, tokens, EXPERTS, TOP_K, power)
         load_P = _placed(load_E, slots, ranks) if eplb else load_E
         load_GP = load_P.reshape(ranks, -1)
         hot = int(load_GP.sum(-1).argmax())

@@ -3,11 +3,14 @@
 Several engines may have measured a shape. The site whose skewed rows are predicted best is taken, by the rows of
 exponent 1.01; the error that is reported is that of the rows of exponent 1.2. For a shape that nobody measured, the
 nearest one lends its utilisation: an estimate.
+
+TensorRT-LLM's rows for wide expert parallelism are preferred where they exist: see `replica_rows.py`.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +19,7 @@ import pyarrow.compute as pc
 from data.arrays import FloatArray
 from runtime.gpu.devices import GpuDevice
 from runtime.gpu.kernel_time import FEWEST_ROWS, Error, KernelTimes, KnownRows
+from runtime.gpu.replica_rows import EXPERTS, PRECISION, TOP_K, replica_rows
 from runtime.gpu.shapes import EIGHT_BIT, ExpertShape
 from runtime.gpu.skew import POWER, most_loaded
 from runtime.gpu.tables import column, kernel_rows, version_order
@@ -47,6 +51,8 @@ class Site:
     kernel: str
     rows: pa.Table
     asked: ExpertShape
+    all_to_all: ClassVar[bool] = False
+    """Whether the kernel is given only the tokens that chose its experts; if not, those of all GPUs."""
 
     @property
     def engine(self) -> str:
@@ -100,6 +106,32 @@ class Site:
         return measured * np.where(assignments > 0, scale, 1.0)
 
 
+class WideSite(Site):
+    """A kernel behind an all-to-all dispatch, on rows with skewed loads that are known: those placed by EPLB.
+
+    Times come from the rows without replicas of exponent 1.01; those of exponent 1.2 check them.
+    """
+
+    all_to_all = True
+
+    @cached_property
+    def times(self) -> KernelTimes:
+        """Its times."""
+        return KernelTimes(KnownRows(*self._loads(powers=(0.0, POWER - 0.1), slots=self.shape.num_experts)))
+
+    def skewed(self, power: float = POWER) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Tokens, predicted and measured milliseconds of the rows of one exponent, with replicas and without."""
+        tokens, _, assignments, active, measured = self._loads(powers=(power - 0.05, power + 0.05))
+        return tokens, self.times.milliseconds(tokens, assignments, active), measured
+
+    def _loads(self, powers: tuple[float, float], slots: int | None = None) -> list[FloatArray]:
+        """Tokens, EP size, assignments, active experts and milliseconds of the rows that EPLB placed."""
+        kept = pc.and_(self.rows["eplb"], pc.and_(pc.greater(self.rows["power"], powers[0]),
+                                                  pc.less(self.rows["power"], powers[1])))  # fmt: skip
+        rows = self.rows.filter(kept if slots is None else pc.and_(kept, pc.equal(self.rows["slots"], slots)))
+        return [column(rows, name) for name in ("tokens", "ep_size", "assignments", "active", "milliseconds")]
+
+
 def roofline(shape: ExpertShape, device: GpuDevice, assignments: FloatArray, active: FloatArray) -> FloatArray:
     """Milliseconds that reading the weights or multiplying takes at the nominal speeds, whichever takes longer."""
     fast = 2 if shape.precision in EIGHT_BIT else 1
@@ -108,7 +140,19 @@ def roofline(shape: ExpertShape, device: GpuDevice, assignments: FloatArray, act
 
 
 def find_site(device: GpuDevice, shape: ExpertShape, folder: Path | None = None) -> Site:
-    """The site that answers for a shape.
+    """The site that answers for a shape: a wide one if there is one, because its loads are known, or `even_site`."""
+    rows = replica_rows(device.name)
+    sizes = zip(rows["hidden_size"].to_pylist(), rows["intermediate_size"].to_pylist(), strict=True)
+    asked = shape.hidden_size, shape.intermediate_size
+    if (shape.precision, shape.top_k) != (PRECISION, TOP_K) or asked not in sizes or shape.matrices != 3:
+        return even_site(device, shape, folder)
+    rows = rows.filter(pc.equal(rows["hidden_size"], shape.hidden_size))
+    measured = replace(shape, name="measured", num_experts=EXPERTS, layers=None)
+    return WideSite(device, measured, str(rows["source"][0]), "wide expert parallelism, cutlass", rows, shape)
+
+
+def even_site(device: GpuDevice, shape: ExpertShape, folder: Path | None = None) -> Site:
+    """The site that answers for a shape, among those with balanced rows.
 
     Args:
         device: The GPU.

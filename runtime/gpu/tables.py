@@ -27,6 +27,8 @@ TYPES = {
     "top_k": pa.int32(), "num_experts": pa.int32(), "ep_size": pa.int32(), "distribution": pa.string(),
     "tokens": pa.int32(), "milliseconds": pa.float32(),
 }  # fmt: skip
+DEEPEP_SMS = 20
+"""Streaming multiprocessors that dispatch and combine take, of those that were measured."""
 LINKS = ("all_gather", "reduce_scatter", "alltoall")
 
 
@@ -67,6 +69,34 @@ def link_rows(gpu: str, folder: Path | None = None) -> pa.Table:
         "num_gpus": rows["num_gpus"].cast(pa.int16()),
         "bytes": pa.array(2 * rows["message_size"].to_numpy()),  # the table counts elements of two bytes
         "milliseconds": rows["latency"].cast(pa.float32()),
+    }
+    return pa.table(columns)
+
+
+@cache
+def dispatch_rows(gpu: str, folder: Path | None = None) -> pa.Table:
+    """Measurements of DeepEP's dispatch and combine, added up: hidden_size, top_k, tokens of each GPU, milliseconds.
+
+    Of the layers of one width and top-k, those with most experts; none where DeepEP was not measured on the GPU.
+    """
+    if folder is None:
+        return pq.read_table(MEASURED / "dispatch.parquet", filters=[("gpu", "=", gpu)])
+    paths = list((folder / gpu / "comm" / "sglang").glob("*/wideep_deepep_normal_perf.parquet"))
+    path = max(paths, key=lambda path: version_order(path.parent.name))
+    rows = pq.read_table(path, filters=[("dispatch_sms", "=", DEEPEP_SMS), ("combine_sms", "=", DEEPEP_SMS)])
+    most: dict[tuple[int, int], int] = {}
+    shapes = [rows[name].to_pylist() for name in ("hidden_size", "num_topk", "num_experts")]
+    for hidden, top_k, experts in zip(*shapes, strict=True):
+        most[hidden, top_k] = max(experts, most.get((hidden, top_k), 0))
+    rows = rows.filter(pa.array([most[hidden, top_k] == n for hidden, top_k, n in zip(*shapes, strict=True)]))
+    microseconds = column(rows, "dispatch_transmit_us") + column(rows, "combine_transmit_us")
+    columns = {
+        "gpu": pa.array([gpu] * len(rows)),
+        "source": pa.array([f"DeepEP with sglang {path.parent.name}"] * len(rows)),
+        "hidden_size": rows["hidden_size"].cast(pa.int32()),
+        "top_k": rows["num_topk"].cast(pa.int32()),
+        "tokens": rows["num_token"].cast(pa.int32()),
+        "milliseconds": pa.array(1e-3 * microseconds, pa.float32()),
     }
     return pa.table(columns)
 

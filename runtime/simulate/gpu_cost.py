@@ -5,8 +5,9 @@
     times = gpu_times("h100_sxm", loads, like="gpt_oss_20b")
     report = compare_policies(loads, 8, 16, hardware=times, tokens_per_step=8192)
 
-A layer takes as long as its slowest GPU computes, and the exchange of tokens before and after, which is the same for
-every placement. Moves and forecasts overlap with the step before. Attention, norms and the head are left out.
+A layer takes as long as its slowest GPU computes, and the exchange of tokens before and after. An all-gather exchange
+is the same for every placement; an all-to-all one takes as long as its most loaded GPU. Moves and forecasts overlap
+with the step before. Attention, norms and the head are left out.
 """
 
 from dataclasses import replace
@@ -128,7 +129,12 @@ class GpuTimes(DeviceTimes):
         tokens = replay.device_load.sum(-1) / self.top_k
         load, active = (np.asarray(counts, np.float64) for counts in (replay.device_load, replay.active))
         kernel = self.site.milliseconds(tokens[..., None], load, active)
-        exchange = self._links(replay.device_load.shape[-1]).exchange_milliseconds(tokens, self.site.asked.hidden_size)
+        links, width = self._links(load.shape[-1]), self.site.asked.hidden_size
+        if self.site.all_to_all:
+            top_k = self.site.asked.top_k
+            exchange = links.dispatch_milliseconds(load.max(-1) / top_k, width, top_k)
+        else:
+            exchange = links.exchange_milliseconds(tokens, width)
         return np.asarray(1e-3 * (kernel.max(-1) + exchange))
 
     def move_seconds(self, arrivals: IntArray) -> FloatArray:
@@ -149,6 +155,7 @@ class GpuTimes(DeviceTimes):
 
     def described(self, devices: int) -> dict[str, Any]:
         shape, site, links = self.site.asked, self.site, self._links(devices)
+        dispatched = f"{links.dispatch_source}, moves by " if site.all_to_all else ""
         measured = f"{site.shape.hidden_size} x {site.shape.intermediate_size}, top {site.shape.top_k}"
         return {
             "gpu": site.device.name,
@@ -161,7 +168,8 @@ class GpuTimes(DeviceTimes):
             "top_k": shape.top_k,
             "precision": shape.precision,
             "expert_bytes": round(shape.expert_bytes),
-            "links": links.source if links.measured else "between nodes: nominal speed",
+            "dispatch": "all-to-all" if site.all_to_all else "all-gather",
+            "links": (dispatched + links.source) if links.measured else "between nodes: nominal speed",
             "error": {
                 name: {"median": round(error.median, 4), "p90": round(error.p90, 4), "rows": error.rows}
                 for name, error in self.errors.items()

@@ -134,7 +134,8 @@ def hardware_line(hardware: dict[str, Any]) -> str:
     estimate = f"an estimate {hardware['estimate']}" if hardware["estimate"] else "measured"
     return (
         f"{hardware['gpu']}, experts of {hardware['model']} in {hardware['precision']}, {estimate} with "
-        f"{hardware['kernel']}; {hardware['links']}; error, median (90th percentile): {', '.join(errors)}"
+        f"{hardware['kernel']}; {hardware['dispatch']} dispatch, {hardware['links']}; error, median (90th percentile): "
+        f"{', '.join(errors)}"
     )
 
 
