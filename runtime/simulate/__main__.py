@@ -3,6 +3,10 @@
     python -m runtime.simulate outputs/traces/switch-mini-64 --devices 8 --redundant 16 --predictor outputs/predictor
 
 prints the verdict, a table and, in a pipe, the report as one JSON document in the last line of stdout.
+
+    python -m runtime.simulate FOLDER_OF_RECORDINGS --redundant 8,16,32 --jobs 8
+
+prints one row for each recording and setting.
 """
 
 import logging
@@ -15,26 +19,27 @@ from rich.console import Console
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder
-from data.traces.loads import RecordedLoads, read_loads
-from runtime.simulate.comparison import PLANNERS, compare_policies, expert_bytes_of
-from runtime.simulate.cost_model import DeviceTimes, Hardware, measure
-from runtime.simulate.gpu_cost import gpu_times
+from runtime.simulate.comparison import PLANNERS
+from runtime.simulate.job import Job
 from runtime.simulate.replay import SPLITS
 from runtime.simulate.report import table, verdict_panel
-from runtime.simulate.serving import Order, Serve, served
+from runtime.simulate.serving import Order, Serve
+from runtime.simulate.sweep import grid, sweep
+from runtime.simulate.sweep_report import sweep_table
+from runtime.simulate.workers import WorkerLostError
 
 
 def simulate(
     loads: Path,
-    devices: int = 8,
-    redundant: int = 16,
+    devices: int | str = 8,
+    redundant: int | str = 16,
     forecast: str | None = None,
     planner: str = ",".join(PLANNERS),
     split: str = ",".join(SPLITS),
     predictor: Path | None = None,
     start: int = 1,
     steps: int | None = None,
-    max_moves: int | None = None,
+    max_moves: int | str | None = None,
     devices_per_node: int | None = None,
     save_plans: Path | None = None,
     out: Path = Path("outputs/simulate"),
@@ -48,18 +53,22 @@ def simulate(
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
     top_k: int | None = None,
-    tokens_per_step: float | None = None,
+    tokens_per_step: float | str | None = None,
     serve: Serve | None = None,
     slots: int | None = None,
     chunk: int | None = None,
     order: Order = "subject",
     stream: str = "test",
+    jobs: int | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Replays recorded loads through replication policies and decides whether replication is worth it.
 
     Args:
-        loads: Trace folder, or a recording that `data/traces/loads.py` lists, such as .npy of [steps, layers, experts].
-        devices: Devices that the experts are spread over.
+        loads: Trace folder, or a recording that `data/traces/loads.py` lists, such as .npy of [steps, layers, experts];
+            or a folder of recordings, which are all replayed.
+        devices: Devices that the experts are spread over. Of devices, redundant, max_moves, tokens_per_step and gpu,
+            several may be tried: `--devices 8,16`.
         redundant: Replica slots of each layer over all devices.
         forecast: Some of last,mean,ema,own,learned,adaptive,oracle,exact; 'own' is each request's past, 'adaptive' the
             predictor corrected by the loads observed so far, 'exact' the oracle, planned only once the load is known,
@@ -75,7 +84,7 @@ def simulate(
         devices_per_node: Devices that share a fast network; by default all.
         save_plans: File (.npz) for phy2log [N, L, P] and device_load [N, L, G] of each policy, and for layers [L], the
             numbers of these layers in the recording: layers without tokens are left out.
-        out: Folder for balancedness.png and report.json.
+        out: Folder for balancedness.png and report.json, or for sweep.png, sweep.json and the reports of all jobs.
         expert_bytes: Bytes of one expert; by default from the trace, or a Switch-base expert in bf16.
         tokens_per_second: Tokens a device computes per second; by default measured on this machine.
         link_bytes_per_second: Bytes a device can receive per second; by default measured on this machine.
@@ -96,57 +105,39 @@ def simulate(
         order: Whether requests are served 'subject' after subject or 'shuffled'.
         stream: Requests that --serve plans for: 'test' (the test split, after training requests as history), a phase
             such as 'unseen', or 'all'.
+        jobs: Processes of a sweep, that is where there are several recordings or settings; by default one for each
+            processor.
+        ray: Address of a Ray cluster that runs the jobs of a sweep: auto, ray://host:10001, or local for one on this
+            machine. Its machines must see the recordings under the same paths.
     """
+    given = {name: value for name, value in locals().items() if name in Job.__dataclass_fields__}
     check_folder(out)
-    if serve is None:
-        of_serving = {
-            "slots": slots,
-            "chunk": chunk,
-            "order": order != "subject" or None,
-            "stream": stream != "test" or None,
-        }
-        if unused := [name for name, value in of_serving.items() if value is not None]:
-            raise ValueError(f"--{unused[0]} is for --serve prefill or --serve decode; add that, or leave it out")
-        recorded = read_loads(loads)
-    else:
-        recorded, first = served(loads, serve, slots, chunk, order, stream)
-        start = max(start, first)
-    speeds = (expert_bytes, tokens_per_second, link_bytes_per_second, expert_overhead_tokens)
-    sizes = (like, precision, hidden_size, intermediate_size, top_k)
-    hardware: DeviceTimes
-    if gpu is not None:
-        if any(value is not None for value in speeds):
-            raise ValueError("--gpu takes speeds from measured tables; leave out --expert-bytes and the other speeds")
-        hardware = gpu_times(gpu, recorded, *sizes)
-    elif any(value is not None for value in sizes):
-        raise ValueError("--like, --precision and sizes of experts are for --gpu; add that, or leave them out")
-    else:
-        hardware = _speeds(recorded, *speeds)
-    return compare_policies(
-        recorded, devices, redundant, forecast.split(",") if forecast else None, planner.split(","), split.split(","),
-        predictor, start, steps, hardware, max_moves, devices_per_node, tokens_per_step,
-        out=out, save_plans=save_plans, console=Console(stderr=True),
-    )  # fmt: skip
-
-
-def _speeds(recorded: RecordedLoads, expert_bytes: float | None, *given: float | None) -> Hardware:
-    """The speeds that were given, and those of this machine for the others."""
-    nbytes = expert_bytes_of(recorded) if expert_bytes is None else expert_bytes
-    measured = measure(nbytes) if None in given else None
-    names = ("tokens_per_second", "bytes_per_second", "expert_overhead_tokens")
-    speeds = [getattr(measured, name) if value is None else value for name, value in zip(names, given, strict=True)]
-    return Hardware(nbytes, *speeds)
+    jobs_to_run = grid(loads, given)
+    console = Console(stderr=True)
+    if len(jobs_to_run) == 1 and jobs is None and ray is None:
+        return jobs_to_run[0].run(out, save_plans, console)
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs is {jobs}, expected 1 or more")
+    if save_plans is not None:
+        raise ValueError("--save-plans is for one recording and one setting; leave it out, or simulate that one alone")
+    return sweep(jobs_to_run, out, jobs, ray, console)
 
 
 def main() -> None:
     """Command line of `simulate`: the verdict, a table, then one JSON document."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    with user_errors():
-        report = from_command_line(simulate)
+    with user_errors("run the same command again; the finished jobs of a sweep are kept"):
+        try:
+            report = from_command_line(simulate)
+        except WorkerLostError as error:
+            raise SystemExit(f"error: {error}") from None
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(verdict_panel(report))
-    console.print(table(report))
+    if "rows" in report:
+        console.print(sweep_table(report))
+    else:
+        console.print(verdict_panel(report))
+        console.print(table(report))
     print_json(report)
 
 

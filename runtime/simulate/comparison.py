@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from data.arrays import IntArray
 from data.files import whole_file, write_json
+from data.models.layout import MoELayout
 from data.traces.loads import RecordedLoads, check_loads, read_loads
 from predictor.baselines.history import LastBatch, Oracle
 from predictor.baselines.own_past import OwnPast
@@ -114,7 +115,7 @@ def compare_policies(
         ValueError: If the loads, a name or a number cannot be used.
     """
     recorded = _recorded(loads)
-    hardware = hardware or measure(expert_bytes_of(recorded))
+    hardware = hardware or measure(expert_bytes_of(recorded.layout))
     top_k = hardware.top_k or (recorded.layout.experts_per_token if recorded.layout else 1)
     traffic = StepSize.of(recorded, top_k)
     if tokens_per_step is not None:
@@ -200,9 +201,8 @@ def _span(start: int, steps: int | None, recorded: int) -> tuple[int, int]:
     return start, start + (steps or recorded - start)
 
 
-def expert_bytes_of(recorded: RecordedLoads) -> float:
+def expert_bytes_of(layout: MoELayout | None) -> float:
     """Bytes of one expert in bf16: of the recorded model, or of Switch-base where its sizes are unknown."""
-    layout = recorded.layout
     return 2.0 * 2 * layout.d_model * layout.d_ff if layout and layout.d_model else SWITCH_BASE_EXPERT
 
 
