@@ -155,4 +155,5 @@ def whole_folder(path: Path) -> Iterator[Path]:
         folder = Path(aside) / path.name
         folder.mkdir()
         yield folder
+        check_new(path)  # another process may have written it meanwhile
         folder.rename(path)

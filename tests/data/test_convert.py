@@ -7,6 +7,7 @@ import pytest
 
 import data.convert
 from data.convert import convert
+from data.files import whole_folder
 from data.traces.store import open_trace
 
 COUNTS = np.random.default_rng(0).integers(0, 50, (5, 3, 8))
@@ -21,6 +22,13 @@ def test_a_converted_trace_gives_its_counts_back(tmp_path, monkeypatch):
     assert (stored.layout.model_id, stored.layout.num_layers, stored.num_batches) == ("other-model", 3, 5)
     with pytest.raises(ValueError, match="exists already"):
         convert(tmp_path / "other-model.npy", tmp_path / "trace")
+
+
+def test_a_folder_that_another_process_writes_meanwhile_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="out exists already"), whole_folder(tmp_path / "out") as folder:
+        (tmp_path / "out").mkdir()
+        (folder / "ours").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_recording_that_cannot_be_read_leaves_no_folder(tmp_path):
