@@ -96,8 +96,13 @@ def check_folder(path: Path) -> None:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON document atomically."""
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text atomically."""
     with whole_file(path) as aside:
-        aside.write_text(json.dumps(document, indent=1) + "\n")
+        aside.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

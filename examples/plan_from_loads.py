@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from runtime.balancing import split_load  # tokens of each device
-from switchcast import Balancer, balancedness
+from switchcast import Balancer, balancedness, save_plan
 
 rng = np.random.default_rng(0)
 drawn = rng.multinomial(4096, rng.dirichlet(np.full(64, 0.2), size=4), size=(20, 4))
@@ -23,4 +23,4 @@ for step, load in enumerate(loads):  # [layers, experts], as they come
         print(f"step {step}: balancedness {balance:.3f}, {len(balancer.moves)} experts copied before it")
     balancer.step(load)  # the plan for the next batch
 if len(sys.argv) > 2:
-    balancer.plan.to_sglang(sys.argv[2])
+    save_plan(sys.argv[2], balancer.plan)  # `switchcast export` writes it for other engines

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import train
+from data.arrays import MOST_EXPERTS
 from data.convert import convert
 from data.files import sha256
 from data.models.model import load_dense, load_model, outline
@@ -36,6 +37,12 @@ from predictor.choice import open_forecaster
 from predictor.forecaster import NeuralForecaster
 from predictor.network import Architecture, LoadNetwork
 from predictor.training.run_folder import read_checkpoint
+from runtime.balancing.plan import ReplicationPlan, flat_homes
+from runtime.balancing.plan_file import PlannedLayers, SavedPlan, load_plan
+from runtime.export.check import check_plan
+from runtime.export.export import Engine, export_plan
+from runtime.export.formats import FORMATS
+from runtime.simulate.comparison import compare_policies
 from tests.conftest import TEXTS, write_switch
 from tests.helpers.made_up_trace import EXPERTS, VOCABULARY, WIDTH, make_batch, make_layout, time_splits, write_trace
 from tests.helpers.small_qwen3 import write_qwen3
@@ -278,6 +285,36 @@ def check_tokenizer(folder: Path) -> None:
     assert isinstance(tokenizer("expert router")["input_ids"], list)
 
 
+def write_plan(engine: Engine) -> Callable[[Path], object]:
+    """Writes an engine's plan: two devices, eight experts, MoE layers 1 to 3 of five."""
+    plan = ReplicationPlan.at_home(flat_homes(LOADS.mean(0), 2), 2, 4)
+    saved = SavedPlan(plan, PlannedLayers([1, 2, 3], 5))
+    return lambda folder: export_plan(saved, engine, folder / f"plan{FORMATS[engine].suffix}")
+
+
+def write_pickled_plan(folder: Path) -> None:
+    torch.save({"physical_to_logical_map": torch.arange(12).expand(3, 12) % 8}, folder / "plan.pt")
+
+
+def read_plan(folder: Path) -> None:
+    """Checks the plan; where nothing is wrong, every layer has every expert in its slots."""
+    (place,) = folder.iterdir()
+    found = check_plan(place, num_devices=2, num_experts=8)
+    for row in () if found.problems or found.plan.engine == "switchcast" else found.plan.rows.values():
+        assert set(row) == set(range(8))
+    if found.plan.engine == "switchcast":
+        assert load_plan(place).plan.phy2log.max() < MOST_EXPERTS
+
+
+def write_simulated(folder: Path) -> None:
+    compare_policies(LOADS, 2, 2, ["last"], ["home"], ["quota"], save_plans=folder / "plans.npz")
+
+
+def read_simulated(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        assert export_plan(folder / "plans.npz", "vllm", Path(place) / "plan.json").saved.plan.phy2log.min() >= 0
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -306,6 +343,13 @@ TARGETS = {
         Target("model weights", write_switch, check_model, "model.safetensors"),
         Target("family weights", write_family, check_model, "model.safetensors"),
         Target("tokenizer", write_switch, check_tokenizer, "tokenizer*.json"),
+        Target("plan", write_plan("switchcast"), read_plan),
+        Target("plan of sglang", write_plan("sglang"), read_plan),
+        Target("plan of sglang, pickled", write_pickled_plan, read_plan),
+        Target("plan of vllm", write_plan("vllm"), read_plan),
+        Target("plan of tensorrt-llm", write_plan("tensorrt-llm"), read_plan),
+        Target("plan of vllm-ascend", write_plan("vllm-ascend"), read_plan),
+        Target("plans of the simulator", write_simulated, read_simulated),
     )
 }
 """All targets by name."""

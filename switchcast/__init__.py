@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from runtime import ReplicationPlan as ReplicationPlan
     from runtime import SlotMove as SlotMove
     from runtime import balancedness as balancedness
+    from runtime import check_plan as check_plan
+    from runtime import export_plan as export_plan
+    from runtime import load_plan as load_plan
     from runtime import rebalance_experts as rebalance_experts
+    from runtime import save_plan as save_plan
     from runtime import split_by_quota as split_by_quota
 
 __all__ = [
@@ -42,9 +46,13 @@ __all__ = [
     "SlotMove",
     "TokenBatch",
     "balancedness",
+    "check_plan",
+    "export_plan",
+    "load_plan",
     "load_predictor",
     "open_trace",
     "rebalance_experts",
+    "save_plan",
     "split_by_quota",
 ]
 __version__ = "0.1.0"

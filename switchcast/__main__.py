@@ -10,6 +10,8 @@ commands:
   train      train a predictor of the next batch's expert load
   infer      run a model with replicated experts and verify its outputs
   simulate   replay recorded loads: is replication worth it?
+  export     write a plan for SGLang, vLLM, TensorRT-LLM or vllm-ascend
+  check-plan what one of these engines would get wrong with a plan file
   show       tables and pictures of a trace, or tables of trained predictors
   convert    read a load history that another system recorded
   pretrain   train the small bundled Switch model anew
@@ -60,6 +62,20 @@ def simulate() -> None:
     main()
 
 
+def export() -> None:
+    """Writes a plan for an engine."""
+    from runtime.export.__main__ import main
+
+    main()
+
+
+def check_plan() -> None:
+    """Checks a plan file of an engine."""
+    from runtime.export.check import main
+
+    main()
+
+
 def show() -> None:
     """Shows a trace if the first argument is one, else predictors."""
     if any((Path(word) / "trace.json").exists() for word in sys.argv[1:2]):
@@ -70,8 +86,9 @@ def show() -> None:
 
 
 COMMANDS = {
-    command.__name__: command for command in (collect, train, infer, simulate, show, convert, pretrain)
-}  # fmt: skip
+    command.__name__.replace("_", "-"): command
+    for command in (collect, train, infer, simulate, export, check_plan, show, convert, pretrain)
+}
 
 
 def main() -> None:

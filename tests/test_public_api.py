@@ -17,7 +17,7 @@ PUBLIC = {
     predictor: {"Ema", "Forecaster", "LastBatch", "LoadForecast", "load_predictor"},
     runtime: {
         "Balancer", "BatchOutput", "BatchStats", "Engine", "ModelBatch", "ReplicationPlan", "SlotMove", "balancedness",
-        "rebalance_experts", "split_by_quota",
+        "check_plan", "export_plan", "load_plan", "rebalance_experts", "save_plan", "split_by_quota",
     },
 }  # fmt: skip
 
@@ -45,9 +45,12 @@ def switchcast_command(*words):
 
 
 def test_the_command_lists_its_commands_and_refuses_others():
-    assert "simulate   replay recorded loads" in switchcast_command("--help").stdout
+    listed = switchcast_command("--help").stdout
+    assert "simulate   replay recorded loads" in listed
+    assert "check-plan " in listed
     refused = switchcast_command("deploy")
     assert refused.returncode == 2
     assert refused.stderr == (
-        "error: 'deploy' is no command; expected one of collect, train, infer, simulate, show, convert, pretrain\n"
+        "error: 'deploy' is no command; expected one of collect, train, infer, simulate, export, check-plan, show, "
+        "convert, pretrain\n"
     )

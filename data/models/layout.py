@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.arrays import MOST_EXPERTS
+
 Stack = str  # "encoder" or "decoder"
 SWITCH = "switch_transformers"
-MOST_EXPERTS = 2**15 - 1
-"""Most experts of a layer: routes are 16-bit numbers."""
 SAMPLE = 4096
 """Most values of a tensor that the digest of the dense weights takes."""
 NOT_IDENTITY = ("model_id", "revision")

@@ -236,15 +236,22 @@ def _class_of(family: str, model: str, revision: str) -> Any:
         return AutoModelForCausalLM._model_mapping[type(config)]
 
 
-def outline(model: str, revision: str = "") -> LoadedModel:
+def outline(model: str, revision: str = "", quantised: bool = False) -> LoadedModel:
     """A model on the meta device: modules, shapes and layout without weights or tokenizer.
+
+    Args:
+        model: A folder or a hub id, of which config.json is read.
+        revision: Revision of a hub model.
+        quantised: Whether a model with quantised weights is taken, too: its layers are the same.
 
     Raises:
         ValueError: If Switchcast cannot run the model.
     """
     _check_transformers()
     config = read_json(model_file(model, revision, "config.json"))
-    check_family(model, config)
+    check_family(
+        model, {key: value for key, value in config.items() if not (quantised and key == "quantization_config")}
+    )
     live = _outline(config["model_type"], model, revision)
     return LoadedModel(live, None, layout_of(live, model, revision))
 

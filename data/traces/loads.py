@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.arrays import FloatArray, IntArray
+from data.arrays import MOST_EXPERTS, FloatArray, IntArray
 from data.files import read_json
 from data.traces.numpy_file import array_names, read_arrays
 
@@ -262,8 +262,6 @@ def _experts_of(ids: "list[tuple[Path, Counts]]", num_experts: int | None) -> in
     Raises:
         ValueError: If an id is negative, or not below the number given.
     """
-    from data.models.layout import MOST_EXPERTS
-
     if num_experts is not None and not 1 <= num_experts <= MOST_EXPERTS:
         raise ValueError(f"num_experts is {num_experts}, expected 1 to {MOST_EXPERTS}")
     for path, array in ids:

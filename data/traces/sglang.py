@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from data.arrays import IntArray
+from data.arrays import MOST_EXPERTS, IntArray
 from data.errors import first_line
-from data.models.layout import MOST_EXPERTS
 from data.traces.loads import Counts, check_counts
 
 RING = 1000
@@ -77,7 +76,7 @@ def _dump(file: Path) -> Dump:
         raise ValueError(f"{file} holds {found}, expected '{STAT}', or 'records' and the map of slots")
     try:
         if STAT in keys:
-            counts = check_counts(_array(document[STAT]), file)
+            counts = check_counts(stored_array(document[STAT]), file)
             if counts.ndim != 3:
                 raise ValueError(f"{STAT} has shape {counts.shape}, expected [steps, layers, experts]")
             return Dump(file, int(document.get("rank", 0)), counts, [], np.zeros((0, 0), dtype=np.int64))
@@ -85,7 +84,7 @@ def _dump(file: Path) -> Dump:
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise ValueError("'records' is no list of records")
         ranks = {int(record.get("rank", 0)) for record in records}
-        return Dump(file, min(ranks, default=_rank_named(file)), None, records, _map(_array(document[MAP])))
+        return Dump(file, min(ranks, default=_rank_named(file)), None, records, _map(stored_array(document[MAP])))
     except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
         raise _unlike(file, error) from None
 
@@ -94,7 +93,7 @@ def _unlike(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is not laid out as an SGLang recording: {error}")
 
 
-def _array(value: Any) -> Counts:
+def stored_array(value: Any) -> Counts:
     """A tensor as an array; floats of any width become float64.
 
     Raises:
@@ -223,11 +222,11 @@ def _slot_counts(record: dict[str, Any], dump: Dump) -> Counts:
     """Tokens of each slot in one record, as it counts them or as its tokens' slots add up, `[L, P]`."""
     shape = dump.phy2log.shape
     if COUNT in record or IDS not in record:
-        count_LP = check_counts(_array(record[COUNT]), dump.path)
+        count_LP = check_counts(stored_array(record[COUNT]), dump.path)
         if count_LP.shape != shape:
             raise ValueError(f"a record counts {count_LP.shape} slots, the map has {shape}")
         return count_LP
-    ids_LTK = _array(record[IDS])
+    ids_LTK = stored_array(record[IDS])
     if ids_LTK.ndim != 3 or ids_LTK.dtype.kind not in "iu" or len(ids_LTK) != shape[0]:
         raise ValueError(
             f"{IDS} is {ids_LTK.dtype} {ids_LTK.shape}, expected slots [layers, tokens, experts of a token] in "

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.arrays import IntArray
-from data.models.layout import MOST_EXPERTS, MoELayout
+from data.arrays import MOST_EXPERTS, IntArray
+from data.models.layout import MoELayout
 from data.traces.numpy_file import Arrays, array_names, read_arrays
 from data.traces.requests import RecordedRequest
 

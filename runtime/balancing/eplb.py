@@ -66,15 +66,20 @@ def rebalance_experts(
         raise ValueError(f"weight has shape {load.shape}, expected [layers, experts] with at least one of each")
     if not np.isfinite(load).all() or load.min() < 0:
         raise ValueError("weight has NaN, infinite or negative entries; expected the load of each expert")
-    _check_numbers(load.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
+    check_numbers(load.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
-    plan = ReplicationPlan(_place(load, num_replicas, num_groups, num_nodes, num_gpus), num_gpus)
+    plan = ReplicationPlan(place_experts(load, num_replicas, num_groups, num_nodes, num_gpus), num_gpus)
     maps = (plan.phy2log.copy(), plan.log2phy, plan.replica_count)
     return cast(tuple[Array, Array, Array], tuple(map(torch.from_numpy, maps)) if tensor else maps)
 
 
-def _check_numbers(num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
+def check_numbers(num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
+    """Refuses numbers of a placement that do not divide.
+
+    Raises:
+        ValueError: Naming the numbers.
+    """
     for name, value in (("num_groups", num_groups), ("num_nodes", num_nodes), ("num_gpus", num_gpus)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
@@ -94,7 +99,7 @@ class EplbPlanner:
 
     def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
         slots = current.phy2log.shape[1]
-        return ReplicationPlan(_place(forecast.load, slots, 1, 1, current.num_devices), current.num_devices)
+        return ReplicationPlan(place_experts(forecast.load, slots, 1, 1, current.num_devices), current.num_devices)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class ContiguousPlanner:
 
 
 @njit(cache=True, nogil=True)
-def _place(load_LE: FloatArray, num_slots: int, num_groups: int, num_nodes: int, num_devices: int) -> IntArray:
+def place_experts(load_LE: FloatArray, num_slots: int, num_groups: int, num_nodes: int, num_devices: int) -> IntArray:
     """Experts in the slots of all layers, `[L, P]`; one group on one node is the global policy."""
     num_layers, num_experts = load_LE.shape
     group_size, slots_per_node = num_experts // num_groups, num_slots // num_nodes

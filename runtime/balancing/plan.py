@@ -21,12 +21,10 @@ with most copies.
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from data.arrays import BoolArray, FloatArray, IntArray
-from data.files import write_json
 from runtime.balancing.packing import pack_equally, pack_with_replicas
 
 EMPTY = -1
@@ -241,10 +239,6 @@ class ReplicationPlan:
             phy2log[layer, slot] = expert
             count[layer, expert] += 1
         return self.with_slots(phy2log)
-
-    def to_sglang(self, path: Path | str) -> None:
-        """Writes the plan, `filled`, as the JSON file that SGLang reads with `--init-expert-location`."""
-        write_json(Path(path), {"physical_to_logical_map": self.filled().phy2log.tolist()})
 
 
 def check_division(num_experts: int, num_devices: int, num_redundant_experts: int) -> None:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from data.models.layout import MOST_EXPERTS, MoELayout
+from data.arrays import MOST_EXPERTS
+from data.models.layout import MoELayout
 from data.traces.loads import read_loads
 from data.traces.store import open_trace
 from data.traces.token_recording import read_token_recording

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,11 +46,6 @@ def test_empty_slots_are_filled_with_the_rarest_expert_that_the_device_lacks():
 def test_a_device_that_holds_every_expert_is_filled_all_the_same():
     plan = ReplicationPlan(np.array([[0, 1, -1]]), num_devices=1)
     assert plan.filled().phy2log.tolist() == [[0, 1, 0]]
-
-
-def test_to_sglang_writes_a_map_without_empty_slots(tmp_path):
-    small_plan().to_sglang(tmp_path / "plan.json")
-    assert json.loads((tmp_path / "plan.json").read_text()) == {"physical_to_logical_map": [[0, 1, 3, 2, 3, 0]]}
 
 
 def test_moves_read_from_home_and_emptying_a_slot_moves_nothing():

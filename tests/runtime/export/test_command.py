@@ -1,0 +1,69 @@
+"""`switchcast export` and `switchcast check-plan` as they are typed: output, exit codes, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+RECORDED = ROOT / "tests" / "runtime" / "recorded" / "dsv2lite.npz"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command in an empty folder; returns exit code, output and errors."""
+
+    def call(*words, stdin=None):
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-m", "switchcast", *words], capture_output=True, text=True, cwd=tmp_path, env=env,
+            input=stdin,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+def test_a_recording_goes_to_sglang_and_is_checked(run, tmp_path):
+    code, out, err = run("export", str(RECORDED), "--to", "sglang", "--layers", "1,7,13,19,25", "--hidden-layers", "27")
+    assert code == 0, err
+    document = json.loads(out.splitlines()[-1])
+    assert document["plan"] == "outputs/plan-sglang.json"
+    assert "--init-expert-location outputs/plan-sglang.json --ep-num-redundant-experts 16 --ep-size 8" in err
+    good = run("check-plan", "outputs/plan-sglang.json", "--devices", "8", "--redundant", "16", "--hidden-layers", "27")
+    assert good[0] == 0, good
+    assert "nothing wrong was found" in good[2]
+    code, out, err = run("check-plan", "outputs/plan-sglang.json", "--devices", "8", "--hidden-layers", "26")
+    assert code == 1
+    assert err.count("problem: ") == len(json.loads(out.splitlines()[-1])["problems"]) == 1
+    assert run("check-plan", "none.json")[::2] == (2, "error: none.json does not exist\n")
+
+
+def test_loads_from_a_pipe(run, tmp_path):
+    code, _, err = run("export", "-", "--to", "vllm", "--devices", "2", "--redundant", "2", stdin="[[9, 1, 1, 1]]")
+    assert code == 0, err
+    (row,) = json.loads((tmp_path / "outputs" / "plan-vllm.json").read_text())
+    assert row.count(0) == 2
+    assert "no release of vLLM reads a map" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "error: --to is missing, expected one of sglang, vllm, tensorrt-llm, vllm-ascend, switchcast"),
+        (("--to", "sglang"), "error: SGLang numbers all layers of a model"),
+        (("--to", "vllm", "--devices", "7"), "error: 64 experts and 16 redundant experts do not divide over 7 devices"),
+        (("--to", "vllm", "--step", "1"), "error: --step has no meaning for loads; leave it out"),
+        (("--to", "vllm", "--model", "nowhere"), "error: nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, words, said):
+    code, out, err = run("export", str(RECORDED), *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(said), err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
