@@ -1,5 +1,5 @@
 # make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
-# make gpu   what only a GPU can show, in one folder under docs/results   make peers  transformers' own tests in an engine
+# make gpu   what only a GPU can show, in one folder under docs/results   make peers  other projects' own code and tests
 # make stress   random cases, damaged files: docs/reliability.md
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ IMPORTS := import train; from predictor.recurrence import compile_kernels; compi
 KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
 	balancer.compile_kernels(); dispatch.compile_kernels()
 
-.PHONY: run test smoke gpu peers stress clean
+.PHONY: run test smoke gpu peers peers-engines peers-transformers stress clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -41,10 +41,18 @@ smoke: .venv/ready
 gpu: .venv/ready
 	@$(BIN)/python -m benchmarks.gpu
 
-# transformers' own tests of three families with an engine around every model; TRANSFORMERS=FOLDER takes a clone that is
-# there, else the installed version's tag is cloned into outputs/transformers.
+# Both parts run, whichever fails. peers-engines: SGLang's and vLLM's own placement code reads our plans and carries out
+# our moves; the pinned wheels are unpacked into outputs/peers. peers-transformers: transformers' own tests of three
+# families with an engine around every model; TRANSFORMERS=FOLDER takes a clone that is there, else the installed
+# version's tag is cloned into outputs/transformers.
 TRANSFORMERS ?= outputs/transformers
 peers: .venv/ready
+	@status=0; for part in engines transformers; do $(MAKE) --no-print-directory peers-$$part || status=1; done; exit $$status
+
+peers-engines: .venv/ready
+	@$(BIN)/python -m benchmarks.peer_engines
+
+peers-transformers: .venv/ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized==0.9.0
 	@$(BIN)/python -m benchmarks.peers --transformers $(TRANSFORMERS)
 

@@ -29,7 +29,7 @@ from runtime.export.model_layers import ModelLayers
 
 STDIN, MAGIC = Path("-"), {b"\x93NUMPY": ".npy", b"PK": ".npz"}
 FORECAST = "mean"
-"""A plan that stays for hours serves the mean load best: docs/export.md."""
+"""What a plan that stays is made for; docs/export.md compares the forecasts."""
 PHY2LOG, LOAD = ".phy2log", ".device_load"
 MOST_BYTES = 256 << 20
 """Most bytes of loads on standard input."""
