@@ -63,6 +63,21 @@ def test_commands_work_beside_it(python):
     assert "--predictor" in python("-m", "switchcast", "train", "--help")
 
 
+def test_measured_times_of_gpus_come_with_their_notice(python):
+    np.save(python.project / "even.npy", np.full((6, 1, 8), 64))
+    command = ["even.npy", "--gpu", "h100_sxm", "--like", "mixtral_8x7b", "--forecast", "last", "--out", "gpu"]
+    report = json.loads(python("-m", "switchcast", "simulate", *command, "--redundant", "8").splitlines()[-1])
+    assert report["verdict"]["hardware"]["tables"] == "excerpt"
+    script = """
+from pathlib import Path
+import switchcast
+package = Path(switchcast.__file__).parent
+(notice,) = package.parent.glob("switchcast-*.dist-info/licenses/NOTICE")
+print("Apache License" in notice.read_text(), (package / "runtime/gpu/measured/NOTICE").is_file())
+"""
+    assert python("-c", script).split() == ["True", "True"]
+
+
 def test_short_names_work_where_nothing_else_has_them(python):
     assert "--predictor" in python("-m", "runtime.infer", "--help", folder=python.work)
     script = "import runtime, switchcast; assert runtime.Balancer is switchcast.Balancer"

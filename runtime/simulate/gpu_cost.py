@@ -166,6 +166,7 @@ class GpuTimes(DeviceTimes):
             "hidden_size": shape.hidden_size,
             "intermediate_size": shape.intermediate_size,
             "top_k": shape.top_k,
+            "num_experts": shape.num_experts,
             "precision": shape.precision,
             "expert_bytes": round(shape.expert_bytes),
             "dispatch": "all-to-all" if site.all_to_all else "all-gather",

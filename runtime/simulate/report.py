@@ -132,10 +132,11 @@ def hardware_line(hardware: dict[str, Any]) -> str:
               "shape": "from another shape"}  # fmt: skip
     errors = [f"{item['median']:.1%} {called[name]} ({item['p90']:.0%})" for name, item in hardware["error"].items()]
     estimate = f"an estimate {hardware['estimate']}" if hardware["estimate"] else "measured"
+    experts = f"{hardware['num_experts']} experts of {hardware['model']} in {hardware['precision']}"
+    exchange = f"{hardware['dispatch']} dispatch, {hardware['links']}"
     return (
-        f"{hardware['gpu']}, experts of {hardware['model']} in {hardware['precision']}, {estimate} with "
-        f"{hardware['kernel']}; {hardware['dispatch']} dispatch, {hardware['links']}; error, median (90th percentile): "
-        f"{', '.join(errors)}"
+        f"{hardware['gpu']}, {experts}, {estimate} with {hardware['kernel']}; {exchange}; error, median (90th "
+        f"percentile): {', '.join(errors)}"
     )
 
 

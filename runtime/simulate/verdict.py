@@ -45,14 +45,16 @@ def verdict(contiguous: Replay, replays: list[Replay], times: DeviceTimes) -> di
     free = [replay for replay in honest if replay.forecast not in TRAINED]
     best, beaten = _best(honest, net, without), ""
     rival = _best(free, net, without) if free else None
-    if rival and best.forecast in TRAINED and gain(net[id(rival)], net[id(best)])[1] <= 0:
-        beaten = f"; the forecast {best.forecast} is not faster than {rival.forecast}, which needs no predictor"
-        best = rival
+    if rival and best.forecast in TRAINED:
+        fastest = min(free, key=lambda replay: float(net[id(replay)].sum()))
+        if gain(net[id(fastest)], net[id(best)])[1] <= 0:
+            beaten = f"; the forecast {best.forecast} is not faster than {fastest.forecast}, which needs no predictor"
+            best = rival
     chosen = net[id(best)]
     saved, low, high = gain(without, chosen)
     off = times.error * (1 - saved)  # a ratio of two times that are both off by about that much, at worst
     memory = _memory(contiguous, best, times)
-    answer, why = _answer(len(without), (saved, low, high), off, memory["share_of_experts"])
+    answer, why = _answer(len(without), (saved, low, high), off, memory, times.memory_bytes)
     layers, devices = contiguous.device_load.shape[1:]
     return {
         "answer": answer,
@@ -92,30 +94,46 @@ def _memory(contiguous: Replay, best: Replay, times: DeviceTimes) -> dict[str, A
     recorded, experts = contiguous.phy2log.shape[1:]
     layers = max(times.layers or 0, recorded)
     redundant, devices = best.phy2log.shape[-1] - experts, best.device_load.shape[-1]
-    taken = layers * redundant / devices * times.expert_bytes
-    share = round(taken / times.memory_bytes, 4) if times.memory_bytes else None
-    return {"bytes_per_device": round(taken), "share_of_experts": round(redundant / experts, 4),
-            "share_of_device": share, "layers": layers}  # fmt: skip
+    each = layers / devices * times.expert_bytes
+    return {
+        "bytes_per_device": round(redundant * each),
+        "share_of_experts": round(redundant / experts, 4),
+        "share_of_device": round(redundant * each / times.memory_bytes, 4) if times.memory_bytes else None,
+        "with_experts": round((experts + redundant) * each),
+        "layers": layers,
+    }
 
 
-def _answer(steps: int, found: tuple[float, float, float], off: float, share: float) -> tuple[str, str]:
+def _answer(
+    steps: int, found: tuple[float, float, float], off: float, memory: dict[str, Any], available: float | None
+) -> tuple[str, str]:
     """The answer and its reason, from a gain and its interval, what the error of the times adds, and the memory."""
     saved, low, high = found
     why = f"{abs(saved):.1%} of expert time {'saved' if saved >= 0 else 'lost'}"
     why += f", 90 % interval of what is saved {low - off:.1%} to {high + off:.1%}"
     if steps < FEWEST:
         return "not enough data", f"{steps} steps replayed, at least {FEWEST} are needed"
-    if low - off >= WORTH and share > MOST_MEMORY:
-        return "not worth it", (
-            f"{why}; but the replicas are {share:.0%} of the experts, and above {MOST_MEMORY:.0%} their memory has "
-            "better uses: simulate fewer"
-        )
     if low - off >= WORTH:
+        if unfit := _unfit(memory, available):
+            return "not worth it", f"{why}; but {unfit}"
         return "enable", why
     if high + off < WORTH:
         return "not worth it", f"{why}; {WORTH:.0%} is the least that pays for the memory"
     mend = "replay more steps" if low < WORTH <= high else f"the times are uncertain by {off:.1%}: measure on your GPUs"
     return "not enough data", f"{why}, with {WORTH:.0%} in between; {mend}"
+
+
+def _unfit(memory: dict[str, Any], available: float | None) -> str:
+    """Why the memory of the replicas is too much, if it is."""
+    if available and memory["with_experts"] > available:
+        taken, there = memory["with_experts"] / 1e9, available / 1e9
+        return f"experts and replicas take {taken:.0f} GB of a device, which has {there:.0f}: simulate more devices"
+    if (share := memory["share_of_experts"]) > MOST_MEMORY:
+        return (
+            f"the replicas are {share:.0%} of the experts, and above {MOST_MEMORY:.0%} their memory has better uses: "
+            "simulate fewer"
+        )
+    return ""
 
 
 def gain(without: FloatArray, net: FloatArray) -> tuple[float, float, float]:

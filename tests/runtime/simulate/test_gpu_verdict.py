@@ -53,7 +53,7 @@ def test_one_command_prints_net_milliseconds_and_their_error(tmp_path, monkeypat
         "ms a layer",
         "ms a step of 4 layers",
         "scaled from 512 to 1.6e+04 tokens a step",
-        "h100_sxm, experts of",
+        "h100_sxm, 32 experts of gpt_oss_20b",
         "error, median (90th percentile): 1.8% between token counts (10%)",
         "GB a device in 24 layers, 50%",
     ):
@@ -63,11 +63,9 @@ def test_one_command_prints_net_milliseconds_and_their_error(tmp_path, monkeypat
     assert found["baselines"]["no replicas"]["step_ms"] == found["step_ms"]["without"]
     assert found["baselines"]["no predictor"]["planner"] == "home"
     assert found["memory"] == {
-        "bytes_per_device": 634521600,
-        "share_of_experts": 0.5,
-        "share_of_device": 0.0074,
+        "bytes_per_device": 634521600, "share_of_experts": 0.5, "share_of_device": 0.0074, "with_experts": 1903564800,
         "layers": 24,
-    }
+    }  # fmt: skip
     assert found["hardware"]["gpu"] == "h100_sxm"
     assert found["hardware"]["error"]["skew"]["median"] == pytest.approx(0.053, abs=0.003)
 
@@ -107,7 +105,8 @@ def test_replicas_of_three_times_the_experts_are_not_recommended():
     found = {extra: verdict(BARE, [BARE, replayed("last", [260, 240], extra=extra)], HARDWARE) for extra in (8, 120)}
     assert found[8]["answer"] == "enable"
     assert found[120]["memory"] == {
-        "bytes_per_device": 60_000_000, "share_of_experts": 3, "share_of_device": None, "layers": 1
+        "bytes_per_device": 60_000_000, "share_of_experts": 3, "share_of_device": None, "with_experts": 80_000_000,
+        "layers": 1,
     }  # fmt: skip
     assert found[120]["net_gain"] == found[8]["net_gain"]
     assert found[120]["answer"] == "not worth it"
@@ -130,6 +129,17 @@ def test_an_error_of_the_times_widens_the_interval():
     found = verdict(BARE, [BARE, replayed("last", [340, 160])], unsure)
     assert found["answer"] == "not enough data"
     assert "the times are uncertain by 28.3%: measure on your GPUs" in found["why"]
+
+
+def test_what_does_not_fit_is_not_recommended():
+    small = Small(1e6, tokens_per_second=1e4, bytes_per_second=1e12, expert_overhead_tokens=0)
+    found = verdict(BARE, [BARE, replayed("last", [260, 240])], small)
+    assert found["answer"] == "not worth it"
+    assert "experts and replicas take 24 GB of a device, which has 20: simulate more devices" in found["why"]
+
+
+class Small(Hardware):
+    layers, memory_bytes = 1000, 20e9
 
 
 class Unsure(Hardware):
