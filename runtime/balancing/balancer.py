@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from data.arrays import IntArray
 from predictor.baselines.history import FREE, RunningMean
-from predictor.forecast import Forecaster, LoadForecast, LoadHistory
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory, OnlineForecaster
 from runtime.balancing.plan import ReplicationPlan, SlotMove, check_nodes, flat_homes
 from runtime.balancing.planner import HomePlanner, Planner
 from runtime.balancing.split import split_by_quota
@@ -83,6 +83,7 @@ class Balancer:
         """Weights to copy to get from the plan before to the current one."""
         self._plan: ReplicationPlan | None = None
         self._history: LoadHistory = np.zeros((0, 0, 0), dtype=np.int64)
+        self._upcoming: TokenBatch | None = None
         if homes is not None:
             self._begin(np.asarray(homes))
 
@@ -105,11 +106,14 @@ class Balancer:
     def step(self, load: npt.ArrayLike, upcoming: "TokenBatch | None" = None) -> ReplicationPlan:
         """Adds the load of the batch that ran to the history, and plans the next batch.
 
+        A forecaster that learns while it serves observes the load, and the tokens that it was given for that batch.
+
         Args:
             load: Tokens of each expert, `[L, E]`: whole numbers, as a numpy array, torch tensor or lists.
             upcoming: The next batch's tokens, for a forecaster that reads them.
         """
         self.observe(load)
+        self._upcoming = upcoming
         return self.plan_for(self.forecaster.forecast(upcoming, self._history))
 
     def observe(self, load: npt.ArrayLike) -> None:
@@ -125,6 +129,9 @@ class Balancer:
         if array.shape != expected:
             raise ValueError(f"the load has shape {array.shape}, the plan is for {expected} layers and experts")
         self._history = np.concatenate([self._history, array[None]])[-HISTORY:]
+        if isinstance(self.forecaster, OnlineForecaster):
+            self.forecaster.observe(self._upcoming, array)
+        self._upcoming = None
 
     def plan_for(self, forecast: LoadForecast, recent: LoadHistory | None = None) -> ReplicationPlan:
         """Plans the batch of a forecast and makes that plan the current one.

@@ -44,6 +44,20 @@ def test_tensors_lists_and_arrays_are_the_same_load():
         assert (balancer.history[0] == LOADS[0]).all()
 
 
+def test_a_forecaster_that_learns_observes_every_load_with_its_tokens():
+    class Learning(LastBatch):
+        def observe(self, upcoming, load, sequences=None):
+            observed.append((upcoming, load.tolist()))
+
+    observed, balancer = [], Balancer(8, 8, Learning())
+    for load, upcoming in zip(LOADS[:3], ("tokens of 1", "tokens of 2", "tokens of 3"), strict=True):
+        balancer.step(load, upcoming)
+    balancer.observe(LOADS[3])
+    balancer.observe(LOADS[4])
+    tokens = (None, "tokens of 1", "tokens of 2", "tokens of 3", None)
+    assert observed == [(upcoming, load.tolist()) for upcoming, load in zip(tokens, LOADS, strict=False)]
+
+
 def test_the_history_is_bounded():
     balancer = Balancer(2, 2)
     for step in range(HISTORY + 5):
