@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache
 def code_digest() -> str:
     """Digest of this project's own code, equal in processes that run the same code: 16 hex digits."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
