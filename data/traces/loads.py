@@ -28,6 +28,7 @@ import numpy as np
 from data.arrays import MOST_EXPERTS, FloatArray, IntArray
 from data.files import read_json
 from data.traces.numpy_file import array_names, read_arrays
+from data.traces.recordings import DUMPS, PARTS, ROUTER_TRACES, STATISTICS, TRACE_JSON
 
 if TYPE_CHECKING:
     from data.models.layout import MoELayout
@@ -81,11 +82,9 @@ class RecordedLoads:
             ValueError: If no step has tokens.
         """
         kept, steps = np.flatnonzero(self.loads.any((1, 2))), len(self.loads)
-        if not (empty := steps - len(kept)):
+        log_empty(self.name, steps, empty := steps - len(kept))
+        if not empty:
             return self
-        if empty == steps:
-            raise ValueError(f"{self.name} holds no tokens in any of its {steps} steps; expected counts of tokens")
-        log.warning("%s: %d of %d steps hold no tokens and are left out", self.name, empty, steps)
         return replace(
             self,
             loads=self.loads[kept],
@@ -93,6 +92,18 @@ class RecordedLoads:
             sequences=None if self.sequences is None else [self.sequences[step] for step in kept],
             empty_steps=self.empty_steps + empty,
         )
+
+
+def log_empty(name: str, steps: int, empty: int) -> None:
+    """Logs how many of a recording's steps hold no tokens, if any.
+
+    Raises:
+        ValueError: If none holds tokens.
+    """
+    if empty == steps:
+        raise ValueError(f"{name} holds no tokens in any of its {steps} steps; expected counts of tokens")
+    if empty:
+        log.warning("%s: %d of %d steps hold no tokens and are left out", name, empty, steps)
 
 
 def read_loads(path: Path, num_experts: int | None = None) -> RecordedLoads:
@@ -167,7 +178,7 @@ def total_variation(share: FloatArray, other: FloatArray) -> FloatArray:
 
 
 def _read_folder(folder: Path, num_experts: int | None) -> RecordedLoads:
-    if (folder / "trace.json").exists():
+    if (folder / TRACE_JSON).exists():
         from data.traces.store import open_trace
 
         trace = open_trace(folder)
@@ -175,15 +186,13 @@ def _read_folder(folder: Path, num_experts: int | None) -> RecordedLoads:
         if trace.about["granularity"] == "counts":  # its layout knows the number of experts, not their size
             return RecordedLoads(str(folder), loads)
         return RecordedLoads(str(folder), loads, list(trace.batches()), trace.layout)
-    if recordings := sorted(folder.glob("*.pt")):
+    if recordings := sorted(folder.glob(DUMPS)):
         return RecordedLoads(str(folder), _sglang(folder, recordings))
-    if files := sorted(folder.glob("rank*.safetensors")):
+    if files := sorted(folder.glob(STATISTICS)):
         return RecordedLoads(str(folder), check_loads(_tensorrt_llm(folder, files), folder))
-    if files := sorted(folder.glob("router_trace_rank*.jsonl")):
+    if files := sorted(folder.glob(ROUTER_TRACES)):
         return RecordedLoads(str(folder), _megatron(files, num_experts))
-    raise ValueError(
-        f"{folder} has no trace.json, no *.pt, no rank*.safetensors and no router_trace_rank*.jsonl; expected {FORMATS}"
-    )
+    raise ValueError(f"{folder} has no {', no '.join(PARTS[:-1])} and no {PARTS[-1]}; expected {FORMATS}")
 
 
 def _numpy(path: Path, num_experts: int | None) -> Counts:

@@ -31,11 +31,11 @@ from data.traces.columns import (
     sequence_table,
     tokens_column,
 )
+from data.traces.recordings import TRACE_JSON
 from data.traces.trace import PADDING, RouterTrace, TokenBatch
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, FORMAT_VERSION)
-TRACE_JSON = "trace.json"
 Granularity = Literal["tokens", "counts"]
 Shard = dict[str, Any]
 
@@ -146,8 +146,12 @@ class StoredTrace:
         """Loads of all batches, `[steps, L, E]`."""
         if self.about["granularity"] == "tokens":
             return np.stack([trace.load(self.layout) for trace in self.traces()])
-        tables = zip(self.about["shards"], self._tables(counts_schema()), strict=True)
-        return np.concatenate([self._counts(path, table, shard["batches"]) for shard, (path, table) in tables])
+        return np.concatenate([loads for _, loads in self.load_shards()])
+
+    def load_shards(self) -> Iterator[tuple[Path, IntArray]]:
+        """Yields the file and the loads `[steps, L, E]` of each shard of counts, one shard in memory at a time."""
+        for shard, (path, table) in zip(self.about["shards"], self._tables(counts_schema()), strict=True):
+            yield path, self._counts(path, table, shard["batches"])
 
     def _counts(self, path: Path, table: pa.Table, steps: int) -> IntArray:
         """The loads of a shard of counts, `[steps, L, E]`."""

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from data.datamodule import RouterTraceModule
 from data.errors import first_line
 from data.files import sha256
-from data.traces.store import TRACE_JSON
+from data.traces.recordings import TRACE_JSON
 from predictor.baselines.history import Ema, LastBatch
 from predictor.evaluation.comparison import Comparison
 from predictor.evaluation.report import details, layer_rows, summarise

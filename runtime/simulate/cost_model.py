@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from data.arrays import FloatArray, IntArray
-from runtime.simulate.replay import Replay
+from data.traces.load_stream import LoadStream
+from runtime.simulate.outcome import Outcome
 
 
 class DeviceTimes(ABC):
@@ -40,8 +41,13 @@ class DeviceTimes(ABC):
         """Tokens a device computes in the time one expert moves."""
 
     @abstractmethod
-    def layer_seconds(self, replay: Replay) -> FloatArray:
-        """Expert time of each step and layer, the slowest device deciding, `[N, L]`."""
+    def layer_seconds(self, device_load: IntArray, active: IntArray) -> FloatArray:
+        """Expert time of each step and layer, the slowest device deciding, `[N, L]`.
+
+        Args:
+            device_load: Tokens each device computes, `[N, L, G]`.
+            active: Slots with tokens on each device, `[N, L, G]`.
+        """
 
     @abstractmethod
     def move_seconds(self, arrivals: IntArray) -> FloatArray:
@@ -51,23 +57,27 @@ class DeviceTimes(ABC):
     def described(self, devices: int) -> dict[str, Any]:
         """The hardware assumed, for the JSON document."""
 
-    def split_seconds(self, replay: Replay) -> float:
+    @abstractmethod
+    def check(self, stream: LoadStream, devices: int, slots: int) -> None:
+        """Refuses loads that the times do not hold for, on so many devices with so many slots each.
+
+        Raises:
+            ValueError: If so.
+        """
+
+    def split_seconds(self, outcome: Outcome) -> float:
         """Time of the splits of a step, which nothing overlaps."""
-        return float(1e-6 * np.median(replay.split_us) * replay.device_load.shape[1])
+        return float(1e-6 * np.median(outcome.split_us) * outcome.shape[0])
 
-    def batch_seconds(self, replay: Replay) -> FloatArray:
-        """Expert time of each step, `[N]`."""
-        return np.asarray(self.layer_seconds(replay).sum(-1))
-
-    def net_seconds(self, replay: Replay) -> FloatArray:
+    def net_seconds(self, outcome: Outcome) -> FloatArray:
         """Expert time of each step plus the exposed time of its moves, forecast and plan and its split, `[N]`."""
-        batch = self.batch_seconds(replay)
-        if replay.planner == "contiguous":
+        batch = outcome.seconds
+        if outcome.planner == "contiguous":
             return batch
-        before = np.zeros_like(batch) if replay.forecast == "exact" else np.concatenate([batch[:1], batch[:-1]])
-        prepared = self.move_seconds(replay.arrivals) + 1e-3 * (np.median(replay.plan_ms) + replay.forecast_ms)
+        before = np.zeros_like(batch) if outcome.forecast == "exact" else np.concatenate([batch[:1], batch[:-1]])
+        prepared = outcome.move_seconds + 1e-3 * (np.median(outcome.plan_ms) + outcome.forecast_ms)
         exposed = np.maximum(prepared - before, 0)
-        return np.asarray(batch + exposed + self.split_seconds(replay))
+        return np.asarray(batch + exposed + self.split_seconds(outcome))
 
 
 @dataclass(frozen=True)
@@ -93,12 +103,15 @@ class Hardware(DeviceTimes):
         if not 0 <= self.expert_overhead_tokens < float("inf"):
             raise ValueError(f"expert_overhead_tokens is {self.expert_overhead_tokens}, expected 0 or more")
 
+    def check(self, stream: LoadStream, devices: int, slots: int) -> None:
+        """Speeds hold for all loads."""
+
     @property
     def move_tokens(self) -> float:
         return self.expert_bytes / self.bytes_per_second * self.tokens_per_second
 
-    def layer_seconds(self, replay: Replay) -> FloatArray:
-        tokens = replay.device_load + self.expert_overhead_tokens * replay.active
+    def layer_seconds(self, device_load: IntArray, active: IntArray) -> FloatArray:
+        tokens = device_load + self.expert_overhead_tokens * active
         return np.asarray(tokens.max(-1) / self.tokens_per_second)
 
     def move_seconds(self, arrivals: IntArray) -> FloatArray:

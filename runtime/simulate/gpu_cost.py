@@ -18,7 +18,7 @@ import numpy as np
 
 from data.arrays import FloatArray, IntArray
 from data.models.layout import SWITCH
-from data.traces.loads import RecordedLoads, read_loads
+from data.traces.load_stream import LoadStream, Recorded, as_stream
 from runtime.gpu.devices import gpu_device
 from runtime.gpu.kernel_time import Error
 from runtime.gpu.links import Links
@@ -26,12 +26,12 @@ from runtime.gpu.shapes import MODELS, ExpertShape, known_shape
 from runtime.gpu.sites import Site, estimate_error, find_site
 from runtime.gpu.tables import package_folder
 from runtime.simulate.cost_model import DeviceTimes
-from runtime.simulate.replay import Replay
+from runtime.simulate.outcome import Outcome
 
 
 def gpu_times(
     gpu: str,
-    recorded: RecordedLoads | Path | str | IntArray,
+    recorded: Recorded,
     like: str | None = None,
     precision: str | None = None,
     hidden_size: int | None = None,
@@ -42,7 +42,7 @@ def gpu_times(
 
     Args:
         gpu: A name in `runtime.gpu.devices.GPUS`.
-        recorded: The loads; a trace names the sizes of its model.
+        recorded: The loads, or the path of a recording; a trace names the sizes of its model.
         like: A name in `runtime.gpu.shapes.MODELS`, whose sizes are taken.
         precision: Of the weights; by default the model's usual one.
         hidden_size: Width of the hidden states.
@@ -53,10 +53,8 @@ def gpu_times(
         ValueError: If a name is unknown, sizes are missing, or nothing was measured in that precision.
     """
     device = gpu_device(gpu)
-    if isinstance(recorded, (Path, str)):
-        recorded = read_loads(Path(recorded))
-    experts = (recorded.loads if isinstance(recorded, RecordedLoads) else np.asarray(recorded)).shape[-1]
-    layout = recorded.layout if isinstance(recorded, RecordedLoads) else None
+    stream = as_stream(recorded)
+    experts, layout = stream.num_experts, stream.layout
     given = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "top_k": top_k}
     sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if like is not None:
@@ -98,17 +96,10 @@ class GpuTimes(DeviceTimes):
         one, two = self.site.milliseconds(np.zeros(2), many, np.full(2, 8.0))
         return float(self._links(2).move_milliseconds(np.array(self.expert_bytes)) / max((two - one) / 4096, 1e-12))
 
-    def check(self, replay: Replay) -> None:
-        """Refuses loads that lie outside of what was measured.
-
-        Raises:
-            ValueError: If there are more tokens, GPUs, or experts on a GPU than in any measured row.
-        """
+    def check(self, stream: LoadStream, devices: int, slots: int) -> None:
         times, name = self.site.times, f"{self.site.source} on {self.site.device.name}"
-        tokens = replay.device_load.sum(-1) / self.top_k
-        most, devices = float(tokens.max()), replay.device_load.shape[-1]
+        most, mean = (count / self.site.asked.top_k for count in (stream.most_tokens, stream.mean_tokens))
         if most > 1.001 * times.most_tokens:  # counts that were scaled are rounded
-            mean = float(tokens[tokens > 0].mean())
             raise ValueError(
                 f"outside of the measured table: a step has up to {most:,.0f} tokens, {name} was measured up to "
                 f"{times.most_tokens:,.0f}; give --tokens-per-step of at most {times.most_tokens * mean / most:.0f}"
@@ -117,21 +108,19 @@ class GpuTimes(DeviceTimes):
             raise ValueError(
                 f"outside of the measured table: {devices} devices, {name} was measured on up to {times.most_devices}"
             )
-        held = replay.phy2log.shape[-1] // devices
-        if held > times.most_experts:
+        if slots > times.most_experts:
             raise ValueError(
-                f"outside of the measured table: {held} experts on a device, {name} was measured with up to "
+                f"outside of the measured table: {slots} experts on a device, {name} was measured with up to "
                 f"{times.most_experts}; give more --devices"
             )
 
-    def layer_seconds(self, replay: Replay) -> FloatArray:
-        self.check(replay)
-        tokens = replay.device_load.sum(-1) / self.top_k
-        load, active = (np.asarray(counts, np.float64) for counts in (replay.device_load, replay.active))
-        kernel = self.site.milliseconds(tokens[..., None], load, active)
+    def layer_seconds(self, device_load: IntArray, active: IntArray) -> FloatArray:
+        top_k = self.site.asked.top_k
+        tokens = device_load.sum(-1) / top_k
+        load, awake = (np.asarray(counts, np.float64) for counts in (device_load, active))
+        kernel = self.site.milliseconds(tokens[..., None], load, awake)
         links, width = self._links(load.shape[-1]), self.site.asked.hidden_size
         if self.site.all_to_all:
-            top_k = self.site.asked.top_k
             exchange = links.dispatch_milliseconds(load.max(-1) / top_k, width, top_k)
         else:
             exchange = links.exchange_milliseconds(tokens, width)
@@ -141,9 +130,9 @@ class GpuTimes(DeviceTimes):
         links = self._links(arrivals.shape[-1])
         return 1e-3 * links.move_milliseconds(arrivals.max(-1) * self.expert_bytes)
 
-    def split_seconds(self, replay: Replay) -> float:
+    def split_seconds(self, outcome: Outcome) -> float:
         """An even split is part of routing; quotas are computed on the host, from the counts of every layer."""
-        return 0.0 if replay.split == "even" else super().split_seconds(replay)
+        return 0.0 if outcome.split == "even" else super().split_seconds(outcome)
 
     def _errors(self) -> dict[str, Error]:
         """Errors on rows that were left out, by what they differ in from the rows that were used."""

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from data.files import code_digest
 from data.models.layout import MoELayout
-from data.traces.loads import RecordedLoads, read_loads
-from data.traces.store import TRACE_JSON, open_trace
+from data.traces.load_stream import LoadStream, open_stream
+from data.traces.recordings import TRACE_JSON
+from data.traces.store import open_trace
 from runtime.simulate.comparison import PLANNERS, compare_policies, expert_bytes_of
 from runtime.simulate.cost_model import DeviceTimes, Hardware, measure
 from runtime.simulate.gpu_cost import gpu_times
@@ -83,25 +84,25 @@ class Job:
         Raises:
             ValueError: If the recording cannot be read, or settings do not fit it.
         """
-        recorded, start = self._recorded()
+        stream, start = self._stream()
         return compare_policies(
-            recorded, self.devices, self.redundant, self.forecast.split(",") if self.forecast else None,
+            stream, self.devices, self.redundant, self.forecast.split(",") if self.forecast else None,
             self.planner.split(","), self.split.split(","), self.predictor, start, self.steps,
-            self._hardware(recorded), self.max_moves, self.devices_per_node, self.tokens_per_step,
+            self._hardware(stream), self.max_moves, self.devices_per_node, self.tokens_per_step,
             out=out, save_plans=save_plans, console=console,
         )  # fmt: skip
 
-    def _recorded(self) -> tuple[RecordedLoads, int]:
+    def _stream(self) -> tuple[LoadStream, int]:
         """The recording, and the first step that is planned."""
         if self.serve is None:
-            return read_loads(self.loads), self.start
+            return open_stream(self.loads), self.start
         recorded, first = served(self.loads, self.serve, self.slots, self.chunk, self.order, self.stream)
-        return recorded, max(self.start, first)
+        return LoadStream.of(recorded), max(self.start, first)
 
-    def _hardware(self, recorded: RecordedLoads) -> DeviceTimes:
+    def _hardware(self, stream: LoadStream) -> DeviceTimes:
         """A GPU of the tables, or speeds."""
         if self.gpu is not None:
-            return gpu_times(self.gpu, recorded, *(getattr(self, name) for name in SIZES))
+            return gpu_times(self.gpu, stream, *(getattr(self, name) for name in SIZES))
         job = self.with_speeds()
         return Hardware(job.expert_bytes or 0.0, *(getattr(job, name) for name in SPEEDS))
 

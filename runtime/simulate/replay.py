@@ -1,168 +1,204 @@
-"""Replays recorded loads through one policy: forecast, plan and split of each step.
+"""Replays recorded loads through policies: forecast, plan and split of each step.
 
 Step t is forecast and planned from the steps before it; its load is split under that plan.
 
-Shape suffixes: N steps replayed, L MoE layers, E logical experts, S source devices, P slots, G devices.
+Shape suffixes: L MoE layers, E logical experts, S source devices, G devices.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from data.arrays import FloatArray, IntArray
-from data.traces.loads import RecordedLoads, share_of, total_variation
-from predictor.forecast import Forecaster, LoadForecast, OnlineForecaster
+from data.arrays import IntArray
+from data.traces.load_stream import LoadStream, Step
+from data.traces.loads import share_of, total_variation
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory, OnlineForecaster
+from runtime.balancing.balancer import HISTORY
 from runtime.balancing.plan import ReplicationPlan
 from runtime.balancing.planner import Planner
-from runtime.balancing.split import balancedness, mean_balancedness, split_by_quota, split_evenly
+from runtime.balancing.split import split_by_quota, split_evenly
+from runtime.simulate.forecasters import TrueLoad
+from runtime.simulate.outcome import Outcome, Record, SplitStep, StepTimes
 
 Split = Callable[[npt.ArrayLike, IntArray, int], IntArray]
 SPLITS = ("even", "quota")
 
 
-@dataclass(frozen=True)
-class Replay:
-    """What one policy did with the loads.
+class ForecastStep(NamedTuple):
+    """One step and its forecast, of the layers with tokens.
 
     Attributes:
-        forecast: Name of the forecaster; "none" for the contiguous planner, which uses no forecast.
-        planner: Name of the planner.
-        split: Name of the split.
-        phy2log: The plan of each step, `[N, L, P]`.
-        device_load: Tokens each device computed, `[N, L, G]`.
-        active: Slots with tokens on each device, `[N, L, G]`.
-        arrivals: Experts that each device received before each step, over all layers, `[N, G]`.
-        plan_ms: Milliseconds each plan took, all layers, `[N]`.
-        split_us: Microseconds the split of a layer took, mean over the layers of each step, `[N]`.
-        near_moves: Share of all moves whose expert has its home on the same node; None without nodes or moves.
-        near_tokens: Share of all tokens computed on the node they come from; None without nodes or tokens.
-        forecast_ms: Milliseconds a forecast took, mean over steps.
-        load_tv: Total variation distance (0 to 1) of forecast and true shares, mean over steps and layers; None for the
-            contiguous planner.
+        forecast: Made before the step.
+        past: Loads of the steps before it, oldest first, at most `HISTORY`, `[K, L, E]`.
+        load: Its load, `[L, E]`.
+        milliseconds: Time the forecast took, and what was learned from the step before.
     """
 
-    forecast: str
-    planner: str
-    split: str
-    phy2log: IntArray
-    device_load: IntArray
-    active: IntArray
-    arrivals: IntArray
-    plan_ms: FloatArray
-    split_us: FloatArray
-    near_moves: float | None = None
-    near_tokens: float | None = None
-    load_tv: float | None = None
-    forecast_ms: float = 0.0
-
-    @property
-    def balancedness(self) -> FloatArray:
-        """Mean device load over the largest, `[N, L]`; NaN where a layer has no tokens in a step."""
-        return balancedness(self.device_load)
-
-    @property
-    def mean_balancedness(self) -> float:
-        """Mean of `balancedness` over the steps and layers with tokens."""
-        return mean_balancedness(self.device_load)
-
-    @property
-    def moves_per_layer(self) -> float:
-        """Experts moved before a step, mean over steps and layers."""
-        return float(self.arrivals.sum(-1).mean() / self.phy2log.shape[1])
+    forecast: LoadForecast
+    past: LoadHistory
+    load: IntArray
+    milliseconds: float
 
 
-def forecast_steps(forecaster: Forecaster, recorded: RecordedLoads, start: int, stop: int) -> Iterator[LoadForecast]:
-    """Forecasts of steps start to stop, each from the loads before it and what is known of the step's own tokens.
+@dataclass(frozen=True)
+class Setting:
+    """How steps are replayed.
 
-    The forecaster sees the loads of all layers; of its forecast the layers with tokens are kept. A forecaster that
-    learns while it serves observes each step after its forecast.
-    """
-    loads, batches, sequences, layers = recorded.loads, recorded.batches, recorded.sequences, recorded.layers
-    for step in range(start, stop):
-        upcoming = batches[step] if batches else None
-        made = forecaster.forecast(upcoming, loads[:step])
-        yield replace(made, share=made.share[layers], tokens=made.tokens[layers], spread=made.spread[layers])
-        if isinstance(forecaster, OnlineForecaster):
-            forecaster.observe(upcoming, loads[step], sequences[step] if sequences else None)
-
-
-def forecast_error(made: list[LoadForecast], loads: IntArray) -> float:
-    """Total variation distance of forecast shares and those of the loads `[N, L, E]`, mean over layers with load."""
-    distance = total_variation(np.stack([forecast.share for forecast in made]), share_of(loads))
-    carried = loads.sum(-1) > 0
-    return float(distance[carried].mean()) if carried.any() else 0.0
-
-
-def replay(
-    planner: tuple[str, Planner],
-    made: Iterator[LoadForecast],
-    loads: IntArray,
-    first: ReplicationPlan,
-    start: int,
-    stop: int,
-    splits: list[str],
-    devices_per_node: int | None = None,
-) -> list[Replay]:
-    """Replays steps start to stop of the loads `[steps, L, E]` through one planner, and each plan through the splits.
-
-    Args:
-        planner: Its name and the planner.
-        made: The forecast of each step.
-        loads: Recorded loads.
-        first: The plan active before the first step.
+    Attributes:
         start: First step that is planned; the steps before it are history.
         stop: Step after the last.
         splits: Names in `SPLITS`.
+        times: What steps cost.
         devices_per_node: Devices that share a fast network. If given, each expert's tokens are taken to come from all
             devices alike, and tokens and moves that stay within a node are counted.
+        keep_plans: Whether plans and device loads are kept.
     """
-    name, plans = planner
-    plan, source = first, "none"
-    phy2log, arrivals, plan_ms, moves = [], [], [], []
-    steps: dict[str, list[_SplitStep]] = {split: [] for split in splits}
-    for step, forecast in zip(range(start, stop), made, strict=True):
+
+    start: int
+    stop: int
+    splits: Sequence[str]
+    times: StepTimes
+    devices_per_node: int | None = None
+    keep_plans: bool = False
+
+
+def forecast_steps(forecaster: Forecaster, stream: LoadStream, start: int, stop: int) -> Iterator[ForecastStep]:
+    """Forecasts of steps start to stop, each from the loads before it and what is known of the step's own tokens.
+
+    The forecaster sees the last `HISTORY` loads of all layers, as in the engine. A forecaster that learns while it
+    serves observes each step after its forecast.
+    """
+    layers = stream.layers if len(stream.layers) < stream.num_layers else slice(None)
+    past, milliseconds = _Window(stream.num_layers, stream.num_experts), 0.0
+    steps = islice(stream.steps(), stop)
+    for step in islice(steps, start):
+        past.add(step.load)
+    for number, step in enumerate(steps, start):
+        if isinstance(forecaster, TrueLoad):
+            forecaster.load = step.load
         began = time.perf_counter()
-        target = plans.plan(forecast, plan, loads[:step])
-        plan_ms.append(1e3 * (time.perf_counter() - began))
-        arrivals.append(_arrivals(plan, target))
-        if devices_per_node:
-            moves += [(plan.device_of(move.slot), plan.device_of(move.source)) for move in plan.moves_to(target)]
-        plan, source = target, forecast.source
-        phy2log.append(plan.phy2log)
-        for split in splits:
-            steps[split].append(_split_step(loads[step], plan, split, devices_per_node))
-    node = devices_per_node or first.num_devices
-    near_moves = float(np.mean([device // node == home // node for device, home in moves])) if moves else None
-    return [
-        Replay(
-            "none" if name == "contiguous" else source,
-            name,
-            split,
-            np.stack(phy2log),
-            np.stack([step.device_load for step in made_steps]),
-            np.stack([step.active for step in made_steps]),
-            np.stack(arrivals),
-            np.array(plan_ms),
-            np.array([step.microseconds for step in made_steps]),
-            near_moves,
-            _near_tokens(made_steps) if devices_per_node else None,
+        made = forecaster.forecast(step.upcoming, past.loads)
+        milliseconds += 1e3 * (time.perf_counter() - began)
+        kept = replace(
+            made, share=made.share[layers], tokens=made.tokens[layers], spread=made.spread[layers], made_at=number
         )
-        for split, made_steps in steps.items()
+        yield ForecastStep(kept, past.loads[:, layers], step.load[layers], milliseconds)
+        milliseconds = _observed(forecaster, step)
+        past.add(step.load)
+
+
+def _observed(forecaster: Forecaster, step: Step) -> float:
+    """Lets a forecaster that learns observe a step; returns the milliseconds that took."""
+    if not isinstance(forecaster, OnlineForecaster):
+        return 0.0
+    began = time.perf_counter()
+    forecaster.observe(step.upcoming, step.load, step.sequences)
+    return 1e3 * (time.perf_counter() - began)
+
+
+class _Window:
+    """The last `HISTORY` loads; arrays that were given out do not change."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._buffer = np.zeros((2 * HISTORY, num_layers, num_experts), dtype=np.int64)
+        self._stop = 0
+
+    @property
+    def loads(self) -> IntArray:
+        """Oldest first, `[K, L, E]`."""
+        return self._buffer[max(0, self._stop - HISTORY) : self._stop]
+
+    def add(self, load_LE: IntArray) -> None:
+        """Adds the newest load."""
+        if self._stop == len(self._buffer):
+            self._buffer = np.concatenate([self.loads, np.zeros_like(self.loads)])
+            self._stop = HISTORY
+        self._buffer[self._stop] = load_LE
+        self._stop += 1
+
+
+def replay(
+    forecaster: Forecaster,
+    planners: Mapping[str, tuple[Planner, ReplicationPlan]],
+    stream: LoadStream,
+    setting: Setting,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Outcome]:
+    """Replays steps of a recording through planners that share a forecast, and each plan through the splits.
+
+    Args:
+        forecaster: Forecasts each step.
+        planners: Planners by name, each with the plan that is active before the first step.
+        stream: The recording.
+        setting: Which steps, and how.
+        advance: Called after each step.
+
+    Returns:
+        Outcomes of each planner, in order, and of each split.
+    """
+    courses = [_Course(name, planner, first, setting) for name, (planner, first) in planners.items()]
+    distance, layer_steps, milliseconds, source = 0.0, 0, 0.0, "none"
+    for step in forecast_steps(forecaster, stream, setting.start, setting.stop):
+        for course in courses:
+            course.step(step)
+        carried_L = step.load.any(-1)
+        distance += float(total_variation(step.forecast.share, share_of(step.load))[carried_L].sum())
+        layer_steps += int(carried_L.sum())
+        milliseconds, source = milliseconds + step.milliseconds, step.forecast.source
+        advance()
+    load_tv = distance / layer_steps if layer_steps else 0.0
+    return [
+        outcome
+        for course in courses
+        for outcome in course.outcomes(source, load_tv, milliseconds / (setting.stop - setting.start))
     ]
 
 
-@dataclass(frozen=True)
-class _SplitStep:
-    """One step's split: device load and active slots `[L, G]`, microseconds a layer, tokens that stay on their node."""
+class _Course:
+    """One planner's way through the steps.
 
-    device_load: IntArray
-    active: IntArray
-    microseconds: float
-    near_tokens: int
+    Args:
+        name: Its name.
+        planner: The planner.
+        first: The plan active before the first step.
+        setting: How steps are replayed.
+    """
+
+    def __init__(self, name: str, planner: Planner, first: ReplicationPlan, setting: Setting) -> None:
+        self.name, self.planner, self.plan, self.nodes = name, planner, first, setting.devices_per_node
+        layers, slots = first.phy2log.shape
+        shape = layers, first.num_experts, slots, first.num_devices
+        counted = bool(self.nodes), setting.keep_plans
+        self.records = [Record(name, split, shape, setting.times, *counted) for split in setting.splits]
+        self.moves, self.near_moves = 0, 0
+
+    def step(self, step: ForecastStep) -> None:
+        """Plans and splits a step."""
+        began = time.perf_counter()
+        target = self.planner.plan(step.forecast, self.plan, step.past)
+        plan_ms = 1e3 * (time.perf_counter() - began)
+        arrivals_G = _arrivals(self.plan, target)
+        if self.nodes:
+            for move in self.plan.moves_to(target):
+                node, home = (self.plan.device_of(slot) // self.nodes for slot in (move.slot, move.source))
+                self.moves, self.near_moves = self.moves + 1, self.near_moves + (node == home)
+        self.plan = target
+        for record in self.records:
+            record.add(target, arrivals_G, plan_ms, _split_step(step.load, target, record.split, self.nodes))
+
+    def outcomes(self, source: str, load_tv: float, forecast_ms: float) -> list[Outcome]:
+        """The outcome of each split, with what is known of the forecast."""
+        if self.name == "contiguous":
+            return [record.outcome("none") for record in self.records]
+        near_moves = self.near_moves / self.moves if self.moves else None
+        known = {"near_moves": near_moves, "load_tv": load_tv, "forecast_ms": forecast_ms}
+        return [record.outcome(source, **known) for record in self.records]
 
 
 def _arrivals(plan: ReplicationPlan, target: ReplicationPlan) -> IntArray:
@@ -171,7 +207,7 @@ def _arrivals(plan: ReplicationPlan, target: ReplicationPlan) -> IntArray:
     return np.asarray(arrives.reshape(len(arrives), plan.num_devices, -1).sum((0, 2)))
 
 
-def _split_step(load_LE: IntArray, plan: ReplicationPlan, name: str, devices_per_node: int | None) -> _SplitStep:
+def _split_step(load_LE: IntArray, plan: ReplicationPlan, name: str, devices_per_node: int | None) -> SplitStep:
     """Splits one step's load under its plan."""
     counts_LSE = load_LE[:, None] if devices_per_node is None else _from_all_devices(load_LE, plan.num_devices)
     split: Split = split_evenly if name == "even" else partial(split_by_quota, devices_per_node=devices_per_node)
@@ -185,7 +221,7 @@ def _split_step(load_LE: IntArray, plan: ReplicationPlan, name: str, devices_per
         node = np.arange(plan.num_devices) // devices_per_node
         near = int(by_device.sum((0, 3))[node[:, None] == node].sum())
     slots = by_device.sum(1)
-    return _SplitStep(slots.sum(-1), (slots > 0).sum(-1), microseconds, near)
+    return SplitStep(slots.sum(-1), (slots > 0).sum(-1), microseconds, near)
 
 
 def _from_all_devices(load_LE: IntArray, num_devices: int) -> IntArray:
@@ -196,8 +232,3 @@ def _from_all_devices(load_LE: IntArray, num_devices: int) -> IntArray:
     each, odd = np.divmod(load_LE[:, None], num_devices)
     turn = (np.arange(num_devices)[:, None] - np.arange(load_LE.shape[1])) % num_devices
     return np.asarray(each + (turn < odd))
-
-
-def _near_tokens(steps: list[_SplitStep]) -> float | None:
-    tokens = sum(int(step.device_load.sum()) for step in steps)
-    return sum(step.near_tokens for step in steps) / tokens if tokens else None

@@ -1,4 +1,4 @@
-"""Results of replays: figures for the JSON document, the verdict in a frame, a table, a picture."""
+"""Results of outcomes: figures for the JSON document, the verdict in a frame, a table, a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from data.style import (
     human,
     save,
 )
-from runtime.simulate.replay import Replay
-from runtime.simulate.verdict import TRUTHS
+from runtime.simulate.forecasters import TRUTHS
+from runtime.simulate.outcome import Outcome
 
 DRAWN = {
     ("none", "contiguous", "even"),
@@ -47,27 +47,26 @@ EXPLAINED = {
 }  # fmt: skip
 
 
-def document(replays: list[Replay], expert_bytes: float) -> dict[str, Any]:
+def document(outcomes: list[Outcome], expert_bytes: float) -> dict[str, Any]:
     """The figures of each replay, as they stand in the JSON document."""
-    results = [_figures(item, expert_bytes) for item in replays]
+    results = [_figures(item, expert_bytes) for item in outcomes]
     for result in results:
         result["gap_closed"] = _gap_closed(result, results)
-    return {"steps": len(replays[0].plan_ms) if replays else 0, "results": results}
+    return {"steps": outcomes[0].num_steps if outcomes else 0, "results": results}
 
 
-def _figures(item: Replay, expert_bytes: float) -> dict[str, Any]:
-    balance = item.balancedness
-    mean, largest = item.device_load.mean(-1).sum(), item.device_load.max(-1).sum()
+def _figures(item: Outcome, expert_bytes: float) -> dict[str, Any]:
+    mean, largest = item.mean_load.sum(), item.largest_load.sum()
     return {
         "forecast": item.forecast,
         "planner": item.planner,
         "split": item.split,
         "load_tv": None if item.load_tv is None else round(item.load_tv, 5),
         "balancedness": round(item.mean_balancedness, 5),
-        "p05": round(float(np.nanquantile(balance, 0.05)), 5),
+        "p05": round(item.p05, 5),
         "ratio_of_sums": round(float(mean / largest) if largest else 1.0, 5),
         "moves_per_layer": round(item.moves_per_layer, 4),
-        "bytes_per_step": round(float(item.arrivals.sum(-1).mean() * expert_bytes)),
+        "bytes_per_step": round(float(item.arrivals.mean() * expert_bytes)),
         "plan_ms": round(float(np.median(item.plan_ms)), 4),
         "split_us": round(float(np.median(item.split_us)), 2),
     }
@@ -186,35 +185,35 @@ def _left_out(report: dict[str, Any]) -> list[str]:
 
 
 @drawing()
-def plot(replays: list[Replay], start: int, path: Path) -> None:
+def plot(outcomes: list[Outcome], start: int, path: Path) -> None:
     """Balancedness of each policy: its mean, and for a few step after step, with the moves they make below.
 
     Args:
-        replays: What the policies did.
+        outcomes: Outcomes of the policies.
         start: Number of the first step.
         path: The PNG to write.
     """
-    best = _best(replays)
-    rows = list(dict.fromkeys((item.forecast, item.planner) for item in replays))
+    best = _best(outcomes)
+    rows = list(dict.fromkeys((item.forecast, item.planner) for item in outcomes))
     figure = canvas(10.5, max(1.3 + 0.24 * len(rows), 4))
     mosaic: Any = [["means", "steps"], ["means", "moves"]]
     axes = figure.subplot_mosaic(mosaic, width_ratios=[4, 5], height_ratios=[3, 1])
-    _draw_means(axes["means"], replays, rows, best)
-    width = max(1, len(replays[0].plan_ms) // 60) if replays else 1
-    _draw_steps(axes["steps"], axes["moves"], replays, best, start, width)
+    _draw_means(axes["means"], outcomes, rows, best)
+    width = max(1, outcomes[0].num_steps // 60) if outcomes else 1
+    _draw_steps(axes["steps"], axes["moves"], outcomes, best, start, width)
     note = "mean device load / largest, 1 is perfect; filled: split by quota, hollow: split evenly"
     note += f"; right: means over layers and {width} steps" if width > 1 else "; right: means over layers"
     heading(figure, "Balancedness of each policy, and the moves it costs", note)
     save(figure, path)
 
 
-def _name(item: Replay) -> tuple[str, str, str]:
+def _name(item: Outcome) -> tuple[str, str, str]:
     return item.forecast, item.planner, item.split
 
 
-def _best(replays: list[Replay]) -> tuple[str, str, str]:
+def _best(outcomes: list[Outcome]) -> tuple[str, str, str]:
     """The policy of highest balancedness among those that do not know the future."""
-    honest = [item for item in replays if item.forecast not in TRUTHS] or replays
+    honest = [item for item in outcomes if item.forecast not in TRUTHS] or outcomes
     return max(((item.mean_balancedness, _name(item)) for item in honest), default=(0, ("", "", "")))[1]
 
 
@@ -226,9 +225,9 @@ def _colour(forecast: str, planner: str, best: tuple[str, str, str]) -> str:
     return OURS if (forecast, planner) == best[:2] else OURS_PALE
 
 
-def _draw_means(axes: Any, replays: list[Replay], rows: list[tuple[str, str]], best: tuple[str, str, str]) -> None:
+def _draw_means(axes: Any, outcomes: list[Outcome], rows: list[tuple[str, str]], best: tuple[str, str, str]) -> None:
     """Two marks a row, filled for quotas and hollow for even splits; the best policy's number in bold."""
-    means = {_name(item): item.mean_balancedness for item in replays}
+    means = {_name(item): item.mean_balancedness for item in outcomes}
     for place, row in enumerate(rows):
         found = {split: means[*row, split] for split in ("even", "quota") if (*row, split) in means}
         colour = _colour(*row, best)
@@ -254,15 +253,15 @@ def _draw_means(axes: Any, replays: list[Replay], rows: list[tuple[str, str]], b
 
 
 def _draw_steps(
-    balance: Any, moves: Any, replays: list[Replay], best: tuple[str, str, str], start: int, width: int
+    balance: Any, moves: Any, outcomes: list[Outcome], best: tuple[str, str, str], start: int, width: int
 ) -> None:
     """Balancedness step after step, and below it the experts that each policy moves."""
-    shown = [item for item in replays if _name(item) in DRAWN | {best}]
+    shown = [item for item in outcomes if _name(item) in DRAWN | {best}]
     ends, moved = [], []
     for item in shown:
         colour = _colour(item.forecast, item.planner, best)
         style = LINES["oracle"] if colour == ORACLE else {"color": colour, "linewidth": 2.4 if colour == OURS else 1.1}
-        values = _smooth(np.nanmean(item.balancedness, -1), width)
+        values = _smooth(item.balance, width)
         steps = np.arange(start + width - 1, start + width - 1 + len(values))
         balance.plot(steps, values, **style)
         policy = human(item.planner)
@@ -270,7 +269,7 @@ def _draw_steps(
             policy = f"{human(item.forecast)}, {policy}{', even split' if item.split == 'even' else ''}"
         ends.append((float(values[-1]), policy, GREY if colour == LIGHT else colour))
         if item.planner != "contiguous" and item.forecast not in TRUTHS:
-            moves.plot(steps, _smooth(item.arrivals.sum(-1) / item.phy2log.shape[1], width), **style)
+            moves.plot(steps, _smooth(item.arrivals / item.shape[0], width), **style)
             short = human(item.planner if item.planner == "eplb" else item.forecast)
             moved.append((item.moves_per_layer, f"{item.moves_per_layer:.1f} {short}", colour))
     balance.set(ylabel="balancedness", ylim=(min([0.4, *(end[0] - 0.05 for end in ends)]), 1.02))
@@ -278,7 +277,7 @@ def _draw_steps(
     moves.set_yscale("symlog", linthresh=1)
     moves.set(xlabel="step", ylabel="moves\na layer", ylim=(0, 2 * max([1.0, *(end[0] for end in moved)])))
     if shown:
-        last = start + len(shown[0].plan_ms) - 1
+        last = start + shown[0].num_steps - 1
         for axes in (balance, moves):
             axes.set_xlim(start, max(last, start + 1))
         end_labels(balance, ends)
@@ -287,4 +286,5 @@ def _draw_steps(
 
 def _smooth(values: FloatArray, width: int) -> FloatArray:
     """Moving average over `width` steps; shorter by `width - 1`."""
-    return np.asarray(np.convolve(values, np.full(width, 1 / width), "valid"))
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    return np.asarray((sums[width:] - sums[:-width]) / width)

@@ -1,10 +1,12 @@
 """Recorded loads at another number of tokens a step than they were recorded with."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from data.traces.loads import RecordedLoads
+from data.traces.load_stream import LoadStream, Step
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,13 @@ class StepSize:
     recorded_tokens_per_step: float
 
     @classmethod
-    def of(cls, recorded: RecordedLoads, top_k: int, before: float | None = None) -> "StepSize":
+    def of(cls, stream: LoadStream, top_k: int, before: float | None = None) -> "StepSize":
         """Of a recording whose tokens have `top_k` experts each; `before`: its tokens a step before it was scaled."""
-        loads = recorded.loads[:, recorded.layers]
-        load = float(loads.sum(-1)[loads.any(-1)].mean())
-        tokens = round(load / top_k, 2)
-        return cls(tokens, round(load / loads.shape[-1], 2), before or tokens)
+        tokens = round(stream.mean_tokens / top_k, 2)
+        return cls(tokens, round(stream.mean_tokens / stream.num_experts, 2), before or tokens)
 
 
-def at_step_size(recorded: RecordedLoads, tokens: float, top_k: int) -> RecordedLoads:
+def at_step_size(stream: LoadStream, tokens: float, top_k: int) -> LoadStream:
     """The recording as if its steps had had another number of tokens, on average.
 
     More tokens: every load is multiplied, so that shares, and with them the skew, stay as recorded; a real step of more
@@ -40,7 +40,7 @@ def at_step_size(recorded: RecordedLoads, tokens: float, top_k: int) -> Recorded
     Only counts are kept: forecasts that read tokens or requests cannot be made from the result.
 
     Args:
-        recorded: The recording.
+        stream: The recording.
         tokens: Tokens of a step, above 0.
         top_k: Experts of a token.
 
@@ -49,20 +49,17 @@ def at_step_size(recorded: RecordedLoads, tokens: float, top_k: int) -> Recorded
     """
     if not 0 < tokens < float("inf"):
         raise ValueError(f"tokens_per_step is {tokens}, expected a finite number above 0")
-    factor = tokens / StepSize.of(recorded, top_k).tokens_per_step
-    if factor >= 1:
-        loads = np.rint(recorded.loads * factor).astype(np.int64)
-    else:
-        rng = np.random.default_rng(0)
-        wanted = np.rint(recorded.loads.sum(-1) * factor).astype(np.int64)
-        loads = np.stack(
-            [
-                [
-                    rng.multivariate_hypergeometric(load, count, method="marginals")
-                    for load, count in zip(*step, strict=True)
-                ]
-                for step in zip(recorded.loads, wanted, strict=True)
-            ]
-        )
-    scaled = replace(recorded, loads=loads, batches=None, sequences=None)
-    return scaled.with_tokens()
+    factor = tokens / StepSize.of(stream, top_k).tokens_per_step
+    return LoadStream.read(stream.name, partial(_scaled, stream, factor), stream.empty_steps)
+
+
+def _scaled(stream: LoadStream, factor: float) -> Iterator[Step]:
+    """The steps with their loads scaled; every reading draws the same."""
+    rng = np.random.default_rng(0)
+    for step in stream.steps():
+        if factor >= 1:
+            yield Step(np.rint(step.load * factor).astype(np.int64))
+            continue
+        wanted_L = np.rint(step.load.sum(-1) * factor).astype(np.int64)
+        layers = zip(step.load, wanted_L, strict=True)
+        yield Step(np.stack([rng.multivariate_hypergeometric(*layer, method="marginals") for layer in layers]))

@@ -16,42 +16,13 @@ from rich.progress import Progress
 
 from data.errors import one_line
 from data.files import read_json, write_json
-from data.traces.store import TRACE_JSON
+from data.traces.recordings import recordings
 from runtime.simulate.job import Job
 from runtime.simulate.sweep_report import plot
 from runtime.simulate.workers import results
 
 GRID = ("devices", "redundant", "max_moves", "tokens_per_step", "gpu")
 """Settings of which a sweep may try several."""
-FILES = (".npy", ".npz", ".jsonl", ".pt")
-PARTS = (TRACE_JSON, "*.pt", "rank*.safetensors", "router_trace_rank*.jsonl")
-"""Files by which a folder is one recording, not a folder of recordings."""
-
-
-def recordings(path: Path) -> list[Path]:
-    """The recordings at a path: itself, or all files and folders in a folder that are recordings, in order of names.
-
-    Raises:
-        ValueError: If a folder holds none.
-    """
-    if not path.is_dir() or any(next(path.glob(part), None) for part in PARTS):
-        return [path]
-    found = _within(path)
-    if not found:
-        raise ValueError(
-            f"{path} holds no recording; expected files {', '.join(FILES)} or folders of {', '.join(PARTS)}"
-        )
-    return found
-
-
-def _within(folder: Path) -> list[Path]:
-    found = []
-    for child in sorted(folder.iterdir()):
-        if child.is_dir():
-            found += [child] if any(next(child.glob(part), None) for part in PARTS) else _within(child)
-        elif child.suffix in FILES:
-            found.append(child)
-    return found
 
 
 def values(name: str, given: Any) -> list[Any]:

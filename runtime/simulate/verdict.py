@@ -11,7 +11,8 @@ import numpy as np
 from data.arrays import FloatArray
 from predictor.evaluation.bootstrap import resampled
 from runtime.simulate.cost_model import DeviceTimes
-from runtime.simulate.replay import Replay
+from runtime.simulate.forecasters import TRAINED, TRUTHS
+from runtime.simulate.outcome import Outcome
 
 WORTH = 0.1
 """Share of expert time (0 to 1) that must be saved to pay for the memory of the replicas."""
@@ -19,13 +20,11 @@ MOST_MEMORY = 0.5
 """Most replicas, as a share of the experts, that "enable" is said for: beyond, their memory has better uses."""
 FEWEST = 16
 """Number of steps below which the verdict is always "not enough data"."""
-TRUTHS = ("oracle", "exact")
-"""Forecasts that know the load, which no deployment can have in time."""
-TRAINED = ("learned", "adaptive")
-"""Forecasts that need a predictor."""
+MOST_BINS = 2048
+"""Most sums of neighbouring steps that are drawn from; longer recordings are summed up before."""
 
 
-def verdict(contiguous: Replay, replays: list[Replay], times: DeviceTimes) -> dict[str, Any]:
+def verdict(contiguous: Outcome, outcomes: list[Outcome], times: DeviceTimes) -> dict[str, Any]:
     """Decides between "enable", "not worth it" and "not enough data", for the best policy that deployments can have.
 
     Of the policies whose gain lies within the interval of the largest one, the one with the fewest moves is the best.
@@ -37,25 +36,25 @@ def verdict(contiguous: Replay, replays: list[Replay], times: DeviceTimes) -> di
         milliseconds a step and a layer without replicas and with the policy, baselines (no replicas, and the best
         policy without a predictor), memory of the replicas, hardware.
     """
-    honest = [replay for replay in replays if replay.planner != "contiguous" and replay.forecast not in TRUTHS]
+    honest = [item for item in outcomes if item.planner != "contiguous" and item.forecast not in TRUTHS]
     if not honest:
         return {"answer": "not enough data", "why": "no policy with replicas and a forecast was replayed"}
-    without = times.batch_seconds(contiguous)
-    net = {id(replay): times.net_seconds(replay) for replay in honest}
-    free = [replay for replay in honest if replay.forecast not in TRAINED]
+    without = contiguous.seconds
+    net = {id(item): times.net_seconds(item) for item in honest}
+    free = [item for item in honest if item.forecast not in TRAINED]
     best, beaten = _best(honest, net, without), ""
     rival = _best(free, net, without) if free else None
     if rival and best.forecast in TRAINED:
-        fastest = min(free, key=lambda replay: float(net[id(replay)].sum()))
+        fastest = min(free, key=lambda item: float(net[id(item)].sum()))
         if gain(net[id(fastest)], net[id(best)])[1] <= 0:
             beaten = f"; the forecast {best.forecast} is not faster than {fastest.forecast}, which needs no predictor"
             best = rival
     chosen = net[id(best)]
     saved, low, high = gain(without, chosen)
     off = times.error * (1 - saved)  # a ratio of two times that are both off by about that much, at worst
-    memory = _memory(contiguous, best, times)
+    memory = _memory(best, times)
     answer, why = _answer(len(without), (saved, low, high), off, memory, times.memory_bytes)
-    layers, devices = contiguous.device_load.shape[1:]
+    layers, *_, devices = contiguous.shape
     return {
         "answer": answer,
         "why": why + beaten,
@@ -73,27 +72,26 @@ def verdict(contiguous: Replay, replays: list[Replay], times: DeviceTimes) -> di
     }
 
 
-def _policy(replay: Replay) -> dict[str, str]:
-    return {"forecast": replay.forecast, "planner": replay.planner, "split": replay.split}
+def _policy(item: Outcome) -> dict[str, str]:
+    return {"forecast": item.forecast, "planner": item.planner, "split": item.split}
 
 
 def _ms(seconds: FloatArray, layers: int = 1) -> float:
     return round(1e3 * float(seconds.mean()) / layers, 4)
 
 
-def _best(replays: list[Replay], net: dict[int, FloatArray], without: FloatArray) -> Replay:
+def _best(outcomes: list[Outcome], net: dict[int, FloatArray], without: FloatArray) -> Outcome:
     """Of the policies whose gain lies within the interval of the largest one, the one with the fewest moves."""
-    gains = {id(replay): gain(without, net[id(replay)]) for replay in replays}
+    gains = {id(item): gain(without, net[id(item)]) for item in outcomes}
     least = max(gains.values())[1]
-    alike = [replay for replay in replays if gains[id(replay)][0] >= least]
-    return min(alike, key=lambda replay: (replay.moves_per_layer, -gains[id(replay)][0]))
+    alike = [item for item in outcomes if gains[id(item)][0] >= least]
+    return min(alike, key=lambda item: (item.moves_per_layer, -gains[id(item)][0]))
 
 
-def _memory(contiguous: Replay, best: Replay, times: DeviceTimes) -> dict[str, Any]:
+def _memory(best: Outcome, times: DeviceTimes) -> dict[str, Any]:
     """What the replica slots of a policy take on a device, in all layers of the model, and as shares."""
-    recorded, experts = contiguous.phy2log.shape[1:]
-    layers = max(times.layers or 0, recorded)
-    redundant, devices = best.phy2log.shape[-1] - experts, best.device_load.shape[-1]
+    recorded, experts, slots, devices = best.shape
+    layers, redundant = max(times.layers or 0, recorded), slots - experts
     each = layers / devices * times.expert_bytes
     return {
         "bytes_per_device": round(redundant * each),
@@ -141,6 +139,9 @@ def gain(without: FloatArray, net: FloatArray) -> tuple[float, float, float]:
     total = float(without.sum())
     if total <= 0:
         return 0.0, 0.0, 0.0
-    steps = resampled(len(net), block=max(1, round(len(net) ** 0.5)))
-    low, high = np.quantile(1 - net[steps].sum(-1) / np.maximum(without[steps].sum(-1), 1e-12), [0.05, 0.95])
+    width = -(-len(net) // MOST_BINS)
+    edges = range(0, len(net), width)
+    sums, net_sums = np.add.reduceat(without, edges), np.add.reduceat(net, edges)
+    bins = resampled(len(net_sums), block=max(1, round(len(net) ** 0.5 / width)))
+    low, high = np.quantile(1 - net_sums[bins].sum(-1) / np.maximum(sums[bins].sum(-1), 1e-12), [0.05, 0.95])
     return 1 - float(net.sum()) / total, float(low), float(high)

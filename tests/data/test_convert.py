@@ -44,6 +44,21 @@ def test_steps_without_tokens_are_no_part_of_the_trace(tmp_path, caplog):
     assert "95 of 100 steps hold no tokens and are left out" in caplog.text
 
 
+def test_a_folder_of_recordings_becomes_one_trace_in_order_of_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.convert, "SHARD_STEPS", 4)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number, steps in enumerate(np.split(COUNTS, [1, 4])):
+        np.save(parts / f"{number}.npy", steps)
+    stored = convert(parts, tmp_path / "trace")
+    assert np.array_equal(stored.loads(), COUNTS)
+    assert [shard["batches"] for shard in stored.about["shards"]] == [4, 1]
+    np.save(parts / "9.npy", COUNTS[:, :2])
+    with pytest.raises(ValueError, match=r"9.npy has \(2, 8\) layers and experts, the recordings before it \(3, 8\)"):
+        convert(parts, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "loads.npy", COUNTS)
     monkeypatch.setattr("sys.argv", ["convert", str(tmp_path / "loads.npy"), "--out", str(tmp_path / "trace")])

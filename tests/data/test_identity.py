@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from data.collect import collect
 from data.models.layout import MoELayout
 from data.text.batching import BatchingConfig
-from data.traces.store import TRACE_JSON, open_trace
+from data.traces.recordings import TRACE_JSON
+from data.traces.store import open_trace
 from tests.conftest import TEXTS
 
 BATCHING = BatchingConfig(batches=2, smallest=2, largest=4, length=24)

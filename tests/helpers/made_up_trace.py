@@ -8,7 +8,8 @@ import torch
 
 from data.files import sha256, write_json
 from data.models.layout import MoELayout
-from data.traces.store import FORMAT_VERSION, TRACE_JSON, write_shard
+from data.traces.recordings import TRACE_JSON
+from data.traces.store import FORMAT_VERSION, write_shard
 from data.traces.trace import PADDING, RouterTrace, pad_tokens
 
 VOCABULARY, EXPERTS, WIDTH = 60, 8, 16

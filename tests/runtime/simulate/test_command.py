@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.convert import convert
 from runtime.simulate import compare_policies
 from runtime.simulate.__main__ import main
 from runtime.simulate.cost_model import Hardware
@@ -154,6 +155,27 @@ def test_a_layer_that_is_silent_in_some_steps_counts_in_the_others():
     second = compare_policies(real[:5, 1:], 4, 4, forecasts="last", hardware=HARDWARE)["results"][0]
     expected = (19 * first["balancedness"] + 4 * second["balancedness"]) / 23
     assert whole["balancedness"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_trace_of_counts_is_streamed_and_gives_the_same_report(tmp_path, monkeypatch):
+    """With steps and layers without tokens, and more steps than forecasters see."""
+    rng, share = np.random.default_rng(0), 1 / np.arange(1, 17) / (1 / np.arange(1, 17)).sum()
+    loads = np.stack([[rng.multinomial(512, rng.permutation(share)) for _ in range(3)] for _ in range(150)])
+    loads[:, 1], loads[40:50] = 0, 0
+    np.save(tmp_path / "loads.npy", loads)
+    monkeypatch.setattr("data.convert.SHARD_STEPS", 16)
+    convert(tmp_path / "loads.npy", tmp_path / "trace")
+    monkeypatch.setattr("data.traces.store.StoredTrace.loads", None)  # else all of them would be in memory
+    choice = {"forecasts": ["mean", "ema", "exact"], "splits": ["quota"], "hardware": HARDWARE, "devices_per_node": 4}
+    reports = [compare_policies(source, 8, 8, **choice) for source in (tmp_path / "trace", loads)]
+    timed = {"plan_ms", "split_us"}
+    for one, other in zip(*(report["results"] for report in reports), strict=True):
+        assert {name: one[name] for name in one.keys() - timed} == {name: other[name] for name in other.keys() - timed}
+    assert (reports[0]["steps"], reports[0]["layers"]) == (139, 2)
+    assert [report["left_out"] for report in reports] == [
+        {"steps": steps, "layers": [1]}
+        for steps in (0, 10)  # those of the trace were left out when it was converted
+    ]
 
 
 def test_max_moves_bounds_the_moves_of_a_step():

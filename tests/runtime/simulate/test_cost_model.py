@@ -1,31 +1,33 @@
 import numpy as np
 import pytest
 
-from data.traces.loads import RecordedLoads
-from predictor.baselines.history import LastBatch, Oracle
+from data.traces.load_stream import as_stream
+from predictor.baselines.history import LastBatch
 from runtime.balancing.eplb import ContiguousPlanner
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.simulate.cost_model import Hardware, measure
-from runtime.simulate.replay import forecast_steps, replay
+from runtime.simulate.forecasters import TrueLoad
+from runtime.simulate.replay import Setting, replay
 from runtime.simulate.verdict import verdict
 
 SLOW_DEVICE = Hardware(expert_bytes=1e6, tokens_per_second=1e4, bytes_per_second=1e12, expert_overhead_tokens=0)
 
+LAST = LastBatch()
 
-def judge(share, hardware=SLOW_DEVICE, tokens=2048, steps=60, forecaster=None):
+
+def judge(share, hardware=SLOW_DEVICE, tokens=2048, steps=60, forecaster=LAST):
     """The verdict on loads drawn from a share `[steps or 1, 1, E]`, 8 devices with 8 redundant experts."""
     loads = np.random.default_rng(0).multinomial(tokens, np.broadcast_to(share, (steps, 1, share.shape[-1])))
-    forecaster = forecaster(loads) if forecaster else LastBatch()
+    stream, setting = as_stream(loads), Setting(1, steps, ["quota"], hardware)
     homes = contiguous_homes(1, share.shape[-1])
 
-    def run(planner, redundant):
+    def run(name, planner, redundant):
         first = ReplicationPlan.at_home(homes, 8, redundant)
-        made = forecast_steps(forecaster, RecordedLoads("made up", loads), 1, steps)
-        return replay(planner, made, loads, first, 1, steps, ["quota"])[0]
+        return replay(forecaster, {name: (planner, first)}, stream, setting)[0]
 
-    contiguous = run(("contiguous", ContiguousPlanner()), 0)
-    return verdict(contiguous, [contiguous, run(("home", HomePlanner(8, 8)), 8)], hardware)
+    contiguous = run("contiguous", ContiguousPlanner(), 0)
+    return verdict(contiguous, [contiguous, run("home", HomePlanner(8, 8), 8)], hardware)
 
 
 def hot(experts=32, share=0.5):
@@ -73,14 +75,14 @@ def test_exact_re_planning_pays_moves_on_the_critical_path():
     link = Hardware(expert_bytes=1e6, tokens_per_second=1e6, bytes_per_second=1e9, expert_overhead_tokens=0)
     seconds = []
     for name in ("oracle", "exact"):
-        made = forecast_steps(Oracle(loads, name), RecordedLoads("made up", loads), 1, 30)
-        item = replay(("home", HomePlanner(8, 8)), made, loads, first, 1, 30, ["quota"])[0]
-        seconds.append(link.net_seconds(item)[0] - link.batch_seconds(item)[0])
+        planners = {"home": (HomePlanner(8, 8), first)}
+        item = replay(TrueLoad(name), planners, as_stream(loads), Setting(1, 30, ["quota"], link))[0]
+        seconds.append(link.net_seconds(item)[0] - item.seconds[0])
     assert seconds[1] - seconds[0] > 1e-4
 
 
 def test_without_a_policy_to_judge_it_says_so():
-    assert judge(hot(), forecaster=Oracle)["why"] == "no policy with replicas and a forecast was replayed"
+    assert judge(hot(), forecaster=TrueLoad("oracle"))["why"] == "no policy with replicas and a forecast was replayed"
 
 
 def test_the_overhead_of_an_active_expert_counts():

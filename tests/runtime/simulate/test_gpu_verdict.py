@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.traces.loads import RecordedLoads, read_loads
+from data.traces.load_stream import as_stream
+from data.traces.loads import read_loads
 from runtime.simulate import compare_policies, gpu_times
 from runtime.simulate.__main__ import main
 from runtime.simulate.cost_model import Hardware
-from runtime.simulate.replay import Replay
+from runtime.simulate.outcome import Record, SplitStep
 from runtime.simulate.step_size import StepSize, at_step_size
 from runtime.simulate.verdict import verdict
 
@@ -90,11 +91,11 @@ def test_few_tokens_an_expert_are_not_worth_it_and_many_gain_more():
 
 def replayed(forecast, load, moves=0, planner="home", extra=8):
     """A policy with the same device load in each of 40 steps, 40 experts and some replicas."""
-    slots = 40 + extra * (planner == "home")
-    return Replay(
-        forecast, planner, "quota", np.zeros((40, 1, slots), int), np.tile(np.array(load), (40, 1, 1)),
-        np.ones((40, 1, len(load)), int), np.full((40, len(load)), moves), np.zeros(40), np.zeros(40),
-    )  # fmt: skip
+    record = Record(planner, "quota", (1, 40, 40 + extra * (planner == "home"), len(load)), HARDWARE)
+    for _ in range(40):
+        step = SplitStep(np.array([load]), np.ones((1, len(load)), int), 0.0, 0)
+        record.add(None, np.full(len(load), moves), 0.0, step)
+    return record.outcome(forecast)
 
 
 HARDWARE = Hardware(1e6, tokens_per_second=1e4, bytes_per_second=1e12, expert_overhead_tokens=0)
@@ -153,9 +154,9 @@ def test_loads_outside_of_the_table_are_refused(tmp_path, monkeypatch, capsys):
     assert "measured up to 16,384; give --tokens-per-step of at most 16384" in said
     times = gpu_times("h100_sxm", GPTOSS, "gpt_oss_20b")
     with pytest.raises(ValueError, match=r"outside of the measured table: 64 devices, .* measured on up to 32"):
-        times.check(replayed("last", [8] * 64))
+        times.check(as_stream(np.full((4, 1, 64), 8)), 64, 1)
     with pytest.raises(ValueError, match=r"80 experts on a device, .* measured with up to 32; give more --devices"):
-        times.check(replayed("last", [8], extra=40))
+        times.check(as_stream(np.full((4, 1, 64), 8)), 1, 80)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +205,13 @@ def test_a_layer_that_nobody_measured_is_called_an_estimate():
 
 def test_more_tokens_keep_the_shares_and_fewer_are_drawn_from_them():
     recorded = read_loads(GPTOSS)
-    more, fewer = at_step_size(recorded, 2048, 4), at_step_size(recorded, 64, 4)
-    assert (more.loads == 4 * recorded.loads).all()
+    stream = as_stream(recorded)
+    more, fewer = (at_step_size(stream, tokens, 4) for tokens in (2048, 64))
+    loads = {name: np.stack([step.load for step in each.steps()]) for name, each in (("more", more), ("fewer", fewer))}
+    assert (loads["more"] == 4 * recorded.loads).all()
     assert StepSize.of(fewer, 4).tokens_per_step == 64
-    assert (fewer.loads <= recorded.loads).all()
-    assert (fewer.loads == at_step_size(recorded, 64, 4).loads).all()
-    assert StepSize.of(recorded, 4) == StepSize(512, 64, 512)
-    silent = RecordedLoads("made up", np.concatenate([recorded.loads, np.zeros_like(recorded.loads[:, :1])], 1))
-    assert StepSize.of(silent, 4).tokens_per_step == 512
+    assert (loads["fewer"] <= recorded.loads).all()
+    assert all((step.load == load).all() for step, load in zip(fewer.steps(), loads["fewer"], strict=True))
+    assert StepSize.of(stream, 4) == StepSize(512, 64, 512)
+    silent = np.concatenate([recorded.loads, np.zeros_like(recorded.loads[:, :1])], 1)
+    assert StepSize.of(as_stream(silent), 4).tokens_per_step == 512
