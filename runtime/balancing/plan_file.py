@@ -168,7 +168,7 @@ def read_document(path: Path) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+        raise ValueError(f"{path} is not JSON ({error}), expected a plan") from None
 
 
 def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
@@ -181,7 +181,9 @@ def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text ({error})") from None
+        raise ValueError(
+            f"{path} is no text ({error}), expected a plan; `switchcast export {path}` makes one of recorded loads"
+        ) from None
 
 
 def check_size(path: Path, most_bytes: int = MOST_BYTES) -> None:
