@@ -1,5 +1,6 @@
 # make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
 # make gpu   what only a GPU can show, in one folder under docs/results   make peers  other projects' own code and tests
+# make bench   all that two CPU cores can show, in one folder
 # make stress   random cases, damaged files: docs/reliability.md
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ IMPORTS := import train; from predictor.recurrence import compile_kernels; compi
 KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
 	balancer.compile_kernels(); dispatch.compile_kernels()
 
-.PHONY: run test smoke gpu peers peers-engines peers-transformers stress clean
+.PHONY: run test smoke gpu bench peers peers-engines peers-transformers stress clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -40,6 +41,10 @@ smoke: .venv/ready
 # Tests, exactness, benchmarks and sanitizers on all GPUs; outputs/predictor is trained first if it does not exist.
 gpu: .venv/ready
 	@$(BIN)/python -m benchmarks.gpu
+
+# Benchmarks for two CPU cores, in one folder under docs/results; under 40 minutes.
+bench: .venv/ready
+	@$(BIN)/python -m benchmarks.bench
 
 # Both parts run, whichever fails. peers-engines: SGLang's and vLLM's own placement code reads our plans and carries out
 # our moves; the pinned wheels are unpacked into outputs/peers. peers-transformers: transformers' own tests of three

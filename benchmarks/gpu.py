@@ -9,7 +9,6 @@ files: read them before you send them. Without a GPU nothing runs (exit code 2);
 """
 
 import json
-import re
 import shutil
 import sys
 from datetime import date
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.support.steps import Step, run_all
+from benchmarks.support.steps import Step, results_folder, run_all
 from data.cli import from_command_line, user_errors
 from data.files import check_new
 
@@ -167,12 +166,10 @@ def gpu(predictor: Path | None = None, out: Path | None = None) -> int:
     if not gpus:
         raise ValueError("torch finds no CUDA device; run this on a machine with a GPU and a torch built for CUDA")
     device = torch.cuda.get_device_name(0)
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    today = date.today().isoformat()
-    out = out or Path("docs/results") / f"{slug}-{today}"
+    out = out or results_folder(device)
     check_new(out)
     predictor = predictor or (DEFAULT if (DEFAULT / "config.json").exists() else None)
-    done = run_all(all_steps(gpus, predictor, Path("outputs/gpu")), out, f"{gpus} x {device}, {today}")
+    done = run_all(all_steps(gpus, predictor, Path("outputs/gpu")), out, f"{gpus} x {device}, {date.today()}")
     failed = [step["name"] for step in done if step["status"] != "ok"]
     print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
     print(json.dumps({"out": str(out), "steps": len(done), "failed": failed}))

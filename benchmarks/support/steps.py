@@ -3,12 +3,14 @@
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,12 @@ def machine() -> dict[str, Any]:
         "changed_files": len(_output("git", "status", "--porcelain").splitlines()),
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
     }  # fmt: skip
+
+
+def results_folder(hardware: str) -> Path:
+    """Where results of some hardware go today: docs/results/, its name and the date."""
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    return Path("docs/results") / f"{slug}-{date.today().isoformat()}"
 
 
 def _output(*command: str) -> str:

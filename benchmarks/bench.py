@@ -1,0 +1,100 @@
+"""All benchmarks that two CPU cores can show, in one folder that can be sent and compared; under 40 minutes.
+
+    make bench
+    python -m benchmarks.bench --out docs/results/my-machine-2026-11-27
+
+Each step is a command with a timeout; if it fails, that is recorded and the next one runs. The folder holds what every
+step printed, its JSON document, and a README.md with a table of all steps, versions and commands. Predictor and model
+are made first where they do not exist. If a step fails, the exit code is 1.
+"""
+
+import json
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+
+from benchmarks.support.steps import Step, results_folder, run_all
+from data.cli import from_command_line, user_errors
+from data.files import check_new
+
+PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
+FAMILY, FAMILY_TRACE = Path("outputs/qwen3-mini-64/predictor"), Path("outputs/traces/qwen3-mini-64")
+LARGE = Path("outputs/switch-base-64")
+
+
+def python(module: str, *words: object) -> list[str]:
+    """A module as a command."""
+    return [sys.executable, "-m", module, *map(str, words)]
+
+
+def preparation() -> list[Step]:
+    """What the steps need and is not there yet: trace, predictor, and a model of switch-base's sizes."""
+    steps = []
+    if not (PREDICTOR / "config.json").exists():
+        steps.append(Step("predictor", [sys.executable, "train.py", "--predictor", str(PREDICTOR)], 1200))
+    if not (LARGE / "config.json").exists():
+        made = "--out", LARGE, "--experts", 64, "--blocks", 4, "--capacity", 16
+        steps.append(Step("model", python("benchmarks.support.make_switch", *made), 600))
+    return steps
+
+
+def measurements() -> list[Step]:
+    """The benchmarks."""
+    forecasts = "--predictor", PREDICTOR
+    steps = [
+        Step("main-job", python("runtime.infer", *forecasts, "--out", "outputs/bench/infer"), 300),
+        Step("ablation", python("benchmarks.ablation", *forecasts, "--trace", TRACE), 300),
+        Step("paper-speed", python("benchmarks.paper_speed", "--repeats", 7), 600),
+        Step("paper-quality", python("benchmarks.paper_quality", *forecasts, "--batches", 40), 300),
+        Step("one-device", python("benchmarks.one_device", "--repeats", 3), 300),
+        Step("replication", python("benchmarks.expert_parallel", "--steps", 40), 400),
+        Step("tiers", python("benchmarks.tiers", *forecasts, "--turns", 3), 600),
+        Step("workloads", python("benchmarks.drift"), 200),
+        Step("planner", python("benchmarks.planner", "--devices", 8, 32, 64, 128), 300),
+    ]
+    if (FAMILY / "config.json").exists():  # training it takes as long as all steps together
+        family = "--predictor", FAMILY, "--trace", FAMILY_TRACE
+        steps.insert(2, Step("ablation-family", python("benchmarks.ablation", *family), 300))
+    return steps
+
+
+def processor() -> str:
+    """The processor's name without marks and speed, such as "intel xeon"."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    words = name.split("@")[0].replace("(R)", "").replace("(TM)", "").replace("CPU", "").split()
+    return " ".join(words) or platform.machine()
+
+
+def bench(out: Path | None = None) -> int:
+    """Runs every benchmark and writes one folder with all results.
+
+    Args:
+        out: Folder of the results; by default docs/results/, the processor's name and the date.
+
+    Returns:
+        The number of steps that failed.
+
+    Raises:
+        ValueError: If the folder exists already.
+    """
+    out = out or results_folder(processor())
+    check_new(out)
+    done = run_all(preparation() + measurements(), out, f"{processor()}, {date.today()}")
+    failed = [step["name"] for step in done if step["status"] != "ok"]
+    print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
+    print(json.dumps({"out": str(out), "steps": len(done), "failed": failed}))
+    return len(failed)
+
+
+def main() -> None:
+    """Command line; the last line of stdout is one JSON document."""
+    with user_errors():
+        failed = from_command_line(bench)
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
