@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from data.traces.load_stream import LoadStream, Step
+from data.traces.loads import MOST_TOKENS
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ def at_step_size(stream: LoadStream, tokens: float, top_k: int) -> LoadStream:
         top_k: Experts of a token.
 
     Raises:
-        ValueError: If `tokens` is not above 0.
+        ValueError: If `tokens` is not above 0, or larger than counts can be.
     """
     if not 0 < tokens < float("inf"):
         raise ValueError(f"tokens_per_step is {tokens}, expected a finite number above 0")
     factor = tokens / StepSize.of(stream, top_k).tokens_per_step
+    if stream.most_tokens * factor > MOST_TOKENS:
+        raise ValueError(f"tokens_per_step is {tokens:g}, expected at most {MOST_TOKENS} assignments in any step")
     return LoadStream.read(stream.name, partial(_scaled, stream, factor), stream.empty_steps)
 
 

@@ -180,6 +180,7 @@ def test_loads_outside_of_the_table_are_refused(tmp_path, monkeypatch, capsys):
             "--like, --precision and sizes of experts are for --gpu; add that, or leave them out",
         ),
         (["--gpu", "h100_sxm", "--like", "gpt_oss_20b", "--tokens-per-step", "0"], "tokens_per_step is 0.0, expected"),
+        (["--tokens-per-step", "1e30"], "tokens_per_step is 1e+30, expected at most 9007199254740992 assignments"),
         (
             ["--gpu", "h100_sxm", "--like", "gpt_oss_20b", "--tokens-per-step", "64", "--forecast", "own"],
             "forecast own reads tokens, but tokens_per_step keeps counts alone",
