@@ -200,7 +200,8 @@ def _numpy(path: Path, num_experts: int | None) -> Counts:
     if path.suffix == ".npz" and names:
         routed = ROUTED in names
         if KEY not in names and not routed:
-            raise ValueError(f"{path} holds {sorted(names)}, expected the key '{KEY}' or '{ROUTED}'")
+            hint = "; `python -m data.convert` makes a trace of requests token by token" if "tokens" in names else ""
+            raise ValueError(f"{path} holds {sorted(names)}, expected the key '{KEY}' or '{ROUTED}'{hint}")
         names = [ROUTED if routed else KEY]
     (array,) = read_arrays(path, names or None).values()
     if routed:

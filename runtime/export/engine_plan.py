@@ -79,7 +79,7 @@ def numbers_needed(saved: SavedPlan, engine: str) -> Sequence[int]:
     if numbers is None:
         raise ValueError(
             f"{engine} numbers all layers of a model, dense ones too, and the plan does not say which layers its "
-            f"{count} rows are for; give --model FOLDER, or --layers such as 3-60"
+            f"{count} rows are for; give --model FOLDER, or --hidden-layers and --layers, such as 61 and 3-60"
         )
     return numbers
 
