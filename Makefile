@@ -42,7 +42,7 @@ smoke: .venv/ready
 gpu: .venv/ready
 	@$(BIN)/python -m benchmarks.gpu
 
-# Benchmarks for two CPU cores, in one folder under docs/results; under 40 minutes.
+# Benchmarks for two CPU cores, in one folder under docs/results.
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks.bench
 

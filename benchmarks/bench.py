@@ -1,4 +1,4 @@
-"""All benchmarks that two CPU cores can show, in one folder that can be sent and compared; under 40 minutes.
+"""All benchmarks that two CPU cores can show, in one folder that can be sent and compared.
 
     make bench
     python -m benchmarks.bench --out docs/results/my-machine-2026-11-27
