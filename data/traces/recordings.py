@@ -1,5 +1,6 @@
 """Where recordings are: which files and folders are one recording each."""
 
+import re
 from pathlib import Path
 
 TRACE_JSON = "trace.json"
@@ -11,7 +12,8 @@ FILES = (".npy", ".npz", ".jsonl", ".pt")
 
 
 def recordings(path: Path) -> list[Path]:
-    """The recordings at a path: itself, or all files and folders in a folder that are recordings, in order of names.
+    """The recordings at a path: itself, or all files and folders in a folder that are recordings, in order of names,
+    in which numbers count as numbers.
 
     Raises:
         ValueError: If a folder holds none.
@@ -28,12 +30,17 @@ def recordings(path: Path) -> list[Path]:
 
 def _within(folder: Path) -> list[Path]:
     found = []
-    for child in sorted(folder.iterdir()):
+    for child in sorted(folder.iterdir(), key=_in_order):
         if child.is_dir():
             found += [child] if _is_one(child) else _within(child)
         elif child.suffix in FILES:
             found.append(child)
     return found
+
+
+def _in_order(path: Path) -> list[tuple[int, str]]:
+    """Numbers in a name count as numbers: part2 comes before part10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
 def _is_one(folder: Path) -> bool:

@@ -129,6 +129,11 @@ def compare_policies(
         traffic = StepSize.of(stream, top_k, traffic.tokens_per_step)
     num_experts = stream.num_experts
     check_division(num_experts, num_devices, num_redundant_experts)
+    if num_experts % num_devices:
+        raise ValueError(
+            f"{num_experts} experts do not divide over {num_devices} devices; policies are compared with none, where "
+            "every device has as many experts: choose a number of devices that divides the experts"
+        )
     names = forecasts or usual_forecasts(stream, predictor is not None and tokens_per_step is None)
     policies = Policies(
         num_devices,

@@ -6,7 +6,10 @@ A job's report is kept in `OUT/jobs` as soon as the job has ended; a sweep that 
 long as settings, files and code are the same.
 """
 
+import hashlib
 import itertools
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from runtime.simulate.job import Job
 from runtime.simulate.sweep_report import plot
 from runtime.simulate.workers import results
 
+log = logging.getLogger(__name__)
 GRID = ("devices", "redundant", "max_moves", "tokens_per_step", "gpu")
 """Settings of which a sweep may try several."""
 
@@ -80,7 +84,8 @@ def sweep(
         ValueError: If no job could be run; the reason of the first one.
     """
     kept = {number: out / "jobs" / f"{job.identity}.json" for number, job in enumerate(jobs)}
-    found = {number: read_json(path) for number, path in kept.items() if path.exists()}
+    earlier = {number: _earlier(path) for number, path in kept.items() if path.exists()}
+    found = {number: result for number, result in earlier.items() if result is not None}
     resumed = len(found)
     left = [number for number in kept if number not in found]
     ready = [_prepared(jobs[number]) for number in left]
@@ -90,7 +95,7 @@ def sweep(
             number = left[place]
             found[number] = result
             if "report" in result:
-                write_json(kept[number], result)
+                write_json(kept[number], result | {"sha256": _digest(result["report"])})
             progress.advance(bar)
     if all("refused" in result for result in found.values()):
         raise ValueError(found[0]["refused"])
@@ -99,6 +104,22 @@ def sweep(
     write_json(out / "sweep.json", report)
     plot(report, out / "sweep.png")
     return report
+
+
+def _earlier(path: Path) -> dict[str, Any] | None:
+    """What is kept of an earlier run; None, and a warning, where the file is no longer what was written."""
+    try:
+        result = read_json(path)
+    except ValueError:
+        result = {}
+    if result.get("sha256") == _digest(result.get("report")):
+        return result
+    log.warning("%s was edited or cut short; its job is done again", path)
+    return None
+
+
+def _digest(report: Any) -> str:
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
 
 
 def run_job(job: Job) -> dict[str, Any]:

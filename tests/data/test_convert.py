@@ -48,13 +48,15 @@ def test_a_folder_of_recordings_becomes_one_trace_in_order_of_names(tmp_path, mo
     monkeypatch.setattr(data.convert, "SHARD_STEPS", 4)
     parts = tmp_path / "parts"
     parts.mkdir()
-    for number, steps in enumerate(np.split(COUNTS, [1, 4])):
-        np.save(parts / f"{number}.npy", steps)
+    for number, steps in zip((1, 2, 10), np.split(COUNTS, [1, 4]), strict=True):
+        np.save(parts / f"part{number}.npy", steps)
     stored = convert(parts, tmp_path / "trace")
     assert np.array_equal(stored.loads(), COUNTS)
     assert [shard["batches"] for shard in stored.about["shards"]] == [4, 1]
-    np.save(parts / "9.npy", COUNTS[:, :2])
-    with pytest.raises(ValueError, match=r"9.npy has \(2, 8\) layers and experts, the recordings before it \(3, 8\)"):
+    np.save(parts / "part11.npy", COUNTS[:, :2])
+    with pytest.raises(
+        ValueError, match=r"part11.npy has \(2, 8\) layers and experts, the recordings before it \(3, 8\)"
+    ):
         convert(parts, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

@@ -75,12 +75,19 @@ def test_workers_find_what_one_process_finds(folder, tmp_path, ray):
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
-def test_a_sweep_goes_on_where_it_was_left(folder, tmp_path):
+def test_a_sweep_goes_on_where_it_was_left(folder, tmp_path, caplog):
     given = {**QUICK, "devices": 4, "redundant": "4,8", "max_moves": None, "tokens_per_step": None, "gpu": None}
     made = grid(folder / "a.npz", given)
     sweep(made[:1], tmp_path, processes=1)
     report = sweep(made, tmp_path, processes=1)
     assert report["resumed"] == 1
+    kept = sorted((tmp_path / "jobs").glob("*.json"))
+    kept[0].write_text(kept[0].read_text()[:300])
+    kept[1].write_text("{}")
+    again = sweep(made, tmp_path, processes=1)
+    assert again["resumed"] == 0
+    assert caplog.text.count("was edited or cut short; its job is done again") == 2
+    assert sweep(made, tmp_path, processes=1)["resumed"] == 2
     other = Job(**{**QUICK, "loads": folder / "a.npz", "devices": 4, "redundant": 4, "steps": 5})
     assert other.identity != made[0].identity
 
