@@ -8,15 +8,13 @@ step printed, its JSON document, and a README.md with a table of all steps, vers
 are made first where they do not exist. If a step fails, the exit code is 1.
 """
 
-import json
 import platform
 import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks.support.steps import Step, results_folder, run_all
+from benchmarks.support.steps import Step, results_folder, run_and_say
 from data.cli import from_command_line, user_errors
-from data.files import check_new
 
 PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
 FAMILY, FAMILY_TRACE = Path("outputs/qwen3-mini-64/predictor"), Path("outputs/traces/qwen3-mini-64")
@@ -80,13 +78,8 @@ def bench(out: Path | None = None) -> int:
     Raises:
         ValueError: If the folder exists already.
     """
-    out = out or results_folder(processor())
-    check_new(out)
-    done = run_all(preparation() + measurements(), out, f"{processor()}, {date.today()}")
-    failed = [step["name"] for step in done if step["status"] != "ok"]
-    print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
-    print(json.dumps({"out": str(out), "steps": len(done), "failed": failed}))
-    return len(failed)
+    name = processor()
+    return run_and_say(preparation() + measurements(), out or results_folder(name), f"{name}, {date.today()}")
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ step printed, its JSON document, and a README.md with a table of all steps, vers
 files: read them before you send them. Without a GPU nothing runs (exit code 2); if a step fails, the exit code is 1.
 """
 
-import json
 import shutil
 import sys
 from datetime import date
@@ -16,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.support.steps import Step, results_folder, run_all
+from benchmarks.support.steps import Step, results_folder, run_and_say
 from data.cli import from_command_line, user_errors
-from data.files import check_new
 
 INFER, EXPERTS, SLOTS = "runtime.infer", 64, 2
 """The command that is checked; experts of the replication benchmark, and replica slots of each of its devices."""
@@ -166,14 +164,9 @@ def gpu(predictor: Path | None = None, out: Path | None = None) -> int:
     if not gpus:
         raise ValueError("torch finds no CUDA device; run this on a machine with a GPU and a torch built for CUDA")
     device = torch.cuda.get_device_name(0)
-    out = out or results_folder(device)
-    check_new(out)
     predictor = predictor or (DEFAULT if (DEFAULT / "config.json").exists() else None)
-    done = run_all(all_steps(gpus, predictor, Path("outputs/gpu")), out, f"{gpus} x {device}, {date.today()}")
-    failed = [step["name"] for step in done if step["status"] != "ok"]
-    print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
-    print(json.dumps({"out": str(out), "steps": len(done), "failed": failed}))
-    return len(failed)
+    steps = all_steps(gpus, predictor, Path("outputs/gpu"))
+    return run_and_say(steps, out or results_folder(device), f"{gpus} x {device}, {date.today()}")
 
 
 def main() -> None:

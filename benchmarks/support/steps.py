@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from data.files import whole_file, write_json
+from data.files import check_new, whole_file, write_json
 
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "safetensors", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 SETTINGS = ("CUDA_", "NCCL_", "TORCH_", "OMP_", "PYTORCH_")
@@ -159,6 +159,20 @@ def run_all(steps: list[Step], out: Path, title: str) -> list[dict[str, Any]]:
         with whole_file(out / "README.md") as aside:
             aside.write_text(page(title, facts, done, out))
     return done
+
+
+def run_and_say(steps: list[Step], out: Path, title: str) -> int:
+    """Runs steps as `run_all` does, says how many are ok, and prints a JSON document; returns how many failed.
+
+    Raises:
+        ValueError: If the folder exists already.
+    """
+    check_new(out)
+    done = run_all(steps, out, title)
+    failed = [step["name"] for step in done if step["status"] != "ok"]
+    print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
+    print(json.dumps({"out": str(out), "steps": len(done), "failed": failed}))
+    return len(failed)
 
 
 def page(title: str, facts: dict[str, Any], done: list[dict[str, Any]], out: Path) -> str:

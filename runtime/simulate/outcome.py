@@ -18,6 +18,10 @@ BLOCK = 64
 """Steps whose times are computed together."""
 BINS = 100_000
 """Bins between 0 and 1 by which balancedness is counted for its quantiles."""
+COLUMNS = (
+    "balance", "carrying", "mean_load", "largest_load", "arrivals", "seconds", "move_seconds", "plan_ms", "split_us"
+)  # fmt: skip
+"""Attributes of an outcome with one number for each step, in the order in which `Record` keeps them."""
 
 
 class StepTimes(Protocol):
@@ -196,9 +200,3 @@ class Record:
             np.searchsorted(below, number, side="right") / BINS for number in (np.floor(place), np.ceil(place))
         )
         return float(lower + (upper - lower) * (place % 1))
-
-
-COLUMNS = (
-    "balance", "carrying", "mean_load", "largest_load", "arrivals", "seconds", "move_seconds", "plan_ms", "split_us"
-)  # fmt: skip
-"""Attributes of an outcome with one number for each step, in the order in which `Record` keeps them."""

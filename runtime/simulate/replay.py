@@ -74,11 +74,12 @@ def forecast_steps(forecaster: Forecaster, stream: LoadStream, start: int, stop:
     The forecaster sees the last `HISTORY` loads of all layers, as in the engine. A forecaster that learns while it
     serves observes each step after its forecast.
     """
-    layers = stream.layers if len(stream.layers) < stream.num_layers else slice(None)
-    past, milliseconds = _Window(stream.num_layers, stream.num_experts), 0.0
+    layers, milliseconds = stream.layers, 0.0
+    past, carried = (_Window(count, stream.num_experts) for count in (stream.num_layers, len(layers)))
     steps = islice(stream.steps(), stop)
     for step in islice(steps, start):
         past.add(step.load)
+        carried.add(step.load[layers])
     for number, step in enumerate(steps, start):
         if isinstance(forecaster, TrueLoad):
             forecaster.load = step.load
@@ -88,9 +89,11 @@ def forecast_steps(forecaster: Forecaster, stream: LoadStream, start: int, stop:
         kept = replace(
             made, share=made.share[layers], tokens=made.tokens[layers], spread=made.spread[layers], made_at=number
         )
-        yield ForecastStep(kept, past.loads[:, layers], step.load[layers], milliseconds)
+        load = step.load[layers]
+        yield ForecastStep(kept, carried.loads, load, milliseconds)
         milliseconds = _observed(forecaster, step)
         past.add(step.load)
+        carried.add(load)
 
 
 def _observed(forecaster: Forecaster, step: Step) -> float:

@@ -1,4 +1,4 @@
-"""Results of outcomes: figures for the JSON document, the verdict in a frame, a table, a picture."""
+"""Outcomes as people read them: figures for the JSON document, the verdict in a frame, a table, a picture."""
 
 from pathlib import Path
 from typing import Any
