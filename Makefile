@@ -42,7 +42,7 @@ smoke: .venv/ready
 gpu: .venv/ready
 	@$(BIN)/python -m benchmarks.gpu
 
-# Benchmarks for two CPU cores, in one folder under docs/results.
+# Benchmarks for two CPU cores, in one folder under docs/results; about 25 minutes, and 4 more to train a predictor.
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks.bench
 
