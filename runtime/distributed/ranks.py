@@ -33,6 +33,9 @@ EMULATED_DEVICES = 8
 FOR_EVER = timedelta(days=365)
 """Timeout of groups in which a rank may be late without being lost."""
 _opened = 0
+_stores: dict[tuple[str | None, ...], Any] = {}
+"""One store a job, kept until the process ends: were it rank 0's to open anew each time, a rank that opens before rank
+0 has closed would join the old one."""
 
 
 class Ranks:
@@ -115,8 +118,11 @@ class Ranks:
         alone finds out who is lost.
         """
         timeout, cuda = timedelta(seconds=self.timeout_s), self.device.type == "cuda"
-        store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=timeout))
-        self._store: Any = dist.PrefixStore(f"switchcast/{_opened}", store)  # type: ignore[attr-defined]
+        job = tuple(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+        if job not in _stores:
+            _stores[job] = next(rendezvous("env://", self.rank, self.world, timeout=timeout))[0]
+        _stores[job].set_timeout(timeout)
+        self._store: Any = dist.PrefixStore(f"switchcast/{_opened}", _stores[job])  # type: ignore[attr-defined]
         use_device(self.device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=self._store, rank=self.rank, world_size=self.world,

@@ -14,6 +14,7 @@ import runtime.engine.controller
 from data.models.layout import MoELayout
 from data.models.model import LoadedModel
 from predictor.baselines.history import LastBatch
+from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import ModelBatch
 from runtime.engine.engine import Engine
 from tests.conftest import small_switch
@@ -192,6 +193,23 @@ def lonely(rank: int) -> str:
 def test_a_rank_that_never_connects_times_out():
     alone, _ = on_ranks(2, lonely, timeout_s=30)
     assert alone.startswith("RankLostError: 2 processes did not meet in 2 s"), alone
+
+
+def opens(rank: int) -> None:
+    with Ranks(timeout_s=10, device="cpu") as ranks:
+        ranks.exchange("name", rank)
+        if rank == 0:
+            threading.Event().wait(0.5)  # rank 1 opens again meanwhile
+
+
+def opens_twice(rank: int) -> str:
+    opens(rank)
+    opens(rank)
+    return "met"
+
+
+def test_a_rank_that_opens_again_before_rank_0_has_closed_waits_for_it():
+    assert on_ranks(2, opens_twice, timeout_s=30) == ["met", "met"]
 
 
 def one_predicts(rank: int) -> str:
