@@ -1,6 +1,7 @@
 # make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
 # make gpu   what only a GPU can show, in one folder under docs/results   make peers  other projects' own code and tests
 # make bench   all that two CPU cores can show, in one folder
+# make docs   the documentation as a site in outputs/site
 # make stress   random cases, damaged files: docs/reliability.md
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ IMPORTS := import train; from predictor.recurrence import compile_kernels; compi
 KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
 	balancer.compile_kernels(); dispatch.compile_kernels()
 
-.PHONY: run test smoke gpu bench peers peers-engines peers-transformers stress clean
+.PHONY: run test smoke docs gpu bench peers peers-engines peers-transformers stress clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -65,6 +66,11 @@ peers-transformers: .venv/ready
 stress: .venv/ready
 	@$(BIN)/python -m stress.exactness
 	@$(BIN)/python -m stress.fuzz
+
+# A warning is an error. Without network; open outputs/site/index.html.
+docs: .venv/ready
+	@$(BIN)/python -m sphinx -qW --keep-going -E -c docs -d outputs/site.trees . outputs/site
+	@echo "outputs/site/index.html"
 
 # uv installs in a fifth of pip's time; where it cannot be had, pip does the same. The stamp is written last, so that a
 # set-up that was interrupted starts over.

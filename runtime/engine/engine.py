@@ -232,7 +232,7 @@ class Engine:
 
         Args:
             batches: What a tokenizer returns (`input_ids`, `attention_mask`), with `decoder_input_ids` or `labels` if
-                the decoder of an encoder-decoder model is to be fed more than its start token; or `ModelBatch`es.
+                the decoder of an encoder-decoder model is to be fed more than its start token; or `ModelBatch` objects.
 
         Raises:
             RankLostError: If another rank is gone.
