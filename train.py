@@ -31,14 +31,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from rich.console import Console
-from rich.progress import track
 
 from data.arrays import IntArray
 from data.cli import OneLine, print_json, user_errors
 from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
 from data.models.weights import BUNDLED
+from data.progress import track
 from predictor.adaptive import AdaptiveForecaster
 from predictor.baselines.history import FREE
 from predictor.baselines.token_table import TokenTable
@@ -144,26 +143,26 @@ def train(cli: TrainCLI, run_log: RunLog) -> dict[str, Any] | None:
 
 def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
     """Calibrates and scores the best network, and writes the predictor folder."""
-    model, data, bar = cli.model, cli.datamodule, partial(track, console=Console(stderr=True))
+    model, data = cli.model, cli.datamodule
     model.load_best()
     about: dict[str, Any] = {"provenance": provenance(model.seconds, model.cpu_seconds)}
     about["trained_on"] = data.trace.trained_on
     learned = model.forecaster()
-    learned.spread = calibrate_spread(learned, bar(data.samples("val"), "Calibrating"))
+    learned.spread = calibrate_spread(learned, track(data.samples("val"), "Calibrating"))
     adaptive = AdaptiveForecaster(learned, *learned.shape)
-    errors = load_errors([adaptive, *FREE.values()], bar(data.samples("val"), "Validating"), data.layout)
+    errors = load_errors([adaptive, *FREE.values()], track(data.samples("val"), "Validating"), data.layout)
     about[VALIDATION] = {name: round(error, 4) for name, error in errors.items()}
     state = adaptive.state()  # what the folder begins with: without the test batches
     divides = data.layout.num_experts % DEVICES == 0
     replicators = {count: partial(balancedness_of, data.layout, count) for count in REDUNDANT if divides}
     others, count = rivals(data), data.splits.count("test")
     ladder = compare_forecasters(
-        [*others, learned, adaptive], data, replicators, partial(bar, description="Testing", total=count)
+        [*others, learned, adaptive], data, replicators, partial(track, description="Testing", total=count)
     )
     about["metrics"] = details(ladder)
     table = next(rival for rival in others if isinstance(rival, TokenTable))
     about["segments"] = segment_errors(
-        [table, learned], data, partial(bar, description="Testing segments", total=count)
+        [table, learned], data, partial(track, description="Testing segments", total=count)
     )
     with predictor_folder(folder, cli.config["overwrite"]) as new:
         save_predictor(new, learned, about)

@@ -5,21 +5,28 @@ A command's `main` is `with user_errors(): from_command_line(function)`. A parse
 """
 
 import json
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, auto_cli, get_loader, set_loader
 
 from data.errors import one_line
 
 DEEPEST = 50
+KINDS = {
+    "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false",
+    "<class 'str'>": "text", "<class 'list'>": "a list", "tuple with 2 elements": "a list of 2",
+}  # fmt: skip
+"""What values of a type are called, by the type as jsonargparse names it; those of Literal are listed."""
+NOTHING = "<class 'NoneType'>"
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
@@ -37,13 +44,65 @@ class OneLine(Base):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | settings)
 
+    def parse_args(self, args: Any = None, *more: Any, **settings: Any) -> Any:
+        """Parses arguments, none of which may be empty."""
+        refuse_empty(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, *more, **settings)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ValueError, which `user_errors` prints."""
-        raise ValueError(f"{message}; see --help")
+        raise ValueError(f"{self._plain(message)}; see --help")
+
+    def _plain(self, message: str) -> str:
+        """A message of jsonargparse about a value in plain words: option, value, what was expected."""
+
+        def option(key: re.Match[str]) -> str:
+            return f"--{key[1]}" if f"--{key[1]}" in self._option_string_actions else key[1]
+
+        message = re.sub(r'Parser key "([\w.]+)"', option, message)
+        found = re.fullmatch(r"(\S+):(.*)(?:\. Got|\n *Given) value: (.*)", message, re.DOTALL)
+        kinds = re.findall(r"Expected an? (.*?)(?=\. Got value|\n|$)", found[2]) if found else []
+        words = [KINDS.get(kind) or " or ".join(re.findall("'.*?'", kind)) for kind in kinds if kind != NOTHING]
+        if found is None or not words or not all(words) or len(re.findall(r"\n *- ", found[2])) not in (0, len(kinds)):
+            return message  # a class, or several reasons
+        return f"{found[1]} is {found[3]!r}, expected {' or '.join(dict.fromkeys(words))}"
+
+
+class HyphenFormatter(DefaultHelpFormatter):
+    """Help with hyphens in the names of options."""
+
+    def format_help(self) -> str:
+        """The whole help, or the usage alone."""
+        return hyphenated(super().format_help())
 
 
 class OneLineParser(OneLine, ArgumentParser):
-    """jsonargparse's parser with `OneLine` errors."""
+    """jsonargparse's parser with `OneLine` errors, whose options are shown with hyphens."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HyphenFormatter} | settings)
+
+    def _plain(self, message: str) -> str:
+        return hyphenated(super()._plain(message))
+
+
+def hyphenated(text: str) -> str:
+    """A text in which options are written with hyphens: `--max-moves` for `--max_moves`."""
+    return re.sub(r"--\w[\w.]*", lambda option: option[0].replace("_", "-"), text)
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Refuses an empty argument: as a path, it would be the working folder.
+
+    Raises:
+        ValueError: Naming the option, or the place among the arguments.
+    """
+    for place, word in enumerate(words):
+        before = words[place - 1] if place else ""
+        option, equals, value = word.partition("=")
+        if not word or (option.startswith("--") and equals and not value):
+            name = option or (before if before.startswith("--") and "=" not in before else f"argument {place + 1}")
+            raise ValueError(f"{name} is empty; is a shell variable not set? Give a value, or leave it out")
 
 
 def load_yaml(text: str) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import Progress
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import held, read_json, sha256, write_json
@@ -24,6 +23,7 @@ from data.models.device import Device, pick_device
 from data.models.layout import MoELayout
 from data.models.model import Dtype, LoadedModel, load_model
 from data.models.weights import BUNDLED
+from data.progress import progress
 from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
 from data.text.corpus import OFFLINE
 from data.text.corpus_stream import corpus_splits, open_stream
@@ -130,18 +130,18 @@ def _write_shards(
         Of each batch of the stream the documents that were begun up to its end.
     """
     documents: list[int] = []
-    with Progress(console=Console(stderr=True), disable=ranks.rank > 0) as progress:
-        task, index = progress.add_task("tracing", total=total), 0
+    with progress(None if ranks.rank > 0 else Console(stderr=True)) as bars:
+        task, index = bars.add_task("tracing", total=total), 0
         while chunk := list(islice(stream, SHARD_BATCHES)):
             documents += [batch.documents for batch in chunk]
             if index % ranks.world == ranks.rank and _finished_shard(partial, index) is None:
                 traces = []
                 for batch in chunk:
                     traces += tracer.traces(batch)
-                    progress.advance(task)
+                    bars.advance(task)
                 shard = write_shard(partial / f"part-{index:05d}.parquet", traces, tracer.loaded.layout)
                 write_json(partial / f"shard-{index:05d}.json", shard)
-            progress.update(task, completed=min((index + 1) * SHARD_BATCHES, total))
+            bars.update(task, completed=min((index + 1) * SHARD_BATCHES, total))
             index += 1
     return documents
 

@@ -1,6 +1,10 @@
 """Messages of errors as one line of bounded length: libraries write pages, and values from damaged files are long."""
 
+import json
+from typing import Any
+
 LONGEST_LINE = 1000
+LONGEST_VALUE = 40
 
 
 def one_line(error: BaseException) -> str:
@@ -8,6 +12,16 @@ def one_line(error: BaseException) -> str:
     line = " ".join(str(error).split()) or type(error).__name__
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON or YAML document in the words of JSON, for messages: null, true, "text", a list of 3."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data.errors import shown
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """First bytes of the text that Git LFS leaves in place of a file until the file is fetched."""
 
@@ -120,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
         check_fetched(path)
         raise ValueError(f"{path} is not JSON ({error}); it was edited or cut short") from None
     if not isinstance(document, dict):
-        raise ValueError(f"{path} holds a {type(document).__name__}, expected a JSON object")
+        raise ValueError(f"{path} holds {shown(document)}, expected a JSON object")
     return document
 
 

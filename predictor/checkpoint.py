@@ -22,6 +22,7 @@ from torch import Tensor
 from data.files import check_fetched, read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
 from data.models.weights import read_embedding
+from data.traces.recordings import TRACE_JSON
 from predictor.adaptive import AdaptiveForecaster, State
 from predictor.forecaster import NeuralForecaster
 from predictor.hub import download_predictor, is_hub_id
@@ -77,10 +78,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a folder; expected a predictor written by `python train.py`, or the hub id 'owner/name' "
             "of one"
         )
-    config = read_json(folder / CONFIG)
-    if config.get("format_version") != FORMAT_VERSION:
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if "format_version" not in config:
+        hint = f"; it is a trace: `python train.py --data.trace {folder}` trains one" * (folder / TRACE_JSON).exists()
+        raise ValueError(f"{folder} holds no predictor; expected the folder that `python train.py` wrote{hint}")
+    if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / CONFIG} has format version {config.get('format_version')}; this version reads "
+            f"{folder / CONFIG} has format version {config['format_version']}; this version reads "
             f"{FORMAT_VERSION}; train the predictor again"
         )
     kinds = {"layout": dict, "architecture": dict, "weights_sha256": str}

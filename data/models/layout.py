@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.arrays import MOST_EXPERTS
+from data.errors import shown
 
 Stack = str  # "encoder" or "decoder"
 SWITCH = "switch_transformers"
@@ -129,7 +130,7 @@ class MoELayout:
             ValueError: If a field is missing or the fingerprint does not match the fields.
         """
         if not isinstance(document, dict):
-            raise ValueError(f"not a model layout but a {type(document).__name__}")
+            raise ValueError(f"not a model layout but {shown(document)}")
         fields = {key: value for key, value in document.items() if key != "fingerprint"}
         try:
             layout = cls(**fields)

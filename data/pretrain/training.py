@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from data.pretrain.recipe import Recipe, learning_rate
+from data.progress import progress
 
 
 def on_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -29,9 +29,9 @@ def fit(model: Any, family: ModuleType, batches: Iterator[dict[str, Tensor]], re
     """
     losses = []
     model.train()
-    with family.fast_experts(model), Progress(console=Console(stderr=True)) as progress:
+    with family.fast_experts(model), progress(Console(stderr=True)) as bars:
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-        task = progress.add_task("pretraining", total=recipe.steps)
+        task = bars.add_task("pretraining", total=recipe.steps)
         for step, batch in zip(range(recipe.steps), batches, strict=False):
             output = model(**on_device(batch, model), output_router_logits=True)
             optimizer.zero_grad()
@@ -41,7 +41,7 @@ def fit(model: Any, family: ModuleType, batches: Iterator[dict[str, Tensor]], re
                 group["lr"] = learning_rate(step, recipe)
             optimizer.step()
             losses.append(float(family.cross_entropy(output)))
-            progress.update(task, advance=1, description=f"pretraining, loss {np.mean(losses[-50:]):.3f}")
+            bars.update(task, advance=1, description=f"pretraining, loss {np.mean(losses[-50:]):.3f}")
     return losses
 
 

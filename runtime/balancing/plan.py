@@ -252,10 +252,12 @@ def check_division(num_experts: int, num_devices: int, num_redundant_experts: in
     if num_redundant_experts < 0:
         raise ValueError(f"{num_redundant_experts} redundant experts: expected 0 or more")
     if odd := (num_experts + num_redundant_experts) % num_devices:
+        most = (num_devices - 1) * num_experts  # every device holds every expert
         near = [num_redundant_experts - odd, num_redundant_experts - odd + num_devices]
+        choice = [str(redundant) for redundant in near if 0 <= redundant <= most] or [f"at most {most}"]
         raise ValueError(
             f"{num_experts} experts and {num_redundant_experts} redundant experts do not divide over {num_devices} "
-            f"devices; choose {' or '.join(str(redundant) for redundant in near if redundant >= 0)} redundant experts"
+            f"devices; choose {' or '.join(choice)} redundant experts"
         )
 
 
@@ -268,7 +270,7 @@ def check_nodes(num_devices: int, devices_per_node: int | None) -> None:
     if devices_per_node is not None and (devices_per_node < 1 or num_devices % devices_per_node):
         raise ValueError(
             f"devices_per_node is {devices_per_node}, which does not divide {num_devices} devices; choose a divisor, "
-            "or None for one node"
+            "or leave it out for one node"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.arrays import MOST_EXPERTS, IntArray
+from data.errors import shown
 from data.files import check_fetched, write_text
 from runtime.balancing.plan import EMPTY, ReplicationPlan
 
@@ -135,7 +136,7 @@ def plan_from(document: dict[str, Any], name: str) -> SavedPlan:
         ValueError: Naming the file and what is wrong.
     """
     if document.get("version") != VERSION:
-        raise ValueError(f"{name} has version {document.get('version')!r}, expected {VERSION}; update Switchcast")
+        raise ValueError(f"{name} has version {shown(document.get('version'))}, expected {VERSION}; update Switchcast")
     if odd := sorted(document.keys() ^ KEYS):
         kind = "lacks" if odd[0] in KEYS else "has the unknown entry"
         raise ValueError(f"{name} {kind} '{odd[0]}'; expected {', '.join(sorted(KEYS))}")
@@ -143,10 +144,10 @@ def plan_from(document: dict[str, Any], name: str) -> SavedPlan:
         _check_whole("devices", document["devices"], 1, MOST_EXPERTS)
         for key in ("model", "fingerprint"):
             if not isinstance(document[key], str):
-                raise ValueError(f"{key} is {document[key]!r}, expected text")
+                raise ValueError(f"{key} is {shown(document[key])}, expected text")
         numbers, homes = document["layers"], document["home_slots"]
         if not (numbers is None or isinstance(numbers, list)):
-            raise ValueError(f"layers is {numbers!r}, expected a list of layer numbers, or null")
+            raise ValueError(f"layers is {shown(numbers)}, expected a list of layer numbers, or null")
         plan = ReplicationPlan(
             equal_rows(slot_rows(document["phy2log"], "phy2log")), document["devices"],
             None if homes is None else equal_rows(slot_rows(homes, "home_slots")),
@@ -206,7 +207,7 @@ def slot_rows(value: Any, name: str) -> list[list[int]]:
         ValueError: Naming the entry and the first thing that is no id.
     """
     if not isinstance(value, list) or not value or len(value) > MOST_LAYERS:
-        size = f"{len(value)} rows" if isinstance(value, list) else f"a {type(value).__name__}"
+        size = f"{len(value)} rows" if isinstance(value, list) else shown(value)
         raise ValueError(f"{name} holds {size}, expected a list of 1 to {MOST_LAYERS} rows, one for each layer")
     return [slot_row(row, f"{name}, row {number}") for number, row in enumerate(value)]
 
@@ -218,11 +219,11 @@ def slot_row(row: Any, name: str) -> list[int]:
         ValueError: Naming the row and the first thing that is no id.
     """
     if not isinstance(row, list) or not row:
-        raise ValueError(f"{name} is {str(row)[:40]!r}, expected a list with the expert in each slot")
+        raise ValueError(f"{name} is {shown(row)}, expected a list with the expert in each slot")
     for slot, expert in enumerate(row):
         if type(expert) is not int or not EMPTY <= expert < MOST_EXPERTS:
             raise ValueError(
-                f"{name}, slot {slot} holds {str(expert)[:40]!r}, expected an expert from 0 to {MOST_EXPERTS - 1}, or "
+                f"{name}, slot {slot} holds {shown(expert)}, expected an expert from 0 to {MOST_EXPERTS - 1}, or "
                 "-1 for an empty slot"
             )
     return row
@@ -242,7 +243,7 @@ def equal_rows(rows: list[list[int]]) -> IntArray:
 
 def _check_whole(name: str, value: Any, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} holds {str(value)[:40]!r}, expected a whole number, {least} to {most}")
+        raise ValueError(f"{name} holds {shown(value)}, expected a whole number, {least} to {most}")
 
 
 def _refuse_constant(name: str) -> None:

@@ -79,7 +79,7 @@ class HomePlanner:
             )
         check_nodes(self.num_devices, self.devices_per_node)
         if self.max_moves is not None and self.max_moves < 0:
-            raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more, or None for no limit")
+            raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more; leave it out for no limit")
         if not 0 <= self.move_tokens < float("inf"):
             raise ValueError(f"move_tokens is {self.move_tokens}, expected a finite number, 0 or more")
         if self.expert_overhead_tokens < 0:

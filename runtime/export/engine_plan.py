@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from data.errors import shown
 from runtime.balancing.plan_file import SavedPlan
 
 Consequences = Mapping[str, str]
@@ -91,7 +92,7 @@ def as_mapping(value: Any, name: str) -> dict[Any, Any]:
         ValueError: If it is something else.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is {str(value)[:40]!r}, expected a mapping")
+        raise ValueError(f"{name} is {shown(value)}, expected a mapping")
     return value
 
 
@@ -102,7 +103,7 @@ def as_list(value: Any, name: str) -> list[Any]:
         ValueError: If it is something else, or empty.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} is {str(value)[:40]!r}, expected a list")
+        raise ValueError(f"{name} is {shown(value)}, expected a list")
     return value
 
 
@@ -113,5 +114,5 @@ def as_whole(value: Any, name: str, most: int) -> int:
         ValueError: If it is something else.
     """
     if type(value) is not int or not 0 <= value <= most:
-        raise ValueError(f"{name} is {str(value)[:40]!r}, expected a whole number, 0 to {most}")
+        raise ValueError(f"{name} is {shown(value)}, expected a whole number, 0 to {most}")
     return value

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import yaml
 
 from data.cli import load_yaml
-from data.errors import first_line
+from data.errors import first_line, shown
 from runtime.balancing.plan import EMPTY
 from runtime.balancing.plan_file import SavedPlan, check_size, is_plan, plan_from, plan_text, read_document, read_text
 from runtime.export.engine_plan import Consequences, EngineFormat, EnginePlan
@@ -65,9 +65,7 @@ def read_engine_plan(path: Path) -> EnginePlan:
         check_other_keys(document)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    kind = (
-        f"the keys {sorted(map(str, document))[:8]}" if isinstance(document, dict) else f"a {type(document).__name__}"
-    )
+    kind = f"the keys {sorted(map(str, document))[:8]}" if isinstance(document, dict) else shown(document)
     raise ValueError(f"{path} holds {kind}, expected a plan of {', '.join(FORMATS)}")
 
 

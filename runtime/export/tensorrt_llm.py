@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.arrays import MOST_EXPERTS
+from data.errors import shown
 from runtime.balancing.plan_file import MOST_LAYERS, SavedPlan, slot_row
 from runtime.export.engine_plan import Consequences, EnginePlan, as_mapping, as_whole, numbers_needed
 
@@ -59,9 +60,7 @@ class TensorRTLLMFormat:
         rows, problems = {}, []
         for key, row in maps.items():
             if type(key) is not int:
-                problems.append(
-                    f"has the layer {str(key)[:40]!r}, which is no whole number: TensorRT-LLM may not find it"
-                )
+                problems.append(f"has the layer {shown(key)}, which is no whole number: TensorRT-LLM may not find it")
             number = as_whole(int(key) if str(key).isascii() and str(key).isdigit() else key, "a layer", MOST_LAYERS)
             rows[number] = slot_row(row, f"layer {number}")
         if not rows:

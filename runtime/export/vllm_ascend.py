@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.arrays import MOST_EXPERTS
+from data.errors import shown
 from runtime.balancing.plan_file import MOST_LAYERS, SavedPlan, slot_row
 from runtime.export.engine_plan import Consequences, EnginePlan, as_list, as_mapping, as_whole
 
@@ -72,11 +73,11 @@ class VllmAscendFormat:
             ]
             if entry.get("layer_id") != place:
                 problems.append(
-                    f"has layer_id {str(entry.get('layer_id'))[:40]} at place {place}: vllm-ascend goes by the place"
+                    f"has layer_id {shown(entry.get('layer_id'))} at place {place}: vllm-ascend goes by the place"
                 )
             if entry.get("device_count", len(held)) != len(held):
                 problems.append(
-                    f"layer {place} has device_count {str(entry['device_count'])[:40]} and {len(held)} devices"
+                    f"layer {place} has device_count {shown(entry['device_count'])} and {len(held)} devices"
                 )
             if len({len(experts) for experts in held}) > 1:
                 problems.append(f"layer {place}: devices hold {sorted({len(experts) for experts in held})} experts: "

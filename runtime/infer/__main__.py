@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import track
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder, write_json
 from data.models.device import Device
 from data.models.model import Dtype, load_model
 from data.models.weights import BUNDLED
+from data.progress import track
 from data.text.batching import BatchingConfig
 from data.text.source import open_text
 from predictor.choice import Choice
@@ -169,7 +169,7 @@ def run(
             yield batch
 
     with verifier:
-        for output in track(engine.run(queued()), "inference", total=most, console=console):
+        for output in track(engine.run(queued()), "inference", most, console):
             with engine.ranks.watched():
                 phase, batch = queue.pop(0)
                 checks.append(verifier.check(batch, output, phase))

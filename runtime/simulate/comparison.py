@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import Progress
 
 from data.arrays import FloatArray, IntArray
 from data.files import whole_file, write_json
 from data.models.layout import MoELayout
+from data.progress import progress
 from data.traces.load_stream import LoadStream, Recorded, as_stream
 from predictor.baselines.history import LastBatch
 from runtime.balancing.eplb import ContiguousPlanner, EplbPlanner
@@ -212,11 +212,11 @@ def _replay_all(
     for step in islice(stream.steps(), setting.start):
         known += step.load[stream.layers]
     bare = ReplicationPlan.at_home(contiguous_homes(*known.shape), policies.num_devices, 0)
-    with Progress(console=console, transient=True, disable=console is None) as progress:
-        bar = progress.add_task("replay", total=(1 + len(policies.forecasts)) * (setting.stop - setting.start))
+    with progress(console, transient=True) as bars:
+        bar = bars.add_task("replay", total=(1 + len(policies.forecasts)) * (setting.stop - setting.start))
 
         def advance() -> None:
-            progress.advance(bar)
+            bars.advance(bar)
 
         evenly = replace(setting, splits=["even"])
         outcomes = replay(LastBatch(), {"contiguous": (ContiguousPlanner(), bare)}, stream, evenly, advance)

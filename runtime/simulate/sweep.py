@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from data.errors import one_line
 from data.files import read_json, write_json
+from data.progress import progress
 from data.traces.recordings import recordings
 from runtime.simulate.job import Job
 from runtime.simulate.sweep_report import plot
@@ -89,14 +89,14 @@ def sweep(
     resumed = len(found)
     left = [number for number in kept if number not in found]
     ready = [_prepared(jobs[number]) for number in left]
-    with Progress(console=console, transient=True, disable=console is None) as progress:
-        bar = progress.add_task("jobs", total=len(jobs), completed=resumed)
+    with progress(console, transient=True) as bars:
+        bar = bars.add_task("jobs", total=len(jobs), completed=resumed)
         for place, result in results(run_job, ready, processes, ray):
             number = left[place]
             found[number] = result
             if "report" in result:
                 write_json(kept[number], result | {"sha256": _digest(result["report"])})
-            progress.advance(bar)
+            bars.advance(bar)
     if all("refused" in result for result in found.values()):
         raise ValueError(found[0]["refused"])
     rows = [_row(job, found[number]) for number, job in enumerate(jobs)]

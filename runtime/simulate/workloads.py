@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from data.arrays import FloatArray, IntArray
 from data.cli import from_command_line, user_errors
 from data.files import whole_file
+from data.progress import track
 from runtime.balancing.balancer import Balancer
 
 STEPS, LAYERS, EXPERTS, TOKENS = 120, 4, 64, 4096
@@ -106,7 +105,7 @@ def write_workloads(folder: Path, seed: int = 0) -> None:
         folder: Folder to write into.
         seed: 0 makes the workloads of docs/simulator.md.
     """
-    for name in track(WORKLOADS, "workloads", console=Console(stderr=True)):
+    for name in track(WORKLOADS, "workloads"):
         with whole_file(folder / f"{name}.npz") as aside, aside.open("wb") as file:
             np.savez_compressed(file, counts=WORKLOADS[name](np.random.default_rng(seed)))
     print(f"{len(WORKLOADS)} workloads in {folder}")

@@ -4,6 +4,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_positional_nested_and_hyphenated(monkeypatch):
     [
         (["--ou", "x"], "--ou"),
         (["--ou=x"], "--ou=x"),
-        (["--max-new", "3"], "--max_new"),
+        (["--max-new", "3"], "--max-new"),
         (["--batching.batch", "3"], "--batching.batch"),
         (["--batching.batch=3"], "--batching.batch=3"),
         (["--batch.batches", "3"], "--batch.batches"),
@@ -77,6 +78,54 @@ def test_abbreviations_are_refused_by_name(monkeypatch, capsys, args, option):
     assert option in printed.err.removesuffix("; see --help\n").split()
 
 
+def options(
+    source: Path,
+    steps: int | None = None,
+    start: int = 1,
+    expert_bytes: float | None = None,
+    order: Literal["subject", "shuffled"] | None = None,
+    budget: tuple[int, int] = (1, 2),
+    batching: Sizes = Sizes(),
+):
+    """Takes options of many types."""
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--steps", "x"], "--steps is 'x', expected a whole number"),
+        (["--start=1.5"], "--start is '1.5', expected a whole number"),
+        (["--expert_bytes", "abc"], "--expert-bytes is 'abc', expected a number"),
+        (["--order", "x"], "--order is 'x', expected 'subject' or 'shuffled'"),
+        (["--budget", "[1]"], "--budget is '[1]', expected a list of 2"),
+        (["--batching.batches", "x"], "--batching.batches is 'x', expected a whole number"),
+        (["--config", "nothere.yaml"], "--config: File does not exist"),
+    ],
+)
+def test_wrong_values_are_named_in_plain_words(monkeypatch, args, said):
+    monkeypatch.setattr("sys.argv", ["command", "text", *args])
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        from_command_line(options)
+    assert "None" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        ([""], "argument 1"),
+        (["text", "--out", ""], "--out"),
+        (["text", "--out="], "--out"),
+        (["text", "--out=a", ""], "argument 3"),
+    ],
+)
+def test_an_empty_argument_is_not_the_working_folder(monkeypatch, capsys, args, name):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *args)
+    printed = capsys.readouterr()
+    said = f"error: {name} is empty; is a shell variable not set? Give a value, or leave it out\n"
+    assert (printed.out, printed.err) == ("", said)
+
+
 def test_the_mixin_lets_a_caller_decide():
     parser = OneLineParser(allow_abbrev=True)
     parser.add_argument("--output", type=str)
@@ -89,7 +138,7 @@ def test_help_is_printed_on_stdout(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert stop.value.code == 0
     assert printed.err == ""
-    for words in ("Does something with a source.", "Folder to write.", "--batching.batches", "Number of batches."):
+    for words in ("Does something with a source.", "Folder to write.", "--max-new-tokens", "--batching.batches"):
         assert words in printed.out
 
 
@@ -108,7 +157,7 @@ def test_ctrl_c_prints_how_to_go_on(capsys):
     ("module", "words"),
     [
         (data.collect, ["Collects the router trace", "--batching.batches", "--top", "Seed of batch sizes"]),
-        (data.convert, ["Converts a recording into a trace", "SGLang", "--model_id"]),
+        (data.convert, ["Converts a recording into a trace", "SGLang", "--model-id"]),
         (data.show, ["Prints how skewed the loads", "--out"]),
         (data.pretrain.__main__, ["Trains a model and writes bf16", "--recipe.steps", "qwen3_moe"]),
     ],

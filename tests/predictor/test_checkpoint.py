@@ -1,6 +1,7 @@
 """A predictor folder: round trip, refusals, and what loading it imports."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -133,6 +134,19 @@ def test_edited_configuration_is_refused(saved):
     (saved[0] / CONFIG).write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         load_predictor(saved[0])
+
+
+def test_folders_of_something_else_are_refused_with_the_mend(tmp_path):
+    (tmp_path / "trace.json").write_text("{}")
+    hint = re.escape(f"it is a trace: `python train.py --data.trace {tmp_path}` trains one")
+    for name, said in ((None, hint), ("config.json", hint)):
+        if name:
+            (tmp_path / name).write_text('{"model_type": "olmoe"}')
+        with pytest.raises(ValueError, match=f"holds no predictor; expected the folder that .*{said}"):
+            load_predictor(tmp_path)
+    (tmp_path / "trace.json").unlink()
+    with pytest.raises(ValueError, match=r"expected the folder that `python train.py` wrote$"):
+        load_predictor(tmp_path)
 
 
 def test_no_folder_at_all(tmp_path):

@@ -93,7 +93,7 @@ def test_folders_that_hold_no_model_with_experts(tmp_path):
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"config.json holds a list, expected a JSON object"):
+    with pytest.raises(ValueError, match=r"config.json holds a list of 1, expected a JSON object"):
         load_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"nonsense is not a folder; .* .switch-mini-64. or .qwen3-mini-64., a local"):
         load_model("nonsense")

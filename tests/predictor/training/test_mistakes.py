@@ -43,7 +43,7 @@ def refused(run, capsys):
         (["--data.batching.batche=3"], "unrecognized arguments: --data.batching.batche=3; see --help"),
         (["--model.architecture.cel=lstm"], "unrecognized arguments: --model.architecture.cel=lstm; see --help"),
         (["--trainer.logger.init_args.save_di=x"], "Option 'save_di' is not accepted"),
-        (["--model.architecture.cell=rnn"], "Expected a typing.Literal['sru', 'lstm']"),
+        (["--model.architecture.cell=rnn"], "--model.architecture.cell is 'rnn', expected 'sru' or 'lstm'"),
         (["--data.model=other/model"], "the configuration names other/model"),
         (["--data.trace=/nowhere", "--data.model=/nowhere"], "/nowhere is not a folder"),
         (["--predictor=."], ". exists and is not a predictor folder"),

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.balancing.plan import ReplicationPlan, SlotMove, contiguous_homes, flat_homes
+from runtime.balancing.plan import ReplicationPlan, SlotMove, check_division, contiguous_homes, flat_homes
 
 
 def small_plan() -> ReplicationPlan:
@@ -94,6 +94,9 @@ def test_what_does_not_divide_is_refused():
         ValueError, match=r"4 experts and 3 redundant .* over 2 devices; choose 2 or 4 redundant experts"
     ):
         ReplicationPlan.at_home(contiguous_homes(1, 4), 2, 3)
+    with pytest.raises(ValueError, match=r"do not divide over 2 devices; choose at most 4 redundant experts$"):
+        check_division(4, 2, 10**30 + 1)
+    check_division(4, 2, 4)
 
 
 def test_a_plan_without_fixed_homes_says_so():

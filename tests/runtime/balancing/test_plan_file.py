@@ -31,7 +31,7 @@ def test_layers_that_do_not_fit_are_refused_before_anything_is_written(tmp_path)
         save_plan(tmp_path / "plan.json", uneven_plan(), PlannedLayers(hidden_layers=1))
     with pytest.raises(ValueError, match=r"layers is \[5, 3\], expected numbers of MoE layers in ascending order"):
         PlannedLayers([5, 3])
-    with pytest.raises(ValueError, match="layers holds '8', expected a whole number, 0 to 7"):
+    with pytest.raises(ValueError, match="layers holds 8, expected a whole number, 0 to 7"):
         PlannedLayers([3, 8], 8)
     assert list(tmp_path.iterdir()) == []
 
@@ -42,22 +42,22 @@ def test_layers_that_do_not_fit_are_refused_before_anything_is_written(tmp_path)
         ({"format": "other"}, "is no plan file"),
         ({"version": 2}, "has version 2, expected 1; update Switchcast"),
         ({"extra": 1}, "has the unknown entry 'extra'"),
-        ({"devices": None}, "devices holds 'None', expected a whole number, 1 to"),
-        ({"devices": True}, "devices holds 'True', expected a whole number"),
+        ({"devices": None}, "devices holds null, expected a whole number, 1 to"),
+        ({"devices": True}, "devices holds true, expected a whole number"),
         ({"devices": 4}, "6 slots do not divide over 4 devices"),
         ({"phy2log": []}, "phy2log holds 0 rows, expected a list of 1 to"),
-        ({"phy2log": {"0": [1]}}, "phy2log holds a dict, expected a list"),
+        ({"phy2log": {"0": [1]}}, "phy2log holds an object, expected a list"),
         ({"phy2log": [[0, 1], [0]]}, "row 1 has 1 entries, row 0 has 2"),
-        ({"phy2log": [[0, 1.0]]}, "phy2log, row 0, slot 1 holds '1.0', expected an expert from 0"),
-        ({"phy2log": [[0, "1"]]}, "phy2log, row 0, slot 1 holds '1', expected an expert from 0"),
-        ({"phy2log": [[0, 10**30]]}, "slot 1 holds '1000000000"),
+        ({"phy2log": [[0, 1.0]]}, "phy2log, row 0, slot 1 holds 1.0, expected an expert from 0"),
+        ({"phy2log": [[0, "1"]]}, 'phy2log, row 0, slot 1 holds "1", expected an expert from 0'),
+        ({"phy2log": [[0, 10**30]]}, "slot 1 holds 1000000000"),
         ({"phy2log": [[0, 1, 1, 3, 4, 5]] * 2}, "layer 0 has no slot for expert 2"),
         ({"home_slots": [[0, 2, 4, 1]] * 2}, "the home slot of expert 3 holds another expert"),
         ({"home_slots": [[0]] * 2}, r"home_slots has shape \(2, 1\), expected \(2, 4\)"),
         ({"layers": [3]}, "layers holds 1 numbers, the plan has 2"),
-        ({"layers": "3-4"}, "layers is '3-4', expected a list"),
-        ({"hidden_layers": -1}, "hidden_layers holds '-1'"),
-        ({"model": None}, "model is None, expected text"),
+        ({"layers": "3-4"}, 'layers is "3-4", expected a list'),
+        ({"hidden_layers": -1}, "hidden_layers holds -1"),
+        ({"model": None}, "model is null, expected text"),
     ],
 )
 def test_a_changed_file_is_refused_in_one_line(tmp_path, change, said):

@@ -168,24 +168,27 @@ def test_what_was_not_checked_is_noted(tmp_path):
     ("name", "content", "said"),
     [
         ("plan.json", b'{"a": 1}', "holds the keys ['a'], expected a plan of sglang"),
-        ("plan.json", b'"text"', "holds a str, expected a plan"),
+        ("plan.json", b'"text"', 'holds "text", expected a plan'),
+        ("plan.json", b"null", "holds null, expected a plan"),
+        ("plan.json", b"[null]", "the map, slot 0 holds null, expected an expert"),
+        ("plan.json", b'{"physical_to_logical_map": null}', "physical_to_logical_map holds null, expected a list"),
         ("plan.json", b"[]", "the map holds 0 rows"),
         ("plan.json", b"[[0, NaN]]", "is not JSON (it holds NaN)"),
-        ("plan.json", b"[[0, 1e400]]", "slot 1 holds 'inf'"),
-        ("plan.json", b"[[0, true]]", "slot 1 holds 'True'"),
-        ("plan.json", b"[[[0]]]", "slot 0 holds '[0]'"),
+        ("plan.json", b"[[0, 1e400]]", "slot 1 holds Infinity"),
+        ("plan.json", b"[[0, true]]", "slot 1 holds true"),
+        ("plan.json", b"[[[0]]]", "slot 0 holds a list of 1"),
         ("plan.json", b"[" * 50_000, "is not JSON"),
         ("plan.json", b'{"logical_count": [[1, 2]]}', "holds logical_count, loads from which SGLang plans for itself"),
-        ("plan.json", b'{"physical_to_logical_map": "x"}', "physical_to_logical_map holds a str"),
-        ("plan.json", b'{"layer_list": [], "moe_layer_count": 0}', "layer_list is '[]', expected a list"),
-        ("plan.json", b'{"layer_list": [1], "moe_layer_count": 1}', "layer_list[0] is '1', expected a mapping"),
-        ("plan.json", b'{"layer_list": [{}], "moe_layer_count": true}', "moe_layer_count is 'True'"),
+        ("plan.json", b'{"physical_to_logical_map": "x"}', 'physical_to_logical_map holds "x"'),
+        ("plan.json", b'{"layer_list": [], "moe_layer_count": 0}', "layer_list is an empty list, expected a list"),
+        ("plan.json", b'{"layer_list": [1], "moe_layer_count": 1}', "layer_list[0] is 1, expected a mapping"),
+        ("plan.json", b'{"layer_list": [{}], "moe_layer_count": true}', "moe_layer_count is true"),
         ("plan.yaml", b"a: &x [1]\nb: *x\n", "is not YAML (it has an alias"),
         ("plan.yaml", b"[" * 60 + b"]" * 60, "nested more than 50"),
-        ("plan.yaml", b"initial_global_assignments: 3", "initial_global_assignments is '3', expected a mapping"),
+        ("plan.yaml", b"initial_global_assignments: 3", "initial_global_assignments is 3, expected a mapping"),
         ("plan.yaml", b"initial_global_assignments: {}", "is empty, expected a row for each MoE layer"),
-        ("plan.yaml", b"initial_global_assignments: {-1: [0]}", "a layer is '-1', expected a whole number"),
-        ("plan.yaml", b"moe_config: {}", "load_balancer is 'None', expected a mapping"),
+        ("plan.yaml", b"initial_global_assignments: {-1: [0]}", "a layer is -1, expected a whole number"),
+        ("plan.yaml", b"moe_config: {}", "load_balancer is null, expected a mapping"),
         ("plan.pt", b"not a tensor", "cannot be read as a map of SGLang"),
         ("plan.txt", b"\xff", "is no text"),
     ],
@@ -208,7 +211,7 @@ def test_pickled_objects_and_tensors_that_grow_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as a map of SGLang"):
         check_plan(path)
     torch.save({"physical_to_logical_map": torch.zeros(2, 2)}, path)
-    with pytest.raises(ValueError, match=r"slot 0 holds '0\.0', expected an expert"):
+    with pytest.raises(ValueError, match=r"slot 0 holds 0\.0, expected an expert"):
         check_plan(path)
 
 
