@@ -1,11 +1,21 @@
 """The docs: links and named files exist, named commands can be run, examples run, and no old name is left."""
 
+import argparse
 import re
+import runpy
+import shlex
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import jsonargparse
+import numpy as np
 import pytest
+
+import switchcast.__main__
+import train
+from docs import pictures
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = "data|predictor|runtime|switchcast|benchmarks|stress|examples"
@@ -24,6 +34,8 @@ LINK = re.compile(r"\]\(([^()\s]+)\)|(?:href|src)=\"([^\"]+)\"")
 COMMAND = re.compile(rf"-m ((?:{PACKAGES})(?:\.\w+)*)")
 REPOSITORY_PATH = re.compile(rf"`((?:{PACKAGES}|tests|docs|configs)/[\w./-]*)`")
 DOTTED_NAME = re.compile(rf"(?<!`)`((?:{PACKAGES})(?:\.\w+)+)`(?!`)")
+BLOCK = re.compile(r"^```\n(.*?)^```|((?:^ {4}.*\n)+)", re.DOTALL | re.MULTILINE)
+TAKES_OPTIONS = re.compile("from_command_line|parse_args")
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 # Names of the first flat layout. ORDINARY are English words too: they count where they are imported, called or quoted.
@@ -122,6 +134,92 @@ def old_names(text: str) -> list[str]:
     return [match[match.lastindex or 0] for pattern in OLD_NAMES for match in pattern.finditer(text)]
 
 
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The words of every `make`, `python`, `switchcast` and `torchrun` command in the code blocks of a page.
+
+    `...` stands for options of the command before.
+    """
+    for match in BLOCK.finditer(text):
+        for line in (match[1] or match[2]).replace("\\\n", " ").splitlines():
+            if command := re.match(r" *(?:[A-Z_]+=\S+ +)*((?:make|python|switchcast|torchrun) .*)", line):
+                yield [word for word in shlex.split(command[1], comments=True) if word != "..."]
+
+
+class ParsedError(Exception):
+    """Nothing went wrong: a command line was parsed without an error."""
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys):
+    """Has a command's own parser read its words, and no more; returns what is wrong with them, or an empty text."""
+    for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+
+        def parse_args(self, *args, original=parser.parse_args, **settings):
+            original(self, *args, **settings)
+            raise ParsedError
+
+        monkeypatch.setattr(parser, "parse_args", parse_args)
+
+    def call(words: list[str]) -> str:
+        program, *options = words[words.index("-m") + 1 :] if "-m" in words else words[words[0] == "python" :]
+        place = ROOT / program.replace(".", "/")
+        file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        monkeypatch.setattr(sys, "argv", [program, *options])
+        try:
+            if program == "make":
+                return (
+                    "" if re.search(rf"^{options[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE) else "no target"
+                )
+            if program == "train.py":
+                train.command_line()
+            elif program == "switchcast":
+                switchcast.__main__.main()
+            elif program.startswith("examples/"):
+                return "" if (ROOT / program).exists() else "no such file"
+            elif TAKES_OPTIONS.search(file.read_text()):
+                runpy.run_module(program, run_name="__main__")
+            else:
+                return f"{program} takes no options, such as {options}" if options else ""
+        except ParsedError:
+            return ""
+        except SystemExit as ended:
+            return f"exit code {ended.code}: {capsys.readouterr().err}" if ended.code else ""
+        except ValueError as error:
+            return str(error)
+        return "nothing was parsed"
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("page", [path for path in PAGES if name(path) not in HISTORY], ids=name)
+def test_commands_parse(page, parse):
+    commands = list(command_lines(page.read_text()))
+    assert commands or page.parent.name != "how-to"
+    wrong = {" ".join(words): parse(words) for words in commands}
+    assert {command: said for command, said in wrong.items() if said} == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_wrong_commands_are_found(parse):
+    page = """
+    make tea
+    FAST=1 python -m runtime.infer --predictor x \\
+        --batchs 4   # misspelt
+
+```
+python train.py --model.depth 3
+switchcast export a.npz --to nowhere
+torchrun --nproc-per-node 2 -m runtime.infer --devices two
+python -m benchmarks.replica_rows --fast
+python -m data.show outputs/traces/mine
+```
+    """
+    said = [parse(words) for words in command_lines(page)]
+    assert [bool(text) for text in said] == [True] * 6 + [False]
+    assert "--batchs" in said[1]
+
+
 def test_links_resolve():
     assert [said for path in PAGES for said in broken_links(path, path.read_text())] == []
 
@@ -166,6 +264,16 @@ def test_the_dispatch_example_prints_what_the_page_says(capsys):
     section = (ROOT / "docs/runtime.md").read_text().split("## How dispatch works")[1].split("\n## ")[0]
     exec(PYTHON.findall(section)[0], {})
     assert f"```\n{capsys.readouterr().out}```" in section
+
+
+def test_the_picture_of_splits_shows_what_the_page_says(tmp_path):
+    with np.load(pictures.LOADS) as recorded:
+        loads = recorded["counts"]
+    none, eplb, ours = (tokens.sum(0).max() for tokens in pictures.splits(loads).values())
+    page = " ".join((ROOT / "docs/concepts.md").read_text().split())
+    assert f"{none} on the slowest without replicas, {eplb} with EPLB's replicas and an even split, {ours} with" in page
+    pictures.draw(loads, tmp_path / "split.png")
+    assert (tmp_path / "split.png").stat().st_size > 10_000
 
 
 def test_what_is_wrong_is_found():
