@@ -14,11 +14,15 @@ bring the devices from 70 and 30 to 50 and 50.
 Shape suffixes: L MoE layers, E logical experts, P slots, G devices.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numba import njit
 
 from data.arrays import BoolArray, FloatArray, IntArray
+from predictor.forecast import LoadForecast, LoadHistory
 from runtime.balancing.eplb import check_numbers, place_experts
+from runtime.balancing.plan import ReplicationPlan
 from runtime.balancing.planner import LEAST_GAIN
 
 MOST_STEPS = 4
@@ -68,6 +72,16 @@ def rebalance(
             f"the current placement holds {current.min()} to {current.max()}, expected -1 to {num_experts - 1}"
         )
     return _rebalance(weight, fresh, np.ascontiguousarray(current, dtype=np.int64), num_devices, num_nodes)
+
+
+@dataclass(frozen=True)
+class FewMovesPlanner:
+    """`rebalance` for every forecast; its plans have no fixed homes."""
+
+    def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
+        """See `runtime.balancing.planner.Planner`."""
+        slots, devices = current.phy2log.shape[1], current.num_devices
+        return ReplicationPlan(rebalance(forecast.load, slots, devices, current.phy2log), devices)
 
 
 @njit(cache=True, nogil=True)

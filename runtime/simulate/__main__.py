@@ -19,10 +19,10 @@ from rich.console import Console
 
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder
-from runtime.simulate.comparison import PLANNERS
+from runtime.simulate.comparison import PLANNERS, RENEW_EVERY
 from runtime.simulate.job import Job
 from runtime.simulate.replay import SPLITS
-from runtime.simulate.report import table, verdict_panel
+from runtime.simulate.report import engines_table, table, verdict_panel
 from runtime.simulate.serving import Order, Serve
 from runtime.simulate.sweep import grid, sweep
 from runtime.simulate.sweep_report import sweep_table
@@ -54,6 +54,7 @@ def simulate(
     intermediate_size: int | None = None,
     top_k: int | None = None,
     tokens_per_step: float | str | None = None,
+    renew_every: int = RENEW_EVERY,
     serve: Serve | None = None,
     slots: int | None = None,
     chunk: int | None = None,
@@ -98,6 +99,7 @@ def simulate(
         top_k: Experts of a token, likewise.
         tokens_per_step: Tokens of a step in the deployment that is asked about; by default as recorded. More tokens
             keep the recorded shares, fewer are drawn from them.
+        renew_every: Steps between the plans of engines that renew them; judged beside a plan that is kept.
         serve: Serve the requests of a token trace again instead of replaying its batches: 'prefill' in chunks whose
             tokens are known ahead, 'decode' token by token, the next token unknown.
         slots: Requests in a step with --serve; by default 4 for prefill, 32 for decode.
@@ -137,6 +139,8 @@ def main() -> None:
         console.print(sweep_table(report))
     else:
         console.print(verdict_panel(report))
+        if report["engines"]:
+            console.print(engines_table(report))
         console.print(table(report))
     print_json(report)
 

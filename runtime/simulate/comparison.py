@@ -28,13 +28,17 @@ from runtime.balancing.plan import ReplicationPlan, check_division, contiguous_h
 from runtime.balancing.planner import HomePlanner, Planner
 from runtime.simulate.cost_model import DeviceTimes, measure
 from runtime.simulate.forecasters import FORECASTS, FROM_TOKENS, TRAINED, open_forecaster, usual_forecasts
+from runtime.simulate.kept_plan import in_engines, kept_plans
 from runtime.simulate.outcome import Outcome
+from runtime.simulate.picture import plot
 from runtime.simulate.replay import SPLITS, Setting, replay
-from runtime.simulate.report import document, plot
+from runtime.simulate.report import document
 from runtime.simulate.step_size import StepSize, at_step_size
 from runtime.simulate.verdict import verdict
 
 PLANNERS = ("contiguous", "eplb", "home")
+RENEW_EVERY = 100
+"""Steps between the plans of an engine that renews them; SGLang's default is 1,000 and vLLM's 3,000."""
 SWITCH_BASE_EXPERT = 2 * 2 * 768 * 3072
 """Bytes of one expert of Switch-base in bf16."""
 
@@ -83,6 +87,7 @@ def compare_policies(
     max_moves: int | None = None,
     devices_per_node: int | None = None,
     tokens_per_step: float | None = None,
+    renew_every: int = RENEW_EVERY,
     *,
     out: Path | None = None,
     save_plans: Path | None = None,
@@ -108,6 +113,7 @@ def compare_policies(
             quota split keeps tokens there, and the report says how many moves and tokens stay within a node.
         tokens_per_step: Tokens of a step in the deployment that is asked about, see `at_step_size`; by default as
             recorded.
+        renew_every: Steps between the plans of an engine that renews them, see `runtime.simulate.kept_plan`.
         out: Folder for balancedness.png and report.json; by default nothing is written.
         save_plans: File (.npz) for every plan and device load, and for `layers`, their numbers in the recording; all
             of them are kept in memory.
@@ -115,7 +121,8 @@ def compare_policies(
 
     Returns:
         JSON document: loads, devices, redundant, steps, layers, left_out (how many `steps` and which `layers` hold no
-        tokens, so that no figure counts them), results (one for each policy) and verdict.
+        tokens, so that no figure counts them), results (one for each policy), verdict, and engines (what plans save
+        that are kept; None where a device has more slots than there are experts).
 
     Raises:
         ValueError: If the loads, a name or a number cannot be used.
@@ -149,11 +156,13 @@ def compare_policies(
             f"forecast {unable[0]} reads tokens, but tokens_per_step keeps counts alone; leave one of them out, or "
             "serve the requests of a trace with other --slots and --chunk"
         )
+    if renew_every < 1:
+        raise ValueError(f"renew_every is {renew_every}, expected 1 or more")
     span = _span(start, steps, stream.num_steps)
     splits = _known("split", splits, SPLITS)
     hardware.check(stream, num_devices, (num_experts + num_redundant_experts) // num_devices)
     setting = Setting(*span, splits, hardware, devices_per_node, keep_plans=save_plans is not None)
-    outcomes = _replay_all(policies, stream, setting, hardware.move_tokens, console)
+    outcomes, kept = _replay_all(policies, stream, setting, hardware.move_tokens, renew_every, console)
     asked = [item for item in outcomes if item.planner in policies.planners]
     report: dict[str, Any] = {"loads": stream.name, "devices": num_devices, "redundant": num_redundant_experts}
     report |= {"max_moves": max_moves, "devices_per_node": devices_per_node}
@@ -166,9 +175,16 @@ def compare_policies(
     report["verdict"] = verdict(outcomes[0], outcomes, hardware) | {"traffic": asdict(traffic)}
     if "policy" in report["verdict"]:
         report["verdict"]["switch_on"] = _switch_on(report["verdict"]["policy"], policies, num_experts)
+    report["engines"] = None
+    if kept:
+        export = (
+            f"switchcast export {stream.name} --devices {num_devices} --redundant {num_redundant_experts} --to sglang"
+        )
+        known = export if Path(stream.name).exists() else None
+        report["engines"] = in_engines(outcomes[0], kept, hardware, renew_every) | {"export": known}
     if out:
         write_json(out / "report.json", report)
-        plot(asked, start, out / "balancedness.png")
+        plot(asked, report, start, out / "balancedness.png")
     if save_plans:
         _save_plans(asked, stream.layers, save_plans)
     return report
@@ -205,26 +221,37 @@ def expert_bytes_of(layout: MoELayout | None) -> float:
 
 
 def _replay_all(
-    policies: Policies, stream: LoadStream, setting: Setting, move_tokens: float, console: Console | None
-) -> list[Outcome]:
-    """All policies on the layers with tokens, the one without replicas first."""
+    policies: Policies,
+    stream: LoadStream,
+    setting: Setting,
+    move_tokens: float,
+    renew_every: int,
+    console: Console | None,
+) -> tuple[list[Outcome], list[Outcome]]:
+    """All policies on the layers with tokens, the one without replicas first; and the plans that are kept."""
     known: FloatArray = np.zeros((len(stream.layers), stream.num_experts))
     for step in islice(stream.steps(), setting.start):
         known += step.load[stream.layers]
-    bare = ReplicationPlan.at_home(contiguous_homes(*known.shape), policies.num_devices, 0)
+    devices, redundant, steps = policies.num_devices, policies.num_redundant_experts, setting.stop - setting.start
+    homes = contiguous_homes(*known.shape)
+    evenly = replace(setting, splits=["even"], keep_plans=False)
+    kept: dict[str, tuple[Planner, ReplicationPlan]] = {}
+    if (stream.num_experts + redundant) // devices <= stream.num_experts:
+        kept = kept_plans(steps, ReplicationPlan.at_home(homes, devices, redundant), renew_every)
     with progress(console, transient=True) as bars:
-        bar = bars.add_task("replay", total=(1 + len(policies.forecasts)) * (setting.stop - setting.start))
+        bar = bars.add_task("replay", total=(2 + len(policies.forecasts)) * steps)
 
         def advance() -> None:
             bars.advance(bar)
 
-        evenly = replace(setting, splits=["even"])
-        outcomes = replay(LastBatch(), {"contiguous": (ContiguousPlanner(), bare)}, stream, evenly, advance)
+        bare = {"contiguous": (ContiguousPlanner(), ReplicationPlan.at_home(homes, devices, 0))}
+        outcomes = replay(LastBatch(), bare, stream, replace(setting, splits=["even"]), advance)
         for name in policies.forecasts:
             forecaster = open_forecaster(name, policies.predictor, stream, setting.start)
             planners = policies.with_replicas(known, move_tokens, exposed=name == "exact")
             outcomes += replay(forecaster, planners, stream, setting, advance)
-    return outcomes
+        mean = open_forecaster("mean", None, stream, setting.start)
+        return outcomes, replay(mean, kept, stream, evenly, advance)
 
 
 def _switch_on(policy: dict[str, str], policies: Policies, num_experts: int) -> str:

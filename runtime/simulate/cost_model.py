@@ -65,19 +65,32 @@ class DeviceTimes(ABC):
             ValueError: If so.
         """
 
-    def split_seconds(self, outcome: Outcome) -> float:
+    def split_seconds(self, outcome: Outcome, quantile: float) -> float:
         """Time of the splits of a step, which nothing overlaps."""
-        return float(1e-6 * np.median(outcome.split_us) * outcome.shape[0])
+        return float(1e-6 * np.quantile(outcome.split_us, quantile) * outcome.shape[0])
 
-    def net_seconds(self, outcome: Outcome) -> FloatArray:
-        """Expert time of each step plus the exposed time of its moves, forecast and plan and its split, `[N]`."""
+    def net_seconds(self, outcome: Outcome, host: float | None = 0.5) -> FloatArray:
+        """Expert time of each step plus the exposed time of its moves, forecast and plan and its split, `[N]`.
+
+        Args:
+            outcome: What a policy did.
+            host: Quantile of the times that forecasts, plans and splits took on this machine; None counts none.
+        """
         batch = outcome.seconds
         if outcome.planner == "contiguous":
             return batch
         before = np.zeros_like(batch) if outcome.forecast == "exact" else np.concatenate([batch[:1], batch[:-1]])
-        prepared = outcome.move_seconds + 1e-3 * (np.median(outcome.plan_ms) + outcome.forecast_ms)
-        exposed = np.maximum(prepared - before, 0)
-        return np.asarray(batch + exposed + self.split_seconds(outcome))
+        prepared, split = outcome.move_seconds, 0.0
+        if host is not None:
+            prepared = prepared + host_ms(outcome, host) / 1e3
+            split = self.split_seconds(outcome, host)
+        return np.asarray(batch + np.maximum(prepared - before, 0) + split)
+
+
+def host_ms(outcome: Outcome, quantile: float = 0.5) -> float:
+    """Milliseconds that forecast and plan of a step take on this machine."""
+    forecast = 0.0 if outcome.forecast_ms is None else np.quantile(outcome.forecast_ms, quantile)
+    return float(forecast + np.quantile(outcome.plan_ms, quantile))
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,12 @@ def gpu_times(
         raise ValueError(
             f"the recording does not name its model: give --like, one of {', '.join(MODELS)}; or {missing}"
         )
+    of_model = shape.num_experts
     shape = replace(shape, num_experts=experts, precision=precision or shape.precision, **sizes)
+    if experts != of_model:
+        shape = replace(shape, layers=None)  # another model, of which the sizes of an expert alone are borrowed
     folder = package_folder()
-    return GpuTimes(find_site(device, shape, folder), folder)
+    return GpuTimes(find_site(device, shape, folder), folder, of_model)
 
 
 class GpuTimes(DeviceTimes):
@@ -81,10 +84,11 @@ class GpuTimes(DeviceTimes):
     Args:
         site: The kernel, its shape and its measured rows.
         folder: Folder of the whole tables; None where the excerpt was read.
+        of_model: Experts of the model whose sizes were taken; None where it has as many as the loads.
     """
 
-    def __init__(self, site: Site, folder: Path | None = None) -> None:
-        self.site, self.folder = site, folder
+    def __init__(self, site: Site, folder: Path | None = None, of_model: int | None = None) -> None:
+        self.site, self.folder, self.of_model = site, folder, of_model
         self.expert_bytes, self.top_k, self.layers = site.asked.expert_bytes, site.asked.top_k, site.asked.layers
         self.memory_bytes = site.device.memory_bytes
         self.errors = self._errors()
@@ -130,9 +134,9 @@ class GpuTimes(DeviceTimes):
         links = self._links(arrivals.shape[-1])
         return 1e-3 * links.move_milliseconds(arrivals.max(-1) * self.expert_bytes)
 
-    def split_seconds(self, outcome: Outcome) -> float:
+    def split_seconds(self, outcome: Outcome, quantile: float) -> float:
         """An even split is part of routing; quotas are computed on the host, from the counts of every layer."""
-        return 0.0 if outcome.split == "even" else super().split_seconds(outcome)
+        return 0.0 if outcome.split == "even" else super().split_seconds(outcome, quantile)
 
     def _errors(self) -> dict[str, Error]:
         """Errors on rows that were left out, by what they differ in from the rows that were used."""
@@ -156,6 +160,7 @@ class GpuTimes(DeviceTimes):
             "intermediate_size": shape.intermediate_size,
             "top_k": shape.top_k,
             "num_experts": shape.num_experts,
+            "model_experts": self.of_model or shape.num_experts,
             "precision": shape.precision,
             "expert_bytes": round(shape.expert_bytes),
             "dispatch": "all-to-all" if site.all_to_all else "all-gather",

@@ -14,7 +14,8 @@ from data.models.layout import MoELayout
 from data.traces.load_stream import LoadStream, open_stream
 from data.traces.recordings import TRACE_JSON
 from data.traces.store import open_trace
-from runtime.simulate.comparison import PLANNERS, compare_policies, expert_bytes_of
+from runtime.gpu.devices import gpu_device
+from runtime.simulate.comparison import PLANNERS, RENEW_EVERY, compare_policies, expert_bytes_of
 from runtime.simulate.cost_model import DeviceTimes, Hardware, measure
 from runtime.simulate.gpu_cost import gpu_times
 from runtime.simulate.replay import SPLITS
@@ -22,6 +23,9 @@ from runtime.simulate.serving import Order, Serve, served
 
 SPEEDS = ("tokens_per_second", "link_bytes_per_second", "expert_overhead_tokens")
 SIZES = ("like", "precision", "hidden_size", "intermediate_size", "top_k")
+
+LEAST = {"devices": 1, "redundant": 0, "max_moves": 0, "renew_every": 1}
+"""Smallest values that mean something for any recording."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Job:
     intermediate_size: int | None = None
     top_k: int | None = None
     tokens_per_step: float | None = None
+    renew_every: int = RENEW_EVERY
     serve: Serve | None = None
     slots: int | None = None
     chunk: int | None = None
@@ -63,6 +68,11 @@ class Job:
         }  # fmt: skip
         if self.serve is None and (unused := [name for name, value in of_serving.items() if value is not None]):
             raise ValueError(f"--{unused[0]} is for --serve prefill or --serve decode; add that, or leave it out")
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and not value >= least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
+        if self.gpu is not None:
+            gpu_device(self.gpu)
         if self.gpu is not None and any(getattr(self, name) is not None for name in ("expert_bytes", *SPEEDS)):
             raise ValueError("--gpu takes speeds from measured tables; leave out --expert-bytes and the other speeds")
         if self.gpu is None and any(getattr(self, name) is not None for name in SIZES):
@@ -88,7 +98,7 @@ class Job:
         return compare_policies(
             stream, self.devices, self.redundant, self.forecast.split(",") if self.forecast else None,
             self.planner.split(","), self.split.split(","), self.predictor, start, self.steps,
-            self._hardware(stream), self.max_moves, self.devices_per_node, self.tokens_per_step,
+            self._hardware(stream), self.max_moves, self.devices_per_node, self.tokens_per_step, self.renew_every,
             out=out, save_plans=save_plans, console=console,
         )  # fmt: skip
 

@@ -50,12 +50,12 @@ class Outcome:
         arrivals: Experts moved before each step, all layers, `[N]`.
         seconds: Expert time of each step, `[N]`.
         move_seconds: Time in which the experts move before each step, `[N]`.
-        plan_ms: Milliseconds each plan took, all layers, `[N]`.
-        split_us: Microseconds the split of a layer took, mean over the layers of each step, `[N]`.
+        plan_ms: Processor time of each plan, all layers, milliseconds, `[N]`.
+        split_us: Processor time of the split of a layer, mean over the layers of each step, microseconds, `[N]`.
         p05: 5th percentile of mean device load over the largest, over all steps and layers with tokens.
+        forecast_ms: Processor time of each forecast, milliseconds, `[N]`; None for the contiguous planner.
         near_moves: Share of all moves whose expert has its home on the same node; None without nodes or moves.
         near_tokens: Share of all tokens computed on the node they come from; None without nodes or tokens.
-        forecast_ms: Milliseconds a forecast took, mean over steps.
         load_tv: Total variation distance (0 to 1) of forecast and true shares, mean over steps and layers; None for the
             contiguous planner.
         phy2log: The plan of each step, `[N, L, P]`, if plans are to be saved.
@@ -76,9 +76,9 @@ class Outcome:
     plan_ms: FloatArray
     split_us: FloatArray
     p05: float
+    forecast_ms: FloatArray | None = None
     near_moves: float | None = None
     near_tokens: float | None = None
-    forecast_ms: float = 0.0
     load_tv: float | None = None
     phy2log: IntArray | None = None
     device_load: IntArray | None = None
@@ -91,7 +91,11 @@ class Outcome:
     @property
     def mean_balancedness(self) -> float:
         """Mean device load over the largest, mean over the steps and layers with tokens."""
-        return float(np.average(self.balance, weights=self.carrying))
+        return self.balancedness_from(0)
+
+    def balancedness_from(self, first: int) -> float:
+        """The same, over the steps from `first` on."""
+        return float(np.average(self.balance[first:], weights=self.carrying[first:]))
 
     @property
     def moves_per_layer(self) -> float:

@@ -1,6 +1,7 @@
 """Replays recorded loads through policies: forecast, plan and split of each step.
 
-Step t is forecast and planned from the steps before it; its load is split under that plan.
+Step t is forecast and planned from the steps before it; its load is split under that plan. What that costs is processor
+time of the thread that does it, which other work on the machine hardly changes.
 
 Shape suffixes: L MoE layers, E logical experts, S source devices, G devices.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data.arrays import IntArray
+from data.arrays import FloatArray, IntArray
 from data.traces.load_stream import LoadStream, Step
 from data.traces.loads import share_of, total_variation
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory, OnlineForecaster
@@ -83,9 +84,9 @@ def forecast_steps(forecaster: Forecaster, stream: LoadStream, start: int, stop:
     for number, step in enumerate(steps, start):
         if isinstance(forecaster, TrueLoad):
             forecaster.load = step.load
-        began = time.perf_counter()
+        began = time.thread_time()
         made = forecaster.forecast(step.upcoming, past.loads)
-        milliseconds += 1e3 * (time.perf_counter() - began)
+        milliseconds += 1e3 * (time.thread_time() - began)
         kept = replace(
             made, share=made.share[layers], tokens=made.tokens[layers], spread=made.spread[layers], made_at=number
         )
@@ -100,9 +101,9 @@ def _observed(forecaster: Forecaster, step: Step) -> float:
     """Lets a forecaster that learns observe a step; returns the milliseconds that took."""
     if not isinstance(forecaster, OnlineForecaster):
         return 0.0
-    began = time.perf_counter()
+    began = time.thread_time()
     forecaster.observe(step.upcoming, step.load, step.sequences)
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * (time.thread_time() - began)
 
 
 class _Window:
@@ -146,21 +147,19 @@ def replay(
         Outcomes of each planner, in order, and of each split.
     """
     courses = [_Course(name, planner, first, setting) for name, (planner, first) in planners.items()]
-    distance, layer_steps, milliseconds, source = 0.0, 0, 0.0, "none"
+    distance, layer_steps, source = 0.0, 0, "none"
+    forecast_ms: list[float] = []
     for step in forecast_steps(forecaster, stream, setting.start, setting.stop):
         for course in courses:
             course.step(step)
         carried_L = step.load.any(-1)
         distance += float(total_variation(step.forecast.share, share_of(step.load))[carried_L].sum())
         layer_steps += int(carried_L.sum())
-        milliseconds, source = milliseconds + step.milliseconds, step.forecast.source
+        forecast_ms.append(step.milliseconds)
+        source = step.forecast.source
         advance()
     load_tv = distance / layer_steps if layer_steps else 0.0
-    return [
-        outcome
-        for course in courses
-        for outcome in course.outcomes(source, load_tv, milliseconds / (setting.stop - setting.start))
-    ]
+    return [item for course in courses for item in course.outcomes(source, load_tv, np.array(forecast_ms))]
 
 
 class _Course:
@@ -183,9 +182,9 @@ class _Course:
 
     def step(self, step: ForecastStep) -> None:
         """Plans and splits a step."""
-        began = time.perf_counter()
+        began = time.thread_time()
         target = self.planner.plan(step.forecast, self.plan, step.past)
-        plan_ms = 1e3 * (time.perf_counter() - began)
+        plan_ms = 1e3 * (time.thread_time() - began)
         arrivals_G = _arrivals(self.plan, target)
         if self.nodes:
             for move in self.plan.moves_to(target):
@@ -195,7 +194,7 @@ class _Course:
         for record in self.records:
             record.add(target, arrivals_G, plan_ms, _split_step(step.load, target, record.split, self.nodes))
 
-    def outcomes(self, source: str, load_tv: float, forecast_ms: float) -> list[Outcome]:
+    def outcomes(self, source: str, load_tv: float, forecast_ms: FloatArray) -> list[Outcome]:
         """The outcome of each split, with what is known of the forecast."""
         if self.name == "contiguous":
             return [record.outcome("none") for record in self.records]
@@ -214,10 +213,10 @@ def _split_step(load_LE: IntArray, plan: ReplicationPlan, name: str, devices_per
     """Splits one step's load under its plan."""
     counts_LSE = load_LE[:, None] if devices_per_node is None else _from_all_devices(load_LE, plan.num_devices)
     split: Split = split_evenly if name == "even" else partial(split_by_quota, devices_per_node=devices_per_node)
-    began = time.perf_counter()
+    began = time.thread_time()
     layers = zip(counts_LSE, plan.phy2log, strict=True)
     quotas = [split(counts, phy2log, plan.num_devices) for counts, phy2log in layers]
-    microseconds = 1e6 * (time.perf_counter() - began) / len(load_LE)
+    microseconds = 1e6 * (time.thread_time() - began) / len(load_LE)
     by_device = np.stack(quotas).reshape(len(load_LE), counts_LSE.shape[1], plan.num_devices, -1)
     near = 0
     if devices_per_node:

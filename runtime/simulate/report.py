@@ -1,43 +1,20 @@
-"""Outcomes as people read them: figures for the JSON document, the verdict in a frame, a table, a picture."""
+"""Outcomes as people read them: figures for the JSON document, the verdict in a frame, tables."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from data.arrays import FloatArray
-from data.style import (
-    GREY,
-    INK,
-    LIGHT,
-    LINES,
-    ORACLE,
-    OURS,
-    OURS_PALE,
-    SMALL,
-    canvas,
-    drawing,
-    end_labels,
-    heading,
-    human,
-    save,
-)
+from data.style import human
 from runtime.simulate.forecasters import TRUTHS
 from runtime.simulate.outcome import Outcome
 
-DRAWN = {
-    ("none", "contiguous", "even"),
-    ("last", "eplb", "even"),
-    ("last", "home", "quota"),
-    ("learned", "home", "quota"),
-    ("adaptive", "home", "quota"),
-    ("oracle", "home", "quota"),
-}
-"""Policies whose balancedness is drawn step after step."""
 LEAST_GAP = 0.01
 """Balancedness that the oracle gains over the last batch from which a share of that gain means something."""
+OTHERS = ("vllm", "tensorrt-llm", "vllm-ascend")
+"""Engines beside SGLang that `switchcast export` writes plans for."""
 EXPLAINED = {
     "last": "the last batch's load", "mean": "mean of all batches so far", "ema": "exponential moving average",
     "own": "each request's past, shrunk to the average",
@@ -88,10 +65,18 @@ def _gap_closed(result: dict[str, Any], results: list[dict[str, Any]]) -> float 
     return round(closed, 4)
 
 
-def best_honest(results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The result of highest balancedness among policies that do not know the future; of equals, that of least moves."""
-    honest = [result for result in results if result["forecast"] not in TRUTHS]
-    return max(honest, key=lambda result: (result["balancedness"], -result["moves_per_layer"]), default=None)
+def policy_of(result: dict[str, Any]) -> tuple[str, str, str]:
+    """Names of the forecast, planner and split."""
+    return result["forecast"], result["planner"], result["split"]
+
+
+def judged_policy(report: dict[str, Any]) -> tuple[str, str, str] | None:
+    """The policy that the verdict is about; without one, that of highest balancedness, and of equals of least moves."""
+    if policy := report["verdict"].get("policy"):
+        return policy_of(policy)
+    honest = [result for result in report["results"] if result["forecast"] not in TRUTHS]
+    best = max(honest, key=lambda result: (result["balancedness"], -result["moves_per_layer"]), default=None)
+    return None if best is None else policy_of(best)
 
 
 def verdict_panel(report: dict[str, Any]) -> Panel:
@@ -99,26 +84,73 @@ def verdict_panel(report: dict[str, Any]) -> Panel:
     answer = report["verdict"]
     lines = [f"{answer['why']}."]
     if "policy" in answer:
-        layer, step, memory = answer["layer_ms"], answer["step_ms"], answer["memory"]
+        layer, step, host = answer["layer_ms"], answer["step_ms"], answer["host_ms"]
         rival, traffic = answer["baselines"]["no predictor"], answer["traffic"]
+        both, steps = (f"{_number(item['without'])} -> {_number(item['with'])} ms" for item in (layer, step))
         lines.append(
-            f"Without replicas and with, all costs counted: [bold]{layer['without']:.4g} -> {layer['with']:.4g} ms a "
-            f"layer[/bold], {step['without']:.4g} -> {step['with']:.4g} ms a step of {report['layers']} layers"
+            f"Without replicas and with, all costs counted: [bold]{both} a layer[/bold], {steps} a step of "
+            f"{report['layers']} layers"
         )
-        lines.append(f"Best policy: {_policy(answer['policy'])}")
+        lines.append(f"Best policy, with a plan before every step: {_policy(answer['policy'])}")
         if rival and _policy(rival) != _policy(answer["policy"]):
-            lines.append(f"Without a predictor: {_policy(rival)}, {rival['step_ms']:.4g} ms a step")
+            lines.append(f"Without a predictor: {_policy(rival)}, {_number(rival['step_ms'])} ms a step")
         lines.append(
-            f"Memory of the replicas: {memory['bytes_per_device'] / 1e9:.3g} GB a device in {memory['layers']} layers, "
-            f"{memory['share_of_experts']:.0%} of the experts"
+            f"This machine: {_number(host['prepare'])} ms a step to forecast and plan, {_number(host['split'])} ms to "
+            f"split; {_number(host['exposed'])} ms of it delay the step ({host['net_gain_without']:.1%} saved without)"
         )
+        lines.append(_memory_line(answer["memory"]))
         size, recorded = traffic["tokens_per_step"], traffic["recorded_tokens_per_step"]
-        scaled = f", scaled from {recorded:.4g} to {size:.4g} tokens a step" if recorded != size else ""
-        lines.append(f"Traffic: {traffic['tokens_per_expert']:.4g} tokens an expert and step{scaled}")
+        scaled = f", scaled from {_number(recorded)} to {_number(size)} tokens a step" if recorded != size else ""
+        lines.append(f"Traffic: {_number(traffic['tokens_per_expert'])} tokens an expert and step{scaled}")
         lines.append(f"Hardware: {hardware_line(answer['hardware'])}")
-        lines += [f"Switch it on: {answer['switch_on']}"] * (answer["answer"] != "not worth it")
+        lines += [f"In a loop of your own: {answer['switch_on']}"] * (answer["answer"] != "not worth it")
     colour = {"enable": "green", "not worth it": "yellow"}.get(answer["answer"], "white")
     return Panel("\n".join(lines), title=f"Verdict: [bold]{answer['answer']}[/bold]", border_style=colour)
+
+
+def engines_table(report: dict[str, Any]) -> Table:
+    """What plans that are kept save, in engines that split evenly, and the command that writes one."""
+    engines = report["engines"]
+    about = (
+        f"A plan is made from the first {engines['made_from']} steps, and judged on the {engines['judged_on']} after."
+    )
+    if any(plan["way"] == "renewed" for plan in engines["plans"]):
+        about += f" Renewed: every {engines['renew_every']} steps, moves and planning in full."
+    if engines["export"]:
+        about += f"\nWrite it (or for {', '.join(OTHERS)}):\n{escape(engines['export'])}"
+    made = Table(
+        title="In SGLang, vLLM, TensorRT-LLM and vllm-ascend: even split, plans that are kept",
+        caption=about, caption_justify="left",
+    )  # fmt: skip
+    for name in ("plan", "verdict"):
+        made.add_column(name)
+    for name in ("time saved", "90 % interval", "ms a layer", "balancedness", "moves a layer"):
+        made.add_column(name, justify="right")
+    for plan in engines["plans"]:
+        low, high = plan["interval"]
+        without, kept = (_number(plan["layer_ms"][name]) for name in ("without", "with"))
+        made.add_row(
+            f"{plan['way']}, {human(plan['planner'])}", plan["answer"], f"{plan['net_gain']:.1%}",
+            f"{low:.1%} to {high:.1%}", f"{without} -> {kept}", f"{plan['balancedness']:.3f}",
+            f"{plan['moves_per_layer']:.2f}",
+        )  # fmt: skip
+    return made
+
+
+def _number(value: float) -> str:
+    """Four digits, and all digits before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _memory_line(memory: dict[str, Any]) -> str:
+    layers, recorded = memory["layers"], memory["recorded_layers"]
+    which = f"all {layers} layers of the model, of which {recorded} were recorded" if layers > recorded else (
+        f"the {layers} layers that were recorded"
+    )  # fmt: skip
+    return (
+        f"Memory of the replicas: {memory['bytes_per_device'] / 1e9:.3g} GB a device in {which}, "
+        f"{memory['share_of_experts']:.0%} of the experts"
+    )
 
 
 def hardware_line(hardware: dict[str, Any]) -> str:
@@ -132,6 +164,8 @@ def hardware_line(hardware: dict[str, Any]) -> str:
     errors = [f"{item['median']:.1%} {called[name]} ({item['p90']:.0%})" for name, item in hardware["error"].items()]
     estimate = f"an estimate {hardware['estimate']}" if hardware["estimate"] else "measured"
     experts = f"{hardware['num_experts']} experts of {hardware['model']} in {hardware['precision']}"
+    if hardware["model_experts"] != hardware["num_experts"]:
+        experts += f" (sizes alone: that model has {hardware['model_experts']} experts a layer)"
     exchange = f"{hardware['dispatch']} dispatch, {hardware['links']}"
     return (
         f"{hardware['gpu']}, {experts}, {estimate} with {hardware['kernel']}; {exchange}; error, median (90th "
@@ -145,7 +179,7 @@ def _policy(policy: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any], details: bool = False) -> Table:
-    """The figures as a table, the best policy that does not know the future in bold.
+    """The figures as a table, the verdict's policy in bold, or else the best that does not know the future.
 
     Args:
         report: The JSON document.
@@ -163,7 +197,7 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
     columns = ["load error", "balancedness", "5th percentile", "moves a layer", "plan ms"]
     for name in columns + (["ratio of sums", "MB a step", "split µs", "gap closed"] if details else []):
         made.add_column(name, justify="right")
-    best = best_honest(report["results"])
+    best = judged_policy(report)
     for result in report["results"]:
         closed = result["gap_closed"]
         error = result.get("load_tv")
@@ -173,7 +207,7 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
         if details:
             cells += [f"{result['ratio_of_sums']:.3f}", f"{result['bytes_per_step'] / 1e6:.1f}"]
             cells += [f"{result['split_us']:.1f}", "" if closed is None else f"{closed:.0%}"]
-        made.add_row(*cells, style="bold" if result is best else None)
+        made.add_row(*cells, style="bold" if policy_of(result) == best else None)
     return made
 
 
@@ -182,109 +216,3 @@ def _left_out(report: dict[str, Any]) -> list[str]:
     steps, layers = report["left_out"]["steps"], len(report["left_out"]["layers"])
     found = [f"{steps} steps"] * bool(steps) + [f"{layers} of {layers + report['layers']} layers"] * bool(layers)
     return [f"left out, because they hold no tokens: {' and '.join(found)}"] if found else []
-
-
-@drawing()
-def plot(outcomes: list[Outcome], start: int, path: Path) -> None:
-    """Balancedness of each policy: its mean, and for a few step after step, with the moves they make below.
-
-    Args:
-        outcomes: Outcomes of the policies.
-        start: Number of the first step.
-        path: The PNG to write.
-    """
-    best = _best(outcomes)
-    rows = list(dict.fromkeys((item.forecast, item.planner) for item in outcomes))
-    figure = canvas(10.5, max(1.3 + 0.24 * len(rows), 4))
-    mosaic: Any = [["means", "steps"], ["means", "moves"]]
-    axes = figure.subplot_mosaic(mosaic, width_ratios=[4, 5], height_ratios=[3, 1])
-    _draw_means(axes["means"], outcomes, rows, best)
-    width = max(1, outcomes[0].num_steps // 60) if outcomes else 1
-    _draw_steps(axes["steps"], axes["moves"], outcomes, best, start, width)
-    note = "mean device load / largest, 1 is perfect; filled: split by quota, hollow: split evenly"
-    note += f"; right: means over layers and {width} steps" if width > 1 else "; right: means over layers"
-    heading(figure, "Balancedness of each policy, and the moves it costs", note)
-    save(figure, path)
-
-
-def _name(item: Outcome) -> tuple[str, str, str]:
-    return item.forecast, item.planner, item.split
-
-
-def _best(outcomes: list[Outcome]) -> tuple[str, str, str]:
-    """The policy of highest balancedness among those that do not know the future."""
-    honest = [item for item in outcomes if item.forecast not in TRUTHS] or outcomes
-    return max(((item.mean_balancedness, _name(item)) for item in honest), default=(0, ("", "", "")))[1]
-
-
-def _colour(forecast: str, planner: str, best: tuple[str, str, str]) -> str:
-    if planner != "home":
-        return LIGHT if planner == "contiguous" else GREY
-    if forecast in TRUTHS:
-        return ORACLE
-    return OURS if (forecast, planner) == best[:2] else OURS_PALE
-
-
-def _draw_means(axes: Any, outcomes: list[Outcome], rows: list[tuple[str, str]], best: tuple[str, str, str]) -> None:
-    """Two marks a row, filled for quotas and hollow for even splits; the best policy's number in bold."""
-    means = {_name(item): item.mean_balancedness for item in outcomes}
-    for place, row in enumerate(rows):
-        found = {split: means[*row, split] for split in ("even", "quota") if (*row, split) in means}
-        colour = _colour(*row, best)
-        axes.plot(list(found.values()), [place] * len(found), color=colour, linewidth=1.2, zorder=2)
-        for split, mean in found.items():
-            fill = "white" if split == "even" else colour
-            axes.plot([mean], [place], "o", color=colour, markerfacecolor=fill, markersize=6, zorder=3)
-        bold = row == best[:2]
-        axes.text(
-            1.02, place, f"{max(found.values()):.3f}", transform=axes.get_yaxis_transform(), va="center",
-            fontsize=SMALL, fontweight="bold" if bold else "normal", color=OURS if bold else INK,
-        )  # fmt: skip
-    labels = []
-    for place, (forecast, planner) in enumerate(rows):
-        again = place and rows[place - 1][0] == forecast
-        labels.append(human(planner) if again or planner == "contiguous" else f"{human(forecast)}:  {human(planner)}")
-    axes.set_yticks(range(len(rows)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.set(xlim=(min([0.5, *(mean - 0.02 for mean in means.values())]), 1.01), ylim=(len(rows) - 0.4, -0.6))
-    axes.set(xlabel="balancedness, mean over steps and layers")
-
-
-def _draw_steps(
-    balance: Any, moves: Any, outcomes: list[Outcome], best: tuple[str, str, str], start: int, width: int
-) -> None:
-    """Balancedness step after step, and below it the experts that each policy moves."""
-    shown = [item for item in outcomes if _name(item) in DRAWN | {best}]
-    ends, moved = [], []
-    for item in shown:
-        colour = _colour(item.forecast, item.planner, best)
-        style = LINES["oracle"] if colour == ORACLE else {"color": colour, "linewidth": 2.4 if colour == OURS else 1.1}
-        values = _smooth(item.balance, width)
-        steps = np.arange(start + width - 1, start + width - 1 + len(values))
-        balance.plot(steps, values, **style)
-        policy = human(item.planner)
-        if item.planner != "contiguous":
-            policy = f"{human(item.forecast)}, {policy}{', even split' if item.split == 'even' else ''}"
-        ends.append((float(values[-1]), policy, GREY if colour == LIGHT else colour))
-        if item.planner != "contiguous" and item.forecast not in TRUTHS:
-            moves.plot(steps, _smooth(item.arrivals / item.shape[0], width), **style)
-            short = human(item.planner if item.planner == "eplb" else item.forecast)
-            moved.append((item.moves_per_layer, f"{item.moves_per_layer:.1f} {short}", colour))
-    balance.set(ylabel="balancedness", ylim=(min([0.4, *(end[0] - 0.05 for end in ends)]), 1.02))
-    balance.tick_params(labelbottom=False)
-    moves.set_yscale("symlog", linthresh=1)
-    moves.set(xlabel="step", ylabel="moves\na layer", ylim=(0, 2 * max([1.0, *(end[0] for end in moved)])))
-    if shown:
-        last = start + shown[0].num_steps - 1
-        for axes in (balance, moves):
-            axes.set_xlim(start, max(last, start + 1))
-        end_labels(balance, ends)
-        end_labels(moves, moved, gap=0.24)
-
-
-def _smooth(values: FloatArray, width: int) -> FloatArray:
-    """Moving average over `width` steps; shorter by `width - 1`."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    return np.asarray((sums[width:] - sums[:-width]) / width)

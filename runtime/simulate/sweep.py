@@ -152,10 +152,13 @@ def _row(job: Job, result: dict[str, Any]) -> dict[str, Any]:
     verdict = report["verdict"]
     balancedness = {(item["forecast"], item["planner"], item["split"]): item for item in report["results"]}
     row |= {
-        name: verdict.get(name) for name in ("answer", "why", "policy", "net_gain", "interval", "step_ms", "memory")
+        name: verdict.get(name)
+        for name in ("answer", "why", "policy", "net_gain", "interval", "step_ms", "layer_ms", "memory", "traffic")
     }
     bare = balancedness.get(("none", "contiguous", "even"))
     best = balancedness.get(tuple((verdict.get("policy") or {}).values()))
-    row |= {"steps": report["steps"], "layers": report["layers"]}
+    row |= {"steps": report["steps"], "layers": report["layers"], "hardware": verdict.get("hardware")}
     row["balancedness"] = {"without": bare and bare["balancedness"], "with": best and best["balancedness"]}
+    kept = (report["engines"] or {"plans": [None]})["plans"][0]
+    row["kept_plan"] = kept and {name: kept[name] for name in ("answer", "net_gain", "interval", "layer_ms")}
     return row | {"moves_per_layer": best and best["moves_per_layer"]}

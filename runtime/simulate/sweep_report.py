@@ -5,31 +5,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.table import Table
 
-from data.style import GREY, INK, OURS, SMALL, drawing, heading, panels, save
+from data.style import GREY, HOT, INK, OURS, SMALL, drawing, heading, panels, save
 
 MARKS = {"enable": "enable", "not worth it": "no", "not enough data": "?"}
-MOST_CELLS = 24
-"""Settings side by side from which on the picture carries colours without numbers."""
+CELL = (1.0, 0.3)
+"""Width and height of a cell of the picture, inches."""
+MOST_ROWS = 60
+"""Rows of the picture from which on they are drawn thinner, without numbers."""
 
 
 def sweep_table(report: dict[str, Any]) -> Table:
-    """One row for each job: verdict, policy, expert time saved, balancedness, moves."""
-    refused = [row for row in report["rows"] if "refused" in row]
+    """One row for each job: verdict, policy, expert time saved, milliseconds, and what a plan saves that is kept."""
     made = Table(
-        title=f"{report['jobs']} jobs, {report['resumed']} of them from an earlier run" if report["resumed"]
-        else f"{report['jobs']} jobs",
-        caption="\n".join(f"refused: {_place(row, report['varied'])}: {row['refused']}" for row in refused) or None,
-        caption_justify="left",
+        title=_title(report), caption="\n".join(_notes(report)), caption_justify="left", box=SIMPLE, pad_edge=False,
+        collapse_padding=True,
     )  # fmt: skip
-    made.add_column("recording")
+    made.add_column("recording", overflow="fold", min_width=12)
     for name in report["varied"]:
-        made.add_column(name.replace("_", " "), justify="right")
+        made.add_column(name.replace("_", " "), justify="right", min_width=9 if name == "gpu" else 5)
     for name in ("verdict", "policy"):
-        made.add_column(name)
-    for name in ("time saved", "90 % interval", "balancedness", "moves a layer"):
-        made.add_column(name, justify="right")
+        made.add_column(name, no_wrap=True)
+    for name in ("% saved (90 %)", "ms a layer", "kept plan, %"):
+        made.add_column(name, justify="right", no_wrap=True)
     for name, rows in groupby(report["rows"], key=lambda row: row["loads"]):
         shown = Path(name).name
         for row in rows:
@@ -39,20 +39,46 @@ def sweep_table(report: dict[str, Any]) -> Table:
     return made
 
 
+def _title(report: dict[str, Any]) -> str:
+    """How many jobs, and the settings and the hardware that all of them share."""
+    first = report["rows"][0]
+    shared = {"devices": "devices", "redundant": "redundant experts a layer"}
+    facts = [f"{first[name]} {called}" for name, called in shared.items() if name not in report["varied"]]
+    hardware = next((row["hardware"] for row in report["rows"] if row.get("hardware")), None)
+    if hardware and "gpu" not in report["varied"]:
+        facts.append(hardware.get("gpu") or "speeds of this machine or as given")
+    earlier = f" ({report['resumed']} from an earlier run)" if report["resumed"] else ""
+    return ", ".join([f"{report['jobs']} jobs{earlier}", *facts])
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What the columns mean, and why jobs were refused, or not enabled though time is saved."""
+    notes, reasons = (
+        ["kept plan: even split, made from the first quarter of the steps and judged on the rest"],
+        dict[str, list[str]](),
+    )
+    for row in report["rows"]:
+        if "refused" in row:
+            reasons.setdefault(f"refused: {row['refused']}", []).append(_place(row, report["varied"]))
+        elif "; but " in row["why"]:
+            reason = f"{row['answer']}: {row['why'].partition('; but ')[2]}"
+            reasons.setdefault(reason, []).append(_place(row, report["varied"]))
+    for reason, places in reasons.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        notes.append(f"{reason} ({places[0]}{more})")
+    return notes
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["policy"] is None:
-        return [row["answer"], "", "", "", "", ""]
-    low, high = row["interval"]
-    without, best = (_figure(row["balancedness"][name]) for name in ("without", "with"))
-    moves = row["moves_per_layer"]
+        return [row["answer"], *[""] * 4]
+    saved, (low, high) = 100 * row["net_gain"], (100 * end for end in row["interval"])
+    milliseconds, kept = row["layer_ms"], row["kept_plan"]
     return [
-        row["answer"], ", ".join(row["policy"].values()), f"{row['net_gain']:.1%}", f"{low:.1%} to {high:.1%}",
-        f"{without} to {best}", "" if moves is None else f"{moves:.2f}",
+        row["answer"], ".".join(row["policy"].values()), f"{saved:.1f} ({low:.0f} to {high:.0f})",
+        f"{milliseconds['without']:.3g} -> {milliseconds['with']:.3g}",
+        f"{100 * kept['net_gain']:.1f}" if kept else "",
     ]  # fmt: skip
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _value(value: Any) -> str:
@@ -65,7 +91,7 @@ def _place(row: dict[str, Any], names: list[str]) -> str:
 
 @drawing()
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Share of expert time saved: a row for each recording, a column for each combination of settings.
+    """Share of expert time saved, by recording and combination of settings; of the two, more go down than across.
 
     Args:
         report: The JSON document.
@@ -73,37 +99,49 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.colors import LinearSegmentedColormap
 
-    rows = list(dict.fromkeys(row["loads"] for row in report["rows"]))
-    columns = list(dict.fromkeys(_setting(row, report["varied"]) for row in report["rows"]))
-    saved, marks = np.full((len(rows), len(columns)), np.nan), {}
+    recordings = list(dict.fromkeys(row["loads"] for row in report["rows"]))
+    settings = list(dict.fromkeys(_setting(row, report["varied"]) for row in report["rows"]))
+    saved, marks = np.full((len(recordings), len(settings)), np.nan), {}
     for row in report["rows"]:
-        place = rows.index(row["loads"]), columns.index(_setting(row, report["varied"]))
-        if row.get("net_gain") is not None:
-            saved[place] = row["net_gain"]
-            marks[place] = f"{row['net_gain']:.0%}\n{MARKS[row['answer']]}"
-        else:
+        place = recordings.index(row["loads"]), settings.index(_setting(row, report["varied"]))
+        if row.get("net_gain") is None:
             marks[place] = "-"
-    figure, axes = panels(max(4.5, 2.2 + 0.75 * len(columns)), max(2.2, 1.5 + 0.42 * len(rows)))
-    scale = LinearSegmentedColormap.from_list("saved", ["white", OURS])
+        else:
+            saved[place] = row["net_gain"]
+            marks[place] = f"{row['net_gain']:.0%}  {MARKS[row['answer']]}"
+    names, tried = [Path(name).name for name in recordings], [", ".join(setting) for setting in settings]
+    if turned := len(settings) > len(recordings):
+        saved, marks = saved.T, {(x, y): text for (y, x), text in marks.items()}
+    across, down = (names, tried) if turned else (tried, names)
+    width, height = CELL[0], CELL[1] if len(down) <= MOST_ROWS else CELL[1] / 3
+    figure, axes = panels(max(6.5, 2.6 + width * len(across)), max(2.2, 1.5 + height * len(down)))
     axis = axes[0, 0]
-    axis.imshow(np.nan_to_num(saved), cmap=scale, vmin=0, vmax=1, aspect="auto")
-    if len(columns) <= MOST_CELLS:
+    scale = LinearSegmentedColormap.from_list("saved", [HOT, "white", OURS])
+    axis.imshow(np.nan_to_num(saved), cmap=scale, vmin=-1, vmax=1, aspect="auto")
+    if len(down) <= MOST_ROWS:
         for (y, x), text in marks.items():
-            dark = saved[y, x] > 0.6
+            dark = abs(saved[y, x]) > 0.6
             axis.text(x, y, text, ha="center", va="center", fontsize=SMALL, color="white" if dark else INK)
-    axis.set_yticks(range(len(rows)), [Path(name).name for name in rows])
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
-    axis.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
-    axis.grid(visible=False)
-    axis.grid(which="minor", color=GREY, linewidth=0.4)
-    axis.tick_params(which="both", length=0)
-    if report["varied"]:
-        axis.set_xlabel(", ".join(name.replace("_", " ") for name in report["varied"]))
-    note = "of the time without replicas, all costs counted; below it the verdict; -: refused, or no policy"
+    _label(axis, across, down)
+    varied = ", ".join(name.replace("_", " ") for name in report["varied"])
+    axis.set(**{"ylabel" if turned else "xlabel": varied})
+    note = (
+        "of the time without replicas, all costs counted, a plan before every step; darker blue: more saved, orange: "
+    )
+    note += "lost\nenable, no: not worth it, ?: not enough data, -: refused, or no policy"
     heading(figure, "Expert time saved by the best policy", note)
     save(figure, path)
 
 
-def _setting(row: dict[str, Any], names: list[str]) -> str:
-    return "\n".join(_value(row[name]) for name in names)
+def _label(axis: Any, across: list[str], down: list[str]) -> None:
+    axis.set_yticks(range(len(down)), down)
+    axis.set_xticks(range(len(across)), across, rotation=30 if max(map(len, across)) > 16 else 0)
+    axis.set_xticks(np.arange(len(across) + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(len(down) + 1) - 0.5, minor=True)
+    axis.grid(visible=False)
+    axis.grid(which="minor", color=GREY, linewidth=0.4)
+    axis.tick_params(which="both", length=0)
+
+
+def _setting(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
+    return tuple(_value(row[name]) for name in names)

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.arrays import FloatArray
 from predictor.evaluation.bootstrap import resampled
-from runtime.simulate.cost_model import DeviceTimes
+from runtime.simulate.cost_model import DeviceTimes, host_ms
 from runtime.simulate.forecasters import TRAINED, TRUTHS
 from runtime.simulate.outcome import Outcome
 
@@ -20,6 +20,8 @@ MOST_MEMORY = 0.5
 """Most replicas, as a share of the experts, that "enable" is said for: beyond, their memory has better uses."""
 FEWEST = 16
 """Number of steps below which the verdict is always "not enough data"."""
+HOST = (0.05, 0.5, 0.95)
+"""Quantiles of this machine's times: where it is fast, as usual, and slow."""
 MOST_BINS = 2048
 """Most sums of neighbouring steps that are drawn from; longer recordings are summed up before."""
 
@@ -29,12 +31,13 @@ def verdict(contiguous: Outcome, outcomes: list[Outcome], times: DeviceTimes) ->
 
     Of the policies whose gain lies within the interval of the largest one, the one with the fewest moves is the best.
     The interval is a circular block bootstrap over steps, in blocks of the square root of their number: a subject or
-    task that lasts many steps makes neighbours alike. It is widened by the error of the times.
+    task that lasts many steps makes neighbours alike. It is widened by the spread of this machine's times for forecast,
+    plan and split, and by the error of the hardware's times.
 
     Returns:
         JSON document: answer, why, policy, net_gain (share of the expert time without replicas), interval (90 %),
-        milliseconds a step and a layer without replicas and with the policy, baselines (no replicas, and the best
-        policy without a predictor), memory of the replicas, hardware.
+        milliseconds a step and a layer without replicas and with the policy, those of this machine (host_ms), baselines
+        (no replicas, and the best policy without a predictor), memory of the replicas, hardware.
     """
     honest = [item for item in outcomes if item.planner != "contiguous" and item.forecast not in TRUTHS]
     if not honest:
@@ -49,26 +52,58 @@ def verdict(contiguous: Outcome, outcomes: list[Outcome], times: DeviceTimes) ->
         if gain(net[id(fastest)], net[id(best)])[1] <= 0:
             beaten = f"; the forecast {best.forecast} is not faster than {fastest.forecast}, which needs no predictor"
             best = rival
-    chosen = net[id(best)]
-    saved, low, high = gain(without, chosen)
-    off = times.error * (1 - saved)  # a ratio of two times that are both off by about that much, at worst
-    memory = _memory(best, times)
-    answer, why = _answer(len(without), (saved, low, high), off, memory, times.memory_bytes)
-    layers, *_, devices = contiguous.shape
-    return {
-        "answer": answer,
-        "why": why + beaten,
+    low, usual, high = (times.net_seconds(best, quantile) for quantile in HOST)
+    found = judged(without, (low, usual, high), memory_of(best, times), times)
+    return found | {
+        "why": found["why"] + beaten,
         "policy": _policy(best),
-        "net_gain": round(saved, 4),
-        "interval": [round(low - off, 4), round(high + off, 4)],
-        "step_ms": {"without": _ms(without), "with": _ms(chosen)},
-        "layer_ms": {"without": _ms(without, layers), "with": _ms(chosen, layers)},
+        "host_ms": _host(best, without, usual, times),
         "baselines": {
             "no replicas": {"step_ms": _ms(without)},
             "no predictor": _policy(rival) | {"step_ms": _ms(net[id(rival)])} if rival else None,
         },
-        "memory": memory,
-        "hardware": times.described(devices),
+        "memory": memory_of(best, times),
+        "hardware": times.described(contiguous.shape[-1]),
+    }
+
+
+def judged(
+    without: FloatArray, net: tuple[FloatArray, FloatArray, FloatArray], memory: dict[str, Any], times: DeviceTimes
+) -> dict[str, Any]:
+    """The answer for a policy, its reason, what it saves and its times.
+
+    Args:
+        without: Seconds of each step without replicas, `[N]`.
+        net: With the policy: where this machine is fast, as usual, and slow, `[N]` each.
+        memory: What the replicas take, see `memory_of`.
+        times: What steps cost.
+
+    Returns:
+        Part of the JSON document of `verdict`: answer, why, net_gain, interval, step_ms, layer_ms.
+    """
+    fast, usual, slow = net
+    saved, low, high = gain(without, usual)[0], gain(without, slow)[1], gain(without, fast)[2]
+    off = times.error * (1 - saved)  # a ratio of two times that are both off by about that much, at worst
+    answer, why = _answer(len(without), (saved, low, high), off, memory, times.memory_bytes)
+    layers = memory["recorded_layers"]
+    return {
+        "answer": answer,
+        "why": why,
+        "net_gain": round(saved, 4),
+        "interval": [round(low - off, 4), round(high + off, 4)],
+        "step_ms": {"without": _ms(without), "with": _ms(usual)},
+        "layer_ms": {"without": _ms(without, layers), "with": _ms(usual, layers)},
+    }
+
+
+def _host(best: Outcome, without: FloatArray, usual: FloatArray, times: DeviceTimes) -> dict[str, float]:
+    """Milliseconds a step that this machine takes: to prepare a plan, to split, and what of it delays the step."""
+    bare = times.net_seconds(best, None)
+    return {
+        "prepare": round(host_ms(best), 4),
+        "split": round(1e3 * times.split_seconds(best, 0.5), 4),
+        "exposed": round(_ms(usual) - _ms(bare), 4),
+        "net_gain_without": round(gain(without, bare)[0], 4),
     }
 
 
@@ -88,7 +123,7 @@ def _best(outcomes: list[Outcome], net: dict[int, FloatArray], without: FloatArr
     return min(alike, key=lambda item: (item.moves_per_layer, -gains[id(item)][0]))
 
 
-def _memory(best: Outcome, times: DeviceTimes) -> dict[str, Any]:
+def memory_of(best: Outcome, times: DeviceTimes) -> dict[str, Any]:
     """What the replica slots of a policy take on a device, in all layers of the model, and as shares."""
     recorded, experts, slots, devices = best.shape
     layers, redundant = max(times.layers or 0, recorded), slots - experts
@@ -99,6 +134,7 @@ def _memory(best: Outcome, times: DeviceTimes) -> dict[str, Any]:
         "share_of_device": round(redundant * each / times.memory_bytes, 4) if times.memory_bytes else None,
         "with_experts": round((experts + redundant) * each),
         "layers": layers,
+        "recorded_layers": recorded,
     }
 
 

@@ -231,7 +231,7 @@ def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
         (["LOADS", "--forecast", "learned", "--predictor", "nowhere"], "nowhere"),
         (["LOADS", "--start", "0"], "error: start is 0, expected 1 to 63"),
         (["LOADS", "--steps", "99"], "error: steps is 99, expected 1 to 63"),
-        (["LOADS", "--max-moves", "-1"], "max_moves is -1, expected 0 or more"),
+        (["LOADS", "--max-moves", "-1"], "--max-moves is -1, expected 0 or more"),
         (["LOADS", "--devices-per-node", "3"], "devices_per_node is 3, which does not divide 8 devices"),
         (["LOADS", "--bandwith", "9"], "unrecognized arguments: --bandwith 9; see --help"),
         (["LOADS", "--tokens-per-second", "0"], "tokens_per_second is 0.0, expected a finite number above 0"),

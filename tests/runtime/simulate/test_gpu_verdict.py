@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,13 @@ def test_one_command_prints_net_milliseconds_and_their_error(tmp_path, monkeypat
     for said in (
         "ms a layer",
         "ms a step of 4 layers",
-        "scaled from 512 to 1.6e+04 tokens a step",
+        "scaled from 512 to 16,000 tokens a step",
         "h100_sxm, 32 experts of gpt_oss_20b",
         "error, median (90th percentile): 1.8% between token counts (10%)",
-        "GB a device in 24 layers, 50%",
+        "GB a device in all 24 layers of the model, of which 4 were recorded, 50%",
+        "ms a step to forecast and plan",
+        "kept, few moves",
+        f"switchcast export {GPTOSS} --devices 8 --redundant 16 --to sglang",
     ):
         assert said in text  # fmt: skip
     found = json.loads(shown.splitlines()[-1])["verdict"]
@@ -65,7 +69,7 @@ def test_one_command_prints_net_milliseconds_and_their_error(tmp_path, monkeypat
     assert found["baselines"]["no predictor"]["planner"] == "home"
     assert found["memory"] == {
         "bytes_per_device": 634521600, "share_of_experts": 0.5, "share_of_device": 0.0074, "with_experts": 1903564800,
-        "layers": 24,
+        "layers": 24, "recorded_layers": 4,
     }  # fmt: skip
     assert found["hardware"]["gpu"] == "h100_sxm"
     assert found["hardware"]["error"]["skew"]["median"] == pytest.approx(0.053, abs=0.003)
@@ -107,7 +111,7 @@ def test_replicas_of_three_times_the_experts_are_not_recommended():
     assert found[8]["answer"] == "enable"
     assert found[120]["memory"] == {
         "bytes_per_device": 60_000_000, "share_of_experts": 3, "share_of_device": None, "with_experts": 80_000_000,
-        "layers": 1,
+        "layers": 1, "recorded_layers": 1,
     }  # fmt: skip
     assert found[120]["net_gain"] == found[8]["net_gain"]
     assert found[120]["answer"] == "not worth it"
@@ -121,6 +125,25 @@ def test_a_predictor_that_past_batches_beat_is_not_recommended():
     assert "the forecast learned is not faster than last, which needs no predictor" in found["why"]
     assert found["baselines"]["no predictor"]["forecast"] == "last"
     assert verdict(BARE, [BARE, past, replayed("adaptive", [250, 250])], HARDWARE)["policy"]["forecast"] == "adaptive"
+
+
+def test_times_of_this_machine_that_vary_widen_the_interval_and_are_named():
+    """Every step takes 26 ms of 40; with 5 ms to split in a third of the steps, 31 ms at worst."""
+    item = replayed("last", [260, 240])
+    slow = replace(item, split_us=np.where(np.arange(40) % 3, 0.0, 5000.0), plan_ms=np.full(40, 3.0))
+    found = verdict(BARE, [BARE, slow], HARDWARE)
+    assert found["host_ms"] == {"prepare": 3.0, "split": 0.0, "exposed": 0.0, "net_gain_without": 0.35}
+    assert (found["net_gain"], found["interval"]) == (0.35, [0.225, 0.35])
+
+
+def test_sizes_of_a_model_with_other_experts_are_called_sizes_alone(tmp_path, monkeypatch, capsys):
+    shown = command(
+        monkeypatch, capsys, GPTOSS, "--gpu", "h100_sxm", "--like", "deepseek_v3", "--forecast", "last", "--out",
+        tmp_path, "--steps", 20,
+    )  # fmt: skip
+    text = " ".join(shown.replace("│", " ").split())
+    assert "32 experts of deepseek_v3 in fp8_block (sizes alone: that model has 256 experts a layer)" in text
+    assert "in the 4 layers that were recorded" in text
 
 
 def test_an_error_of_the_times_widens_the_interval():

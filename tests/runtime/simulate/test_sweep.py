@@ -126,11 +126,14 @@ def test_the_command_prints_a_row_for_each_job(folder, tmp_path, monkeypatch, ca
         ),
         (["--redundant", "9,10"], "64 experts and 9 redundant experts do not divide over 8 devices"),
         (["--devices", "4,8", "--save-plans", "x.npz"], "--save-plans is for one recording and one setting"),
+        (["--gpu", "h100_sxm,h200", "--like", "gpt_oss_20b"], "gpu: unknown 'h200'; choose from a100_sxm, h100_sxm"),
+        (["--devices", "8,0"], "--devices is 0, expected 1 or more"),
         (["--redundant", "8,16", "--jobs", "0"], "--jobs is 0, expected 1 or more"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, text, tmp_path, monkeypatch, capsys):
     assert text in refuse(monkeypatch, capsys, RECORDED / "dsv2lite.npz", *arguments, "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_recordings_is_refused(tmp_path, monkeypatch, capsys):
