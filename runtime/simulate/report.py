@@ -95,8 +95,8 @@ def verdict_panel(report: dict[str, Any]) -> Panel:
         if rival and _policy(rival) != _policy(answer["policy"]):
             lines.append(f"Without a predictor: {_policy(rival)}, {_number(rival['step_ms'])} ms a step")
         lines.append(
-            f"This machine: {_number(host['prepare'])} ms a step to forecast and plan, {_number(host['split'])} ms to "
-            f"split; {_number(host['exposed'])} ms of it delay the step ({host['net_gain_without']:.1%} saved without)"
+            f"This machine: {_number(host['prepare'])} ms a step to forecast and plan, {_number(host['split'])} ms "
+            f"to split; {_number(host['exposed'])} ms of it delay the step (without: {host['net_gain_without']:.1%} saved)"
         )
         lines.append(_memory_line(answer["memory"]))
         size, recorded = traffic["tokens_per_step"], traffic["recorded_tokens_per_step"]
@@ -116,7 +116,7 @@ def engines_table(report: dict[str, Any]) -> Table:
     )
     if any(plan["way"] == "renewed" for plan in engines["plans"]):
         about += f" Renewed: every {engines['renew_every']} steps, moves and planning in full."
-    if engines["export"]:
+    if engines["export"] and any(plan["answer"] != "not worth it" for plan in engines["plans"]):
         about += f"\nWrite it (or for {', '.join(OTHERS)}):\n{escape(engines['export'])}"
     made = Table(
         title="In SGLang, vLLM, TensorRT-LLM and vllm-ascend: even split, plans that are kept",

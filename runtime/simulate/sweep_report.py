@@ -128,7 +128,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     note = (
         "of the time without replicas, all costs counted, a plan before every step; darker blue: more saved, orange: "
     )
-    note += "lost\nenable, no: not worth it, ?: not enough data, -: refused, or no policy"
+    note += "lost\nno: not worth it, ?: not enough data, -: refused, or no policy"
     heading(figure, "Expert time saved by the best policy", note)
     save(figure, path)
 
