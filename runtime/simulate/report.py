@@ -94,9 +94,10 @@ def verdict_panel(report: dict[str, Any]) -> Panel:
         lines.append(f"Best policy, with a plan before every step: {_policy(answer['policy'])}")
         if rival and _policy(rival) != _policy(answer["policy"]):
             lines.append(f"Without a predictor: {_policy(rival)}, {_number(rival['step_ms'])} ms a step")
+        prepare, split, exposed = (_number(host[name]) for name in ("prepare", "split", "exposed"))
         lines.append(
-            f"This machine: {_number(host['prepare'])} ms a step to forecast and plan, {_number(host['split'])} ms "
-            f"to split; {_number(host['exposed'])} ms of it delay the step (without: {host['net_gain_without']:.1%} saved)"
+            f"This machine: {prepare} ms a step to forecast and plan, {split} ms to split; {exposed} ms of it delay the "
+            f"step (without: {host['net_gain_without']:.1%} saved)"
         )
         lines.append(_memory_line(answer["memory"]))
         size, recorded = traffic["tokens_per_step"], traffic["recorded_tokens_per_step"]
