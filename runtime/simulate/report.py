@@ -96,8 +96,8 @@ def verdict_panel(report: dict[str, Any]) -> Panel:
             lines.append(f"Without a predictor: {_policy(rival)}, {_number(rival['step_ms'])} ms a step")
         prepare, split, exposed = (_number(host[name]) for name in ("prepare", "split", "exposed"))
         lines.append(
-            f"This machine: {prepare} ms a step to forecast and plan, {split} ms to split; {exposed} ms of it delay the "
-            f"step (without: {host['net_gain_without']:.1%} saved)"
+            f"This machine: {prepare} ms a step to forecast and plan, {split} ms to split; {exposed} ms of it delay "
+            f"the step (without: {host['net_gain_without']:.1%} saved)"
         )
         lines.append(_memory_line(answer["memory"]))
         size, recorded = traffic["tokens_per_step"], traffic["recorded_tokens_per_step"]
