@@ -152,8 +152,8 @@ def check_counts(array: Counts, path: Path) -> Counts:
     """
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{path} holds {array.dtype}, expected counts of tokens")
-    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
-        raise ValueError(f"{path} holds figures that are not whole numbers; expected counts of tokens")
+    if array.dtype.kind == "f" and (odd := array[~np.isfinite(array) | (array != np.round(array))]).size:
+        raise ValueError(f"{path} holds figures that are not whole numbers, such as {odd[0]}; expected tokens")
     if array.min(initial=0) < 0:
         raise ValueError(f"{path} holds {array.min()}; tokens cannot be negative")
     if array.max(initial=0) > MOST_TOKENS:

@@ -43,7 +43,8 @@ def export(
         policy: Policy of the simulator whose plan is taken, such as ema.home.quota.
         step: Step of the simulator whose plan is taken; by default the last.
         model: Folder or hub id of the model, whose config.json tells its layers.
-        layers: Numbers of the model's MoE layers among all its layers, such as 3-60.
+        layers: Numbers of the model's MoE layers among all its layers, such as 3-60; with --model, of those that were
+            recorded, where they are not all.
         hidden_layers: Layers of the model, dense ones counted.
     """
     if to is None:

@@ -48,6 +48,7 @@ def check_plan(
     num_redundant_experts: int | None = None,
     hidden_layers: int | None = None,
     model: str | None = None,
+    layers: str | None = None,
 ) -> CheckedPlan:
     """Reads a plan file and finds what its engine would refuse, or get wrong without a word.
 
@@ -58,6 +59,7 @@ def check_plan(
         num_redundant_experts: Redundant experts that the engine is started with.
         hidden_layers: Layers of the model, dense ones counted.
         model: Folder or hub id of the model, whose config.json tells experts and layers.
+        layers: Numbers of the model's MoE layers among all its layers, such as "3-60".
 
     Raises:
         ValueError: If the file cannot be read as a plan, or a number is none.
@@ -70,7 +72,7 @@ def check_plan(
             check_whole(name, value, 1, most)
     if num_redundant_experts is not None:
         check_whole("num_redundant_experts", num_redundant_experts, 0)
-    known = model_layers(model, None, hidden_layers)
+    known = model_layers(model, layers, hidden_layers)
     plan = read_engine_plan(Path(path))
     if num_devices and plan.num_devices and num_devices != plan.num_devices:
         raise ValueError(f"{path} is for {plan.num_devices} devices, {num_devices} were given")
@@ -78,35 +80,48 @@ def check_plan(
     largest = max(max(row) for row in plan.rows.values()) + 1
     experts = num_experts or known.num_experts
     if devices is None:
-        notes.append("devices are not known: give --devices to check that they hold no expert twice")
+        notes.append("not checked: whether slots divide and no device holds an expert twice; give --devices")
     if experts is None:
-        notes.append(f"experts are not known: {largest} were assumed, one more than the largest in the file")
+        notes.append(f"not checked: whether there are experts above {largest - 1}; give --experts or --model")
+    if num_redundant_experts is None:
+        notes.append("not checked: whether slots are as many as the engine is started with; give --redundant")
+    notes += _unchecked(plan, known)
     experts = experts or max(1, largest)
     problems = [*plan.problems, *_of_layers(plan, known)]
     problems += _of_slots(plan, experts, devices, num_redundant_experts)
-    if plan.engine not in ("vllm", "vllm-ascend") and known.hidden_layers is None:
-        notes.append("the model's layers are not known: give --model or --hidden-layers to check them")
     return CheckedPlan(plan, problems, notes)
+
+
+def _unchecked(plan: EnginePlan, known: ModelLayers) -> Iterator[str]:
+    """What could not be checked about the layers, and the option that checks it."""
+    if plan.engine == "switchcast":
+        yield "not checked: whether the rows are for the model's layers; export does, with --model or --layers"
+    elif plan.engine == "sglang" and known.hidden_layers is None:
+        yield "not checked: whether each layer of the model has a row; give --model or --hidden-layers"
+    elif plan.engine != "sglang" and known.numbers is None and not plan.shared:
+        yield "not checked: whether the model's MoE layers have a row each; give --model or --layers"
 
 
 def _of_layers(plan: EnginePlan, known: ModelLayers) -> Iterator[str]:
     """Problems with the number of rows, or with the layers that they are for."""
-    engine, consequence = FORMATS[plan.engine], FORMATS[plan.engine].consequences.get("layers", "")
-    there = list(plan.rows)
-    if plan.engine == "sglang" and known.hidden_layers not in (None, len(there)):
-        yield f"has {len(there)} rows for a model of {known.hidden_layers} layers: {consequence}"
-    if known.numbers is None:
+    if plan.engine == "switchcast" or plan.shared:
         return
-    if not engine.counts_dense and len(there) != len(known.numbers) and not _shared(plan):
-        yield f"has {len(there)} layers for a model of {len(known.numbers)} MoE layers: {consequence}"
-    if plan.engine == "tensorrt-llm" and (odd := sorted(set(there) ^ set(known.numbers))):
-        kind = "lacks" if odd[0] in known.numbers else "has a row for"
+    there, numbers, hidden = list(plan.rows), known.numbers, known.hidden_layers
+    consequence = FORMATS[plan.engine].consequences["layers"]
+    if plan.engine == "sglang":
+        if hidden not in (None, len(there)):
+            yield f"has {len(there)} rows for a model of {hidden} layers: {consequence}"
+        elif numbers is not None and numbers[-1] >= len(there):
+            yield f"has {len(there)} rows for a model with the MoE layer {numbers[-1]}: {consequence}"
+    elif numbers is None:
+        if hidden is not None and max(there) >= hidden:
+            yield f"has a row for layer {max(there)} of a model of {hidden} layers: {consequence}"
+    elif not FORMATS[plan.engine].counts_dense:
+        if len(there) != len(numbers):
+            yield f"has {len(there)} layers for a model of {len(numbers)} MoE layers: {consequence}"
+    elif odd := sorted(set(there) ^ set(numbers)):
+        kind = "lacks" if odd[0] in numbers else "has a row for"
         yield f"{kind} layer {odd[0]} ({len(odd)} layers differ from the model's MoE layers): {consequence}"
-
-
-def _shared(plan: EnginePlan) -> bool:
-    """Whether the one row is for all layers."""
-    return plan.engine == "vllm" and len(plan.rows) == 1
 
 
 def _of_slots(plan: EnginePlan, experts: int, devices: int | None, redundant: int | None) -> Iterator[str]:
@@ -155,6 +170,7 @@ def check(
     devices: int | None = None,
     experts: int | None = None,
     redundant: int | None = None,
+    layers: str | None = None,
     hidden_layers: int | None = None,
     model: str | None = None,
 ) -> CheckedPlan:
@@ -165,10 +181,11 @@ def check(
         devices: Devices of expert parallelism, where the file does not name them.
         experts: Experts of a layer; by default one more than the largest in the file.
         redundant: Redundant experts that the engine is started with.
+        layers: Numbers of the model's MoE layers among all its layers, such as 3-60.
         hidden_layers: Layers of the model, dense ones counted.
         model: Folder or hub id of the model, whose config.json tells experts and layers.
     """
-    return check_plan(file, devices, experts, redundant, hidden_layers, model)
+    return check_plan(file, devices, experts, redundant, hidden_layers, model, layers)
 
 
 def main() -> None:

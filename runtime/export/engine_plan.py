@@ -28,6 +28,7 @@ class EnginePlan:
         num_slots: Slots of a layer, where the file names them.
         problems: What its reader found wrong already.
         notes: What the file does not say, and the engine needs.
+        shared: Whether the only row is for every MoE layer.
     """
 
     engine: str
@@ -36,6 +37,7 @@ class EnginePlan:
     num_slots: int | None = None
     problems: Sequence[str] = field(default=())
     notes: Sequence[str] = field(default=())
+    shared: bool = False
 
 
 class EngineFormat(Protocol):
@@ -74,15 +76,13 @@ def numbers_needed(saved: SavedPlan, engine: str) -> Sequence[int]:
     Raises:
         ValueError: If they are not known.
     """
-    numbers, layers, count = saved.layers.numbers, saved.layers.hidden_layers, len(saved.plan.phy2log)
-    if numbers is None and layers == count:
-        return range(count)  # all layers of the model are MoE layers
-    if numbers is None:
+    if saved.layers.numbers is None:
         raise ValueError(
             f"{engine} numbers all layers of a model, dense ones too, and the plan does not say which layers its "
-            f"{count} rows are for; give --model FOLDER, or --hidden-layers and --layers, such as 61 and 3-60"
+            f"{len(saved.plan.phy2log)} rows are for; give --model FOLDER, or --hidden-layers and --layers, such as 61 "
+            "and 3-60"
         )
-    return numbers
+    return saved.layers.numbers
 
 
 def as_mapping(value: Any, name: str) -> dict[Any, Any]:

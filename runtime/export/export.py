@@ -10,9 +10,10 @@ from data.arguments import check_choice
 from data.files import write_text
 from runtime.balancing.plan import ReplicationPlan
 from runtime.balancing.plan_file import SavedPlan
+from runtime.export.engine_plan import EngineFormat
 from runtime.export.filling import exportable, refilled
 from runtime.export.formats import FORMATS
-from runtime.export.model_layers import ModelLayers, for_model, model_layers
+from runtime.export.model_layers import ModelLayers, for_model, model_layers, runs
 from runtime.export.source import FORECAST, Options, open_source, plan_from_loads
 
 Engine = Literal["sglang", "vllm", "tensorrt-llm", "vllm-ascend", "switchcast"]
@@ -66,7 +67,8 @@ def export_plan(
         policy: Policy of the simulator whose plan is taken, such as ema.home.quota.
         step: Step of the simulator whose plan is taken; by default the last.
         model: Folder or hub id of the model, whose config.json tells its layers.
-        layers: Numbers of the model's MoE layers among all its layers, such as "3-60".
+        layers: Numbers of the model's MoE layers among all its layers, such as "3-60"; with a model, of those that were
+            recorded, where they are not all.
         hidden_layers: Layers of the model, dense ones counted.
 
     Raises:
@@ -101,4 +103,20 @@ def _write(saved: SavedPlan, known: ModelLayers, engine: Engine, path: Path) -> 
         raise ValueError(f"{path} ends in '{path.suffix}', {engine} reads {form.suffix}; name another file")
     write_text(path, text)
     unplanned = len(whole.plan.phy2log) - len(saved.plan.phy2log)
-    return Exported(path, whole, form.flags(whole, path), empty, twice, unplanned)
+    return Exported(path, whole, [*form.flags(whole, path), *_rows_for(whole, form)], empty, twice, unplanned)
+
+
+def _rows_for(saved: SavedPlan, form: EngineFormat) -> list[str]:
+    """Which model the rows are right for, unless a model was given."""
+    count, numbers, layers = len(saved.plan.phy2log), saved.layers.numbers, saved.layers.hidden_layers
+    if saved.layers.model or form.name == "switchcast":
+        return []
+    mend = "give --model FOLDER, and --layers if only some of its layers were recorded"
+    if form.name == "sglang":
+        right = f"{layers} rows, right if all layers but {runs(numbers)} are dense; SGLang uses no rows of those"
+        return [f"{right}; {mend}"] if layers != count else []
+    which = "which these are was not given" if numbers is None else f"these are {runs(numbers)}"
+    return [
+        f"{count} rows, right for a model with {count} MoE layers and no more ({which}); with others, "
+        f"{form.consequences['layers']}; {mend}"
+    ]

@@ -5,7 +5,7 @@ Engines count layers differently, with or without the dense ones. What is not kn
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class ModelLayers:
         num_experts: Experts of a MoE layer.
         name: The model's name.
         fingerprint: Its fingerprint.
+        recorded: Numbers of the MoE layers that were recorded, where the user says that they are not all.
     """
 
     numbers: tuple[int, ...] | None = None
@@ -32,10 +33,35 @@ class ModelLayers:
     num_experts: int | None = None
     name: str = ""
     fingerprint: str = ""
+    recorded: tuple[int, ...] | None = None
 
-    def planned(self) -> PlannedLayers:
-        """The same for a plan of all MoE layers."""
-        return PlannedLayers(self.numbers, self.hidden_layers, self.name, self.fingerprint)
+    def of_rows(self, source: str, layers: Sequence[int], count: int) -> tuple[int, ...] | None:
+        """Numbers of the layers that a plan's rows are for; None where nothing is known of the model.
+
+        Args:
+            source: What has the rows, and how many, for errors.
+            layers: Which of the source's layers have a row: those with tokens.
+            count: Layers of the source: the MoE layers of the model, those that the user names, or all, dense ones too.
+
+        Raises:
+            ValueError: If it has another number of layers.
+        """
+        named = self.recorded or self.numbers
+        if named is not None and len(named) == count:
+            return tuple(named[layer] for layer in layers)
+        if self.hidden_layers == count or (named is not None and named == tuple(layers)):
+            return tuple(layers)
+        if named is None and self.hidden_layers is None:
+            return None
+        if named is None:
+            raise ValueError(
+                f"{source}, the model {self.hidden_layers} (--hidden-layers); name its MoE layers with --layers, such "
+                "as 3-60, or give --model FOLDER"
+            )
+        raise ValueError(
+            f"{source}, {self.name or '--layers'} has {len(named)} MoE layers ({runs(named)}), and which of them were "
+            f"recorded is not known; name those with --layers{'' if self.name else ', and give --model FOLDER'}"
+        )
 
 
 def model_layers(model: str | None, layers: str | None, hidden_layers: int | None) -> ModelLayers:
@@ -43,7 +69,7 @@ def model_layers(model: str | None, layers: str | None, hidden_layers: int | Non
 
     Args:
         model: Folder or hub id of the model, of which config.json is read.
-        layers: Numbers of its MoE layers, such as "3-60" or "0,2,4-8".
+        layers: Numbers of its MoE layers, such as "3-60" or "0,2,4-8"; with a model, of those that were recorded.
         hidden_layers: Layers, dense ones counted.
 
     Raises:
@@ -61,9 +87,14 @@ def model_layers(model: str | None, layers: str | None, hidden_layers: int | Non
     found = _read(model)
     if hidden_layers not in (None, found.hidden_layers):
         raise ValueError(f"{model} has {found.hidden_layers} layers, --hidden-layers is {hidden_layers}; leave one out")
-    if numbers not in (None, found.numbers):
-        raise ValueError(f"{model} has the MoE layers {_runs(found.numbers)}, --layers is {layers}; leave one out")
-    return found
+    if numbers is None:
+        return found
+    if odd := sorted(set(numbers) - set(found.numbers or ())):
+        raise ValueError(
+            f"--layers names layer {odd[0]}, {model} has the MoE layers {runs(found.numbers)}; name some of them, or "
+            "leave --layers out"
+        )
+    return replace(found, recorded=numbers)
 
 
 def _read(model: str) -> ModelLayers:
@@ -100,30 +131,36 @@ def for_model(saved: SavedPlan, known: ModelLayers) -> SavedPlan:
     Raises:
         ValueError: If plan and model do not fit.
     """
-    plan, planned = saved.plan, saved.layers.numbers
+    plan, planned, layers = saved.plan, saved.layers.numbers, saved.layers.hidden_layers
     if known.num_experts not in (None, plan.num_experts):
         raise ValueError(f"{known.name} has {known.num_experts} experts a layer, the plan has {plan.num_experts}")
-    numbers = known.numbers if known.numbers is not None else planned
-    if planned is None and numbers is not None and len(numbers) != len(plan.phy2log):
+    if layers is not None and known.hidden_layers not in (None, layers):
         raise ValueError(
-            f"the plan has {len(plan.phy2log)} layers, {known.name or '--layers'} {len(numbers)} MoE layers "
-            f"({_runs(numbers)}), and the plan does not say which of them it is for"
+            f"the plan is for a model of {layers} layers, {known.name or '--hidden-layers'} says "
+            f"{known.hidden_layers}; give the model that was recorded"
         )
+    if planned is None:
+        count = len(plan.phy2log)
+        known = replace(known, hidden_layers=known.hidden_layers or layers)
+        planned = known.of_rows(f"the plan has {count} layers", range(count), count)
+    elif known.recorded not in (None, planned):
+        raise ValueError(f"the plan is for layers {runs(planned)}, --layers names {runs(known.recorded)}; leave it out")
+    numbers = known.numbers if known.numbers is not None else planned
     if planned is not None and (odd := sorted(set(planned) - set(numbers or ()))):
-        raise ValueError(f"the plan has a row for layer {odd[0]}, which is no MoE layer ({_runs(numbers)})")
-    layers = PlannedLayers(
-        numbers, known.hidden_layers or saved.layers.hidden_layers, known.name or saved.layers.model,
+        raise ValueError(f"the plan has a row for layer {odd[0]}, which is no MoE layer ({runs(numbers)})")
+    whole = PlannedLayers(
+        numbers, known.hidden_layers or layers, known.name or saved.layers.model,
         known.fingerprint or saved.layers.fingerprint,
     )  # fmt: skip
     if numbers is None or planned is None or len(numbers) == len(planned):
-        return SavedPlan(plan, layers)
+        return SavedPlan(plan, whole)
     bare = own_order(plan.num_experts, plan.phy2log.shape[1])
     rows = dict(zip(planned, plan.phy2log.tolist(), strict=True))
     phy2log = np.array([rows.get(number, bare) for number in numbers])
-    return SavedPlan(ReplicationPlan(phy2log, plan.num_devices), layers)
+    return SavedPlan(ReplicationPlan(phy2log, plan.num_devices), whole)
 
 
-def _runs(numbers: Sequence[int] | None) -> str:
+def runs(numbers: Sequence[int] | None) -> str:
     """Numbers as ranges: 0, 3, 4, 5 is "0,3-5"."""
     runs: list[list[int]] = []
     for number in numbers or ():

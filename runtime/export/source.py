@@ -5,20 +5,16 @@
 Shape suffixes: N steps, L MoE layers, E logical experts, P slots, G devices.
 """
 
-import json
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data.arguments import check_choice, check_whole
 from data.arrays import MOST_EXPERTS
-from data.errors import first_line
 from data.traces.loads import RecordedLoads, check_loads, read_loads
 from data.traces.numpy_file import array_names, read_arrays
 from runtime.balancing.balancer import FORECASTERS
@@ -26,13 +22,12 @@ from runtime.balancing.few_moves import rebalance
 from runtime.balancing.plan import ReplicationPlan, check_division
 from runtime.balancing.plan_file import PlannedLayers, SavedPlan, load_plan
 from runtime.export.model_layers import ModelLayers
+from runtime.export.stdin import read_stream
 
-STDIN, MAGIC = Path("-"), {b"\x93NUMPY": ".npy", b"PK": ".npz"}
+STDIN = Path("-")
 FORECAST = "mean"
 """What a plan that stays is made for; docs/export.md compares the forecasts."""
 PHY2LOG, LOAD = ".phy2log", ".device_load"
-MOST_BYTES = 256 << 20
-"""Most bytes of loads on standard input."""
 
 
 @dataclass(frozen=True)
@@ -113,23 +108,21 @@ def plan_from_loads(
 def _from_loads(recorded: RecordedLoads, options: Options, known: ModelLayers, of_sglang: bool = False) -> SavedPlan:
     """Plans the layers with tokens.
 
-    A recording of SGLang has a row for each layer of the model, dense ones too; so has any that has as many rows as the
-    model has layers.
+    A recording of SGLang has a row for each layer of the model, dense ones too.
     """
     options.refuse(("policy", "step"), "loads")
-    rows, layers, layout = recorded.loads.shape[1], recorded.layers, recorded.layout
-    numbers: Sequence[int] | None = known.numbers if known.numbers and len(known.numbers) == rows else None
+    rows, layers, layout = recorded.loads.shape[1], recorded.layers.tolist(), recorded.layout
+    numbers: Sequence[int] | None = layers
     if layout is not None and layout.causal:
-        numbers = [block for _, block in layout.layers]
-    elif of_sglang or known.hidden_layers == rows:
-        numbers = range(rows)
+        numbers = [layout.layers[layer][1] for layer in layers]
+    elif not of_sglang:
+        numbers = known.of_rows(f"{recorded.name} has {rows} layers", layers, rows)
     plan = plan_from_loads(
         recorded.loads[:, layers], 8 if options.devices is None else options.devices,
         16 if options.redundant is None else options.redundant, options.forecast or FORECAST,
     )  # fmt: skip
     planned = PlannedLayers(
-        None if numbers is None else [int(numbers[layer]) for layer in layers],
-        rows if of_sglang else known.hidden_layers, layout.model_id if layout else "",
+        numbers, rows if of_sglang else known.hidden_layers, layout.model_id if layout else "",
         layout.fingerprint() if layout else "",
     )  # fmt: skip
     return SavedPlan(plan, planned)
@@ -158,39 +151,5 @@ def _from_simulator(path: Path, options: Options, known: ModelLayers) -> SavedPl
             f"--step is {step}, {path} holds {steps} steps of {policy}: 0 to {steps - 1}, or -1 for the last"
         )
     plan = ReplicationPlan(phy2log_NLP[step], load_NLG.shape[2])
-    numbers: Any = known.numbers if known.numbers and layers.max() < len(known.numbers) else None
-    if known.hidden_layers is not None and layers.max() >= len(known.numbers or ()):
-        numbers = range(known.hidden_layers)
-    planned = None if numbers is None else [int(numbers[layer]) for layer in layers]
+    planned = known.of_rows(f"{path} has {len(layers)} layers", layers.tolist(), int(layers.max()) + 1)
     return SavedPlan(plan, PlannedLayers(planned, known.hidden_layers))
-
-
-def read_stream(stream: Any) -> RecordedLoads:
-    """Loads from a stream of bytes: .npy, .npz, or JSON `[L, E]` or `[N, L, E]`; one step on each line, if several.
-
-    Raises:
-        ValueError: If it holds something else.
-    """
-    name = "standard input"
-    content = stream.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"{name} holds more than {MOST_BYTES:,} bytes of loads; give a file")
-    if kind := next((suffix for magic, suffix in MAGIC.items() if content.startswith(magic)), None):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"loads{kind}"
-            path.write_bytes(content)
-            try:
-                return replace(read_loads(path), name=name)
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(path), name)) from None
-    try:
-        if not content.strip():
-            raise ValueError("it is empty")
-        steps = [json.loads(line) for line in content.decode().splitlines() if line.strip()]
-        array = np.array(steps[0] if len(steps) == 1 else steps)
-    except (ValueError, RecursionError, IndexError) as error:
-        raise ValueError(
-            f"{name} holds no loads ({first_line(error)}); expected .npy, .npz, or on each line the JSON of a step, "
-            "[[tokens of each expert], ...] with a row for each layer"
-        ) from None
-    return RecordedLoads(name, check_loads(array[None] if array.ndim == 2 else array, Path(name))).with_tokens()

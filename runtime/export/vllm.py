@@ -43,7 +43,6 @@ class VllmFormat:
         if not isinstance(document, list):
             return None
         if document and not isinstance(document[0], list):
-            rows, notes = [slot_row(document, "the map")], ["one row, which vLLM uses for every MoE layer"]
-        else:
-            rows, notes = slot_rows(document, "the map"), []
-        return EnginePlan(self.name, dict(enumerate(rows)), notes=[*notes, UNRELEASED])
+            notes = ["one row, which vLLM uses for every MoE layer", UNRELEASED]
+            return EnginePlan(self.name, {0: slot_row(document, "the map")}, notes=notes, shared=True)
+        return EnginePlan(self.name, dict(enumerate(slot_rows(document, "the map"))), notes=[UNRELEASED])

@@ -158,10 +158,26 @@ def test_one_row_for_all_layers_of_vllm(tmp_path):
 
 
 def test_what_was_not_checked_is_noted(tmp_path):
-    notes = check_plan(write(tmp_path, "sglang", GOOD)).notes
-    assert any("give --devices" in note for note in notes)
-    assert any("experts are not known: 4 were assumed" in note for note in notes)
-    assert any("give --model or --hidden-layers" in note for note in notes)
+    everything = {"num_devices": 2, "num_experts": 4, "num_redundant_experts": 2, "hidden_layers": 2, "layers": "0-1"}
+    for engine in ("sglang", "vllm", "vllm-ascend", "tensorrt-llm"):
+        path = write(tmp_path, engine, GOOD)
+        notes = [note for note in check_plan(path).notes if note.startswith("not checked: ")]
+        layers = "--model or --hidden-layers" if engine == "sglang" else "--model or --layers"
+        options = ["--devices", "--experts or --model", "--redundant", layers]
+        assert [note.split("give ")[1] for note in notes] == options[engine == "vllm-ascend" :]
+        assert not any(note.startswith("not checked: ") for note in check_plan(path, **everything).notes)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-ascend", "tensorrt-llm"])
+def test_the_layers_are_checked_without_a_model_too(tmp_path, engine):
+    path = write(tmp_path, engine, GOOD)
+    assert check_plan(path, layers="0-1").problems == []
+    (problem,) = check_plan(path, layers="0-3", hidden_layers=5).problems
+    assert "lacks layer 2 (2 layers" in problem or "has 2 layers for a model of 4 MoE layers" in problem
+    (problem,) = check_plan(path, hidden_layers=1).problems
+    assert problem.startswith("has a row for layer 1 of a model of 1 layers: ")
+    (problem,) = check_plan(write(tmp_path, "sglang", GOOD), layers="2-3").problems
+    assert problem.startswith("has 2 rows for a model with the MoE layer 3: SGLang accepts any number of rows")
 
 
 @pytest.mark.parametrize(

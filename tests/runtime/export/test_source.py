@@ -1,7 +1,5 @@
-"""Where plans come from: saved plans, the simulator, recordings, loads in memory and on standard input."""
+"""Where plans come from: saved plans, the simulator, recordings, loads in memory; which layers their rows are for."""
 
-import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +8,11 @@ import torch
 
 from runtime.balancing.eplb import place_experts
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
-from runtime.balancing.plan_file import PlannedLayers, save_plan
+from runtime.balancing.plan_file import PlannedLayers, SavedPlan, save_plan
 from runtime.export.export import export_plan
 from runtime.export.formats import read_engine_plan
 from runtime.export.model_layers import ModelLayers, parse_numbers
-from runtime.export.source import Options, open_source, plan_from_loads, read_stream
+from runtime.export.source import Options, open_source, plan_from_loads
 from runtime.simulate.comparison import compare_policies
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "gptoss20b.npz"
@@ -82,6 +80,49 @@ def test_rows_of_other_recordings_are_layers_only_where_their_number_says_so(tmp
     assert done.saved.layers == PlannedLayers([2, 3, 4], 7)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "vllm-ascend"])
+def test_rows_for_layers_that_are_not_known_are_pointed_out(tmp_path, engine):
+    done = export_plan(RECORDED, engine, tmp_path / "plan.json")
+    said = "4 rows, right for a model with 4 MoE layers and no more (which these are was not given); with others, vllm"
+    assert done.flags[-1].lower().startswith(said.lower())
+    assert done.flags[-1].endswith("give --model FOLDER, and --layers if only some of its layers were recorded")
+    done = export_plan(RECORDED, engine, tmp_path / "plan.json", hidden_layers=24, layers="5,11-13")
+    assert "no more (these are 5,11-13)" in done.flags[-1]
+    done = export_plan(RECORDED, "sglang", tmp_path / "plan.json", hidden_layers=24, layers="5,11-13")
+    assert done.flags[-1].startswith("24 rows, right if all layers but 5,11-13 are dense; SGLang uses no")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hidden_layers": 24}, r"has 4 layers, the model 24 \(--hidden-layers\); name its MoE layers with --layers"),
+        ({"hidden_layers": 3}, r"has 4 layers, the model 3 \(--hidden-layers\)"),
+        ({"layers": "0-23"}, r"has 4 layers, --layers has 24 MoE layers \(0-23\), .*, and give --model FOLDER"),
+    ],
+)
+def test_rows_that_do_not_fit_the_model_are_refused_with_both_numbers(tmp_path, options, said):
+    plan = ReplicationPlan.at_home(contiguous_homes(4, 4), 2, 2)
+    for source in (RECORDED, plan, np.ones((4, 32))):
+        with pytest.raises(ValueError, match=said):
+            export_plan(source, "vllm", tmp_path / "plan.json", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recording_of_some_layers_of_a_model(tmp_path, qwen_config):
+    options = {"num_devices": 4, "num_redundant_experts": 4, "model": str(qwen_config)}
+    with pytest.raises(ValueError, match=r"plan has 2 layers, .*qwen has 3 MoE layers .*; name those with --layers$"):
+        export_plan(LOADS[:, :2], "vllm", tmp_path / "plan.json", **options)
+    done = export_plan(LOADS[:, :2], "vllm", tmp_path / "plan.json", layers="2,4", **options)
+    assert (len(done.saved.plan.phy2log), done.unplanned) == (3, 1)
+    assert (done.saved.plan.phy2log[1:] == plan_from_loads(LOADS[:, :2], 4, 4).phy2log).all()
+    assert not any("rows, right for" in line for line in done.flags)
+    known = SavedPlan(ReplicationPlan(done.saved.plan.phy2log[:2], 4), PlannedLayers([1, 2], 6))
+    with pytest.raises(ValueError, match="the plan is for layers 1-2, --layers names 2,4; leave it out"):
+        export_plan(known, "vllm", tmp_path / "plan.json", model=str(qwen_config), layers="2,4")
+    with pytest.raises(ValueError, match="the plan is for a model of 6 layers, --hidden-layers says 7"):
+        export_plan(known, "vllm", tmp_path / "plan.json", hidden_layers=7)
+
+
 def test_a_saved_plan_is_exported_as_it_is(tmp_path, saved):
     save_plan(tmp_path / "saved.json", saved.plan, saved.layers)
     export_plan(tmp_path / "saved.json", "tensorrt-llm", tmp_path / "plan.yaml")
@@ -104,6 +145,12 @@ def test_a_step_of_one_of_the_simulators_policies(tmp_path):
             assert done.saved.plan.num_devices == 8
             same = (done.saved.plan.phy2log == kept).sum()
             assert same == kept.size - done.empty - done.twice
+    with pytest.raises(ValueError, match=r"plans.npz has 4 layers, --layers has 24 MoE layers"):
+        export_plan(plans, "vllm", tmp_path / "plan.json", policy="last.home.quota", layers="0-23")
+    done = export_plan(
+        plans, "sglang", tmp_path / "plan.json", policy="last.home.quota", layers="5-8", hidden_layers=24
+    )
+    assert done.saved.layers.numbers == (5, 6, 7, 8)
     with pytest.raises(ValueError, match=r"--step is 4, .* holds 4 steps of last.home.quota: 0 to 3, or -1"):
         export_plan(plans, "vllm", tmp_path / "plan.json", policy="last.home.quota", step=4)
     with pytest.raises(ValueError, match=r"policy is 'x', expected 'ema.eplb.quota'"):
@@ -124,41 +171,6 @@ def test_plans_of_the_simulator_that_were_changed_are_refused(tmp_path):
         np.savez(tmp_path / "plans.npz", **arrays)
         with pytest.raises(ValueError, match=said):
             export_plan(tmp_path / "plans.npz", "vllm", tmp_path / "plan.json")
-
-
-def stream(content):
-    return io.BytesIO(content if isinstance(content, bytes) else content.encode())
-
-
-def test_standard_input_takes_json_and_numpy():
-    buffer = io.BytesIO()
-    np.save(buffer, LOADS)
-    archive = io.BytesIO()
-    np.savez(archive, counts=LOADS)
-    lines = "\n".join(json.dumps(step.tolist()) for step in LOADS)
-    for content in (buffer.getvalue(), archive.getvalue(), json.dumps(LOADS.tolist()), lines):
-        assert (read_stream(stream(content)).loads == LOADS).all()
-    assert (read_stream(stream(json.dumps(LOADS[0].tolist()))).loads == LOADS[:1]).all()
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("", "standard input holds no loads"),
-        ("not json", "standard input holds no loads"),
-        ("[[1, 2], [3]]", "standard input holds no loads"),
-        ("[" * 50_000, "standard input holds no loads"),
-        ("[[1, NaN]]", "not whole numbers"),
-        ('[["a", "b"]]', "expected counts of tokens"),
-        ("[1, 2]", r"has shape \(2,\)"),
-        (b"\x93NUMPY rubbish", "standard input cannot be read"),
-        ("[[0, 0]]", "holds no tokens"),
-    ],
-)
-def test_standard_input_that_holds_no_loads_is_refused(content, said):
-    with pytest.raises(ValueError, match=said) as refused:
-        read_stream(stream(content))
-    assert "\n" not in str(refused.value)
 
 
 def test_loads_in_memory_and_plans_are_exported(tmp_path):
