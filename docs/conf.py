@@ -23,7 +23,8 @@ root_doc = "README"
 include_patterns = ["*.md", "docs/**"]
 exclude_patterns = [".*", "outputs", "docs/README.md"]
 html_theme = "furo"
-html_copy_source = html_show_sphinx = html_show_copyright = False
+html_copy_source = html_show_sphinx = html_show_copyright = html_use_index = False
+highlight_language = "none"  # Python blocks say so; others are commands and output
 myst_heading_anchors = 4
 default_role = "code"  # docstrings write `name`
 add_module_names = False
