@@ -2,20 +2,30 @@
 
     from switchcast.runtime.export.vllm_policy import register
     register()    # in every process of vLLM, before the model is loaded: docs/export.md says how
+    register(record="loads.jsonl")    # the same, and rank 0 appends the loads that it places for: `switchcast export -`
 
 Shape suffixes: L MoE layers, E logical experts, P slots.
 """
 
-from typing import Any
+import json
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from data.arrays import FloatArray
 from runtime.balancing.few_moves import rebalance
+
+log = logging.getLogger(__name__)
 
 
 class FewMovesPolicy:
     """Has the method of vLLM's `AbstractEplbPolicy`, so that it can be used without being a subclass."""
+
+    record: ClassVar[Path | None] = None
+    """File to which rank 0 appends each load, a line of JSON; None for none."""
 
     @classmethod
     def rebalance_experts(
@@ -45,15 +55,31 @@ class FewMovesPolicy:
         if old_global_expert_indices is not None and old_global_expert_indices.shape == (len(weight), num_replicas):
             current = old_global_expert_indices.cpu().numpy()
         load = weight.detach().cpu().double().numpy()
+        if cls.record is not None:
+            _append(load, cls.record)
         return torch.from_numpy(rebalance(load, num_replicas, num_ranks, current, num_groups, num_nodes))
 
 
-def register(name: str = "default") -> Any:
+def _append(load_LE: FloatArray, path: Path) -> None:
+    """Appends a load, unless it has no tokens; an engine that serves does not stop where that fails."""
+    if not load_LE.any() or (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
+        return
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(load_LE.round().astype(int).tolist()) + "\n")
+    except OSError as error:
+        log.warning("loads are not recorded: %s", error)
+
+
+def register(name: str = "default", record: Path | str | None = None) -> Any:
     """Makes it the policy that vLLM uses under a name, as a subclass of vLLM's own; returns that class.
 
-    vLLM's asynchronous balancing takes the name "default" alone.
+    Args:
+        name: vLLM's asynchronous balancing takes "default" alone.
+        record: File to which rank 0 appends the loads that it places for, one line for each of vLLM's windows.
     """
     from vllm.distributed.eplb.policy import EPLB_POLICIES, AbstractEplbPolicy  # not a dependency of ours
 
-    EPLB_POLICIES[name] = type("SwitchcastEplbPolicy", (FewMovesPolicy, AbstractEplbPolicy), {})
+    members = {"record": None if record is None else Path(record)}
+    EPLB_POLICIES[name] = type("SwitchcastEplbPolicy", (FewMovesPolicy, AbstractEplbPolicy), members)
     return EPLB_POLICIES[name]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,9 @@ def test_loads_from_a_pipe(run, tmp_path):
         ((), "error: --to is missing, expected one of sglang, vllm, tensorrt-llm, vllm-ascend, switchcast"),
         (("--to", "sglang"), "error: SGLang numbers all layers of a model"),
         (("--to", "vllm", "--devices", "7"), "error: 64 experts and 16 redundant experts do not divide over 7 devices"),
+        (("--to", "vllm", "--step", "x"), "error: --step is 'x', expected a whole number; see --help"),
+        (("--to", "vllm", "--out", ""), "error: --out is empty; is a shell variable not set? Give a value"),
+        (("--to", "vllm", "--hidden-layers", "27"), f"error: {RECORDED} has 5 layers, the model 27 (--hidden-layers)"),
         (("--to", "vllm", "--step", "1"), "error: --step has no meaning for loads; leave it out"),
         (("--to", "vllm", "--model", "nowhere"), "error: nowhere"),
     ],
@@ -67,3 +71,15 @@ def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, words, said):
     assert err.startswith(said), err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_worked_example_prints_what_the_page_shows(run, tmp_path):
+    """docs/export.md: each command of the example, with the lines that it prints."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    page = (ROOT / "docs" / "export.md").read_text().split("## From a recording to SGLang")[1].split("\n## ")[0]
+    lines = re.findall(r"^    (.*)$", page.split("```")[0], re.MULTILINE)
+    commands = [number for number, line in enumerate(lines) if line.startswith("switchcast ")]
+    assert len(commands) == 2
+    for first, after in zip(commands, [*commands[1:], None], strict=True):
+        code, _, printed = run(*lines[first].split()[1:])
+        assert (code, printed.splitlines()) == (0, lines[first + 1 : after])
