@@ -59,7 +59,10 @@ def rebalance(
     num_layers, num_experts = weight.shape
     check_numbers(num_experts, num_slots, num_groups, num_nodes, num_devices)
     if num_slots // num_devices > num_experts:
-        raise ValueError(f"{num_slots // num_devices} slots a device are more than the {num_experts} experts")
+        raise ValueError(
+            f"{num_slots // num_devices} slots a device are more than the {num_experts} experts; choose at most "
+            f"{(num_devices - 1) * num_experts} redundant experts"
+        )
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
     fresh = place_experts(weight, num_slots, num_groups, num_nodes, num_devices)

@@ -102,7 +102,7 @@ def test_an_expert_that_nothing_holds_is_placed():
         ([1.0], 2, 1, None, r"weight has shape \(1,\)"),
         ([[np.nan, 1]], 2, 1, None, "NaN, infinite or negative"),
         ([[1.0, 1]], 3, 2, None, "3 replicas do not divide over num_gpus=2"),
-        ([[1.0, 1]], 6, 2, None, "3 slots a device are more than the 2 experts"),
+        ([[1.0, 1]], 6, 2, None, "3 slots a device are more than the 2 experts; choose at most 2 redundant experts"),
         ([[1.0, 1]], 2, 2, [[0, 1, 1]], r"has shape \(1, 3\), expected \(1, 2\)"),
         ([[1.0, 1]], 2, 2, [[0, 7]], "holds 0 to 7, expected -1 to 1"),
     ],
