@@ -8,12 +8,11 @@ step printed, its JSON document, and a README.md with a table of all steps, vers
 are made first where they do not exist. If a step fails, the exit code is 1.
 """
 
-import platform
 import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks.support.steps import Step, results_folder, run_and_say
+from benchmarks.support.steps import Step, processor, results_folder, run_and_say
 from data.cli import from_command_line, user_errors
 
 PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
@@ -40,8 +39,11 @@ def preparation() -> list[Step]:
 def measurements() -> list[Step]:
     """The benchmarks."""
     forecasts = "--predictor", PREDICTOR
+    simulated = "--devices", 8, "--redundant", 16, "--out", "outputs/bench/simulate"
     steps = [
+        Step("forecasts", python("predictor.show", PREDICTOR), 60),
         Step("main-job", python("runtime.infer", *forecasts, "--out", "outputs/bench/infer"), 300),
+        Step("simulate", python("runtime.simulate", TRACE, *forecasts, *simulated), 300),
         Step("ablation", python("benchmarks.ablation", *forecasts, "--trace", TRACE), 300),
         Step("paper-speed", python("benchmarks.paper_speed", "--repeats", 7), 600),
         Step("paper-quality", python("benchmarks.paper_quality", *forecasts, "--batches", 40), 300),
@@ -53,17 +55,8 @@ def measurements() -> list[Step]:
     ]
     if (FAMILY / "config.json").exists():  # training it takes as long as all steps together
         family = "--predictor", FAMILY, "--trace", FAMILY_TRACE
-        steps.insert(2, Step("ablation-family", python("benchmarks.ablation", *family), 300))
+        steps.insert(4, Step("ablation-family", python("benchmarks.ablation", *family), 300))
     return steps
-
-
-def processor() -> str:
-    """The processor's name without marks and speed, such as "intel xeon"."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
-    words = name.split("@")[0].replace("(R)", "").replace("(TM)", "").replace("CPU", "").split()
-    return " ".join(words) or platform.machine()
 
 
 def bench(out: Path | None = None) -> int:

@@ -9,7 +9,7 @@ The rows of the baselines come from the first folder; all folders must have been
 from pathlib import Path
 from typing import Any
 
-from data.cli import OneLineParser, user_errors
+from data.cli import OneLineParser, print_json, user_errors
 from data.models.layout import MoELayout
 from predictor.checkpoint import read_config
 from predictor.evaluation.tables import CAPTIONS, Details, comparison_table, figure, layers_table, markdown
@@ -89,10 +89,8 @@ def _segments(config: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-def show(wanted: list[str]) -> str:
-    """All tables of some folders, given as FOLDER or NAME=FOLDER, as Markdown."""
-    configs = read_folders(wanted)
-    details = merged(configs)
+def show(configs: dict[str, dict[str, Any]], details: Details) -> str:
+    """All tables of some folders, as Markdown."""
     layer_names = MoELayout.from_json(next(iter(configs.values()))["layout"]).layer_names
     parts = [f"{caption}\n\n{comparison_table(details, metric)}" for metric, caption in CAPTIONS.items()]
     baselines = [name for name in ("last", "ema", "token_table") if name in next(iter(details.values()))]
@@ -103,14 +101,17 @@ def show(wanted: list[str]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Command line: the tables and, in a pipe, one JSON document."""
     with user_errors():
         parser = OneLineParser(prog="python -m predictor.show", description=(__doc__ or "").splitlines()[0])
         parser.add_argument(
             "folders", nargs="+", type=str, metavar="[NAME=]FOLDER",
             help="predictor folder, with a name for its rows (needed for more than one folder)",
         )  # fmt: skip
-        print(show(parser.parse_args().folders))
+        configs = read_folders(parser.parse_args().folders)
+        details = merged(configs)
+    print(show(configs, details))
+    print_json({"metrics": details})
 
 
 if __name__ == "__main__":

@@ -115,6 +115,15 @@ def last_json(text: str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
+def processor() -> str:
+    """The processor's name without marks and speed, such as "Intel Xeon"."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    words = name.split("@")[0].replace("(R)", "").replace("(TM)", "").replace("CPU", "").split()
+    return " ".join(words) or platform.machine()
+
+
 def machine() -> dict[str, Any]:
     """Versions, devices, commit and settings that decide results; nothing that names the machine or its user."""
     found = {}
@@ -124,7 +133,7 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "python": platform.python_version(), "system": platform.system(), "processor": platform.machine(),
+        "python": platform.python_version(), "system": platform.system(), "processor": processor(),
         "cores": os.cpu_count(), "libraries": found, "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "driver": _output("nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"),

@@ -1,0 +1,98 @@
+"""Folders of results: figures of README and docs come from them, and folders can be compared."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import benchmarks.bench
+import benchmarks.report
+from benchmarks.published import BLOCK, PAGES, generated
+from benchmarks.support.results import Results, figures
+from benchmarks.support.steps import Step, as_typed, run_all
+from tests.test_docs import parse  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_of_a_page_are_those_of_the_folder_that_it_names(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text()
+    assert BLOCK.findall(text), f"{page} shows no figures"
+    assert generated(text) == text, "python -m benchmarks.published FOLDER writes the figures anew"
+
+
+def test_a_figure_that_was_edited_is_found(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text()
+    name, _, block = BLOCK.findall(text)[0]
+    digit = next(place for place, letter in enumerate(block) if letter.isdigit())
+    edited = text.replace(block, f"{block[:digit]}{(int(block[digit]) + 1) % 10}{block[digit + 1 :]}")
+    assert edited != text
+    assert generated(edited) == text
+    with pytest.raises(ValueError, match="no block of figures is called 'headlin'; expected one of headline, "):
+        generated(text.replace(f"figures: {name}", "figures: headlin"))
+
+
+def printing(document: object) -> list[str]:
+    return [sys.executable, "-c", f"print({json.dumps(document)!r})"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders with a step that both have, one that failed, and one that the second lacks."""
+    steps = {
+        "a": [Step("tiers", printing({"lru": {"tokens_per_s": 300, "spread": [290, 320]}}), 20),
+              Step("main-job", [sys.executable, "-c", "raise SystemExit(1)"], 20),
+              Step("planner", printing({"rows": []}), 20)],
+        "b": [Step("tiers", printing({"lru": {"tokens_per_s": 450, "spread": [400, 460]}}), 20)],
+    }  # fmt: skip
+    for name, each in steps.items():
+        run_all(each, tmp_path / name, name)
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def compare(monkeypatch, capsys, *words):
+    monkeypatch.setattr("sys.argv", ["report", *map(str, words)])
+    benchmarks.report.main()
+    return capsys.readouterr().out
+
+
+def test_folders_are_compared_by_every_number_of_a_step(folders, monkeypatch, capsys):
+    shown = compare(monkeypatch, capsys, *folders, "--step", "tiers")
+    assert "second / first" in shown
+    assert "1.500" in shown
+    found = json.loads(shown.splitlines()[-1])["figures"]
+    assert found == {"lru.tokens_per_s": [300, 450], "lru.spread.0": [290, 400], "lru.spread.1": [320, 460]}
+
+
+def test_a_step_that_no_folder_has_is_refused_by_name(folders, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report", *map(str, folders), "--step", "main-job"])
+    with pytest.raises(SystemExit) as stop:
+        benchmarks.report.main()
+    assert stop.value.code == 2
+    assert "no folder has results of 'main-job'; expected one of planner, tiers" in capsys.readouterr().err
+
+
+def test_a_folder_without_results_and_a_step_that_failed_are_named(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"has no summary\.json; expected a folder that `make bench`"):
+        Results(tmp_path)
+    with pytest.raises(ValueError, match=r"has no results of the step main-job; run it, and see its \.log"):
+        Results(folders[0]).document("main-job")
+
+
+def test_numbers_of_a_document_by_their_paths():
+    assert figures({"a": [1, {"b": 2.5}], "c": True, "d": None, "e": "text"}) == {"a.0": 1, "a.1.b": 2.5}
+
+
+def test_steps_of_the_benchmark_are_commands_that_parse(parse, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(benchmarks.bench, "FAMILY", tmp_path)
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(benchmarks.bench, "LARGE", tmp_path / "none")
+    steps = benchmarks.bench.preparation() + benchmarks.bench.measurements()
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    assert {"model", "forecasts", "simulate", "ablation-family", "tiers"} <= set(names)
+    assert {step.name: said for step in steps if (said := parse(as_typed(step.command).split()))} == {}
