@@ -1,13 +1,12 @@
 """report.html of a predictor folder: the finding in one sentence, pictures, tables; one file, no service needed."""
 
-import base64
 import html
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from data.files import whole_file
+from data.html_page import picture, table, write_page
 from data.style import human, save
 from predictor.baselines.history import LastBatch, Oracle
 from predictor.evaluation.comparison import Comparison
@@ -28,22 +27,6 @@ WHERE = {
     "unseen": "On text unseen in training", "text": "On your text",
 }  # fmt: skip
 """How a sentence about a stream begins."""
-CSS = """
-:root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#57606a;--line:#d0d7de;--ours:#1f6feb}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--paper:#0d1117;--soft:#9198a1;--line:#30363d;--ours:#58a6ff}}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem;overflow-wrap:anywhere}
-h1{font-size:1.5rem;margin:.5rem 0}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1.8rem 0 .5rem;font-size:1rem}
-.finding{font-size:1.2rem;border-left:4px solid var(--ours);padding-left:.8rem;margin:1rem 0 1.5rem}
-figure{margin:1.2rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.5rem;overflow-x:auto}
-img{display:block;width:100%;min-width:40rem;height:auto}
-.box{overflow-x:auto;border:1px solid var(--line);border-radius:8px}
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{padding:.3rem .7rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);overflow-wrap:normal}
-thead th{border-top:0;color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom}
-th:first-child,td:first-child{text-align:left}
-small{display:block;font-weight:400;color:var(--soft)}.ours td{color:var(--ours);font-weight:600}
-"""
 
 
 def summarise(ladder: Comparison) -> Summaries:
@@ -142,34 +125,17 @@ def alt_text(name: str, found: Details) -> str:
     return f"Expert load batch by batch, {human(stream)}: forecast above what came; they differ by {error:.3f}."
 
 
-def _table(header: list[str], rows: list[list[str | float | None]]) -> str:
-    """A table in a box of its own that scrolls; the learned forecaster's rows stand out."""
-
-    def cell(value: str | float | None) -> str:
-        if not isinstance(value, str):
-            return "<td></td>" if value is None else f"<td>{value:.3f}</td>"
-        number, bracket, interval = value.partition(" [")
-        return f"<td>{html.escape(number)}" + (f" <small>[{interval}</small>" if bracket else "") + "</td>"
-
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    ours = human("learned")
-    body = "".join(
-        f"<tr{' class=ours' if ours in row[:2] else ''}>" + "".join(map(cell, row)) + "</tr>" for row in rows
-    )
-    return f'<div class="box"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _tables(ladder: Comparison, found: Details, layer_names: list[str]) -> list[str]:
-    streams, parts = list(ladder), []
+    streams, ours, parts = list(ladder), human("learned"), []
     for metric, caption in CAPTIONS.items():
         rows: list[list[str | float | None]] = [
             [human(name), *(figure(found[stream][name], metric) for stream in streams)] for name in ladder[streams[0]]
         ]
         if shown := [row for row in rows if any(row[1:])]:
-            parts.append(f"<h3>{html.escape(caption)}</h3>" + _table(["forecaster", *map(human, streams)], shown))
+            parts.append(f"<h3>{html.escape(caption)}</h3>" + table(["forecaster", *map(human, streams)], shown, ours))
     rows = [[human(str(stream)), human(str(name)), *tv] for stream, name, *tv in layer_rows(ladder, layer_names)]
     layers = [name.replace("_", " ") for name in layer_names]
-    parts.append("<h3>Total variation, layer by layer</h3>" + _table(["stream", "forecaster", *layers], rows))
+    parts.append("<h3>Total variation, layer by layer</h3>" + table(["stream", "forecaster", *layers], rows, ours))
     return parts
 
 
@@ -177,24 +143,16 @@ def write_report(folder: Path, title: str, ladder: Comparison, layer_names: list
     """Writes report.html, which holds its pictures, and each picture as a PNG beside it."""
     found, drawn = details(ladder), figures(ladder, layer_names)
     pictures = {}
-    for name, picture in drawn.items():
-        save(picture, folder / f"{name}.png")
-        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        alt = html.escape(alt_text(name, found))
-        pictures[name] = f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    for name, made in drawn.items():
+        save(made, folder / f"{name}.png")
+        pictures[name] = picture(folder / f"{name}.png", alt_text(name, found))
     counted = ", ".join(f"{human(stream)}: {len(rows['learned'].load_tv)}" for stream, rows in ladder.items())
     first = ["ladder", f"heat_{telling_stream(found)}", "calibration"]
-    page = [
-        '<!doctype html><html lang="en"><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{CSS}</style>",
-        f'<main><h1>{html.escape(title)}</h1><p class="finding">{html.escape(finding(found))}</p>',
+    parts = [
         *(pictures[name] for name in first),
         f"<h2>Tables</h2><p>Means over held-out test batches ({counted}); in brackets 95 % intervals.</p>",
         *_tables(ladder, found, layer_names),
         "<h2>Expert load on the other streams</h2>" if len(pictures) > len(first) else "",
-        *(picture for name, picture in pictures.items() if name not in first),
-        "</main></html>",
+        *(shown for name, shown in pictures.items() if name not in first),
     ]
-    with whole_file(folder / "report.html") as aside:
-        aside.write_text("\n".join(page) + "\n", encoding="utf-8")
+    write_page(folder / "report.html", title, finding(found), parts)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from data.arrays import IntArray
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_folder, write_json
 from data.models.device import Device
@@ -28,7 +29,8 @@ from runtime.distributed.ranks import Ranks
 from runtime.engine.batch import BatchStats, ModelBatch
 from runtime.engine.engine import Engine
 from runtime.infer.dry_run import size_up
-from runtime.infer.report import fallback_warning, plot, show, summarise
+from runtime.infer.page import write_run
+from runtime.infer.report import fallback_warning, show, summarise
 from runtime.infer.text import held_out, text_batches
 from runtime.infer.verify import BatchCheck, Verifier
 from runtime.telemetry.recorder import Telemetry
@@ -94,7 +96,7 @@ def infer(
         metrics_port: Port to serve Prometheus metrics on while it runs, at /metrics; 0 takes any free one.
         metrics_file: File to append one JSON line to after every batch.
         wandb: Whether to log every batch to Weights & Biases, or the project to log it to.
-        out: Folder for report.json and balancedness.png.
+        out: Folder for report.html, its pictures and report.json.
         details: Whether tables by layer and median times are printed as well.
         dry_run: Whether only sizes are printed: parameters, bytes of a device, and what a budget holds. Needs no
             weights, only the model's config.json.
@@ -126,12 +128,12 @@ def infer(
         held = held_out(predictor, source, batching)
         with engine:
             stream = text_batches(engine, source, batching, batches, held.skip)
-            checks, stats = run(engine, plain, stream, batches, telemetry)
+            checks, stats, copies = run(engine, plain, stream, batches, telemetry)
             with engine.ranks.watched():
                 report = summarise(checks, stats, engine)
     report |= {"held_out": held.known, "held_out_note": held.note}
     if first:
-        plot(checks, out / "balancedness.png")
+        write_run(out, report, checks, stats, copies)
         write_json(out / "report.json", report | {"each_batch": [asdict(check) for check in checks]})
     report |= {"out": str(out), "predictor": predictor and str(predictor), "allow_fallback": allow_fallback}
     if first:
@@ -149,14 +151,18 @@ def plain_model(name: str, revision: str, engine: Engine) -> Any:
 
 def run(
     engine: Engine, plain: Any, stream: Iterator[tuple[str, ModelBatch]], most: int, telemetry: Telemetry
-) -> tuple[list[BatchCheck], list[BatchStats]]:
+) -> tuple[list[BatchCheck], list[BatchStats], list[IntArray]]:
     """Runs and verifies every batch.
+
+    Returns:
+        Of each batch: its comparison, what it took, and the copies of each expert while it ran, `[L, E]`.
 
     Raises:
         RankLostError: If another process is gone.
     """
     checks: list[BatchCheck] = []
     stats: list[BatchStats] = []
+    copies: list[IntArray] = []
     queue: list[tuple[str, ModelBatch]] = []
     verifier, layers, controller = Verifier(engine, plain), engine.loaded.layout.layer_names, engine.controller
     console = Console(stderr=True, quiet=engine.ranks.rank > 0)
@@ -174,8 +180,9 @@ def run(
                 phase, batch = queue.pop(0)
                 checks.append(verifier.check(batch, output, phase))
             stats.append(output.stats)
+            copies.append(controller.transfer.plan.replica_count)
             telemetry.record(layers, output.stats, controller.late, controller.fallbacks)
-    return checks, stats
+    return checks, stats, copies
 
 
 def main() -> None:

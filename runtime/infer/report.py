@@ -1,4 +1,4 @@
-"""The result of `runtime.infer`: the JSON document, the frame printed at the end, tables of details, the picture."""
+"""The result of `runtime.infer`: the JSON document, the frame printed at the end, tables of details."""
 
 from pathlib import Path
 from statistics import median
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.models.weights import BUNDLED
-from data.style import GREY, ORACLE, OURS, drawing, end_labels, heading, line, name_phases, panels, save
+from data.style import ORACLE, OURS
 from runtime.engine.batch import BatchStats
 from runtime.engine.controller import Controller
 from runtime.engine.engine import Engine
@@ -21,8 +21,6 @@ from runtime.telemetry.recorder import over_batches
 
 POLICIES = {"contiguous": "no replicas", "last": "last batch", "replicated": "Switchcast", "oracle": "oracle"}
 """Fields of `BatchCheck` that hold a balancedness, and the names they are shown by."""
-FORECASTERS = {"contiguous": "none", "last": "last", "replicated": "learned", "oracle": "oracle"}
-"""Whose line style each of them has in the picture."""
 COLOURS = {"Switchcast": f"bold {OURS}", "oracle": ORACLE}
 BAR = 36
 """Characters of a bar in the frame that stands for perfect balance."""
@@ -127,7 +125,7 @@ def show(report: dict[str, Any], console: Console, details: bool = False) -> Non
     lines += _balance(report) if report["devices"] > 1 else []
     lines += _forecasts(report) if report["forecasts"]["by"] != "none" else []
     lines += _caching(report) if report["cache"] else []
-    lines.append(Text(f"Picture: {report['out']}/balancedness.png; all figures: report.json beside it"))
+    lines.append(Text(f"Pictures: {report['out']}/report.html; all figures: report.json beside it"))
     title = Text(f"{report['model']} with Switchcast", style="bold")
     console.print(Panel(Text("\n").join(lines), title=title, title_align="left", expand=False))
     for number, (command, why) in enumerate(_commands(report)):  # outside the frame, so that they can be copied
@@ -259,27 +257,3 @@ def layers_table(report: dict[str, Any]) -> Table:
 
 def _or_dash(value: float | None, how: str) -> str:
     return "-" if value is None else format(value, how)
-
-
-@drawing()
-def plot(checks: list[BatchCheck], path: Path) -> None:
-    """Balancedness of every batch: without replicas, from the last batch, as it ran, and with the oracle."""
-    figure, axes = panels(8.6, 3.6)
-    axis, ends = axes[0, 0], []
-    name_phases(axis, [check.phase for check in checks], 6.8)
-    means = {}
-    for name, label in POLICIES.items():
-        values = [getattr(check, name) for check in checks]
-        means[name] = float(np.mean(values))
-        drawn = axis.plot(values, **line(FORECASTERS[name]), marker="o" if len(checks) == 1 else "")[0]
-        colour = str(drawn.get_color()) if name != "contiguous" else GREY
-        ends.append((values[-1], f"{label} {means[name]:.3f}", colour))
-    lowest = min(getattr(check, name) for check in checks for name in POLICIES)
-    axis.set(
-        xlabel="batch", ylabel="balancedness", ylim=(min(0.4, lowest - 0.05), 1.02), xlim=(0, max(len(checks) - 1, 1))
-    )
-    end_labels(axis, ends)
-    title = f"Balancedness {means['replicated']:.2f} with Switchcast, {means['contiguous']:.2f} without replicas"
-    note = "mean device load / largest, 1 is perfect; means of all batches; the first has none before it"
-    heading(figure, title, note)
-    save(figure, path)

@@ -54,7 +54,12 @@ def test_contract(command, tmp_path):
     assert report["bytes"] == report["moves"] * 2 * 32 * 48 * 4
     assert set(report["ms"]) == MS
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["each_batch"]) == 5
-    assert (tmp_path / "out" / "balancedness.png").stat().st_size > 5000
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(r'src="(?!data:)', page) == []  # nothing from elsewhere
+    assert page.count("<img alt=") == page.count('src="data:image/png;base64,') >= 3
+    for name in ("balancedness", "replicas", "times"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+    assert f"were balanced to {report['balancedness']['replicated']:.3f}" in page
 
 
 def test_a_decoder_only_model_is_balanced_and_unchanged(command, switch_folder, tmp_path):
