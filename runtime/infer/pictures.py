@@ -55,6 +55,7 @@ def balance(checks: list[BatchCheck]) -> Figure:
     axis.set(
         xlabel="batch", ylabel="balancedness", ylim=(min(0.4, lowest - 0.05), 1.02), xlim=(0, max(len(checks) - 1, 1))
     )
+    axis.xaxis.get_major_locator().set_params(integer=True)
     end_labels(axis, ends)
     title = f"Balancedness {means['replicated']:.2f} with Switchcast, {means['contiguous']:.2f} without replicas"
     note = "mean device load / largest, 1 is perfect; means of all batches; the first has none before it"
@@ -86,6 +87,7 @@ def replicas(load_NLE: IntArray, copies_NLE: IntArray, layer_names: list[str], p
     name_phases(axis, phases, 6.8, separator=INK)
     axis.set_yticks(range(len(experts)), [f"expert {expert}" for expert in experts])
     axis.set(xlabel="batch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(visible=False)
     bar = figure.colorbar(image, ax=axis, pad=0.01, label="% of the layer's tokens")
     bar.outline.set_visible(False)
@@ -146,4 +148,5 @@ def _bars(axis: Any, parts: dict[str, tuple[list[float], str, str]]) -> None:
         axis.text(-0.4, 1.08 * top, f"{bottom[0]:,.0f}", fontsize=SMALL, color="white", rotation=90, va="top")
         axis.set(ylim=(0, 1.12 * top))
     axis.set(xlim=(-0.6, len(bottom) - 0.4))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(axis="x", visible=False)
