@@ -43,7 +43,7 @@ smoke: .venv/ready
 gpu: .venv/ready
 	@$(BIN)/python -m benchmarks.gpu
 
-# Benchmarks for two CPU cores, in one folder under docs/results; about 25 minutes, and 4 more to train a predictor.
+# Benchmarks for two CPU cores, in one folder under docs/results; about half an hour, the training of a predictor included.
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks.bench
 

@@ -18,6 +18,8 @@ from data.cli import from_command_line, user_errors
 PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
 FAMILY, FAMILY_TRACE = Path("outputs/qwen3-mini-64/predictor"), Path("outputs/traces/qwen3-mini-64")
 LARGE = Path("outputs/switch-base-64")
+DRAWN = Path("outputs/bench")
+"""Where steps draw their pictures."""
 
 
 def python(module: str, *words: object) -> list[str]:
@@ -29,7 +31,8 @@ def preparation() -> list[Step]:
     """What the steps need and is not there yet: trace, predictor, and a model of switch-base's sizes."""
     steps = []
     if not (PREDICTOR / "config.json").exists():
-        steps.append(Step("predictor", [sys.executable, "train.py", "--predictor", str(PREDICTOR)], 1200))
+        train = [sys.executable, "train.py", "--predictor", str(PREDICTOR)]
+        steps.append(Step("predictor", train, 1200, pictures=(PREDICTOR / "ladder.png",)))
     if not (LARGE / "config.json").exists():
         made = "--out", LARGE, "--experts", 64, "--blocks", 4, "--capacity", 16
         steps.append(Step("model", python("benchmarks.support.make_switch", *made), 600))
@@ -39,17 +42,31 @@ def preparation() -> list[Step]:
 def measurements() -> list[Step]:
     """The benchmarks."""
     forecasts = "--predictor", PREDICTOR
-    simulated = "--devices", 8, "--redundant", 16, "--out", "outputs/bench/simulate"
+    simulated = "--devices", 8, "--redundant", 16, "--out", DRAWN / "simulate"
     steps = [
         Step("forecasts", python("predictor.show", PREDICTOR), 60),
-        Step("main-job", python("runtime.infer", *forecasts, "--out", "outputs/bench/infer"), 300),
-        Step("simulate", python("runtime.simulate", TRACE, *forecasts, *simulated), 300),
+        Step(
+            "main-job",
+            python("runtime.infer", *forecasts, "--out", DRAWN / "infer"),
+            300,
+            pictures=(
+                DRAWN / "infer/balancedness.png",
+                DRAWN / "infer/replicas.png",
+                DRAWN / "infer/times.png",
+            ),
+        ),
+        Step(
+            "simulate",
+            python("runtime.simulate", TRACE, *forecasts, *simulated),
+            300,
+            pictures=(DRAWN / "simulate/balancedness.png",),
+        ),
         Step("ablation", python("benchmarks.ablation", *forecasts, "--trace", TRACE), 300),
-        Step("paper-speed", python("benchmarks.paper_speed", "--repeats", 7), 600),
-        Step("paper-quality", python("benchmarks.paper_quality", *forecasts, "--batches", 40), 300),
-        Step("one-device", python("benchmarks.one_device", "--repeats", 3), 300),
+        Step("paper-speed", python("benchmarks.paper_speed", "--repeats", 7), 900),
+        Step("paper-quality", python("benchmarks.paper_quality", *forecasts, "--batches", 40), 600),
+        Step("one-device", python("benchmarks.one_device", "--repeats", 3), 600),
         Step("replication", python("benchmarks.expert_parallel", "--steps", 40), 400),
-        Step("tiers", python("benchmarks.tiers", *forecasts, "--turns", 3), 600),
+        Step("tiers", python("benchmarks.tiers", *forecasts, "--turns", 3), 900),
         Step("workloads", python("benchmarks.drift"), 200),
         Step("planner", python("benchmarks.planner", "--devices", 8, 32, 64, 128), 300),
     ]

@@ -63,6 +63,10 @@ HEADLINES: dict[str, tuple[str, Value]] = {
 """Step and value of the figures that matter most, by name; README's first table and `benchmarks.report` show them."""
 
 
+SIZES = (16, 128, 1024, 4096, 8192)
+"""Tokens of a batch that are shown of one device's layer."""
+
+
 def share(value: float) -> str:
     """A share with three digits, as in .964."""
     return f"{value:.3f}".removeprefix("0")
@@ -80,6 +84,8 @@ def headline(results: Results) -> str:
     }
     tokens = {name: f"{of[f'tokens/s within a quarter, {name}']:.0f}" for name in ("lru", "lfu", "cosine", "ours",
                                                                                    "oracle")}  # fmt: skip
+    bytes_read = {name: results.document("tiers")[name]["bytes_per_token"] for name in ("ours", "cosine")}
+    less = f"reading {1 - bytes_read['ours'] / bytes_read['cosine']:.0%} less than cosine"
     return markdown(
         ["what", "without", "best in use today", "**Switchcast**", "limit"],
         [
@@ -94,7 +100,8 @@ def headline(results: Results) -> str:
              f"{layer['no replicas']} no replicas", f"{layer['EPLB']} EPLB", f"**{layer['Switchcast']}**",
              layer["perfect balance"]],
             ["tokens/s with a quarter of the experts in memory", f"{tokens['lru']} LRU cache",
-             f"{tokens['lfu']} LFU cache, {tokens['cosine']} cosine-matched history", tokens["ours"], tokens["oracle"]],
+             f"{tokens['lfu']} LFU cache, {tokens['cosine']} cosine-matched history", f"{tokens['ours']}, {less}",
+             tokens["oracle"]],
             ["largest difference of a logit from the plain model's", "", "",
              f"**{of['largest logit difference']:.1e}** (rounding)", "0"],
         ],
@@ -187,6 +194,20 @@ def ablation(results: Results) -> str:
     return markdown(["switched on", *columns], rows)
 
 
+def one_device(results: Results) -> str:
+    """Speed of one device's layer over its rivals', which padding and grouping decide."""
+    rows = []
+    for row in results.document("one-device")["results"]:
+        if row["tokens"] not in SIZES:
+            continue
+        cells = [f"{row['tokens']:,}", "a quarter" if row["padded"] else "none", f"{row['slots_ms']:.2f}"]
+        for rival in ("loop", "grouped"):
+            low, high = (1 / end for end in reversed(row[f"over_{rival}_quartiles"]))
+            cells.append(f"{1 / row[f'over_{rival}']:.2f} ({low:.2f}-{high:.2f})")
+        rows.append(cells)
+    return markdown(["tokens", "padding", "ms", "speed over Hugging Face's loop", "over a grouped product"], rows)
+
+
 def _interval(mean: float, ends: list[float]) -> str:
     return f"{share(mean)} [{share(ends[0])}, {share(ends[1])}]"
 
@@ -211,8 +232,9 @@ def paper_speed(results: Results) -> str:
 def paper_quality(results: Results) -> str:
     """What answers lose where the prediction replaces the router."""
     found = results.document("paper-quality")["arms"]
-    called = {"predicted expert": "the predicted expert", "engine": "**Switchcast**",
-              "best of three predicted": "the router's best of three predicted"}  # fmt: skip
+    called = {"predicted expert": "the predicted expert",
+              "best of three predicted": "the router's best of three predicted",
+              "engine": "**Switchcast**"}  # fmt: skip
     rows = []
     for key, name in called.items():
         cells, arm = [name], found[key]
@@ -227,7 +249,7 @@ def paper_quality(results: Results) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     made.__name__: made
     for made in (headline, machine, machine_below, forecasts, simulated, main_job, replication, tiers, ablation,
-                 paper_speed, paper_quality)
+                 one_device, paper_speed, paper_quality)
 }  # fmt: skip
 
 
@@ -256,7 +278,10 @@ def main() -> None:
     parser = OneLineParser(prog="python -m benchmarks.published", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of results in docs/results")
     with user_errors():
-        given = parser.parse_args().folder
+        given = parser.parse_args().folder.resolve()
+        if not given.is_relative_to(ROOT / "docs/results"):
+            raise ValueError(f"{given} is not in docs/results, where pages can link to it; copy it there")
+        given = given.relative_to(ROOT)
         made = {page: generated((ROOT / page).read_text(), given) for page in PAGES}
         for page, text in made.items():
             write_text(ROOT / page, text)

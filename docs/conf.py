@@ -58,6 +58,8 @@ def page_text(app: Sphinx, page: str, text: list[str]) -> None:
         text[0] = text[0].split("\n## Try it")[0].replace("(#limits)", "(docs/limits.md)") + "\n\n" + contents()
     elif page == "docs/limits":
         text[0] = "# Limits\n" + moved(dict(SECTION.findall((ROOT / "README.md").read_text()))["Limits"], ".", "docs")
+    elif page.startswith("docs/results/") and page != "docs/results/README":  # one of many folders, linked by figures
+        text[0] = "---\norphan: true\n---\n" + text[0]
 
     def known(link: re.Match[str]) -> str:
         place = (ROOT / page).parent / link[2]

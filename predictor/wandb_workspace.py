@@ -7,6 +7,7 @@ The view holds for all runs of the project: those of `train.py`, and those of `r
 `pip install "switchcast[workspace]"`.
 """
 
+from importlib import import_module
 from typing import Any
 
 from data.cli import from_command_line, user_errors
@@ -40,9 +41,9 @@ def workspace(owner: str, project: str) -> Any:
     Raises:
         ValueError: If that package is not installed.
     """
-    try:
-        import wandb_workspaces.reports.v2 as panels
-        import wandb_workspaces.workspaces as workspaces
+    try:  # its type information names few of its classes
+        panels: Any = import_module("wandb_workspaces.reports.v2")
+        workspaces: Any = import_module("wandb_workspaces.workspaces")
     except ImportError:
         raise ValueError("a view needs wandb-workspaces; pip install 'switchcast[workspace]'") from None
 

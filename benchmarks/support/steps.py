@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class Step:
         timeout_s: Seconds after which the command and its children are ended.
         env: Environment variables it is given beside those of this process.
         counted: Text whose lines on stderr are counted, such as a warning's; none by default.
+        pictures: Files that it draws, of which the folder gets copies.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Step:
     timeout_s: float
     env: dict[str, str] = field(default_factory=dict)
     counted: str = ""
+    pictures: tuple[Path, ...] = ()
 
 
 def run_step(step: Step, out: Path) -> dict[str, Any]:
@@ -66,7 +69,16 @@ def run_step(step: Step, out: Path) -> dict[str, Any]:
         found["counted"] = {step.counted: sum(step.counted in line for line in said.read_text().splitlines())}
     if (document := last_json(printed.read_text())) is not None:
         write_json(out / f"{step.name}.json", document)
+    if code == 0:
+        found["pictures"] = [copied(picture, out / f"{step.name}-{picture.name}") for picture in step.pictures]
     return found
+
+
+def copied(picture: Path, path: Path) -> str:
+    """Copies a picture; returns its new name."""
+    with whole_file(path) as aside:
+        shutil.copyfile(picture, aside)
+    return path.name
 
 
 def _exit_code(step: Step, printed: Path, said: Path) -> int | None:
@@ -197,9 +209,14 @@ def page(title: str, facts: dict[str, Any], done: list[dict[str, Any]], out: Pat
         "\n".join(["| step | status | seconds | counted | command |", "|---|---|---|---|---|", *rows]),
     ]  # fmt: skip
     for step in done:
-        if text := (out / f"{step['name']}.txt").read_text().strip():
-            table = [line for line in text.splitlines() if not line.startswith("{")]
-            parts.append("\n".join([f"## {step['name']}", "", "```", *table[-60:], "```"]))
+        printed = (out / f"{step['name']}.txt").read_text().splitlines()
+        table = [line for line in printed if line.strip() and not line.startswith("{")]
+        pictures = [f"![{name}]({name})" for name in step.get("pictures", [])]
+        if table or pictures:
+            parts += [f"## {step['name']}"]
+        if table:
+            parts.append("\n".join(["```", *table[-60:], "```"]))
+        parts += pictures
     return "\n\n".join(parts) + "\n"
 
 
