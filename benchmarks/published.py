@@ -87,7 +87,7 @@ def headline(results: Results) -> str:
     bytes_read = {name: results.document("tiers")[name]["bytes_per_token"] for name in ("ours", "cosine")}
     less = f"reading {1 - bytes_read['ours'] / bytes_read['cosine']:.0%} less than cosine"
     return markdown(
-        ["what", "without", "best in use today", "**Switchcast**", "limit"],
+        ["what", "without", "others, and parts of ours", "**Switchcast**", "limit"],
         [
             ["error of the load forecast where the topic changes every batch (0 is perfect, 1 all wrong)", "",
              f"{error['ema']} moving average, {error['last']} last batch", f"**{error['adaptive']}**", "0"],

@@ -23,6 +23,8 @@ from data.files import check_new, whole_file, write_json
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "safetensors", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 SETTINGS = ("CUDA_", "NCCL_", "TORCH_", "OMP_", "PYTORCH_")
 NOT_STARTED = 127
+MOST_LINES = 60
+"""Lines of a step's output that the page shows."""
 KILL_S = 10.0
 """Seconds between the two signals that end a step whose time is up."""
 
@@ -215,7 +217,8 @@ def page(title: str, facts: dict[str, Any], done: list[dict[str, Any]], out: Pat
         if table or pictures:
             parts += [f"## {step['name']}"]
         if table:
-            parts.append("\n".join(["```", *table[-60:], "```"]))
+            rest = [f"... {step['name']}.txt has all"] if len(table) > MOST_LINES else []
+            parts.append("\n".join(["```", *table[:MOST_LINES], *rest, "```"]))
         parts += pictures
     return "\n\n".join(parts) + "\n"
 

@@ -92,10 +92,14 @@ def replicas(load_NLE: IntArray, copies_NLE: IntArray, layer_names: list[str], p
     bar = figure.colorbar(image, ax=axis, pad=0.01, label="% of the layer's tokens")
     bar.outline.set_visible(False)
     hit = copied_share(load_NLE[:, layer], copies_NLE[:, layer])
-    title = f"{hit:.0%} of the load above an expert's even share met more than one copy"
+    title = f"Hot experts: {hit:.0%} of their load above an even share found more than one copy"
     name = layer_names[layer].replace("_", " ")
-    note = f"{name}; grey: load, the {len(experts)} hottest experts; blue: copies beside the home, in place before the "
-    heading(figure, title, note + "batch ran,\nlarger where there are more; lines: the traffic changes")
+    note = (
+        f"{name}, in which copies changed most, all experts counted; grey: load, the {len(experts)} hottest experts\n"
+    )
+    heading(
+        figure, title, note + "blue: copies beside the home, in place before the batch ran, larger where there are more"
+    )
     return figure
 
 
@@ -126,9 +130,10 @@ def times(stats: list[BatchStats]) -> Figure:
     _bars(axes[1, 0], meanwhile)
     axes[0, 0].set(ylabel="delays the batch,\nms")
     axes[1, 0].set(ylabel="done before,\nms", xlabel="batch")
-    exposed = float(np.nansum(delays["waiting for the plan"][0]) / max(np.nansum(delays["forward"][0]), 1e-9))
-    title = f"Batches waited for their plan {exposed:.1%} of the time of their forward"
-    heading(figure, title, "below: work of a second thread while the batch before ran; medians at the right")
+    forward, waited = (np.nansum(values[1:] or values) for values, *_ in delays.values())
+    title = f"Batches waited for their plan for {float(waited / max(forward, 1e-9)):.1%} of the time of their forward"
+    note = "but the first, which has no batch before it; below: work of a second thread while the batch before ran"
+    heading(figure, title, f"{note}; at the right medians")
     return figure
 
 

@@ -177,9 +177,9 @@ def compare_policies(
         report["verdict"]["switch_on"] = _switch_on(report["verdict"]["policy"], policies, num_experts)
     report["engines"] = None
     if kept:
-        export = (
-            f"switchcast export {stream.name} --devices {num_devices} --redundant {num_redundant_experts} --to sglang"
-        )
+        command = f"switchcast export {stream.name} --devices {num_devices} --redundant {num_redundant_experts}"
+        layers = "" if stream.layout and stream.layout.causal else " --model FOLDER"  # which the rows are for
+        export = f"{command} --to sglang{layers}"
         known = export if Path(stream.name).exists() else None
         report["engines"] = in_engines(outcomes[0], kept, hardware, renew_every) | {"export": known}
     if out:

@@ -119,6 +119,8 @@ def engines_table(report: dict[str, Any]) -> Table:
         about += f" Renewed: every {engines['renew_every']} steps, moves and planning in full."
     if engines["export"] and any(plan["answer"] != "not worth it" for plan in engines["plans"]):
         about += f"\nWrite it (or for {', '.join(OTHERS)}):\n{escape(engines['export'])}"
+        if "--model" in engines["export"]:
+            about += "\nFOLDER is the model's; name the layers too if only some were recorded: --layers 0,6,12"
     made = Table(
         title="In SGLang, vLLM, TensorRT-LLM and vllm-ascend: even split, plans that are kept",
         caption=about, caption_justify="left",

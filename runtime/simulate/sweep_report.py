@@ -45,8 +45,12 @@ def _title(report: dict[str, Any]) -> str:
     shared = {"devices": "devices", "redundant": "redundant experts a layer"}
     facts = [f"{first[name]} {called}" for name, called in shared.items() if name not in report["varied"]]
     hardware = next((row["hardware"] for row in report["rows"] if row.get("hardware")), None)
-    if hardware and "gpu" not in report["varied"]:
-        facts.append(hardware.get("gpu") or "speeds of this machine or as given")
+    if hardware and "gpu" in hardware:
+        facts.append(
+            f"experts of {hardware['model']}" + ("" if "gpu" in report["varied"] else f" on {hardware['gpu']}")
+        )
+    elif hardware:
+        facts.append("speeds of this machine or as given")
     earlier = f" ({report['resumed']} from an earlier run)" if report["resumed"] else ""
     return ", ".join([f"{report['jobs']} jobs{earlier}", *facts])
 
@@ -54,7 +58,7 @@ def _title(report: dict[str, Any]) -> str:
 def _notes(report: dict[str, Any]) -> list[str]:
     """What the columns mean, and why jobs were refused, or not enabled though time is saved."""
     notes, reasons = (
-        ["kept plan: even split, made from the first quarter of the steps and judged on the rest"],
+        ["kept plan: few moves, even split, made from the first quarter of the steps, judged on the rest"],
         dict[str, list[str]](),
     )
     for row in report["rows"]:
@@ -129,7 +133,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         "of the time without replicas, all costs counted, a plan before every step; darker blue: more saved, orange: "
     )
     note += "lost\nno: not worth it, ?: not enough data, -: refused, or no policy"
-    heading(figure, "Expert time saved by the best policy", note)
+    heading(figure, "Expert time saved by the best policy", f"{_title(report)}\n{note}")
     save(figure, path)
 
 

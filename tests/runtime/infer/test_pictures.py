@@ -22,4 +22,4 @@ def test_the_strip_shows_the_layer_in_which_copies_change():
     dots = axis.collections[0].get_offsets()
     labels = [label.get_text() for label in axis.get_yticklabels()]
     assert dots.tolist() == [[batch, labels.index("expert 7")] for batch in (3, 4, 5)]
-    assert "encoder 3; grey: load" in figure.texts[1].get_text()
+    assert "encoder 3, in which copies changed most" in figure.texts[1].get_text()

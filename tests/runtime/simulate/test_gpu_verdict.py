@@ -60,7 +60,7 @@ def test_one_command_prints_net_milliseconds_and_their_error(tmp_path, monkeypat
         "GB a device in all 24 layers of the model, of which 4 were recorded, 50%",
         "ms a step to forecast and plan",
         "kept, few moves",
-        f"switchcast export {GPTOSS} --devices 8 --redundant 16 --to sglang",
+        f"switchcast export {GPTOSS} --devices 8 --redundant 16 --to sglang --model FOLDER",
     ):
         assert said in text  # fmt: skip
     found = json.loads(shown.splitlines()[-1])["verdict"]
