@@ -74,7 +74,7 @@ def share(value: float) -> str:
 
 def headline(results: Results) -> str:
     """README's first table."""
-    of = {name: value(results.document(step)) for name, (step, value) in HEADLINES.items()}
+    of = {name: results.value(step, read) for name, (step, read) in HEADLINES.items()}
     error = {name: share(of[f"load error, topic change every batch, {name}"]) for name in ("ema", "last", "adaptive")}
     balance = {name: share(of[f"balancedness, {name}"]) for name in (
         "no replicas", "EPLB", "EPLB, our split", "last batch, our planner", "Switchcast", "oracle"
@@ -110,8 +110,10 @@ def headline(results: Results) -> str:
 
 def machine(results: Results) -> str:
     """Where and by what the figures of a page were measured."""
-    commit, link = results.summary["machine"]["commit"][:8], results.folder / "README.md"
-    return f"Measured by `make bench` at commit {commit} on {results.hardware}, seed 0: [all steps]({link})."
+    link = results.folder / "README.md"
+    return (
+        f"Measured by `make bench` at commit {results.commit[:8]} on {results.hardware}, seed 0: [all steps]({link})."
+    )
 
 
 def machine_below(results: Results) -> str:
@@ -184,7 +186,7 @@ def tiers(results: Results) -> str:
 def ablation(results: Results) -> str:
     """Where the gain comes from, in the bundled models that were measured."""
     columns = {"Switch, 64 experts, top 1": "ablation"}
-    if "ablation-family" in results.documents:
+    if "ablation-family" in results.names:
         columns["Qwen3-MoE, 64 experts, top 4"] = "ablation-family"
     found = [results.document(step)["rows"] for step in columns.values()]
     rows = [
@@ -268,7 +270,13 @@ def generated(text: str, folder: Path | None = None) -> str:
         name, own = found[1], folder or Path(found[2])
         if name not in BLOCKS:
             raise ValueError(f"no block of figures is called '{name}'; expected one of {', '.join(BLOCKS)}")
-        return f"<!-- figures: {name}, {own} -->\n{BLOCKS[name](Results(own))}\n<!-- end of figures -->"
+        try:
+            made = BLOCKS[name](Results(own))
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{own} does not hold the figures of '{name}' ({error!r}); run `make bench` again"
+            ) from None
+        return f"<!-- figures: {name}, {own} -->\n{made}\n<!-- end of figures -->"
 
     return BLOCK.sub(block, text)
 

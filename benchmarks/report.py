@@ -21,27 +21,24 @@ from data.cli import OneLineParser, print_json, user_errors
 
 def headlines(results: Results) -> dict[str, float]:
     """The figures of `HEADLINES` that a folder has."""
-    found = {}
-    for name, (step, value) in HEADLINES.items():
-        if step in results.documents:
-            found[name] = value(results.document(step))
-    return found
+    return {name: results.value(step, read) for name, (step, read) in HEADLINES.items() if step in results.names}
 
 
 def compared(folders: list[Results], step: str | None) -> dict[str, list[float | None]]:
     """Each figure in each folder, None where a folder does not have it.
 
     Raises:
-        ValueError: If no folder has the step.
+        ValueError: If no folder has one.
     """
     if step is None:
         each = [headlines(results) for results in folders]
     else:
-        each = [figures(results.documents.get(step)) for results in folders]
+        each = [figures(results.document(step)) if step in results.names else {} for results in folders]
     names = list(dict.fromkeys(name for found in each for name in found))
     if not names:
-        known = sorted({name for results in folders for name in results.documents})
-        raise ValueError(f"no folder has results of '{step}'; expected one of {', '.join(known)}")
+        asked = "of the steps that README shows; name another with --step" if step is None else f"of --step {step}"
+        known = ", ".join(sorted({name for results in folders for name in results.names})) or "none"
+        raise ValueError(f"no folder has figures {asked}; steps that have results: {known}")
     return {name: [found.get(name) for found in each] for name in names}
 
 

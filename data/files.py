@@ -97,6 +97,17 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"{there} is not writable; name another folder")
 
 
+def check_file(path: Path) -> None:
+    """Checks that a file can be written, before work whose result goes there; creates nothing.
+
+    Raises:
+        ValueError: If the path is a folder, or its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a file for the results; name one in it")
+    check_folder(path.parent)
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON document atomically."""
     write_text(path, json.dumps(document, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Results: a folder that `make bench` or `make gpu` wrote, as programs read it."""
 
-from functools import cached_property
+from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +16,62 @@ class Results:
 
     Raises:
         ValueError: If it holds no results.
+
+    Attributes:
+        steps: Steps of the summary, by name.
+        hardware: GPUs, or cores and processor, and torch's version, in words.
+        commit: The commit that was measured.
+        names: Steps that are ok and have a document.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "summary.json").is_file():
             raise ValueError(f"{folder} has no summary.json; expected a folder that `make bench` or `make gpu` wrote")
-        self.summary: dict[str, Any] = read_json(folder / "summary.json")
+        summary = read_json(folder / "summary.json")
+        try:
+            self.steps = {step["name"]: step for step in summary["steps"]}
+            facts = summary["machine"]
+            where = ", ".join(dict.fromkeys(facts["devices"])) or f"{facts['cores']} cores of {facts['processor']}"
+            self.hardware = f"{where}, torch {facts['libraries']['torch']}"
+            self.commit = str(facts["commit"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder}/summary.json is no summary ({error!r}); expected that of `make bench` or `make gpu`"
+            ) from None
+        self.names = [name for name, step in self.steps.items() if self._is_ok(name, step)]
 
-    @cached_property
-    def documents(self) -> dict[str, Any]:
-        """The JSON document of each step that is ok and printed one, by the step's name."""
-        paths = {step["name"]: self.folder / f"{step['name']}.json" for step in self.summary["steps"]}
-        ok = {step["name"] for step in self.summary["steps"] if step["status"] == "ok"}
-        return {name: read_json(path) for name, path in paths.items() if name in ok and path.is_file()}
+    def _is_ok(self, name: str, step: dict[str, Any]) -> bool:
+        return step.get("status") == "ok" and (self.folder / f"{name}.json").is_file()
 
     def document(self, step: str) -> dict[str, Any]:
         """A step's JSON document.
 
         Raises:
-            ValueError: If the step failed or was not run.
+            ValueError: If the step failed or was not run, or its file is damaged.
         """
-        if step not in self.documents:
+        if step not in self.names:
             raise ValueError(f"{self.folder} has no results of the step {step}; run it, and see its .log if it failed")
-        found: dict[str, Any] = self.documents[step]
-        return found
+        return read_json(self.folder / f"{step}.json")
 
-    def command(self, step: str) -> str:
-        """The command of a step, as it is typed."""
-        return next(str(item["command"]) for item in self.summary["steps"] if item["name"] == step)
+    def value(self, step: str, read: Callable[[dict[str, Any]], float]) -> float:
+        """A figure of a step's document.
 
-    @property
-    def hardware(self) -> str:
-        """GPUs, or cores and processor, and torch's version, in words."""
-        machine = self.summary["machine"]
-        where = ", ".join(dict.fromkeys(machine["devices"])) or f"{machine['cores']} cores of {machine['processor']}"
-        return f"{where}, torch {machine['libraries']['torch']}"
+        Raises:
+            ValueError: If the document does not hold it.
+        """
+        try:
+            return read(self.document(step))
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{self.folder}/{step}.json does not hold what the step prints ({error!r})") from None
 
 
 def figures(document: Any, name: str = "") -> dict[str, float]:
-    """Every number of a JSON document, by the path that leads to it: `arms.lru.seconds`, `rows.0.gain`."""
+    """Every finite number of a JSON document, by the path that leads to it: `arms.lru.seconds`, `rows.0.gain`."""
     if isinstance(document, bool) or document is None or isinstance(document, str):
         return {}
     if isinstance(document, (int, float)):
-        return {name: float(document)}
+        return {name: float(document)} if isfinite(document) else {}
     items = document.items() if isinstance(document, dict) else enumerate(document)
     prefix = f"{name}." if name else ""
     return {path: value for key, item in items for path, value in figures(item, f"{prefix}{key}").items()}

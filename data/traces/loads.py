@@ -156,7 +156,7 @@ def check_counts(array: Counts, path: Path) -> Counts:
         raise ValueError(f"{path} holds figures that are not whole numbers, such as {odd[0]}; expected tokens")
     if array.min(initial=0) < 0:
         raise ValueError(f"{path} holds {array.min()}; tokens cannot be negative")
-    if array.max(initial=0) > MOST_TOKENS:
+    if float(array.max(initial=0)) > MOST_TOKENS:  # which float16 cannot hold
         raise ValueError(f"{path} holds {array.max()}; expected counts of tokens, at most {MOST_TOKENS}")
     return array
 

@@ -41,7 +41,8 @@ def scenarios(forecast: LoadForecast, recent: LoadHistory) -> tuple[Float32Array
         return share[..., None], np.ones(1, dtype=np.float32)
     errors, weight = _errors(forecast, recent[-RECENT:])
     near = np.maximum(share + errors, 0)
-    near /= near.sum(-1, keepdims=True)
+    total = near.sum(-1, keepdims=True)  # 0 where a silent layer's errors take all of it
+    near = np.divide(near, total, out=np.broadcast_to(share, near.shape).copy(), where=total > 0)
     far = _surprises(share, forecast.spread)
     weights = np.concatenate([weight * (1 - SURPRISE_WEIGHT), np.full(len(far), SURPRISE_WEIGHT / len(far))])
     return np.ascontiguousarray(np.moveaxis(np.concatenate([near, far]), 0, -1)), weights.astype(np.float32)

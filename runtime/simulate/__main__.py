@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from data.cli import from_command_line, print_json, user_errors
-from data.files import check_folder
+from data.files import check_file, check_folder
 from runtime.simulate.comparison import PLANNERS, RENEW_EVERY
 from runtime.simulate.job import Job
 from runtime.simulate.replay import SPLITS
@@ -114,6 +114,8 @@ def simulate(
     """
     given = {name: value for name, value in locals().items() if name in Job.__dataclass_fields__}
     check_folder(out)
+    if save_plans is not None:
+        check_file(save_plans)
     jobs_to_run = grid(loads, given)
     console = Console(stderr=True)
     if len(jobs_to_run) == 1 and jobs is None and ray is None:

@@ -135,12 +135,12 @@ def compare_policies(
         stream = at_step_size(stream, tokens_per_step, top_k)
         traffic = StepSize.of(stream, top_k, traffic.tokens_per_step)
     num_experts = stream.num_experts
-    check_division(num_experts, num_devices, num_redundant_experts)
-    if num_experts % num_devices:
+    if num_devices > 0 and num_experts % num_devices:
         raise ValueError(
             f"{num_experts} experts do not divide over {num_devices} devices; policies are compared with none, where "
             "every device has as many experts: choose a number of devices that divides the experts"
         )
+    check_division(num_experts, num_devices, num_redundant_experts)
     names = forecasts or usual_forecasts(stream, predictor is not None and tokens_per_step is None)
     policies = Policies(
         num_devices,

@@ -7,8 +7,11 @@ Results come in the order in which jobs end. A job whose worker was lost (killed
 again. The function must be importable by the workers, and jobs and results must pickle.
 """
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +21,8 @@ import torch
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h: the signal that a process gets when its parent ends."""
 MOST_LOST = 3
 """Times a worker may be lost without any job having ended in between."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -52,7 +57,7 @@ def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], count:
     left, lost = dict(enumerate(jobs)), 0
     while left:
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(count, len(left)), context, torch.set_num_threads, (1,))
+        pool = ProcessPoolExecutor(min(count, len(left)), context, _begin)
         try:
             futures = {pool.submit(function, job): number for number, job in left.items()}
             for future in as_completed(futures):
@@ -69,6 +74,13 @@ def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], count:
                 ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin() -> None:
+    """Starts a worker: one thread, and, on Linux, no longer life than the process that started it."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _on_ray(

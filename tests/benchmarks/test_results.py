@@ -73,7 +73,9 @@ def test_a_step_that_no_folder_has_is_refused_by_name(folders, monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         benchmarks.report.main()
     assert stop.value.code == 2
-    assert "no folder has results of 'main-job'; expected one of planner, tiers" in capsys.readouterr().err
+    assert (
+        "no folder has figures of --step main-job; steps that have results: planner, tiers" in capsys.readouterr().err
+    )
 
 
 def test_a_folder_without_results_and_a_step_that_failed_are_named(folders, tmp_path):
@@ -83,8 +85,27 @@ def test_a_folder_without_results_and_a_step_that_failed_are_named(folders, tmp_
         Results(folders[0]).document("main-job")
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"steps": ["a"], "machine": {}}'])
+def test_a_summary_of_something_else_is_refused(text, tmp_path):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary\.json is no summary .*expected that of `make bench`"):
+        Results(tmp_path)
+
+
+def test_a_document_of_something_else_is_named(folders, monkeypatch, capsys):
+    (folders[0] / "tiers.json").write_text('{"foreign": 1}')
+    monkeypatch.setattr("sys.argv", ["report", str(folders[0])])
+    with pytest.raises(SystemExit) as stop:
+        benchmarks.report.main()
+    assert stop.value.code == 2
+    assert "a/tiers.json does not hold what the step prints (KeyError('lru'))" in capsys.readouterr().err
+
+
 def test_numbers_of_a_document_by_their_paths():
-    assert figures({"a": [1, {"b": 2.5}], "c": True, "d": None, "e": "text"}) == {"a.0": 1, "a.1.b": 2.5}
+    assert figures({"a": [1, {"b": 2.5}], "nan": float("nan"), "c": True, "d": None, "e": "text"}) == {
+        "a.0": 1,
+        "a.1.b": 2.5,
+    }
 
 
 def test_steps_of_the_benchmark_are_commands_that_parse(parse, tmp_path, monkeypatch):  # noqa: F811
