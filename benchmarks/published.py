@@ -61,8 +61,6 @@ HEADLINES: dict[str, tuple[str, Value]] = {
     "largest logit difference": ("main-job", lambda found: found["max_logit_difference"]),
 }  # fmt: skip
 """Step and value of the figures that matter most, by name; README's first table and `benchmarks.report` show them."""
-
-
 SIZES = (16, 128, 1024, 4096, 8192)
 """Tokens of a batch that are shown of one device's layer."""
 

@@ -53,7 +53,8 @@ def verdict(contiguous: Outcome, outcomes: list[Outcome], times: DeviceTimes) ->
             beaten = f"; the forecast {best.forecast} is not faster than {fastest.forecast}, which needs no predictor"
             best = rival
     low, usual, high = (times.net_seconds(best, quantile) for quantile in HOST)
-    found = judged(without, (low, usual, high), memory_of(best, times), times)
+    memory = memory_of(best, times)
+    found = judged(without, (low, usual, high), memory, times)
     return found | {
         "why": found["why"] + beaten,
         "policy": _policy(best),
@@ -62,7 +63,7 @@ def verdict(contiguous: Outcome, outcomes: list[Outcome], times: DeviceTimes) ->
             "no replicas": {"step_ms": _ms(without)},
             "no predictor": _policy(rival) | {"step_ms": _ms(net[id(rival)])} if rival else None,
         },
-        "memory": memory_of(best, times),
+        "memory": memory,
         "hardware": times.described(contiguous.shape[-1]),
     }
 
