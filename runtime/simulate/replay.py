@@ -1,7 +1,7 @@
 """Replays recorded loads through policies: forecast, plan and split of each step.
 
 Step t is forecast and planned from the steps before it; its load is split under that plan. What that costs is processor
-time of the thread that does it, which other work on the machine hardly changes.
+time of the thread that does it, which other work on the machine changes less than the clock.
 
 Shape suffixes: L MoE layers, E logical experts, S source devices, G devices.
 """
