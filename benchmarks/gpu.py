@@ -2,6 +2,7 @@
 
     make gpu
     python -m benchmarks.gpu --predictor outputs/predictor --out docs/results/h100-2026-11-26
+    python -m benchmarks.gpu --only paper,one-device                      # a part, where a GPU is lent for minutes
 
 Each step is a command with a timeout; if it fails, that is recorded and the next one runs. The folder holds what every
 step printed, its JSON document, and a README.md with a table of all steps, versions and commands. Logs hold paths of
@@ -21,6 +22,8 @@ from data.cli import from_command_line, user_errors
 INFER, EXPERTS, SLOTS = "runtime.infer", 64, 2
 """The command that is checked; experts of the replication benchmark, and replica slots of each of its devices."""
 DEFAULT = Path("outputs/predictor")
+TESTED = ("tests/runtime/engine", "tests/runtime/offload")
+"""Folders with tests that need a GPU; all tests take a minute to collect."""
 SYNCS = "called a synchronizing CUDA operation"
 WATCHED = (
     "import sys, torch; torch.cuda.set_sync_debug_mode('warn'); from runtime.infer.__main__ import main; "
@@ -73,6 +76,18 @@ def one_device() -> list[Step]:
         gated = ["--experts", str(experts), "--top-k", str(top_k)]
         words = [sys.executable, "-m", "benchmarks.one_device_family", *gpu, *gated]
         steps.append(Step(f"one-device-top-{top_k}", words, 900))
+    return steps
+
+
+def paper(predictor: Path) -> list[Step]:
+    """The paper's experiment: speed, busy share and memory for four numbers of experts, and what answers lose."""
+    steps = []
+    for dtype in ("bfloat16", "float32"):
+        gpu = ["--device", "cuda", "--dtype", dtype]
+        speed = ["benchmarks.paper_speed", "--experts", "8", "64", "128", "256", *gpu]
+        quality = ["benchmarks.paper_quality", "--predictor", str(predictor), *gpu]
+        steps.append(Step(f"paper-speed-{dtype}", [sys.executable, "-m", *speed], 900))
+        steps.append(Step(f"paper-quality-{dtype}", [sys.executable, "-m", *quality], 900))
     return steps
 
 
@@ -130,7 +145,7 @@ def all_steps(gpus: int, predictor: Path | None, aside: Path) -> list[Step]:
     """
     trained = predictor or DEFAULT
     train = [Step("predictor", [sys.executable, "train.py", "--predictor", str(DEFAULT)], 1800)]
-    tests = Step("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 1800)
+    tests = Step("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *TESTED], 1800)
     trace = ["--device", "cuda", "--dtype", "bfloat16", "--batching.batches", "20", "--out", str(aside / "trace")]
     interference = [sys.executable, "-m", "benchmarks.forecast_interference", "--predictor", str(trained)]
     return [
@@ -138,6 +153,7 @@ def all_steps(gpus: int, predictor: Path | None, aside: Path) -> list[Step]:
         *([] if predictor else train),
         Step("collect-bfloat16", [sys.executable, "-m", "data.collect", *trace], 900),
         *exactness(gpus, trained, aside),
+        *paper(trained),
         *one_device(),
         *replication(gpus),
         *tiers(trained, aside),
@@ -146,19 +162,37 @@ def all_steps(gpus: int, predictor: Path | None, aside: Path) -> list[Step]:
     ]
 
 
-def gpu(predictor: Path | None = None, out: Path | None = None) -> int:
+def chosen(steps: list[Step], only: str) -> list[Step]:
+    """Steps whose names begin with one of the words of a list, in the list's order.
+
+    Raises:
+        ValueError: If no step's name begins with a word.
+    """
+    found: dict[str, Step] = {}
+    for word in only.split(","):
+        named = {step.name: step for step in steps if step.name.startswith(word.strip())}
+        if not named:
+            known = ", ".join(step.name for step in steps)
+            raise ValueError(f"--only names '{word}', and no step begins with it; steps are {known}")
+        found |= {name: step for name, step in named.items() if name not in found}
+    return list(found.values())
+
+
+def gpu(predictor: Path | None = None, out: Path | None = None, only: str | None = None) -> int:
     """Runs every check that needs a GPU and writes one folder with all results.
 
     Args:
         predictor: Folder that train.py wrote for the bundled model; by default outputs/predictor,
             which is trained first if it does not exist.
         out: Folder of the results; by default docs/results/, the GPU's name and the date.
+        only: Steps to run, in this order: names or their beginnings, separated by commas. A predictor is then trained
+            only if its step is named.
 
     Returns:
         The number of steps that failed.
 
     Raises:
-        ValueError: If there is no GPU, or the folder exists already.
+        ValueError: If there is no GPU, the folder exists already, or no step is called so.
     """
     gpus = torch.cuda.device_count()
     if not gpus:
@@ -166,6 +200,8 @@ def gpu(predictor: Path | None = None, out: Path | None = None) -> int:
     device = torch.cuda.get_device_name(0)
     predictor = predictor or (DEFAULT if (DEFAULT / "config.json").exists() else None)
     steps = all_steps(gpus, predictor, Path("outputs/gpu"))
+    if only is not None:
+        steps = chosen(steps, only)
     return run_and_say(steps, out or results_folder(device), f"{gpus} x {device}, {date.today()}")
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.paper_quality                                        # the bundled model, outputs/predictor
     python -m benchmarks.paper_quality --predictor outputs/paper/predictor    # the paper's network
+    python -m benchmarks.paper_quality --device cuda --dtype bfloat16
 
 Each arm runs the test batches of the trace that the predictor was trained on, encoder and decoder, with the same
 predictor. `predicted expert`: the encoder's tokens go to the expert that the network finds likeliest, weighted by its
@@ -33,7 +34,8 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from data.arrays import FloatArray
 from data.cli import user_errors
-from data.models.model import LoadedModel, load_model
+from data.models.device import Device
+from data.models.model import Dtype, LoadedModel, load_model
 from data.traces.router_tap import RouterTap
 from data.traces.store import open_trace
 from data.traces.trace import RouterTrace, TokenBatch
@@ -116,15 +118,16 @@ def agreement(tap: RouterTap, loaded: LoadedModel, tokens: TokenBatch, probabili
 def scores(logits: Tensor, plain: Tensor, decoder: TokenBatch) -> tuple[float, float]:
     """Share of real decoder tokens with the same likeliest next token, and how much the loss is above the plain one."""
     same = (logits.argmax(-1) == plain.argmax(-1))[decoder.mask].double().mean()
-    labels = decoder.input_ids[:, 1:].masked_fill(~decoder.mask[:, 1:], -100)
-    losses = [cross_entropy(each[:, :-1].flatten(0, 1), labels.flatten()) for each in (logits, plain)]
+    labels = decoder.input_ids[:, 1:].masked_fill(~decoder.mask[:, 1:], -100).flatten().to(plain.device)
+    losses = [cross_entropy(each[:, :-1].flatten(0, 1).float(), labels) for each in (logits, plain)]
     return float(same), float(losses[0] - losses[1])
 
 
-def texts(model: Any, tokens: TokenBatch) -> Tensor:
-    """Greedy continuations, `[B, NEW_TOKENS + 1]`."""
+def texts(model: Any, tokens: TokenBatch, device: torch.device) -> Tensor:
+    """Greedy continuations, `[B, NEW_TOKENS + 1]`, of a model or an engine on a device."""
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    found: Tensor = model.generate(input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), **settings)
+    there = tokens.to(device)
+    found: Tensor = model.generate(input_ids=there.input_ids, attention_mask=there.mask.long(), **settings)
     return found
 
 
@@ -156,30 +159,34 @@ class Lost:
         return found
 
 
-@torch.inference_mode()
-def measure(batches: list[RouterTrace], forecaster: NeuralForecaster, every: int) -> dict[str, Any]:
+@torch.no_grad()  # not inference_mode: another thread copies replicas
+def measure(
+    batches: list[RouterTrace], forecaster: NeuralForecaster, every: int, device: Device, dtype: Dtype
+) -> dict[str, Any]:
     """All arms on all batches; greedy texts on every so many of them."""
-    loaded, ready = load_model(MODEL), [ModelBatch(trace.tokens, trace.decoder_tokens) for trace in batches]
+    loaded, ready = load_model(MODEL, dtype=dtype), [ModelBatch(each.tokens, each.decoder_tokens) for each in batches]
+    place = torch.device(device)
+    loaded.to(place)
     arms = {name: Lost() for name in (*LOSSY, "engine")}
     match: list[FloatArray] = []
-    with Engine(MODEL, forecaster, DEVICES, REDUNDANT) as engine:
+    with Engine(MODEL, forecaster, DEVICES, REDUNDANT, device=device, dtype=dtype) as engine:
         outputs = engine.run(ready)
         for number, batch in enumerate(track(ready, "batches", console=Console(stderr=True))):
             tokens, decoder = batch.tokens, batch.decoder
             assert decoder is not None
             with RouterTap(loaded.model, loaded.layout, LIKELIEST) as tap:
                 plain = forward(loaded.model, batch)
-                share = forecaster.predict(tokens, torch.zeros(0, *forecaster.shape)).token_logits.softmax(-1)
+                share = forecaster.predict(tokens, torch.zeros(0, *forecaster.shape)).token_logits.softmax(-1).to(place)
                 match.append(agreement(tap, loaded, tokens, share))
-            written = texts(loaded.model, tokens) if number % every == 0 else None
+            written = texts(loaded.model, tokens, place) if number % every == 0 else None
             for name, route in LOSSY.items():
                 with replaced(loaded, share, route):
                     arms[name].add(forward(loaded.model, batch), plain, decoder)
                     if written is not None:
-                        arms[name].add_text(texts(loaded.model, tokens), written)
+                        arms[name].add_text(texts(loaded.model, tokens, place), written)
             arms["engine"].add(next(outputs).logits, plain, decoder)
             if written is not None:
-                arms["engine"].add_text(texts(engine, tokens), written)
+                arms["engine"].add_text(texts(engine, tokens, place), written)
     shares = np.mean(match, 0).round(4).tolist()
     names = ("likeliest", "among_three", "likeliest_with_padding", "among_three_with_padding")
     lost = {name: arm.figures() for name, arm in arms.items()}
@@ -212,6 +219,8 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, default=TRACE, help="the trace it was trained on")
     parser.add_argument("--batches", type=int, help="test batches, spread over all of them; by default all")
     parser.add_argument("--every", type=int, default=8, help="batches between two whose greedy text is compared")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with user_errors():
@@ -221,8 +230,10 @@ def main() -> None:
         batches = list(replace(open_trace(given.trace), only="test").traces())
         step = max(len(batches) // (given.batches or len(batches)), 1)
         forecaster = load_predictor(given.predictor, open_trace(given.trace).layout)
-        report = measure(batches[::step][: given.batches], forecaster, given.every)
+        report = measure(batches[::step][: given.batches], forecaster, given.every, given.device, given.dtype)
+    where = "one thread" if given.device == "cpu" else torch.cuda.get_device_name()
     report |= {"predictor": str(given.predictor), "model": MODEL, "torch": torch.__version__}
+    report |= {"device": where, "dtype": given.dtype}
     show(report, Console(width=None if sys.stdout.isatty() else 120))
     print(json.dumps(report))
 

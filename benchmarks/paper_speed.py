@@ -1,7 +1,7 @@
 """The paper's speed experiment on one MoE layer of switch-base geometry: ways to run experts, beside ours.
 
     python -m benchmarks.paper_speed                                  # 8, 64 and 128 experts
-    python -m benchmarks.paper_speed --experts 256 --device cuda --dtype bfloat16
+    python -m benchmarks.paper_speed --experts 8 64 128 256 --device cuda --dtype bfloat16
 
 A batch is 64 sequences of 4 to 48 tokens, padded (the lengths of SST2 and MRPC, on which the paper measured); its
 tokens go to experts by a Zipf load. Arms, all in turn on the same batches:
@@ -14,8 +14,13 @@ tokens go to experts by a Zipf load. Arms, all in turn on the same batches:
   weights are made before and not timed;
 - `switchcast`: our layer, which skips padding. Its plan has no replicas, because one device gains nothing by them.
 
+On a GPU, calls are timed eight in a row, because the layers of a model follow each other without a wait; an arm whose
+host waits for the GPU inside the layer pays for it.
+
 Useful is the share of the rows multiplied that are real tokens. Busy is the share of the time that the processor spends
-in matrix products, or that kernels run on a GPU, measured by torch's profiler on batches of its own. Where a prediction
+in matrix products, or that kernels run on a GPU, measured by torch's profiler on batches of its own. On a GPU the
+profiler gives the kernels' time alone, because it slows launches; the time that it is divided by is measured without
+it. Working memory is what a call allocates on a GPU beside weights and inputs, at most. Where a prediction
 replaces the router (SiDA, the paper), speed is that of `sorted loop` and `padded, replicas` without the router's
 product; what it loses is `benchmarks.paper_quality`. Prints a table for each number of experts and, as the last line,
 one JSON document.
@@ -46,6 +51,8 @@ from runtime.experts.slots import ResidentSlots
 
 SEQUENCES, LENGTHS = 64, (4, 48)
 REPLICAS = 16
+CALLS = 8
+"""Calls in a row that are timed together on a GPU."""
 PROFILED = 3
 """Batches on which the profiler looks on."""
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm"}
@@ -84,7 +91,8 @@ class Layer:
 
     def __init__(self, experts: int, like: Tensor) -> None:
         config = SwitchTransformersConfig(d_model=D_MODEL, d_ff=D_FF, num_experts=experts, dropout_rate=0.0)
-        self.loop = SwitchTransformersExperts(config).to(like).eval()
+        with like.device:  # a CPU takes long to draw the weights of 256 experts
+            self.loop = SwitchTransformersExperts(config).to(like).eval()
         self.slots = in_slots(self.loop, experts, like)
         assert isinstance(self.slots.slots, ResidentSlots)
         weights = self.slots.slots.experts[0]
@@ -164,20 +172,48 @@ def synchronise(like: Tensor) -> None:
         torch.cuda.synchronize()
 
 
+def timed(call: Callable[[], Tensor], like: Tensor) -> tuple[Tensor, float]:
+    """A call's output, and its seconds; on a GPU the mean of several calls in a row."""
+    calls = CALLS if like.is_cuda else 1
+    synchronise(like)
+    began = time.perf_counter()
+    for _ in range(calls):
+        output = call()
+    synchronise(like)
+    return output, (time.perf_counter() - began) / calls
+
+
 def busy(call: Callable[[], Tensor], like: Tensor) -> float:
     """Share of a call's time in matrix products, or in kernels on a GPU."""
-    kind = ProfilerActivity.CUDA if like.is_cuda else ProfilerActivity.CPU
-    with profile(activities=[kind]) as profiler:
+    return busy_gpu(call, like) if like.is_cuda else busy_processor(call)
+
+
+def busy_processor(call: Callable[[], Tensor]) -> float:
+    """Share of a call's time in matrix products."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
         call()
-        synchronise(like)
         seconds = time.perf_counter() - began
-    events = profiler.key_averages()
-    if like.is_cuda:
-        microseconds = sum(float(event.self_device_time_total) for event in events)
-    else:
-        microseconds = sum(float(event.self_cpu_time_total) for event in events if event.key in PRODUCTS)
-    return 1e-6 * microseconds / seconds
+    products = (event for event in profiler.key_averages() if event.key in PRODUCTS)
+    return 1e-6 * sum(float(event.self_cpu_time_total) for event in products) / seconds
+
+
+def busy_gpu(call: Callable[[], Tensor], like: Tensor) -> float:
+    """Share of a call's time in which a kernel or a copy runs; slightly above 1 where the two calls differ."""
+    _, seconds = timed(call, like)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        synchronise(like)
+    kernels = (event for event in profiler.events() if event.device_type.name == "CUDA")
+    return 1e-6 * sum(float(event.time_range.elapsed_us()) for event in kernels) / seconds
+
+
+def working_bytes(call: Callable[[], Tensor]) -> int:
+    """Bytes that a call allocates on the GPU, at most."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @torch.inference_mode()
@@ -185,7 +221,8 @@ def measure(experts: int, repeats: int, like: Tensor) -> dict[str, Any]:
     """All arms on the same batches; the first warms up, and on the last three the profiler looks on."""
     torch.manual_seed(0)
     layer, rng = Layer(experts, like), np.random.default_rng(0)
-    taken: dict[str, dict[str, list[float]]] = {name: {"ms": [], "useful": [], "busy": []} for name in ARMS}
+    columns = ("ms", "useful", "busy", "working")
+    taken: dict[str, dict[str, list[float]]] = {name: {column: [] for column in columns} for name in ARMS}
     tokens, difference = [], 0.0
     for turn in track(range(1 + repeats + PROFILED), f"{experts} experts", console=Console(stderr=True)):
         batch = draw(rng, experts, like)
@@ -195,12 +232,12 @@ def measure(experts: int, repeats: int, like: Tensor) -> dict[str, Any]:
             call, rows = calls[name]
             if turn > repeats:
                 taken[name]["busy"].append(busy(call, like))
+                if like.is_cuda:
+                    taken[name]["working"].append(working_bytes(call))
                 continue
-            began = time.perf_counter()
-            outputs[name] = call()
-            synchronise(like)
+            outputs[name], seconds = timed(call, like)
             if turn:
-                taken[name]["ms"].append(1e3 * (time.perf_counter() - began))
+                taken[name]["ms"].append(1e3 * seconds)
                 taken[name]["useful"].append(int(batch.real.sum()) / rows)
         tokens.append(int(batch.real.sum()))
         difference = max([difference, *(largest_difference(outputs, name, batch) for name in outputs)])
@@ -217,10 +254,12 @@ def figures(taken: dict[str, list[float]], rival: list[float], name: str, expert
     """Medians, and the speed over the model's own, pair by pair, with quartiles."""
     low, middle, high = quantiles([theirs / ours for ours, theirs in zip(taken["ms"], rival, strict=True)], n=4)
     slots = experts + REPLICAS * (name == "padded, replicas")
+    working = {"working_bytes": round(median(taken["working"]))} if taken["working"] else {}
     return {
-        "ms": round(median(taken["ms"]), 2), "speed": round(middle, 3),
+        "ms": round(median(taken["ms"]), 3), "speed": round(middle, 3),
         "speed_quartiles": [round(low, 3), round(high, 3)], "useful": round(median(taken["useful"]), 3),
         "busy": round(median(taken["busy"]), 3), "weight_bytes": slots * 2 * D_MODEL * D_FF * like.itemsize,
+        **working,
     }  # fmt: skip
 
 
@@ -230,14 +269,15 @@ def show(report: dict[str, Any], console: Console) -> None:
         title=f"{report['experts']} experts, {report['tokens']} real tokens a batch",
         caption=f"largest difference of an output from the model's own: {report['largest_difference']:.1e}",
     )
-    for column in ("arm", "ms", "speed", "quartiles", "useful", "busy", "weights, GB"):
+    for column in ("arm", "ms", "speed", "quartiles", "useful", "busy", "weights, GB", "working, GB"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, arm in report["arms"].items():
         spread = " - ".join(f"{value:.2f}" for value in arm["speed_quartiles"])
-        shares = f"{arm['useful']:.0%}", f"{arm['busy']:.0%}"
+        memory = [f"{arm[part] / 1e9:.2f}" if part in arm else "-" for part in ("weight_bytes", "working_bytes")]
         table.add_row(
-            name, f"{arm['ms']:.1f}", f"{arm['speed']:.2f}", spread, *shares, f"{arm['weight_bytes'] / 1e9:.2f}"
-        )
+            name, f"{arm['ms']:.2f}", f"{arm['speed']:.2f}", spread, f"{arm['useful']:.0%}", f"{arm['busy']:.0%}",
+            *memory,
+        )  # fmt: skip
     console.print(table)
 
 

@@ -13,9 +13,10 @@ import torch
 
 import benchmarks.expert_parallel
 import benchmarks.gpu
-from benchmarks.gpu import all_steps, powers
-from benchmarks.support.steps import Step, last_json, run_all
+from benchmarks.gpu import TESTED, all_steps, chosen, powers
+from benchmarks.support.steps import Step, as_typed, last_json, run_all
 from runtime.infer.__main__ import infer
+from tests.test_docs import parse  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +154,31 @@ def test_steps_name_options_that_exist(gpus, monkeypatch):
             assert options.experts % ranks == options.redundant % ranks == 0
             assert step.name.endswith(options.dtype)
     assert powers(gpus) == {1: [1], 2: [1, 2], 6: [1, 2, 4, 6], 8: [1, 2, 4, 8]}[gpus]
+
+
+def test_the_papers_experiment_is_commands_that_parse(parse):  # noqa: F811
+    steps = chosen(all_steps(1, Path("mine"), Path("a")), "paper")
+    assert [step.name for step in steps] == [
+        "paper-speed-bfloat16", "paper-quality-bfloat16", "paper-speed-float32", "paper-quality-float32",
+    ]  # fmt: skip
+    assert {step.name: said for step in steps if (said := parse(as_typed(step.command).split()))} == {}
+
+
+def test_steps_are_chosen_by_beginnings_in_the_order_asked_for():
+    steps = all_steps(1, Path("mine"), Path("a"))
+    names = [step.name for step in chosen(steps, "syncs, exactness-float32,one-device-top-4,exactness")]
+    assert names == [
+        "syncs", "exactness-float32", "exactness-float32-8-emulated", "one-device-top-4",
+        "exactness-bfloat16", "exactness-bfloat16-8-emulated",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="--only names 'papers', and no step begins with it; steps are tests, collect"):
+        chosen(steps, "tests,papers")
+
+
+def test_every_test_that_needs_a_gpu_is_in_a_folder_that_is_run():
+    marked = [path for path in (ROOT / "tests").rglob("*.py") if "\n@pytest.mark.gpu\n" in path.read_text()]
+    assert len(marked) >= 3
+    assert [path for path in marked if not any(path.is_relative_to(ROOT / folder) for folder in TESTED)] == []
 
 
 def test_a_predictor_is_trained_only_where_there_is_none():
