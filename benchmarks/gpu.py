@@ -85,7 +85,7 @@ def paper(predictor: Path) -> list[Step]:
     for dtype in ("bfloat16", "float32"):
         gpu = ["--device", "cuda", "--dtype", dtype]
         speed = ["benchmarks.paper_speed", "--experts", "8", "64", "128", "256", *gpu]
-        quality = ["benchmarks.paper_quality", "--predictor", str(predictor), *gpu]
+        quality = ["benchmarks.paper_quality", "--predictor", str(predictor), "--batches", "40", *gpu]
         steps.append(Step(f"paper-speed-{dtype}", [sys.executable, "-m", *speed], 900))
         steps.append(Step(f"paper-quality-{dtype}", [sys.executable, "-m", *quality], 900))
     return steps
