@@ -82,12 +82,12 @@ def one_device() -> list[Step]:
 def paper(predictor: Path) -> list[Step]:
     """The paper's experiment: speed, busy share and memory for four numbers of experts, and what answers lose."""
     steps = []
-    for dtype in ("bfloat16", "float32"):
+    for dtype, named in (("bfloat16", "-bfloat16"), ("float32", "")):  # float32 is what make bench compares with
         gpu = ["--device", "cuda", "--dtype", dtype]
         speed = ["benchmarks.paper_speed", "--experts", "8", "64", "128", "256", *gpu]
         quality = ["benchmarks.paper_quality", "--predictor", str(predictor), "--batches", "40", *gpu]
-        steps.append(Step(f"paper-speed-{dtype}", [sys.executable, "-m", *speed], 900))
-        steps.append(Step(f"paper-quality-{dtype}", [sys.executable, "-m", *quality], 900))
+        steps.append(Step(f"paper-speed{named}", [sys.executable, "-m", *speed], 900))
+        steps.append(Step(f"paper-quality{named}", [sys.executable, "-m", *quality], 900))
     return steps
 
 

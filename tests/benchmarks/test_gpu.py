@@ -159,7 +159,7 @@ def test_steps_name_options_that_exist(gpus, monkeypatch):
 def test_the_papers_experiment_is_commands_that_parse(parse):  # noqa: F811
     steps = chosen(all_steps(1, Path("mine"), Path("a")), "paper")
     assert [step.name for step in steps] == [
-        "paper-speed-bfloat16", "paper-quality-bfloat16", "paper-speed-float32", "paper-quality-float32",
+        "paper-speed-bfloat16", "paper-quality-bfloat16", "paper-speed", "paper-quality",
     ]  # fmt: skip
     assert {step.name: said for step in steps if (said := parse(as_typed(step.command).split()))} == {}
 

@@ -84,6 +84,8 @@ def test_logits_and_text_are_the_plain_models(family):
 @pytest.mark.parametrize("devices", [1, DEVICES])
 def test_logits_and_text_are_the_plain_models_on_a_gpu(family, devices):
     model = tiny(family).to("cuda")
+    if family == "minimax":  # torch 2.11 refuses the mask that transformers gives to its attention on CUDA
+        model.set_attn_implementation("eager")
     loaded, plain = LoadedModel.of(model), copy.deepcopy(model)
     prompt = left_padded(right_padded((7, 3, 5), 5))
     settings = {"max_new_tokens": 6, "do_sample": False}
