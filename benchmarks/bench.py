@@ -12,6 +12,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from benchmarks.support.results import BENCH
 from benchmarks.support.steps import Step, processor, results_folder, run_and_say
 from data.cli import from_command_line, user_errors
 
@@ -89,7 +90,7 @@ def bench(out: Path | None = None) -> int:
         ValueError: If the folder exists already.
     """
     name = processor()
-    return run_and_say(preparation() + measurements(), out or results_folder(name), f"{name}, {date.today()}")
+    return run_and_say(preparation() + measurements(), out or results_folder(name), f"{name}, {date.today()}", BENCH)
 
 
 def main() -> None:

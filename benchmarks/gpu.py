@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.support.results import GPU
 from benchmarks.support.steps import Step, results_folder, run_and_say
 from data.cli import from_command_line, user_errors
 
@@ -202,7 +203,7 @@ def gpu(predictor: Path | None = None, out: Path | None = None, only: str | None
     steps = all_steps(gpus, predictor, Path("outputs/gpu"))
     if only is not None:
         steps = chosen(steps, only)
-    return run_and_say(steps, out or results_folder(device), f"{gpus} x {device}, {date.today()}")
+    return run_and_say(steps, out or results_folder(device), f"{gpus} x {device}, {date.today()}", GPU)
 
 
 def main() -> None:

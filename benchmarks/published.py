@@ -2,8 +2,9 @@
 
     python -m benchmarks.published docs/results/intel-xeon-processor-2026-11-27
 
-writes every block of the Markdown files between `<!-- figures: NAME, FOLDER -->` and `<!-- end of figures -->` anew. A
-test compares the blocks with the folders that they name.
+writes blocks of the Markdown files between `<!-- figures: NAME, FOLDER -->` and `<!-- end of figures -->` anew: from a
+folder of `make gpu` those whose names end in `_gpu`, from one of `make bench` the others. A test compares the blocks
+with the folders that they name.
 """
 
 import re
@@ -11,13 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.results import Results
+from benchmarks.support.paper_tables import (
+    CLAIMED,
+    DTYPES,
+    paper_claims_gpu,
+    paper_quality,
+    paper_quality_gpu,
+    paper_speed,
+    paper_speed_gpu,
+)
+from benchmarks.support.results import GPU, Results
 from data.cli import OneLineParser, user_errors
 from data.files import write_text
 from predictor.evaluation.tables import comparison_table, markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results/README.md")
+PAGES = ("README.md", "docs/results/README.md", "docs/gpu.md")
 BLOCK = re.compile(r"<!-- figures: (\S+), (\S+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
 Value = Callable[[dict[str, Any]], float]
 
@@ -37,6 +47,14 @@ def _simulated(*policy: str) -> tuple[str, Value]:
 
 def _layer_ms(arm: str) -> tuple[str, Value]:
     return "replication", lambda found: found[arm]["step_ms"]
+
+
+def _paper(experts: int, name: str, ending: str = "") -> tuple[str, Value]:
+    def value(found: dict[str, Any]) -> float:
+        (size,) = (size for size in found["results"] if size["experts"] == experts)
+        return float(size["arms"]["switchcast"][name])
+
+    return f"paper-speed{ending}", value
 
 
 def _tokens_per_second(arm: str) -> tuple[str, Value]:
@@ -61,6 +79,13 @@ HEADLINES: dict[str, tuple[str, Value]] = {
     "largest logit difference": ("main-job", lambda found: found["max_logit_difference"]),
 }  # fmt: skip
 """Step and value of the figures that matter most, by name; README's first table and `benchmarks.report` show them."""
+PAPER: dict[str, tuple[str, Value]] = {
+    f"{name} of one layer, {experts} experts, {dtype}": _paper(experts, name, ending)
+    for dtype, ending in DTYPES.items()
+    for experts in CLAIMED
+    for name in ("speed", "busy")
+}
+"""Figures of the paper's experiment, which `benchmarks.report` shows as well: those in float32 of CPUs and GPUs."""
 SIZES = (16, 128, 1024, 4096, 8192)
 """Tokens of a batch that are shown of one device's layer."""
 
@@ -108,15 +133,23 @@ def headline(results: Results) -> str:
 
 def machine(results: Results) -> str:
     """Where and by what the figures of a page were measured."""
-    link = results.folder / "README.md"
-    return (
-        f"Measured by `make bench` at commit {results.commit[:8]} on {results.hardware}, seed 0: [all steps]({link})."
-    )
+    command, link = f"`{results.command}`", results.folder / "README.md"
+    return f"Measured by {command} at commit {results.commit[:8]} on {results.hardware}, seed 0: [all steps]({link})."
 
 
 def machine_below(results: Results) -> str:
     """`machine` for a page in docs/results."""
     return machine(results).replace("(docs/results/", "(")
+
+
+def machine_gpu(results: Results) -> str:
+    """`machine` for a page in docs, of a folder of `make gpu`."""
+    return machine(results).replace("(docs/", "(")
+
+
+def machine_below_gpu(results: Results) -> str:
+    """`machine_below` of a folder of `make gpu`."""
+    return machine_below(results)
 
 
 def forecasts(results: Results) -> str:
@@ -212,44 +245,11 @@ def _interval(mean: float, ends: list[float]) -> str:
     return f"{share(mean)} [{share(ends[0])}, {share(ends[1])}]"
 
 
-def paper_speed(results: Results) -> str:
-    """Arms of the paper's experiment: speed over Hugging Face's loop, useful and busy share."""
-    found = results.document("paper-speed")["results"]
-    called = {"hugging face": "Hugging Face's loop", "sorted loop": "sorted loop", "grouped_mm": "grouped product",
-              "padded": "padded batched product", "padded, replicas": "the same with 16 replicas",
-              "switchcast": "**Switchcast**"}  # fmt: skip
-    header = ["arm"] + [f"{size['experts']} experts: {name}" for size in found for name in ("speed", "useful", "busy")]
-    rows = []
-    for key, name in called.items():
-        cells = [name]
-        for arm in (size["arms"][key] for size in found):
-            low, high = arm["speed_quartiles"]
-            cells += [f"{arm['speed']:.2f} ({low:.2f}-{high:.2f})", f"{arm['useful']:.0%}", f"{arm['busy']:.0%}"]
-        rows.append(cells)
-    return markdown(header, rows)
-
-
-def paper_quality(results: Results) -> str:
-    """What answers lose where the prediction replaces the router."""
-    found = results.document("paper-quality")["arms"]
-    called = {"predicted expert": "the predicted expert",
-              "best of three predicted": "the router's best of three predicted",
-              "engine": "**Switchcast**"}  # fmt: skip
-    rows = []
-    for key, name in called.items():
-        cells, arm = [name], found[key]
-        for score, percent in (("same_token", True), ("loss_increase", False), ("same_text", True)):
-            low, high = arm[score]["interval"]
-            mean = arm[score]["mean"]
-            cells.append(f"{mean:.1%} [{low:.1%}, {high:.1%}]" if percent else f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-        rows.append(cells)
-    return markdown(["arm", "same likeliest next token", "loss above the plain model's", "same greedy text"], rows)
-
-
 BLOCKS: dict[str, Callable[[Results], str]] = {
     made.__name__: made
-    for made in (headline, machine, machine_below, forecasts, simulated, main_job, replication, tiers, ablation,
-                 one_device, paper_speed, paper_quality)
+    for made in (headline, machine, machine_below, machine_gpu, machine_below_gpu, forecasts, simulated, main_job,
+                 replication, tiers, ablation, one_device, paper_speed, paper_speed_gpu, paper_claims_gpu,
+                 paper_quality, paper_quality_gpu)
 }  # fmt: skip
 
 
@@ -258,21 +258,23 @@ def generated(text: str, folder: Path | None = None) -> str:
 
     Args:
         text: The page.
-        folder: Folder of results; by default each block's own.
+        folder: Folder of results, for the blocks of the command that wrote it; by default each block's own.
 
     Raises:
         ValueError: If a block has no such name, or its folder not the step that it needs.
     """
 
     def block(found: re.Match[str]) -> str:
-        name, own = found[1], folder or Path(found[2])
+        name, own = found[1], Path(found[2])
+        if folder is not None and name.endswith("_gpu") == (Results(folder).command == GPU):
+            own = folder
         if name not in BLOCKS:
             raise ValueError(f"no block of figures is called '{name}'; expected one of {', '.join(BLOCKS)}")
         try:
             made = BLOCKS[name](Results(own))
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                f"{own} does not hold the figures of '{name}' ({error!r}); run `make bench` again"
+                f"{own} does not hold the figures of '{name}' ({error!r}); run {Results(own).command} again"
             ) from None
         return f"<!-- figures: {name}, {own} -->\n{made}\n<!-- end of figures -->"
 

@@ -14,14 +14,15 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.published import HEADLINES
+from benchmarks.published import HEADLINES, PAPER
 from benchmarks.support.results import Results, figures
 from data.cli import OneLineParser, print_json, user_errors
 
 
 def headlines(results: Results) -> dict[str, float]:
-    """The figures of `HEADLINES` that a folder has."""
-    return {name: results.value(step, read) for name, (step, read) in HEADLINES.items() if step in results.names}
+    """The figures of `HEADLINES` and `PAPER` that a folder has."""
+    wanted = (HEADLINES | PAPER).items()
+    return {name: results.value(step, read) for name, (step, read) in wanted if step in results.names}
 
 
 def compared(folders: list[Results], step: str | None) -> dict[str, list[float | None]]:

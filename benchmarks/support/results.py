@@ -7,6 +7,9 @@ from typing import Any
 
 from data.files import read_json
 
+BENCH, GPU = "make bench", "make gpu"
+"""Commands that write folders."""
+
 
 class Results:
     """One folder.
@@ -21,6 +24,7 @@ class Results:
         steps: Steps of the summary, by name.
         hardware: GPUs, or cores and processor, and torch's version, in words.
         commit: The commit that was measured.
+        command: The command that wrote it, `BENCH` or `GPU`.
         names: Steps that are ok and have a document.
     """
 
@@ -34,7 +38,7 @@ class Results:
             facts = summary["machine"]
             where = ", ".join(dict.fromkeys(facts["devices"])) or f"{facts['cores']} cores of {facts['processor']}"
             self.hardware = f"{where}, torch {facts['libraries']['torch']}"
-            self.commit = str(facts["commit"])
+            self.commit, self.command = str(facts["commit"]), str(summary.get("command", BENCH))
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{folder}/summary.json is no summary ({error!r}); expected that of `make bench` or `make gpu`"

@@ -170,28 +170,35 @@ def _output(*command: str) -> str:
         return ""
 
 
-def run_all(steps: list[Step], out: Path, title: str) -> list[dict[str, Any]]:
-    """Runs steps in order, whatever happens to each; summary.json and README.md are rewritten after every one."""
+def run_all(steps: list[Step], out: Path, title: str, command: str) -> list[dict[str, Any]]:
+    """Runs steps in order, whatever happens to each; summary.json and README.md are rewritten after every one.
+
+    Args:
+        steps: The steps.
+        out: The folder.
+        title: The page's title.
+        command: What the user typed, for those who read the folder.
+    """
     out.mkdir(parents=True)
     facts, done = machine(), list[dict[str, Any]]()
     for number, step in enumerate(steps, 1):
         print(f"[{number}/{len(steps)}] {step.name}, at most {step.timeout_s:.0f} s", file=sys.stderr, flush=True)
         done.append(run_step(step, out))
         print(f"        {done[-1]['status']} after {done[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
-        write_json(out / "summary.json", {"machine": facts, "steps": done})
+        write_json(out / "summary.json", {"command": command, "machine": facts, "steps": done})
         with whole_file(out / "README.md") as aside:
             aside.write_text(page(title, facts, done, out))
     return done
 
 
-def run_and_say(steps: list[Step], out: Path, title: str) -> int:
+def run_and_say(steps: list[Step], out: Path, title: str, command: str) -> int:
     """Runs steps as `run_all` does, says how many are ok, and prints a JSON document; returns how many failed.
 
     Raises:
         ValueError: If the folder exists already.
     """
     check_new(out)
-    done = run_all(steps, out, title)
+    done = run_all(steps, out, title, command)
     failed = [step["name"] for step in done if step["status"] != "ok"]
     print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
     print(json.dumps({"out": str(out), "steps": len(done), "failed": failed}))

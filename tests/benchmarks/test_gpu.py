@@ -50,7 +50,7 @@ def test_a_failed_or_endless_step_is_recorded_and_the_rest_runs(tmp_path):
         Step("missing", [str(tmp_path / "no-such-program")], 20),
     ]
     began = time.monotonic()
-    done = run_all(steps, tmp_path / "out", "A title")
+    done = run_all(steps, tmp_path / "out", "A title", "make gpu")
     assert time.monotonic() - began < 40
     assert [(step["status"], step["exit_code"]) for step in done] == [
         ("ok", 0), ("failed", 3), ("timed out", None), ("ok", 0), ("failed", 127),
@@ -77,7 +77,7 @@ def test_an_interrupt_ends_the_step_and_keeps_what_is_done(tmp_path):
         "import sys; from pathlib import Path; from benchmarks.support.steps import Step, run_all; "
         "run_all([Step('one', [sys.executable, '-c', 'print(1)'], 9), "
         "Step('two', [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], 99)], "
-        f"Path({str(tmp_path / 'out')!r}), 'T')"
+        f"Path({str(tmp_path / 'out')!r}), 'T', 'make gpu')"
     )
     process = subprocess.Popen(python(script), cwd=ROOT, stderr=subprocess.DEVNULL)
     printed = tmp_path / "out" / "two.txt"

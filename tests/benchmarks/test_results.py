@@ -9,7 +9,7 @@ import pytest
 import benchmarks.bench
 import benchmarks.report
 from benchmarks.published import BLOCK, PAGES, generated
-from benchmarks.support.results import Results, figures
+from benchmarks.support.results import BENCH, GPU, Results, figures
 from benchmarks.support.steps import Step, as_typed, run_all
 from tests.test_docs import parse  # noqa: F401  (a fixture)
 
@@ -36,6 +36,17 @@ def test_a_figure_that_was_edited_is_found(monkeypatch):
         generated(text.replace(f"figures: {name}", "figures: headlin"))
 
 
+def test_a_folder_of_a_gpu_fills_the_blocks_of_gpus_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page, commands = (ROOT / "docs/results/README.md").read_text(), {}
+    for name, folder, _ in BLOCK.findall(page):
+        commands.setdefault(name.endswith("_gpu"), set()).add((Results(Path(folder)).command, folder))
+    (bench,), (gpu,) = commands[False], commands[True]
+    assert (bench[0], gpu[0]) == (BENCH, GPU)
+    for folder in (bench[1], gpu[1]):
+        assert generated(page, Path(folder)) == page
+
+
 def printing(document: object) -> list[str]:
     return [sys.executable, "-c", f"print({json.dumps(document)!r})"]
 
@@ -50,7 +61,7 @@ def folders(tmp_path):
         "b": [Step("tiers", printing({"lru": {"tokens_per_s": 450, "spread": [400, 460]}}), 20)],
     }  # fmt: skip
     for name, each in steps.items():
-        run_all(each, tmp_path / name, name)
+        run_all(each, tmp_path / name, name, BENCH)
     return [tmp_path / "a", tmp_path / "b"]
 
 
