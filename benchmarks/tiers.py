@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from torch.distributed.run import main as torchrun
 from benchmarks.support.machine import ResidentPeak, ThrottledFiles, read_speed, touch
 from benchmarks.support.policies import CosinePolicy, LastBatchPolicy, LfuPolicy, OraclePolicy
 from benchmarks.support.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
+from benchmarks.support.recorded_foresight import foresee, learn
 from benchmarks.support.turns import Turn, over_ranks, show, stats_since, summarise
 from data.cli import from_command_line, user_errors
 from data.models.layout import MoELayout
@@ -46,6 +48,7 @@ from runtime.engine.batch import ModelBatch, forward
 from runtime.engine.model import ReplicatedModel
 from runtime.offload.cache import LOADERS, ExpertCache
 from runtime.offload.forecast_policy import ForecastPolicy, LruFallback
+from runtime.offload.layer_ahead import State
 from runtime.offload.memory import PAGE
 from runtime.offload.policy import LruPolicy, Policy
 from runtime.offload.stats import CacheStats
@@ -58,15 +61,17 @@ POLICIES: dict[str, Callable[[int, int], Policy]] = {
     "cosine": CosinePolicy,
 }
 """Arms that need only the numbers of layers and experts; a new policy is added here."""
-ARMS = (*POLICIES, "ours_history", "ours", "oracle")
+ARMS = (*POLICIES, "ours_history", "ours_batch", "ours_new", "ours", "oracle")
+SEEN, TRAINING = ("steady", "drift", "every_10", "every_1"), 100
+"""Phases from which probes learn before the arm "ours", and batches of each, at most."""
 
 
 class Bench:
     """What all turns share: the model, the recorded batches, the forecaster and this rank's experts."""
 
     def __init__(
-        self, model: str, batches: list[RecordedBatch], small: LoadedModel, predictor: Path | None, mode: Mode,
-        ranks: Ranks,
+        self, model: str, batches: list[RecordedBatch], learned: list[RecordedBatch], small: LoadedModel,
+        predictor: Path | None, mode: Mode, ranks: Ranks,
     ) -> None:  # fmt: skip
         self.switch, self.batches, self.mode, self.ranks = load_dense(model), batches, mode, ranks
         touch(self.switch.model)
@@ -88,6 +93,8 @@ class Bench:
             self.forecaster = load_predictor(predictor, small.layout, small.model.shared.weight.detach().float())
         self.loads = np.stack([batch.load(self.layout) for batch in batches])
         self.forecast_ms: list[float] = []
+        self.small, self.learned = small, learned
+        self.probes: State | None = None
 
     def policy(self, arm: str, buffers: int) -> Policy:
         """A new policy for an arm."""
@@ -114,6 +121,7 @@ class Bench:
             if arm == "all_resident":
                 for layer in range(self.layout.num_layers):
                     list(cache.use(layer, np.flatnonzero(self.own_E).tolist()))
+            hook = self.foresee(replicated, arm)
             before = CacheStats()
             ready = forecasting.submit(self._forecast, arm, cache, 0)
             for number, batch in enumerate(self.batches):
@@ -130,10 +138,31 @@ class Bench:
                 if number >= warm:
                     turn.seconds.append(time.perf_counter() - began)
                     turn.tokens.append(self.tokens(batch))
+            if hook is not None:
+                hook.remove()
             turn.stats = over_ranks(stats_since(cache.tiers[0].stats, before), self.ranks)
         turn.resident_peak = int(self.ranks.gather(torch.tensor(peak.grown)).sum())
         turn.fallbacks = getattr(policy, "fallbacks", 0)
         return turn
+
+    def foresee(self, replicated: ReplicatedModel, arm: str) -> Any:
+        """Has the arms "ours" and "ours_new" forecast from layer to layer, and no other; returns the handle of a hook.
+
+        The probes of "ours" have learned from training batches before, those of "ours_new" begin with the turn.
+        """
+        if arm not in ("ours", "ours_new"):
+            replicated.foresight = None
+            for layer in replicated.layers:
+                layer.foresight = None
+            return None
+        assert replicated.foresight is not None
+        handle = foresee(replicated, self.routers, self.small.model.shared, self.layout.d_model)
+        if arm == "ours":
+            if self.probes is None:
+                learn(replicated.foresight, self.learned, self.layout.num_input_layers, self.layout.d_model)
+                self.probes = replicated.foresight.state()
+            replicated.foresight.restore(self.probes)
+        return handle
 
     def memory(self, files: ThrottledFiles, buffers: int) -> tuple[int, int | None]:
         """Bytes of the device tier, and of host memory below a GPU, which then holds all experts."""
@@ -144,7 +173,7 @@ class Bench:
 
     def _forecast(self, arm: str, cache: ExpertCache, number: int) -> None:
         """Forecasts a batch and tells the cache, as the controller does while the batch before it runs."""
-        forecaster = {"ours": self.forecaster, "ours_history": Ema(0.5)}.get(arm)
+        forecaster = Ema(0.5) if arm == "ours_history" else self.forecaster if arm.startswith("ours") else None
         known = self.loads[: max(number - 1, 0)]  # while a batch is forecast, the one before it runs
         if forecaster is None or (arm == "ours_history" and not len(known)):
             return
@@ -248,7 +277,9 @@ def tiers(
     small = load_model(BUNDLED)
     batching = BatchingConfig(batches=40, smallest=sequences, largest=sequences, length=length)
     with Ranks() as group:
-        bench = Bench(model, record(small, batching, phases, per_phase), small, predictor, mode, group)
+        batches = record(small, batching, phases, per_phase)
+        learned = record(small, batching, SEEN, TRAINING, "train") if "ours" in arms else []
+        bench = Bench(model, batches, learned, small, predictor, mode, group)
         kept: dict[str, list[Turn]] = {arm: [] for arm in (["plain"] if plain else []) + list(arms)}
         speed = read_speed(ThrottledFiles(bench.stored, bench.layout, torch.float32))
         for number in track(range(turns), "turns", console=Console(stderr=True, quiet=group.rank > 0)):

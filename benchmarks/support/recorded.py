@@ -35,6 +35,7 @@ class RecordedBatch:
         experts: Expert of every position, padding included: for each layer `[B, T]` or `[B, U]`.
         kept: Whether the position was within the expert's capacity, in the same shapes.
         probability: Router probability, in the same shapes.
+        hidden: What each router read, of the same shapes with one more dimension, the bundled model's width.
     """
 
     tokens: TokenBatch
@@ -42,6 +43,7 @@ class RecordedBatch:
     experts: tuple[Tensor, ...]
     kept: tuple[Tensor, ...]
     probability: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...]
 
     def mask(self, layer: int, layout: MoELayout) -> Tensor:
         """Positions that are not padding, for the encoder or the decoder, whichever has the layer."""
@@ -53,7 +55,7 @@ class RecordedBatch:
         return RecordedBatch(
             tokens,
             decoder,
-            *(tuple(one[rows] for one in field) for field in (self.experts, self.kept, self.probability)),
+            *(tuple(one[rows] for one in field) for field in (self.experts, self.kept, self.probability, self.hidden)),
         )
 
     def load(self, layout: MoELayout) -> IntArray:
@@ -82,23 +84,32 @@ class RecordedBatch:
 
 
 @torch.inference_mode()
-def record(switch: LoadedModel, batching: BatchingConfig, phases: Sequence[str], per_phase: int) -> list[RecordedBatch]:
-    """Runs the bundled model on the last `per_phase` held-out batches of each phase of the offline corpus."""
+def record(
+    switch: LoadedModel, batching: BatchingConfig, phases: Sequence[str], per_phase: int, split: str = "test"
+) -> list[RecordedBatch]:
+    """Runs the bundled model on the last `per_phase` batches of each phase of the offline corpus in one split."""
     splits, kept = corpus_splits(batching), dict[str, list[RecordedBatch]]()
+    hidden, hooks = list[Tensor](), []
+    for name in switch.layout.modules:
+        router = switch.model.get_submodule(f"{name.removesuffix('experts')}router")
+        hooks.append(router.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
     with RouterTap(switch.model, switch.layout) as tap:
         for batch in open_stream(None, switch.tokenizer, "teacher", batching):
-            if splits[batch.number] != "test" or batch.phase not in phases:
+            if splits[batch.number] != split or batch.phase not in phases:
                 continue
             tokens, decoder = model_inputs(batch, switch.model.config)
+            hidden.clear()
             switch.model(
                 input_ids=tokens.input_ids, attention_mask=tokens.mask.long(), decoder_input_ids=decoder.input_ids
             )
             calls = [layer[0] for layer in tap.take()]
             recorded = RecordedBatch(
                 tokens, decoder, tuple(call.experts for call in calls), tuple(call.kept for call in calls),
-                tuple(call.probability for call in calls),
+                tuple(call.probability for call in calls), tuple(hidden),
             )  # fmt: skip
             kept.setdefault(batch.phase, []).append(recorded)
+    for hook in hooks:
+        hook.remove()
     return [batch for phase in phases for batch in kept.get(phase, [])[-per_phase:]]
 
 

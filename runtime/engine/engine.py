@@ -28,22 +28,22 @@ from data.arrays import IntArray
 from data.files import code_digest, sha256
 from data.models.device import Device
 from data.models.generation import GenerationSettings
-from data.models.model import Dtype, LoadedModel, load_dense, load_model
-from data.models.stored_experts import stored_experts
-from data.models.weights import ModelWeights
+from data.models.model import Dtype
+from predictor.checkpoint import local_folder
 from predictor.choice import Choice, open_forecaster
 from predictor.forecast import Forecaster
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.distributed.device import Stopwatch, to_device
 from runtime.distributed.ranks import Ranks
-from runtime.engine.adapter import adapter_of
 from runtime.engine.arguments import check_arguments
 from runtime.engine.batch import BatchOutput, ModelBatch, check_tokens, forward
 from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, draws_of, ended, generation_tokens
+from runtime.engine.loading import device_of, load
 from runtime.engine.model import ReplicatedModel
-from runtime.experts.weights import ExpertSource, FileWeights
+from runtime.offload.layer_ahead import State
+from runtime.offload.probe_file import PROBES, load_probes, save_probes
 from runtime.offload.slots import MemoryBudget
 
 PER_SEQUENCE = {"decoder_input_ids", "decoder_attention_mask", "position_ids", "token_type_ids"}
@@ -116,7 +116,7 @@ class Engine:
         timeout_s: float = 60.0,
         must_agree: Mapping[str, str] | None = None,
     ) -> None:
-        self.ranks = Ranks(timeout_s, _device_of(model, device))
+        self.ranks = Ranks(timeout_s, device_of(model, device))
         check_arguments(
             self.ranks.world, num_devices, num_redundant_experts, max_moves, devices_per_node, expert_overhead_tokens,
             device_memory, host_memory,
@@ -126,9 +126,12 @@ class Engine:
         cuda = self.ranks.device.type == "cuda"
         self.measure = not cuda if measure is None else measure
         dtype = dtype or ("bfloat16" if cuda else "float32")
-        self.loaded, self._weights = self._load(model, revision, dtype, device_memory, host_memory)
+        self.loaded, self._weights = load(model, revision, dtype, device_memory, host_memory, self.ranks)
         layout = self.loaded.layout
         self.forecaster, digest = self._open_predictor(predictor, forecast)
+        self._probes: State | None = None
+        if device_memory is not None and isinstance(predictor, str | Path):
+            self._probes = load_probes(local_folder(predictor), layout)
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
         devices = self.ranks.devices(num_devices)
         if num_redundant_experts is None:
@@ -150,29 +153,6 @@ class Engine:
             "max_moves and devices_per_node": f"{max_moves}, {devices_per_node}",
             "expert_overhead_tokens": str(expert_overhead_tokens),
         } | dict(must_agree or {})
-
-    def _load(
-        self, model: Any, revision: str, dtype: Dtype, device_memory: int | str | None, host_memory: int | str | None
-    ) -> tuple[LoadedModel, ExpertSource | MemoryBudget]:
-        """The model, and where its experts' weights come from."""
-        if not isinstance(model, str | Path):
-            if device_memory is not None:
-                raise ValueError(
-                    f"device_memory is {device_memory}, but the model is in memory already; give its folder or hub id "
-                    "instead, so that experts can be read one by one"
-                )
-            loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model)
-            return loaded, adapter_of(loaded).weights()
-        name, whole = str(model), self.ranks.world == 1 and device_memory is None
-        loaded = (load_model if whole else load_dense)(name, revision, dtype)
-        loaded.to(self.ranks.device)
-        if whole:
-            return loaded, adapter_of(loaded).weights()
-        weights = ModelWeights(name, revision)
-        if device_memory is None:
-            return loaded, FileWeights(stored_experts(weights, loaded.model, loaded.layout))
-        stored = stored_experts(weights.as_safetensors(), loaded.model, loaded.layout)
-        return loaded, MemoryBudget(device_memory, host_memory, stored)
 
     def _open_predictor(
         self, predictor: Forecaster | Path | str | None, forecast: Choice
@@ -202,6 +182,8 @@ class Engine:
             self.replicated = ReplicatedModel(
                 self.loaded, self.home, self.ranks, self._weights, self.devices_per_node, self.expert_overhead_tokens
             )
+            if self.replicated.foresight is not None and self._probes is not None:
+                self.replicated.foresight.restore(self._probes)
         except BaseException:
             if not isinstance(self._weights, MemoryBudget):
                 self._weights.release()
@@ -223,6 +205,22 @@ class Engine:
         finally:
             self.replicated.close()
             self.ranks.__exit__(*error)
+
+    def save_probes(self, folder: Path | str) -> Path:
+        """Writes what the probes of the next layer have learned to a predictor's folder; returns the file.
+
+        An engine with that predictor and `device_memory` begins with them. On several ranks rank 0 writes its own.
+
+        Raises:
+            RuntimeError: If the engine is not open.
+            ValueError: If the engine has no probes, or there is no such folder.
+        """
+        self._check_open()
+        if (foresight := self.replicated.foresight) is None:
+            raise ValueError("this engine has no probes, because all experts are in memory; set device_memory")
+        if self.ranks.rank > 0:
+            return Path(folder) / PROBES
+        return save_probes(Path(folder), foresight.state(), self.loaded.layout)
 
     def run(self, batches: Iterable[ModelBatch | Mapping[str, Any]]) -> Iterator[BatchOutput]:
         """Runs batches in order; while one runs, the placement for the next one is prepared.
@@ -333,20 +331,6 @@ class Engine:
                     generation_config=generation_config, synced_gpus=self.ranks.world > 1, **settings,
                 )  # fmt: skip
         return ids[: wanted.sequences_each * (rows.stop - rows.start)]
-
-
-def _device_of(model: Any, asked: Device | None) -> Device | None:
-    """The kind of device to use; a model object stays where it is.
-
-    Raises:
-        ValueError: If the model lies elsewhere than asked for.
-    """
-    if isinstance(model, str | Path):
-        return asked
-    found = getattr(getattr(model, "model", model), "device", None)
-    if asked is not None and found is not None and found.type != asked:
-        raise ValueError(f"device is '{asked}', but the model is on {found}; move it there, or leave device out")
-    return asked if found is None else found.type
 
 
 def _read(queue: Iterator[ModelBatch]) -> tuple[ModelBatch | None, Exception | None]:

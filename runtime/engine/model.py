@@ -18,11 +18,13 @@ from runtime.engine.adapter import adapter_of
 from runtime.engine.batch import BatchStats
 from runtime.engine.controller import Preparation, Transfer
 from runtime.experts.grouped_mm import measure_overhead
-from runtime.experts.layer import ReplicatedExperts, Slots
+from runtime.experts.layer import ReplicatedExperts
+from runtime.experts.protocols import Slots
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
 from runtime.experts.weights import ExpertSource
 from runtime.offload.cache import ExpertCache
+from runtime.offload.layer_ahead import ModelForesight
 from runtime.offload.slots import MemoryBudget, OffloadedSlots, OffloadTransfer
 
 
@@ -64,6 +66,7 @@ class ReplicatedModel:
                 "another engine runs this model, or one built from the same configuration object; close that one first"
             )
         self.cache: ExpertCache | None = None
+        self.foresight: ModelForesight | None = None
         slots: Sequence[Slots]
         if isinstance(experts, MemoryBudget | ExpertCache):
             slots, self.transfer = self._cached(experts)
@@ -76,6 +79,9 @@ class ReplicatedModel:
             ReplicatedExperts(each, phy2log, ranks, home.num_devices, devices_per_node, self.expert_overhead_tokens)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
         ]
+        if self.foresight is not None:
+            for layer, foresight in zip(self.layers, self.foresight.layers, strict=True):
+                layer.foresight = foresight
         self.adapter.install(self.layers)
 
     def _resident(self, source: ExpertSource) -> tuple[Sequence[Slots], Transfer]:
@@ -97,6 +103,10 @@ class ReplicatedModel:
             OffloadedSlots(self.cache, self._home, layer, self._ranks.rank, function, like)
             for layer, function in enumerate(self.adapter.functions)
         ]
+        embedding = self.loaded.model.get_input_embeddings()
+        self.foresight = ModelForesight(
+            self.loaded.layout, slots, self.adapter.step_layers, embedding, self.cache, self._ranks
+        )
         return slots, OffloadTransfer(slots, self._home, self.cache, self._ranks)
 
     def _measured_overhead(self, slots: Slots) -> int:
@@ -137,6 +147,8 @@ class ReplicatedModel:
             if not prepared:  # the last expectations were for a batch that has run
                 self.cache.expect(None)
             self.cache.begin()
+        if self.foresight is not None:
+            self.foresight.begin()
         for layer, experts in enumerate(self.layers):
             skipped = skipped_T if layer < inputs else skipped_U
             experts.begin(self.transfer.plan.phy2log[layer], skipped, measure)

@@ -10,7 +10,7 @@ width.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from runtime.distributed.ranks import Ranks
 from runtime.experts.counters import LayerCounters
 from runtime.experts.dispatch import TokenDispatch, counts_of, plan_dispatch, tokens_of, weighed
 from runtime.experts.grouped_mm import PIECE_ROWS, pieces_of
+from runtime.experts.protocols import Foresight, Slots
 from runtime.experts.routing import sort_on_device, sort_on_host
 
 OVERLAP_MIN_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -31,59 +32,6 @@ OVERLAP_MIN_TOKENS = {"cpu": 512, "cuda": 16384}
 
 On a CPU measured over gloo; on CUDA estimated from NVLink's rate and the cost of two more collectives, not measured.
 """
-
-
-class Slots(Protocol):
-    """This process' slots of one layer: what `ReplicatedExperts` computes with."""
-
-    @property
-    def span(self) -> slice:
-        """These slots among all slots of the plan."""
-        ...
-
-    @property
-    def can_overlap(self) -> bool:
-        """Whether a layer may be computed in two calls."""
-        ...
-
-    @property
-    def needs_no_sizes(self) -> bool:
-        """Whether `compute_groups` may be called, so that the host need not know the rows of each slot."""
-        ...
-
-    @property
-    def buffers(self) -> tuple[int, int]:
-        """Devices here whose rows are computed in one call for many buffers, and buffers of each; zeros if none."""
-        ...
-
-    @property
-    def active_buffers(self) -> IntArray:
-        """Buffer of each slot, counted over all devices here."""
-        ...
-
-    def compute(self, rows_MD: Tensor, size_Q: IntArray, reference_Q: IntArray, ends: Tensor | None) -> Tensor:
-        """Outputs for rows sorted by slot, `[M, D]`.
-
-        Args:
-            rows_MD: Rows.
-            size_Q: Rows of each slot; they sum to M.
-            reference_Q: Rows that the unmodified model would multiply with the slot's expert.
-            ends: Row at which the rows of each buffer end, counted on each device here from 0: int32, on the device.
-                None if they are not there yet.
-        """
-        ...
-
-    def compute_groups(self, rows_MD: Tensor, ends_Q: Tensor) -> Tensor:
-        """Outputs for rows sorted by slot that end at the given rows; rows beyond them get no particular value."""
-        ...
-
-    def measure(self, on: bool) -> None:
-        """Begins to measure times anew, or ends it."""
-        ...
-
-    def take_busy_ms(self) -> list[float]:
-        """Milliseconds each device here computed since the last call of this method."""
-        ...
 
 
 class ReplicatedExperts(nn.Module):
@@ -103,6 +51,7 @@ class ReplicatedExperts(nn.Module):
     Attributes:
         phy2log: The layer's row of the active plan, `[P]`.
         counters: What the layer computed since they were reset.
+        foresight: Forecasts the layer that runs next; its forecast travels with the counts. None forecasts nothing.
         waited: Time this process waited for other ranks; on CUDA, time its stream waited for their rows.
     """
 
@@ -120,6 +69,7 @@ class ReplicatedExperts(nn.Module):
         self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self.slots, self.phy2log, self.ranks, self.num_devices = slots, phy2log, ranks, num_devices
         self.num_experts = int(phy2log.max()) + 1
+        self.foresight: Foresight | None = None
         self.waited = Stopwatch(ranks.device, on=False)
         self._skipped_T: Tensor | None = None
         self._experts_E: Tensor | None = None
@@ -193,7 +143,7 @@ class ReplicatedExperts(nn.Module):
         if hidden_TD.is_cpu:
             assignment_A, counts_2E = sort_on_host(choice, self._skipped_T, self.num_experts)
             with self.waited:
-                counts_S2E = self.ranks.gather(counts_2E).numpy()
+                counts_S2E = self._gather(counts_2E, hidden_TD, choice)
             counts_SE, routed_E = np.ascontiguousarray(counts_S2E[:, 0]), counts_S2E[:, 1].sum(0)
         else:
             if self._experts_E is None:
@@ -202,7 +152,8 @@ class ReplicatedExperts(nn.Module):
             if self._one_device and self.slots.needs_no_sizes:
                 return self._compute_on_device(hidden_TD, assignment_A, ends_E, left_out_A, weight_A1)
             # the one point where the host waits for the device: all sizes follow from the counts
-            counts_SE = counts_of(self.ranks.gather(ends_E).cpu().numpy())
+            ends_S1E = self._gather(ends_E[None], hidden_TD, choice)
+            counts_SE = counts_of(np.ascontiguousarray(ends_S1E[:, 0], dtype=np.int32))
             routed_E = counts_SE.sum(0)
         self.counters.load[:] += counts_SE.sum(0)
         if self._one_device:
@@ -212,6 +163,15 @@ class ReplicatedExperts(nn.Module):
         # an empty slot, -1, reads the last expert's count, which does not matter: it gets no rows
         reference_Q = routed_E[self.phy2log[self.slots.span]]
         return self.dispatch_and_combine(hidden_TD, assignment_A, weight_A1, quota_SP, reference_Q)
+
+    def _gather(self, rows_NE: Tensor, hidden_TD: Tensor, choice: Tensor) -> IntArray:
+        """Rows of every rank, `[S, N, E]`; with foresight the forecast travels as one more row."""
+        if self.foresight is None:
+            return self.ranks.gather(rows_NE).cpu().numpy()
+        forecast_E = self.foresight.forecast(hidden_TD, choice, self._skipped_T)
+        rows = self.ranks.gather(torch.cat([rows_NE, forecast_E[None].to(rows_NE.dtype)])).cpu().numpy()
+        self.foresight.use(rows[:, -1].sum(0))
+        return rows[:, :-1]
 
     def split(self, counts_SE: IntArray) -> IntArray:
         """Assignments from each rank to each slot, `[S, P]`."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.arrays import FloatArray
 from data.byte_sizes import parse_bytes
 from data.models.layout import MoELayout
 from data.models.stored_experts import ExpertReader
@@ -168,6 +169,16 @@ class ExpertCache:
         """Sets the forecast of the batch after the current one, from any thread; None means that there is none."""
         with self._planning:
             self.policy.expect(forecast)
+            self._plan()
+
+    def foresee(self, layer: int, load_E: FloatArray) -> None:
+        """Sets a forecast of what a layer needs when it runs next, in tokens `[E]`; the next `use` or `replan` acts."""
+        with self._planning:
+            self.policy.foresee(layer, load_E)
+
+    def replan(self) -> None:
+        """Has prefetching follow what was foreseen, before a layer runs."""
+        with self._planning:
             self._plan()
 
     def _plan(self) -> None:

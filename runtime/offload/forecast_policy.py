@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.arrays import FloatArray
+from data.arrays import BoolArray, FloatArray
 from predictor.forecast import LoadForecast
 from runtime.offload.memory import Key
 from runtime.offload.policy import LruPolicy, NextUsePolicy, Policy
@@ -25,12 +25,18 @@ class NeedProbability:
     """Probability that at least one token reaches an expert, from its forecast load and its frequency of use.
 
     A logistic regression for each MoE layer on the logarithms of the load and of the frequency's odds, updated after
-    every batch. It starts with odds equal to the forecast load: 4 tokens give odds of about 4 to 1, probability .8. For
-    small loads that is close to a Poisson distribution.
+    every batch.
+
+    Args:
+        num_layers: L.
+        first: Weights at the start: `BY_LOAD` or `BY_FREQUENCY`.
     """
 
-    PRIOR_WEIGHTS = (0.0, 1.0, 0.0)
-    """Regression weights at the start: intercept, logarithm of the load, logarithm of the frequency's odds."""
+    BY_LOAD = (0.0, 1.0, 0.0)
+    """Of the intercept, the load and the frequency: odds equal to the forecast load. 4 tokens give odds of about 4 to
+    1, probability .8; for small loads that is close to a Poisson distribution."""
+    BY_FREQUENCY = (0.0, 0.0, 1.0)
+    """The frequency of use."""
     PRIOR_VARIANCE = 0.5
     """Variance of each regression weight at the start."""
     RETENTION = 0.9
@@ -38,9 +44,9 @@ class NeedProbability:
     FLOOR = 0.02
     """Tokens added to a load before its logarithm; also the least distance of a frequency (0 to 1) from 0 and 1."""
 
-    def __init__(self, num_layers: int) -> None:
-        self._weight_LK = np.tile(np.array(self.PRIOR_WEIGHTS), (num_layers, 1))
-        self._precision_LKK = np.tile(np.eye(len(self.PRIOR_WEIGHTS)) / self.PRIOR_VARIANCE, (num_layers, 1, 1))
+    def __init__(self, num_layers: int, first: tuple[float, float, float] = BY_LOAD) -> None:
+        self._weight_LK = np.tile(np.array(first), (num_layers, 1))
+        self._precision_LKK = np.tile(np.eye(len(first)) / self.PRIOR_VARIANCE, (num_layers, 1, 1))
 
     def probability(self, load_LE: FloatArray, frequency_LE: FloatArray) -> FloatArray:
         """Probability of each expert, `[L, E]`.
@@ -78,42 +84,69 @@ def _sigmoid(log_odds: FloatArray) -> FloatArray:
 
 
 class ForecastPolicy(NextUsePolicy):
-    """Evicts and prefetches by forecasts; by frequency of use while there is no forecast."""
+    """Evicts and prefetches by forecasts; by frequency of use while there is no forecast.
+
+    A forecast is of a whole batch. In generation a batch is a first pass and then steps of the same layers, whose needs
+    are predicted from the same forecast by a regression of their own. A forecast of one layer's next run, made while
+    the layer before it runs, takes the place of both.
+    """
 
     name = "forecast"
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
-        self._need = NeedProbability(num_layers)
-        self._forecast_pass = -1
+        self._need, self._near = NeedProbability(num_layers), NeedProbability(num_layers)
+        self._step = NeedProbability(num_layers, NeedProbability.BY_FREQUENCY)
+        self._first_pass = -1
+        self._stepped_L = np.zeros(num_layers, dtype=bool)  # layers that ran in a batch's later passes
+        self._steps_L = np.zeros(num_layers, dtype=bool)  # the same of this batch, or of the last one until it steps
         self._current_load_LE: FloatArray | None = None
         self._upcoming_load_LE: FloatArray | None = None
+        self._foreseen_LE = np.full((num_layers, num_experts), np.nan)
 
     def begin(self) -> None:
         super().begin()
-        self._forecast_pass = self.layer_order.pass_index
+        self._first_pass = self.layer_order.pass_index
+        self._steps_L, self._stepped_L = self._stepped_L, np.zeros_like(self._stepped_L)
         self._current_load_LE, self._upcoming_load_LE = self._upcoming_load_LE, None
 
     def expect(self, forecast: LoadForecast | None) -> None:
         self._upcoming_load_LE = None if forecast is None else forecast.load
 
+    def foresee(self, layer: int, load_E: FloatArray) -> None:
+        self._foreseen_LE[layer] = load_E
+
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         frequency_E = self.frequency_LE[layer].copy()
         super().observe(layer, experts, costs)
-        if self.layer_order.pass_index != self._forecast_pass:  # a step: the forecast was for the whole batch
-            self._current_load_LE = None
+        needed_E = self.last_LE[layer].astype(np.float64)
+        if self._in_steps:
+            self._stepped_L[layer] = self._steps_L[layer] = True
         if self._current_load_LE is not None:
-            needed_E = self.last_LE[layer].astype(np.float64)
-            self._need.observe(layer, self._current_load_LE[layer], frequency_E, needed_E)
+            regression = self._step if self._in_steps else self._need
+            regression.observe(layer, self._current_load_LE[layer], frequency_E, needed_E)
+        if not np.isnan(self._foreseen_LE[layer, 0]):
+            self._near.observe(layer, self._foreseen_LE[layer], frequency_E, needed_E)
+            self._foreseen_LE[layer] = np.nan
+
+    @property
+    def _in_steps(self) -> bool:
+        return self.layer_order.pass_index != self._first_pass
+
+    def next_run(self, in_pass_L: BoolArray) -> FloatArray:
+        foreseen_LE = self._near.probability(self._foreseen_LE, self.frequency_LE)
+        return np.where(np.isnan(foreseen_LE), super().next_run(in_pass_L), foreseen_LE)
 
     def current(self) -> FloatArray:
-        return self._probability(self._current_load_LE)
+        return self._probability(self._step if self._in_steps else self._need, self._current_load_LE)
 
     def upcoming(self) -> FloatArray:
-        return self._probability(self._upcoming_load_LE)
+        """A step of this batch in the layers that steps run, else the next batch."""
+        step_LE = self._probability(self._step, self._current_load_LE)
+        return np.where(self._steps_L[:, None], step_LE, self._probability(self._need, self._upcoming_load_LE))
 
-    def _probability(self, load_LE: FloatArray | None) -> FloatArray:
-        return self.frequency_LE if load_LE is None else self._need.probability(load_LE, self.frequency_LE)
+    def _probability(self, regression: NeedProbability, load_LE: FloatArray | None) -> FloatArray:
+        return self.frequency_LE if load_LE is None else regression.probability(load_LE, self.frequency_LE)
 
 
 class LruFallback:
@@ -160,6 +193,9 @@ class LruFallback:
 
     def expect(self, forecast: LoadForecast | None) -> None:
         self.policy.expect(forecast)
+
+    def foresee(self, layer: int, load_E: FloatArray) -> None:
+        self.policy.foresee(layer, load_E)
 
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         self.policy.observe(layer, experts, costs)

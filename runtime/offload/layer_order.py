@@ -3,7 +3,7 @@
 A *pass* is one run over layers in ascending order. A forward of encoder and decoder is a pass over all layers, an
 encoder alone a pass over its own. In generation each decoder step is a pass that begins at the decoder's first layer,
 which in a decoder-only model is the first of all. A pass is expected to run the same layers as the last one that began
-with the same layer.
+with the same layer, and to be followed by a pass that begins where most did that followed such a pass lately.
 """
 
 import numpy as np
@@ -22,6 +22,9 @@ Only layers outside the expected pass use it, such as the encoder's during gener
 varies from batch to batch, and .3 averages over about three batches.
 """
 
+FOLLOWED_RETENTION = 0.9
+"""Share (0 to 1) of what is known of the passes that follow one another that is kept from one pass to the next."""
+
 
 class LayerOrder:
     """Observes the layers as they run and predicts the distance of each layer's next run.
@@ -35,6 +38,7 @@ class LayerOrder:
         self._pass: list[int] = []
         self._last_by_first: dict[int, list[int]] = {}
         self._expected = list(range(num_layers))
+        self._followed: FloatArray = np.zeros((num_layers, num_layers))  # weight of a pass's first layer after another
         self._clock = 0
         self._last_run: FloatArray = np.full(num_layers, -np.inf)
         self._interval: FloatArray = np.full(num_layers, np.nan)
@@ -57,8 +61,19 @@ class LayerOrder:
     def _start(self, first: int) -> None:
         if self._pass:
             self._last_by_first[self._pass[0]] = self._pass
+            self._followed[self._pass[0]] *= FOLLOWED_RETENTION
+            self._followed[self._pass[0], first] += 1
         self._pass, self.pass_index = [], self.pass_index + 1
-        self._expected = self._last_by_first.get(first, list(range(first, self.num_layers)))
+        self._expected = self._from(first)
+
+    def _from(self, first: int) -> list[int]:
+        """Layers that a pass from this layer on is expected to run."""
+        return self._last_by_first.get(first, list(range(first, self.num_layers)))
+
+    def _after(self) -> list[int]:
+        """Layers that the next pass is expected to run."""
+        followed = self._followed[self._expected[0]]
+        return self._from(int(followed.argmax())) if followed.any() else self._expected
 
     @property
     def pass_length(self) -> int:
@@ -75,17 +90,17 @@ class LayerOrder:
             Layers that run until the next run, that one counted, `[L]`; whether it is in the current pass, bool `[L]`;
             the period, layers from the next run to the one after it, `[L]`.
         """
-        last = self._pass[-1] if self._pass else -1
+        last, after = self._pass[-1] if self._pass else -1, self._after()
         rest = [layer for layer in self._expected if layer > last]
         unseen = UNSEEN_DISTANCE * self.pass_length + np.arange(self.num_layers)
         measured = ~np.isnan(self._interval)
         period: FloatArray = np.where(measured, self._interval, unseen)
         # layers outside the expected pass, such as the encoder's during generation, run after the next pass or later
         distance: FloatArray = np.where(measured, self._last_run + self._interval - self._clock, unseen)
-        distance = np.maximum(distance, len(rest) + self.pass_length + 1)
-        distance[self._expected] = len(rest) + 1 + np.arange(self.pass_length)
+        distance = np.maximum(distance, len(rest) + len(after) + 1)
+        distance[after] = len(rest) + 1 + np.arange(len(after))
         distance[rest] = 1 + np.arange(len(rest))
-        period[self._expected] = self.pass_length
+        period[after] = len(after)
         in_pass: BoolArray = np.zeros(self.num_layers, dtype=np.bool_)
         in_pass[rest] = True
         return distance, in_pass, period

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data.arrays import FloatArray
+from data.arrays import BoolArray, FloatArray
 from predictor.forecast import LoadForecast
 from runtime.offload.layer_order import LayerOrder
 from runtime.offload.memory import Key
@@ -41,6 +41,10 @@ class Policy(Protocol):
         """Sets the forecast of the batch after the current one; None means that there is none."""
         ...
 
+    def foresee(self, layer: int, load_E: FloatArray) -> None:
+        """Sets the forecast of a layer's next run alone, in tokens `[E]`, made shortly before it."""
+        ...
+
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         """Records that a layer runs now and needs these experts; `costs` is the tier's `CacheStats.costs` so far."""
         ...
@@ -66,6 +70,8 @@ class LruPolicy:
     def begin(self) -> None: ...
 
     def expect(self, forecast: LoadForecast | None) -> None: ...
+
+    def foresee(self, layer: int, load_E: FloatArray) -> None: ...
 
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         self._clock += 1
@@ -110,6 +116,8 @@ class NextUsePolicy:
 
     def expect(self, forecast: LoadForecast | None) -> None: ...
 
+    def foresee(self, layer: int, load_E: FloatArray) -> None: ...
+
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         self.layer_order.observe(layer)
         self.last_LE[layer] = False
@@ -124,6 +132,14 @@ class NextUsePolicy:
         """Probability that each expert is needed in the pass after the current one, `[L, E]`."""
         return self.frequency_LE
 
+    def next_run(self, in_pass_L: BoolArray) -> FloatArray:
+        """Probability that each expert is needed when its layer runs next, `[L, E]`.
+
+        Args:
+            in_pass_L: Whether the layer runs next in the current pass.
+        """
+        return np.where(in_pass_L[:, None], self.current(), self.upcoming())
+
     def next_use(self) -> FloatArray:
         """The distance of the layer's next run, and a period of the layer for each run that may not need the expert.
 
@@ -133,7 +149,7 @@ class NextUsePolicy:
         """
         distance_L, in_pass_L, period_L = self.layer_order.distances()
         upcoming_LE, frequency_LE = self.upcoming(), np.clip(self.frequency_LE, 0.01, 1.0)
-        first_LE = np.where(in_pass_L[:, None], self.current(), upcoming_LE)
+        first_LE = self.next_run(in_pass_L)
         second_LE = np.where(in_pass_L[:, None], upcoming_LE, frequency_LE)
         unneeded_LE = (1 - first_LE) * (1 + (1 - second_LE) / frequency_LE)
         return np.asarray(distance_L[:, None] + period_L[:, None] * unneeded_LE)
@@ -141,7 +157,7 @@ class NextUsePolicy:
     def prefetch_candidates(self) -> list[Key]:
         """Experts that their layer's next run probably needs: the next layer's first, of these the likeliest first."""
         distance_L, in_pass_L, _ = self.layer_order.distances()
-        first_LE = np.where(in_pass_L[:, None], self.current(), self.upcoming())
+        first_LE = self.next_run(in_pass_L)
         layers, experts = np.nonzero(first_LE >= PREFETCH_THRESHOLD)
         order = np.lexsort((-first_LE[layers, experts], distance_L[layers]))
         return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))

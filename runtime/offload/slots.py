@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.arrays import IntArray
+from data.arrays import FloatArray, IntArray
 from data.models.layout import MoELayout
 from data.models.stored_experts import ExpertReader
 from predictor.forecast import LoadForecast, forecast_from_load
@@ -110,6 +110,12 @@ class OffloadedSlots:
     def compute_groups(self, rows_MD: Tensor, ends_P: Tensor) -> Tensor:
         """Never called: which experts are to be loaded follows from the sizes."""
         raise NotImplementedError
+
+    def foresee(self, load_E: FloatArray) -> None:
+        """Tells the cache what the layer will need of this process when it runs next, in assignments `[E]`."""
+        here_E = np.zeros_like(load_E)
+        here_E[self.expert_P[self.expert_P >= 0]] = 1
+        self._cache.foresee(self.layer, load_E * here_E)
 
     def measure(self, on: bool) -> None:
         """Begins to measure times anew, or ends it."""
