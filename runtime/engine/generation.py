@@ -127,7 +127,7 @@ class DecoderSteps:
         for experts in self._replicated.step_layers:
             experts.begin_step(skipped_T)
         if self._replicated.foresight is not None:
-            self._replicated.foresight.begin_step(ids)
+            self._replicated.foresight.begin_step(ids, self._ended)
         self._step += 1
 
     def _observe(self) -> None:

@@ -61,7 +61,7 @@ class LayerForesight:
         self._learn(choice, skipped_T)
         after = self.after
         last = after is not None and after.slots.layer <= self.slots.layer
-        if after is None or (last and not self.positions):
+        if after is None or (last and (not self.positions or len(hidden_TD) % self.positions)):
             return torch.zeros(self.probe.num_experts, dtype=torch.int32, device=hidden_TD.device)
         feature_TD, each = normalised(hidden_TD), choice.shape[1]
         if last:
@@ -159,15 +159,20 @@ class ModelForesight:
         for layer in self.layers:
             layer.forget()
 
-    def begin_step(self, ids_BU: Tensor) -> None:
-        """Begins a step of generation: forecasts its first layer again, now that the tokens are written."""
+    def begin_step(self, ids_BU: Tensor, ended_B: Tensor | None = None) -> None:
+        """Begins a step of generation: forecasts its first layer again, now that the tokens are written.
+
+        Args:
+            ids_BU: Tokens of the step.
+            ended_B: Sequences that have ended; None means that none has.
+        """
         state_BD, self._last.positions = self._last.state_BD, ids_BU.shape[1]
         forecast_E = torch.zeros(self._written.num_experts, dtype=torch.int32, device=ids_BU.device)
         if ids_BU.shape[1] == 1:
             written_BD = normalised(self.embedding(ids_BU[:, 0]))
             if state_BD is None or state_BD.shape != written_BD.shape:  # the first step, or another number of beams
                 state_BD = torch.zeros_like(written_BD)
-            forecast_E = self._first.say(self._written, torch.cat([written_BD, state_BD], 1), None, self._each)
+            forecast_E = self._first.say(self._written, torch.cat([written_BD, state_BD], 1), ended_B, self._each)
         load_E = self._ranks.gather(forecast_E).sum(0).cpu().numpy() / LOAD_RESOLUTION
         if load_E.any():
             self._first.slots.foresee(load_E)

@@ -31,16 +31,39 @@ def test_a_forecast_decides_what_is_prefetched_first_and_evicted_last():
 
 
 @pytest.mark.parametrize("step", [1, 0], ids=["decoder beside an encoder", "decoder-only"])
-def test_a_forecast_of_a_batch_is_not_used_for_decoder_steps(step):
+def test_steps_begin_with_the_frequency_of_use_and_learn_what_a_batch_s_forecast_says_of_them(step):
     policy = ForecastPolicy(2, 4)
-    policy.expect(forecast([[9, 9, 9, 9], [9, 9, 9, 9]]))
+    for number in range(20):
+        policy.expect(forecast([[9, 9, 9, 9], [0, 0, 9, 9]]))
+        policy.begin()
+        policy.expect(forecast([[9, 9, 9, 9], [9, 9, 0, 0]]))
+        policy.observe(0, [0], 0)
+        if number == 0:
+            assert set(policy.prefetch_candidates()[:2]) == {(1, 2), (1, 3)}
+        policy.observe(1, [0], 0)
+        for _ in range(3):
+            if step == 0:
+                policy.observe(0, [0], 0)
+            policy.observe(1, [2], 0)
+            if number == 0 and step == 1:
+                assert policy.current()[1, 3] < 0.5
+    probability_E = policy.upcoming()[1]  # of a step of this batch, not of the next batch, whose forecast differs
+    assert probability_E[2] > 0.9
+    assert (probability_E[:2] < 0.1).all()
+
+
+def test_a_forecast_of_one_layer_s_next_run_goes_before_that_of_the_batch_until_it_has_run():
+    policy = LruFallback(ForecastPolicy(2, 4), 2, 4, buffers=4)
+    policy.expect(forecast([[9, 0, 0, 0], [9, 0, 0, 0]]))
     policy.begin()
     policy.observe(0, [0], 0)
-    assert {(1, 0), (1, 1), (1, 2), (1, 3)} <= set(policy.prefetch_candidates())
-    for layer in (1, step):
-        policy.observe(layer, [0], 0)
-    assert policy.prefetch_candidates() == []
-    assert np.array_equal(policy.current(), policy.frequency_LE)
+    policy.foresee(1, np.array([0.0, 0.0, 6.0, 0.0]))
+    assert policy.prefetch_candidates()[0] == (1, 2)
+    assert (1, 0) not in policy.prefetch_candidates()
+    assert policy.next_use()[1].argmin() == 2
+    policy.observe(1, [2], 0)
+    policy.begin()
+    assert (1, 2) not in policy.prefetch_candidates()
 
 
 def test_need_probability_starts_near_the_poisson_distribution():

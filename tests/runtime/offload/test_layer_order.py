@@ -70,3 +70,34 @@ def test_during_generation_the_encoder_is_as_far_away_as_usual():
         order.observe(3)
         order.observe(2)
     assert order.distances()[0].tolist() == [4, 4, 2, 1]
+
+
+def test_after_the_first_step_another_one_is_expected_not_the_next_batch():
+    order = LayerOrder(4)
+    for _ in range(2):
+        order.begin()
+        for layer in [0, 1] + [2, 3] * 10:
+            order.observe(layer)
+    order.begin()
+    order.observe(0)
+    distance, in_pass, period = order.distances()
+    assert distance.tolist() == [22, 1, 2, 3]  # the encoder's first layer runs again after ten steps
+    assert in_pass.tolist() == [False, True, True, True]
+    assert period.tolist() == [22, 22, 2, 2]
+    for layer in (1, 2, 3):
+        order.observe(layer)
+    assert order.distances()[0].tolist() == [19, 20, 1, 2]
+
+
+def test_whole_batches_after_generation_are_learned():
+    order = LayerOrder(4)
+    order.begin()
+    for layer in [0, 1] + [2, 3] * 10:
+        order.observe(layer)
+    for _ in range(6):
+        order.begin()
+        for layer in range(4):
+            order.observe(layer)
+    order.begin()
+    order.observe(0)
+    assert order.distances()[0].tolist() == [4, 1, 2, 3]

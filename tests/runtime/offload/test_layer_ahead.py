@@ -1,0 +1,157 @@
+"""Probes name the experts of the next layer: they learn as torch's own optimizer does, in an engine, and are kept."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy, one_hot
+
+from data.traces.trace import TokenBatch
+from runtime.engine.engine import Engine
+from runtime.offload.layer_ahead import MOST_TOKENS
+from runtime.offload.linear_probe import EPSILON, MOMENTUM, RATE, SQUARES, LinearProbe, normalised
+from runtime.offload.probe_file import PROBES
+from tests.conftest import small_switch, write_switch
+from tests.helpers.budgets import budget
+from tests.helpers.predictors import untrained
+from tests.helpers.processes import on_ranks
+
+CPU = torch.device("cpu")
+SETTINGS = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+
+
+def test_a_probe_learns_as_torch_does():
+    generator = torch.Generator().manual_seed(0)
+    probe, linear = LinearProbe(6, 5, CPU), torch.nn.Linear(6, 5)
+    for parameter in linear.parameters():
+        torch.nn.init.zeros_(parameter)
+    adam = torch.optim.Adam(linear.parameters(), RATE / 6, (MOMENTUM, SQUARES), EPSILON)
+    for _ in range(30):
+        features, experts = torch.randn(8, 6, generator=generator), torch.randint(5, (8,), generator=generator)
+        probability = probe.probability(features)
+        torch.testing.assert_close(probability, linear(features).softmax(-1))
+        probe.learn(features, probability, one_hot(experts, 5).float())
+        adam.zero_grad()
+        cross_entropy(linear(features), experts).backward()
+        adam.step()
+    assert probe.steps == 30
+
+
+def test_a_token_that_was_dropped_has_no_part():
+    features = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    probes = [LinearProbe(6, 5, CPU), LinearProbe(6, 5, CPU)]
+    target = one_hot(torch.tensor([1, 2, 3, 0]), 5).float()
+    target[2] = 0
+    probes[0].learn(features, probes[0].probability(features), target)
+    features[2] = 100
+    probes[1].learn(features, probes[1].probability(features), target)
+    torch.testing.assert_close(*(probe.probability(features[:2]) for probe in probes))
+
+
+def test_normalised_rows_have_root_mean_square_1():
+    rows = normalised(torch.tensor([[3.0, -4.0], [0.0, 0.0]], dtype=torch.bfloat16))
+    torch.testing.assert_close(rows, torch.tensor([[3.0, -4.0], [0.0, 0.0]]) / 12.5**0.5, atol=1e-3, rtol=0)
+
+
+@pytest.fixture
+def small_predictor(switch_folder, tmp_path):
+    return untrained(switch_folder, tmp_path / "predictor")
+
+
+def prompts(number: int = 4) -> TokenBatch:
+    ids = torch.randint(4, 60, (number, 9), generator=torch.Generator().manual_seed(1))
+    return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def writes(rank: int, folder: str, experts: int, times: int) -> tuple[bool, float, int]:
+    """Whether all ranks write the plain model's text, how surely the last layer's experts are named, and steps."""
+    tokens = prompts()
+    with Engine(folder, num_redundant_experts=0, device_memory=budget(experts)) as engine:
+        layer = engine.replicated.foresight.layers[-1]
+        texts = [engine.generate(tokens, **SETTINGS) for _ in range(times)]
+        sure: list[float] = []
+        learn = layer.probe.learn
+
+        def noted(features: torch.Tensor, probability: torch.Tensor, target: torch.Tensor) -> None:
+            sure.append(float((probability * target).sum() / target.sum().clamp(min=1)))
+            learn(features, probability, target)
+
+        layer.probe.learn = noted
+        texts.append(engine.generate(tokens, **SETTINGS))
+        return all(torch.equal(text, texts[0]) for text in texts), sum(sure) / len(sure), layer.probe.steps
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_engine_names_the_experts_of_text_that_it_has_written_before(switch_folder, world):
+    for found in on_ranks(world, writes, str(switch_folder), 4, 12):
+        assert isinstance(found, tuple), found
+        same, sure, steps = found
+        assert same
+        assert steps == 13 * 11  # every step but the first, which no hidden state comes before
+        assert sure > 0.6  # at random 1 / 8 of a token's probability is on its expert
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory):
+    """A model with two MoE layers in each stack."""
+    folder = write_switch(tmp_path_factory.mktemp("deep"))
+    sparse = {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
+    small_switch(num_layers=4, num_decoder_layers=4, **sparse).save_pretrained(folder)
+    return folder
+
+
+def test_each_layer_is_forecast_once_and_a_step_s_first_layer_twice(deep_folder):
+    with Engine(str(deep_folder), device_memory=budget(4)) as engine:
+        told: dict[int, list[float]] = {}
+        cache = engine.replicated.cache
+        foresee = cache.foresee
+        cache.foresee = lambda layer, load: (told.setdefault(layer, []).append(load.sum()), foresee(layer, load))
+        engine.generate(prompts(), **SETTINGS)
+    assert told.keys() == {1, 2, 3}  # none before an encoder's first layer
+    assert told[1] == pytest.approx([4 * 9], abs=0.01)
+    assert told[2] == pytest.approx([4] * 24, abs=0.01)  # a token of each sequence, in twelve steps
+    assert told[3] == pytest.approx([4] * 12, abs=0.01)
+
+
+def test_a_prompt_is_learned_in_part(deep_folder):
+    with Engine(str(deep_folder), device_memory=budget(4)) as engine:
+        seen: list[int] = []
+        probe = engine.replicated.foresight.layers[1].probe
+        learn = probe.learn
+        probe.learn = lambda features, *rest: (seen.append(len(features)), learn(features, *rest))
+        engine.generate(prompts(30), **SETTINGS)
+    assert seen == [54]  # every fifth of 270 tokens, because 64 are the most
+    assert MOST_TOKENS == 64
+
+
+def test_probes_are_kept_in_the_predictor_s_folder(switch_folder, small_predictor):
+    with Engine(str(switch_folder), str(small_predictor), device_memory=budget(4)) as engine:
+        engine.generate(prompts(), **SETTINGS)
+        path, state = engine.save_probes(small_predictor), engine.replicated.foresight.state()
+    assert path == small_predictor / PROBES
+    with Engine(str(switch_folder), str(small_predictor), device_memory=budget(4)) as engine:
+        found = engine.replicated.foresight.state()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], state[name]) for name in state)
+        assert any(value.float().abs().max() > 0 for value in state.values())
+
+
+def test_probes_that_are_damaged_or_of_another_model_are_refused(switch_folder, small_predictor):
+    open_engine = lambda: Engine(str(switch_folder), str(small_predictor), device_memory=budget(4))  # noqa: E731
+    with open_engine() as engine:
+        path = engine.save_probes(small_predictor)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=rf"{PROBES} is not a safetensors file: .*; delete the file"):
+        open_engine()
+    path.write_bytes(whole)
+    state = load_file(path)
+    save_file(state, path, {"fingerprint": "another"})
+    with pytest.raises(ValueError, match=rf"{PROBES} was learned with another model \(fingerprint another\)"):
+        open_engine()
+    fingerprint = engine.loaded.layout.fingerprint()
+    save_file(state | {"layer_1.weight": torch.zeros(3, 3)}, path, {"fingerprint": fingerprint})
+    with pytest.raises(ValueError, match=r"layer_1: weight is \(3, 3\), expected finite numbers"), open_engine():
+        pass
+    path.unlink()
+    with Engine(str(switch_folder)) as engine, pytest.raises(ValueError, match="set device_memory"):
+        engine.save_probes(small_predictor)
