@@ -44,6 +44,7 @@ def measurements() -> list[Step]:
     """The benchmarks."""
     forecasts = "--predictor", PREDICTOR
     simulated = "--devices", 8, "--redundant", 16, "--out", DRAWN / "simulate"
+    generation = "--mode", "generate", "--turns", 3, "--arms", "[lru,lfu,cosine,ours_batch,ours_new,ours,oracle]"
     steps = [
         Step("forecasts", python("predictor.show", PREDICTOR), 60),
         Step(
@@ -68,6 +69,7 @@ def measurements() -> list[Step]:
         Step("one-device", python("benchmarks.one_device", "--repeats", 3), 600),
         Step("replication", python("benchmarks.expert_parallel", "--steps", 40), 400),
         Step("tiers", python("benchmarks.tiers", *forecasts, "--turns", 3), 900),
+        Step("tiers-generate", python("benchmarks.tiers", *forecasts, *generation), 900),
         Step("workloads", python("benchmarks.drift"), 200),
         Step("planner", python("benchmarks.planner", "--devices", 8, 32, 64, 128), 300),
     ]

@@ -202,10 +202,21 @@ def replication(results: Results) -> str:
 
 def tiers(results: Results) -> str:
     """Experts within a quarter of their memory."""
-    found = results.document("tiers")
     called = {"all_resident": "all resident", "lru": "on demand, LRU", "lfu": "on demand, LFU", "last": "last batch",
               "cosine": "cosine-matched history", "ours_history": "ours, past batches only", "ours": "**ours**",
               "oracle": "oracle"}  # fmt: skip
+    return _within_a_quarter(results.document("tiers"), called)
+
+
+def generation(results: Results) -> str:
+    """The same while text is generated, and what forecasts from layer to layer are worth there."""
+    called = {"lru": "on demand, LRU", "lfu": "on demand, LFU", "cosine": "cosine-matched history",
+              "ours_batch": "ours, forecasts of batches alone", "ours_new": "ours, probes that begin with nothing",
+              "ours": "**ours**, probes that have learned", "oracle": "oracle"}  # fmt: skip
+    return _within_a_quarter(results.document("tiers-generate"), called)
+
+
+def _within_a_quarter(found: dict[str, Any], called: dict[str, str]) -> str:
     rows = [
         [name, f"{arm['tokens_per_s']:.0f}", f"{arm['tokens_per_s'] / found['lru']['tokens_per_s']:.2f}",
          f"{arm['hit_rate']:.0%}", f"{arm['bytes_per_token'] / 1e6:.2f}", f"{arm['stall_ms']:.0f}"]
@@ -248,7 +259,7 @@ def _interval(mean: float, ends: list[float]) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     made.__name__: made
     for made in (headline, machine, machine_below, machine_gpu, machine_below_gpu, forecasts, simulated, main_job,
-                 replication, tiers, ablation, one_device, paper_speed, paper_speed_gpu, paper_claims_gpu,
+                 replication, tiers, generation, ablation, one_device, paper_speed, paper_speed_gpu, paper_claims_gpu,
                  paper_quality, paper_quality_gpu)
 }  # fmt: skip
 
