@@ -36,7 +36,7 @@ class NeedProbability:
     """Of the intercept, the load and the frequency: odds equal to the forecast load. 4 tokens give odds of about 4 to
     1, probability .8; for small loads that is close to a Poisson distribution."""
     BY_FREQUENCY = (0.0, 0.0, 1.0)
-    """The frequency of use."""
+    """The frequency of use, or whatever probability is given in its place."""
     PRIOR_VARIANCE = 0.5
     """Variance of each regression weight at the start."""
     RETENTION = 0.9
@@ -88,21 +88,22 @@ class ForecastPolicy(NextUsePolicy):
 
     A forecast is of a whole batch. In generation a batch is a first pass and then steps of the same layers, whose needs
     are predicted from the same forecast by a regression of their own. A forecast of one layer's next run, made while
-    the layer before it runs, takes the place of both.
+    the layer before it runs, is weighed against that probability by a third one.
     """
 
     name = "forecast"
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
-        self._need, self._near = NeedProbability(num_layers), NeedProbability(num_layers)
-        self._step = NeedProbability(num_layers, NeedProbability.BY_FREQUENCY)
+        self._need = NeedProbability(num_layers)
+        self._step, self._near = (NeedProbability(num_layers, NeedProbability.BY_FREQUENCY) for _ in range(2))
         self._first_pass = -1
         self._stepped_L = np.zeros(num_layers, dtype=bool)  # layers that ran in a batch's later passes
         self._steps_L = np.zeros(num_layers, dtype=bool)  # the same of this batch, or of the last one until it steps
         self._current_load_LE: FloatArray | None = None
         self._upcoming_load_LE: FloatArray | None = None
         self._foreseen_LE = np.full((num_layers, num_experts), np.nan)
+        self._otherwise_LE = np.zeros((num_layers, num_experts))  # probabilities without what was foreseen
 
     def begin(self) -> None:
         super().begin()
@@ -115,6 +116,7 @@ class ForecastPolicy(NextUsePolicy):
 
     def foresee(self, layer: int, load_E: FloatArray) -> None:
         self._foreseen_LE[layer] = load_E
+        self._otherwise_LE[layer] = super().next_run(self.layer_order.distances()[1])[layer]
 
     def observe(self, layer: int, experts: Sequence[int], costs: int) -> None:
         frequency_E = self.frequency_LE[layer].copy()
@@ -126,7 +128,7 @@ class ForecastPolicy(NextUsePolicy):
             regression = self._step if self._in_steps else self._need
             regression.observe(layer, self._current_load_LE[layer], frequency_E, needed_E)
         if not np.isnan(self._foreseen_LE[layer, 0]):
-            self._near.observe(layer, self._foreseen_LE[layer], frequency_E, needed_E)
+            self._near.observe(layer, self._foreseen_LE[layer], self._otherwise_LE[layer], needed_E)
             self._foreseen_LE[layer] = np.nan
 
     @property
@@ -134,7 +136,7 @@ class ForecastPolicy(NextUsePolicy):
         return self.layer_order.pass_index != self._first_pass
 
     def next_run(self, in_pass_L: BoolArray) -> FloatArray:
-        foreseen_LE = self._near.probability(self._foreseen_LE, self.frequency_LE)
+        foreseen_LE = self._near.probability(self._foreseen_LE, self._otherwise_LE)
         return np.where(np.isnan(foreseen_LE), super().next_run(in_pass_L), foreseen_LE)
 
     def current(self) -> FloatArray:

@@ -52,18 +52,21 @@ def test_steps_begin_with_the_frequency_of_use_and_learn_what_a_batch_s_forecast
     assert (probability_E[:2] < 0.1).all()
 
 
-def test_a_forecast_of_one_layer_s_next_run_goes_before_that_of_the_batch_until_it_has_run():
-    policy = LruFallback(ForecastPolicy(2, 4), 2, 4, buffers=4)
-    policy.expect(forecast([[9, 0, 0, 0], [9, 0, 0, 0]]))
-    policy.begin()
-    policy.observe(0, [0], 0)
-    policy.foresee(1, np.array([0.0, 0.0, 6.0, 0.0]))
-    assert policy.prefetch_candidates()[0] == (1, 2)
-    assert (1, 0) not in policy.prefetch_candidates()
-    assert policy.next_use()[1].argmin() == 2
-    policy.observe(1, [2], 0)
-    policy.begin()
-    assert (1, 2) not in policy.prefetch_candidates()
+def test_a_forecast_of_one_layer_s_next_run_is_trusted_once_it_proved_right_and_gone_once_that_ran():
+    rng, policy = np.random.default_rng(0), LruFallback(ForecastPolicy(2, 8), 2, 8, buffers=9)
+    for number in range(31):
+        policy.expect(forecast(np.full((2, 8), 0.5)))
+        policy.begin()
+        policy.observe(0, [0], 0)
+        known, expert = policy.prefetch_candidates(), int(rng.integers(8))
+        policy.foresee(1, 3.0 * np.eye(8)[expert])
+        if number == 0:
+            assert policy.prefetch_candidates() == known
+        if number == 30:
+            assert policy.prefetch_candidates()[0] == (1, expert)
+            assert policy.next_use()[1].argmin() == expert
+        policy.observe(1, [expert], 0)
+    assert (1, expert) not in policy.prefetch_candidates()
 
 
 def test_need_probability_starts_near_the_poisson_distribution():
