@@ -31,7 +31,7 @@ from torch.distributed.run import main as torchrun
 from benchmarks.support.machine import ResidentPeak, ThrottledFiles, read_speed, touch
 from benchmarks.support.policies import CosinePolicy, LastBatchPolicy, LfuPolicy, OraclePolicy
 from benchmarks.support.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
-from benchmarks.support.recorded_foresight import foresee, learn
+from benchmarks.support.recorded_probes import foresee, learn
 from benchmarks.support.turns import Turn, over_ranks, show, stats_since, summarise
 from data.cli import from_command_line, user_errors
 from data.models.layout import MoELayout
@@ -151,17 +151,17 @@ class Bench:
         The probes of "ours" have learned from training batches before, those of "ours_new" begin with the turn.
         """
         if arm not in ("ours", "ours_new"):
-            replicated.foresight = None
+            replicated.probes = None
             for layer in replicated.layers:
-                layer.foresight = None
+                layer.probes = None
             return None
-        assert replicated.foresight is not None
+        assert replicated.probes is not None
         handle = foresee(replicated, self.routers, self.small.model.shared, self.layout.d_model)
         if arm == "ours":
             if self.probes is None:
-                learn(replicated.foresight, self.learned, self.layout.num_input_layers, self.layout.d_model)
-                self.probes = replicated.foresight.state()
-            replicated.foresight.restore(self.probes)
+                learn(replicated.probes, self.learned, self.layout.num_input_layers, self.layout.d_model)
+                self.probes = replicated.probes.state()
+            replicated.probes.restore(self.probes)
         return handle
 
     def memory(self, files: ThrottledFiles, buffers: int) -> tuple[int, int | None]:

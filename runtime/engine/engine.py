@@ -182,8 +182,8 @@ class Engine:
             self.replicated = ReplicatedModel(
                 self.loaded, self.home, self.ranks, self._weights, self.devices_per_node, self.expert_overhead_tokens
             )
-            if self.replicated.foresight is not None and self._probes is not None:
-                self.replicated.foresight.restore(self._probes)
+            if self.replicated.probes is not None and self._probes is not None:
+                self.replicated.probes.restore(self._probes)
         except BaseException:
             if not isinstance(self._weights, MemoryBudget):
                 self._weights.release()
@@ -216,11 +216,11 @@ class Engine:
             ValueError: If the engine has no probes, or there is no such folder.
         """
         self._check_open()
-        if (foresight := self.replicated.foresight) is None:
+        if (probes := self.replicated.probes) is None:
             raise ValueError("this engine has no probes, because all experts are in memory; set device_memory")
         if self.ranks.rank > 0:
             return Path(folder) / PROBES
-        return save_probes(Path(folder), foresight.state(), self.loaded.layout)
+        return save_probes(Path(folder), probes.state(), self.loaded.layout)
 
     def run(self, batches: Iterable[ModelBatch | Mapping[str, Any]]) -> Iterator[BatchOutput]:
         """Runs batches in order; while one runs, the placement for the next one is prepared.

@@ -126,8 +126,8 @@ class DecoderSteps:
         skipped_T = (skipped if needed is None else skipped | ~needed).reshape(-1)
         for experts in self._replicated.step_layers:
             experts.begin_step(skipped_T)
-        if self._replicated.foresight is not None:
-            self._replicated.foresight.begin_step(ids, self._ended)
+        if self._replicated.probes is not None:
+            self._replicated.probes.begin_step(ids, self._ended)
         self._step += 1
 
     def _observe(self) -> None:

@@ -24,7 +24,7 @@ from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
 from runtime.experts.weights import ExpertSource
 from runtime.offload.cache import ExpertCache
-from runtime.offload.layer_ahead import ModelForesight
+from runtime.offload.layer_ahead import ModelProbes
 from runtime.offload.slots import MemoryBudget, OffloadedSlots, OffloadTransfer
 
 
@@ -66,7 +66,7 @@ class ReplicatedModel:
                 "another engine runs this model, or one built from the same configuration object; close that one first"
             )
         self.cache: ExpertCache | None = None
-        self.foresight: ModelForesight | None = None
+        self.probes: ModelProbes | None = None
         slots: Sequence[Slots]
         if isinstance(experts, MemoryBudget | ExpertCache):
             slots, self.transfer = self._cached(experts)
@@ -79,9 +79,9 @@ class ReplicatedModel:
             ReplicatedExperts(each, phy2log, ranks, home.num_devices, devices_per_node, self.expert_overhead_tokens)
             for each, phy2log in zip(slots, home.phy2log, strict=True)
         ]
-        if self.foresight is not None:
-            for layer, foresight in zip(self.layers, self.foresight.layers, strict=True):
-                layer.foresight = foresight
+        if self.probes is not None:
+            for layer, probes in zip(self.layers, self.probes.layers, strict=True):
+                layer.probes = probes
         self.adapter.install(self.layers)
 
     def _resident(self, source: ExpertSource) -> tuple[Sequence[Slots], Transfer]:
@@ -104,7 +104,7 @@ class ReplicatedModel:
             for layer, function in enumerate(self.adapter.functions)
         ]
         embedding = self.loaded.model.get_input_embeddings()
-        self.foresight = ModelForesight(
+        self.probes = ModelProbes(
             self.loaded.layout, slots, self.adapter.step_layers, embedding, self.cache, self._ranks
         )
         return slots, OffloadTransfer(slots, self._home, self.cache, self._ranks)
@@ -147,8 +147,8 @@ class ReplicatedModel:
             if not prepared:  # the last expectations were for a batch that has run
                 self.cache.expect(None)
             self.cache.begin()
-        if self.foresight is not None:
-            self.foresight.begin()
+        if self.probes is not None:
+            self.probes.begin()
         for layer, experts in enumerate(self.layers):
             skipped = skipped_T if layer < inputs else skipped_U
             experts.begin(self.transfer.plan.phy2log[layer], skipped, measure)

@@ -24,7 +24,7 @@ from runtime.distributed.ranks import Ranks
 from runtime.experts.counters import LayerCounters
 from runtime.experts.dispatch import TokenDispatch, counts_of, plan_dispatch, tokens_of, weighed
 from runtime.experts.grouped_mm import PIECE_ROWS, pieces_of
-from runtime.experts.protocols import Foresight, Slots
+from runtime.experts.protocols import Probes, Slots
 from runtime.experts.routing import sort_on_device, sort_on_host
 
 OVERLAP_MIN_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -51,7 +51,7 @@ class ReplicatedExperts(nn.Module):
     Attributes:
         phy2log: The layer's row of the active plan, `[P]`.
         counters: What the layer computed since they were reset.
-        foresight: Forecasts the layer that runs next; its forecast travels with the counts. None forecasts nothing.
+        probes: Forecasts the layer that runs next; its forecast travels with the counts. None forecasts nothing.
         waited: Time this process waited for other ranks; on CUDA, time its stream waited for their rows.
     """
 
@@ -69,7 +69,7 @@ class ReplicatedExperts(nn.Module):
         self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self.slots, self.phy2log, self.ranks, self.num_devices = slots, phy2log, ranks, num_devices
         self.num_experts = int(phy2log.max()) + 1
-        self.foresight: Foresight | None = None
+        self.probes: Probes | None = None
         self.waited = Stopwatch(ranks.device, on=False)
         self._skipped_T: Tensor | None = None
         self._experts_E: Tensor | None = None
@@ -165,12 +165,12 @@ class ReplicatedExperts(nn.Module):
         return self.dispatch_and_combine(hidden_TD, assignment_A, weight_A1, quota_SP, reference_Q)
 
     def _gather(self, rows_NE: Tensor, hidden_TD: Tensor, choice: Tensor) -> IntArray:
-        """Rows of every rank, `[S, N, E]`; with foresight the forecast travels as one more row."""
-        if self.foresight is None:
+        """Rows of every rank, `[S, N, E]`; with probes the forecast travels as one more row."""
+        if self.probes is None:
             return self.ranks.gather(rows_NE).cpu().numpy()
-        forecast_E = self.foresight.forecast(hidden_TD, choice, self._skipped_T)
+        forecast_E = self.probes.forecast(hidden_TD, choice, self._skipped_T)
         rows = self.ranks.gather(torch.cat([rows_NE, forecast_E[None].to(rows_NE.dtype)])).cpu().numpy()
-        self.foresight.use(rows[:, -1].sum(0))
+        self.probes.use(rows[:, -1].sum(0))
         return rows[:, :-1]
 
     def split(self, counts_SE: IntArray) -> IntArray:

@@ -1,4 +1,4 @@
-"""Slots and Foresight: what a MoE layer computes with, and what forecasts the layer after it, as protocols.
+"""Slots and Probes: what a MoE layer computes with, and what forecasts the layer after it, as protocols.
 
 Shape suffixes: T tokens of this rank, K experts of a token, E logical experts, Q slots of this rank, M rows this rank
 computes, D model width.
@@ -64,7 +64,7 @@ class Slots(Protocol):
         ...
 
 
-class Foresight(Protocol):
+class Probes(Protocol):
     """Forecasts the load of the MoE layer that runs next from what one layer is given."""
 
     def forecast(self, hidden_TD: Tensor, choice: Tensor, skipped_T: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ class Said(NamedTuple):
     probabilities: Tensor
 
 
-class LayerForesight:
+class LayerProbes:
     """One MoE layer's side: learns from its router's choice, and forecasts the layer after it.
 
     Args:
@@ -51,13 +51,13 @@ class LayerForesight:
 
     def __init__(self, slots: OffloadedSlots, probe: LinearProbe) -> None:
         self.slots, self.probe = slots, probe
-        self.after: LayerForesight | None = None
+        self.after: LayerProbes | None = None
         self.positions = 0
         self.state_BD: Tensor | None = None
         self._said: list[Said] = []
 
     def forecast(self, hidden_TD: Tensor, choice: Tensor, skipped_T: Tensor | None) -> Tensor:
-        """See `runtime.experts.layer.Foresight`; in parts of an assignment, zeros if no layer is forecast."""
+        """See `runtime.experts.layer.Probes`; in parts of an assignment, zeros if no layer is forecast."""
         self._learn(choice, skipped_T)
         after = self.after
         last = after is not None and after.slots.layer <= self.slots.layer
@@ -70,7 +70,7 @@ class LayerForesight:
         return after.say(after.probe, feature_TD, skipped_T, each)
 
     def use(self, forecast_E: IntArray) -> None:
-        """See `runtime.experts.layer.Foresight`."""
+        """See `runtime.experts.layer.Probes`."""
         if self.after is not None and forecast_E.any():
             self.after.slots.foresee(forecast_E / LOAD_RESOLUTION)
 
@@ -98,7 +98,7 @@ class LayerForesight:
             probe.learn(feature_TD[::every], probability_TE[::every], target_TE)
 
 
-class ModelForesight:
+class ModelProbes:
     """The forecasts of all MoE layers.
 
     Args:
@@ -125,7 +125,7 @@ class ModelForesight:
     ) -> None:
         self.embedding, self._cache, self._ranks = embedding, cache, ranks
         self._each, self.width, experts = layout.experts_per_token, layout.d_model, layout.num_experts
-        self.layers = [LayerForesight(each, LinearProbe(self.width, experts, ranks.device)) for each in slots]
+        self.layers = [LayerProbes(each, LinearProbe(self.width, experts, ranks.device)) for each in slots]
         self._written = LinearProbe(2 * self.width, experts, ranks.device)
         self._first, self._last = self.layers[stepping][0], self.layers[stepping][-1]
         for before, after in zip(self.layers, self.layers[1:], strict=False):

@@ -66,7 +66,7 @@ def writes(rank: int, folder: str, experts: int, times: int) -> tuple[bool, floa
     """Whether all ranks write the plain model's text, how surely the last layer's experts are named, and steps."""
     tokens = prompts()
     with Engine(folder, num_redundant_experts=0, device_memory=budget(experts)) as engine:
-        layer = engine.replicated.foresight.layers[-1]
+        layer = engine.replicated.probes.layers[-1]
         texts = [engine.generate(tokens, **SETTINGS) for _ in range(times)]
         sure: list[float] = []
         learn = layer.probe.learn
@@ -115,7 +115,7 @@ def test_each_layer_is_forecast_once_and_a_step_s_first_layer_twice(deep_folder)
 def test_a_prompt_is_learned_in_part(deep_folder):
     with Engine(str(deep_folder), device_memory=budget(4)) as engine:
         seen: list[int] = []
-        probe = engine.replicated.foresight.layers[1].probe
+        probe = engine.replicated.probes.layers[1].probe
         learn = probe.learn
         probe.learn = lambda features, *rest: (seen.append(len(features)), learn(features, *rest))
         engine.generate(prompts(30), **SETTINGS)
@@ -126,10 +126,10 @@ def test_a_prompt_is_learned_in_part(deep_folder):
 def test_probes_are_kept_in_the_predictor_s_folder(switch_folder, small_predictor):
     with Engine(str(switch_folder), str(small_predictor), device_memory=budget(4)) as engine:
         engine.generate(prompts(), **SETTINGS)
-        path, state = engine.save_probes(small_predictor), engine.replicated.foresight.state()
+        path, state = engine.save_probes(small_predictor), engine.replicated.probes.state()
     assert path == small_predictor / PROBES
     with Engine(str(switch_folder), str(small_predictor), device_memory=budget(4)) as engine:
-        found = engine.replicated.foresight.state()
+        found = engine.replicated.probes.state()
         assert found.keys() == state.keys()
         assert all(torch.equal(found[name], state[name]) for name in state)
         assert any(value.float().abs().max() > 0 for value in state.values())

@@ -15,26 +15,26 @@ from torch.nn.functional import one_hot
 from benchmarks.support.recorded import RecordedBatch, RecordedRouter
 from data.arrays import IntArray
 from runtime.engine.model import ReplicatedModel
-from runtime.offload.layer_ahead import LayerForesight, ModelForesight
+from runtime.offload.layer_ahead import LayerProbes, ModelProbes
 
 
-class RecordedForesight:
-    """Gives a layer's foresight the hidden states that the recorded router read."""
+class RecordedProbes:
+    """Gives a layer's probes the hidden states that the recorded router read."""
 
-    def __init__(self, foresight: LayerForesight, router: RecordedRouter) -> None:
-        self._foresight, self._router = foresight, router
+    def __init__(self, probes: LayerProbes, router: RecordedRouter) -> None:
+        self._probes, self._router = probes, router
 
     def forecast(self, hidden_TD: Tensor, choice: Tensor, skipped_T: Tensor | None) -> Tensor:
-        """See `runtime.experts.protocols.Foresight`."""
+        """See `runtime.experts.protocols.Probes`."""
         router = self._router
         assert router.batch is not None, "no batch was set"
         step = None if router.step is None else router.step - 1  # the router has run and counted it
         recorded_TD = hidden_states(router.batch, router.layer, step, hidden_TD.shape[1]).to(hidden_TD)
-        return self._foresight.forecast(recorded_TD, choice, skipped_T)
+        return self._probes.forecast(recorded_TD, choice, skipped_T)
 
     def use(self, forecast_E: IntArray) -> None:
-        """See `runtime.experts.protocols.Foresight`."""
-        self._foresight.use(forecast_E)
+        """See `runtime.experts.protocols.Probes`."""
+        self._probes.use(forecast_E)
 
 
 class RepeatedEmbedding(nn.Module):
@@ -56,29 +56,29 @@ def hidden_states(batch: RecordedBatch, layer: int, step: int | None, width: int
 
 
 def foresee(replicated: ReplicatedModel, routers: Sequence[RecordedRouter], embedding: nn.Embedding, width: int) -> Any:
-    """Has a model's foresight read recorded hidden states and tokens; returns the handle of a hook."""
-    foresight = replicated.foresight
-    assert foresight is not None
-    foresight.embedding = RepeatedEmbedding(embedding, width)
-    for layer, router, own in zip(replicated.layers, routers, foresight.layers, strict=True):
-        layer.foresight = RecordedForesight(own, router)
+    """Has a model's probes read recorded hidden states and tokens; returns the handle of a hook."""
+    probes = replicated.probes
+    assert probes is not None
+    probes.embedding = RepeatedEmbedding(embedding, width)
+    for layer, router, own in zip(replicated.layers, routers, probes.layers, strict=True):
+        layer.probes = RecordedProbes(own, router)
 
     def begin_step(module: nn.Module, args: tuple[Any, ...]) -> None:
         batch, step = routers[-1].batch, routers[-1].step
         if batch is not None and step is not None:
-            foresight.begin_step(batch.decoder.input_ids[:, step : step + 1].to(replicated.adapter.like.device))
+            probes.begin_step(batch.decoder.input_ids[:, step : step + 1].to(replicated.adapter.like.device))
 
     return replicated.adapter.stepper.register_forward_pre_hook(begin_step)
 
 
 @torch.inference_mode()
-def learn(foresight: ModelForesight, batches: Sequence[RecordedBatch], inputs: int, width: int) -> None:
+def learn(probes: ModelProbes, batches: Sequence[RecordedBatch], inputs: int, width: int) -> None:
     """Has probes learn from recorded generation, without a model that runs; `inputs` encoder layers come first."""
     for batch in batches:
-        foresight.begin()
+        probes.begin()
         for step in range(batch.decoder.input_ids.shape[1]):
-            foresight.begin_step(batch.decoder.input_ids[:, step : step + 1])
-            for layer in foresight.layers[inputs if step else 0 :]:
+            probes.begin_step(batch.decoder.input_ids[:, step : step + 1])
+            for layer in probes.layers[inputs if step else 0 :]:
                 number = layer.slots.layer
                 at = None if number < inputs else step
                 experts = batch.experts[number] if at is None else batch.experts[number][:, step]
