@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, one_hot
 
+from data.models.model import load_model
 from data.traces.trace import TokenBatch
 from runtime.engine.engine import Engine
 from runtime.offload.layer_ahead import MOST_TOKENS
@@ -155,3 +156,16 @@ def test_probes_that_are_damaged_or_of_another_model_are_refused(switch_folder, 
     path.unlink()
     with Engine(str(switch_folder)) as engine, pytest.raises(ValueError, match="set device_memory"):
         engine.save_probes(small_predictor)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_text_within_a_budget_is_the_plain_model_s_on_a_gpu(switch_folder):
+    tokens, plain = prompts(), load_model(str(switch_folder)).model.to("cuda")
+    expected = plain.generate(tokens.input_ids.to("cuda"), attention_mask=tokens.mask.long().to("cuda"), **SETTINGS)
+    memory = {"device_memory": budget(4), "host_memory": budget(16)}
+    with Engine(str(switch_folder), device="cuda", dtype="float32", **memory) as engine:
+        for _ in range(3):
+            assert torch.equal(engine.generate(tokens, **SETTINGS), expected)
+        assert engine.replicated.probes.layers[-1].probe.steps == 3 * 11
+        assert engine.replicated.cache.report()["device"]["prefetches"] > 0
