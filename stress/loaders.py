@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,12 @@ from predictor.network import Architecture, LoadNetwork
 from predictor.training.run_folder import read_checkpoint
 from runtime.balancing.plan import ReplicationPlan, flat_homes
 from runtime.balancing.plan_file import PlannedLayers, SavedPlan, load_plan
+from runtime.distributed.ranks import Ranks
 from runtime.export.check import check_plan
 from runtime.export.export import Engine, export_plan
 from runtime.export.formats import FORMATS
+from runtime.offload.layer_ahead import ModelProbes
+from runtime.offload.probe_file import restore_probes, save_probes
 from runtime.simulate.comparison import compare_policies
 from tests.conftest import TEXTS, write_switch
 from tests.helpers.made_up_trace import EXPERTS, VOCABULARY, WIDTH, make_batch, make_layout, time_splits, write_trace
@@ -194,6 +198,19 @@ def read_predictor(folder: Path) -> None:
     forecast_twice(load_adaptive(folder, layout, table))
 
 
+def made_up_probes() -> ModelProbes:
+    """Probes without an engine, of two layers."""
+    layout, ranks = make_layout("made-up"), Ranks(device="cpu")
+    slots: Any = [SimpleNamespace(layer=layer) for layer in range(2)]
+    return ModelProbes(layout, slots, slice(1, None), torch.nn.Embedding(2, WIDTH), None, ranks)  # type: ignore[arg-type]
+
+
+def read_probes(folder: Path) -> None:
+    probes = made_up_probes()
+    restore_probes(folder, probes, make_layout("made-up"))
+    assert all(value.isfinite().all() for value in probes.state().values())
+
+
 def repair_predictor(folder: Path) -> None:
     """Gives the weights in config.json the digest that they have, in the state too."""
     config = json.loads((folder / CONFIG).read_text())
@@ -332,6 +349,7 @@ TARGETS = {
         Target("predictor config", write_predictor, read_predictor, CONFIG),
         Target("predictor weights", write_predictor, read_predictor, WEIGHTS, repair_predictor),
         Target("predictor state", write_predictor, read_predictor, STATE),
+        Target("probes", lambda folder: save_probes(folder, made_up_probes(), make_layout("made-up")), read_probes),
         Target("checkpoint", write_checkpoint, lambda folder: read_checkpoint(folder / "last.ckpt")),
         Target("settings", write_settings, read_settings, "*.yaml"),
         Target("text", write_lines, check_text),

@@ -42,8 +42,7 @@ from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, draws_of, ended, generation_tokens
 from runtime.engine.loading import device_of, load
 from runtime.engine.model import ReplicatedModel
-from runtime.offload.layer_ahead import State
-from runtime.offload.probe_file import PROBES, load_probes, save_probes
+from runtime.offload.probe_file import PROBES, restore_probes, save_probes
 from runtime.offload.slots import MemoryBudget
 
 PER_SEQUENCE = {"decoder_input_ids", "decoder_attention_mask", "position_ids", "token_type_ids"}
@@ -129,9 +128,9 @@ class Engine:
         self.loaded, self._weights = load(model, revision, dtype, device_memory, host_memory, self.ranks)
         layout = self.loaded.layout
         self.forecaster, digest = self._open_predictor(predictor, forecast)
-        self._probes: State | None = None
-        if device_memory is not None and isinstance(predictor, str | Path):
-            self._probes = load_probes(local_folder(predictor), layout)
+        self._folder: Path | None = None
+        if isinstance(predictor, str | Path) and device_memory is not None:
+            self._folder = local_folder(predictor)
         order = contiguous_homes(layout.num_layers, layout.num_experts) if homes is None else homes
         devices = self.ranks.devices(num_devices)
         if num_redundant_experts is None:
@@ -182,8 +181,8 @@ class Engine:
             self.replicated = ReplicatedModel(
                 self.loaded, self.home, self.ranks, self._weights, self.devices_per_node, self.expert_overhead_tokens
             )
-            if self.replicated.probes is not None and self._probes is not None:
-                self.replicated.probes.restore(self._probes)
+            if self.replicated.probes is not None and self._folder is not None:
+                restore_probes(self._folder, self.replicated.probes, self.loaded.layout)
         except BaseException:
             if not isinstance(self._weights, MemoryBudget):
                 self._weights.release()
@@ -220,7 +219,7 @@ class Engine:
             raise ValueError("this engine has no probes, because all experts are in memory; set device_memory")
         if self.ranks.rank > 0:
             return Path(folder) / PROBES
-        return save_probes(Path(folder), probes.state(), self.loaded.layout)
+        return save_probes(Path(folder), probes, self.loaded.layout)
 
     def run(self, batches: Iterable[ModelBatch | Mapping[str, Any]]) -> Iterator[BatchOutput]:
         """Runs batches in order; while one runs, the placement for the next one is prepared.

@@ -7,14 +7,14 @@ from safetensors.torch import save
 
 from data.files import check_fetched, whole_file
 from data.models.layout import MoELayout
-from runtime.offload.layer_ahead import State
+from runtime.offload.layer_ahead import ModelProbes
 
 PROBES = "layer_ahead.safetensors"
 FINGERPRINT = "fingerprint"
 MEND = "delete the file, and the probes begin anew"
 
 
-def save_probes(folder: Path, state: State, layout: MoELayout) -> Path:
+def save_probes(folder: Path, probes: ModelProbes, layout: MoELayout) -> Path:
     """Writes layer_ahead.safetensors; returns its path.
 
     Raises:
@@ -22,21 +22,21 @@ def save_probes(folder: Path, state: State, layout: MoELayout) -> Path:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected the predictor's folder, which train.py wrote")
-    content = {name: value.cpu().contiguous() for name, value in state.items()}
+    content = {name: value.cpu().contiguous() for name, value in probes.state().items()}
     with whole_file(folder / PROBES) as aside:
         aside.write_bytes(save(content, {FINGERPRINT: layout.fingerprint()}))
     return folder / PROBES
 
 
-def load_probes(folder: Path, layout: MoELayout) -> State | None:
-    """Reads layer_ahead.safetensors; None if the folder has none.
+def restore_probes(folder: Path, probes: ModelProbes, layout: MoELayout) -> None:
+    """Has probes go on from layer_ahead.safetensors, if the folder has one.
 
     Raises:
         ValueError: If it is damaged, or of another model.
     """
     path = folder / PROBES
     if not path.exists():
-        return None
+        return
     check_fetched(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -49,4 +49,7 @@ def load_probes(folder: Path, layout: MoELayout) -> State | None:
             f"{path} was learned with another model (fingerprint {found}), this one is {layout.model_id} "
             f"(fingerprint {layout.fingerprint()}); {MEND}"
         )
-    return state
+    try:
+        probes.restore(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {MEND}") from None

@@ -142,16 +142,22 @@ def test_probes_that_are_damaged_or_of_another_model_are_refused(switch_folder, 
         path = engine.save_probes(small_predictor)
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    with pytest.raises(ValueError, match=rf"{PROBES} is not a safetensors file: .*; delete the file"):
-        open_engine()
+    with pytest.raises(ValueError, match=rf"{PROBES} is not a safetensors file: .*; delete the file"), open_engine():
+        pass
     path.write_bytes(whole)
     state = load_file(path)
     save_file(state, path, {"fingerprint": "another"})
-    with pytest.raises(ValueError, match=rf"{PROBES} was learned with another model \(fingerprint another\)"):
-        open_engine()
+    with (
+        pytest.raises(ValueError, match=rf"{PROBES} was learned with another model \(fingerprint another\)"),
+        open_engine(),
+    ):
+        pass
     fingerprint = engine.loaded.layout.fingerprint()
     save_file(state | {"layer_1.weight": torch.zeros(3, 3)}, path, {"fingerprint": fingerprint})
-    with pytest.raises(ValueError, match=r"layer_1: weight is \(3, 3\), expected finite numbers"), open_engine():
+    with (
+        pytest.raises(ValueError, match=rf"{PROBES}: layer_1: weight is \(3, 3\), expected finite numbers"),
+        open_engine(),
+    ):
         pass
     path.unlink()
     with Engine(str(switch_folder)) as engine, pytest.raises(ValueError, match="set device_memory"):
