@@ -1,6 +1,7 @@
 """Folders of results: figures of README and docs come from them, and folders can be compared."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -127,4 +128,4 @@ def test_steps_of_the_benchmark_are_commands_that_parse(parse, tmp_path, monkeyp
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     assert {"model", "forecasts", "simulate", "ablation-family", "tiers"} <= set(names)
-    assert {step.name: said for step in steps if (said := parse(as_typed(step.command).split()))} == {}
+    assert {step.name: said for step in steps if (said := parse(shlex.split(as_typed(step.command))))} == {}

@@ -75,7 +75,10 @@ def test_without_forecaster_nothing_moves(switch):
 def test_a_broken_forecaster_falls_back_on_past_loads_and_says_so_once(switch, how, caplog):
     engine = Engine(switch, Broken(how), DEVICES, REDUNDANT)
     outputs = assert_answers_unchanged(engine)
-    assert sum(engine.controller.fallbacks.values()) + engine.controller.late == len(outputs)
+    late, fallbacks = engine.controller.late, sum(engine.controller.fallbacks.values())
+    assert (
+        len(outputs) - late <= fallbacks <= len(outputs)
+    )  # a late preparation stands for the next batch's, if one is left
     assert [record.message for record in caplog.records if "past loads take its place" in record.message] == [
         caplog.records[0].message
     ]
