@@ -53,6 +53,7 @@ NAMES = {
     "adaptive": "adaptive (ours)", "own": "requests' own past",
     "oracle": "oracle", "exact": "oracle, moves exposed", "none": "no replicas",
     "contiguous": "no replicas", "eplb": "EPLB", "home": "home planner",
+    "moving": "home planner, moving homes",
 }  # fmt: skip
 """Names for people of traffic phases, forecasters and planners, by the names that programs use."""
 

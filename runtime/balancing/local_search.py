@@ -84,7 +84,7 @@ def improve(
             count = enough = SURE_ROUND if sure else ROUND
             before = score(layer.load, weight_K)
         else:
-            layer, before, placed = _filled(
+            layer, before, placed = filled(
                 held_LR[i], first_LG[i], home_LE[i], load_LEK[i], waking_LK[i], weight_K, price_L[i], factor_GG,
                 max_moves,
             )  # fmt: skip
@@ -100,7 +100,7 @@ def improve(
 
 
 @njit(cache=True, nogil=True)
-def _filled(
+def filled(
     held_R: IntArray,
     first_G: IntArray,
     home_E: IntArray,
@@ -165,7 +165,7 @@ def _search(
     for _ in range(max_moves):
         if current <= price or trials <= 0:  # even a perfect balance would save less than a move costs
             break
-        slots, experts = _candidates(layer, weight_K, count)
+        slots, experts = candidates(layer, weight_K, count)
         rough = current > ROUGH or (slots.size > 0 and layer.held[slots[0]] < 0)
         least, chosen = current, -1
         for i in range(slots.size):
@@ -186,7 +186,7 @@ def _search(
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntArray, IntArray]:
+def candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntArray, IntArray]:
     """At most `count` changes worth trying: slots `[N]` and the experts to put there `[N]`, most promising first.
 
     The gain of a copy is the squared device load it would save if tokens moved between its two devices only. A flow f
@@ -220,7 +220,7 @@ def _candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntAr
             if gain <= 0:
                 continue
             for slot in range(layer.first[device], layer.first[device + 1]):
-                _insert(gain - loss_R[slot], slot, expert, gains, slots, experts)
+                insert(gain - loss_R[slot], slot, expert, gains, slots, experts)
                 if held[slot] < 0:  # an empty slot loses nothing, so the slots after it cannot be better
                     break
     found = 0
@@ -274,7 +274,7 @@ def _largest(values: Float32Array, count: int) -> IntArray:
 
 
 @njit(cache=True, nogil=True)
-def _insert(gain: float, slot: int, expert: int, gains: Float32Array, slots: IntArray, experts: IntArray) -> None:
+def insert(gain: float, slot: int, expert: int, gains: Float32Array, slots: IntArray, experts: IntArray) -> None:
     """Inserts a change into the lists of the best changes, sorted by gain, in place."""
     i = gains.size - 1
     if gain <= gains[i]:

@@ -1,9 +1,10 @@
 """ReplicationPlan: the logical expert held by every physical slot, for each MoE layer; SlotMove; initial placements.
 
 The planner produces a plan, the engine applies it. `phy2log` is the only stored map; every other map is derived from
-it. Slots are numbered device after device in equal blocks. In a plan with fixed homes, every expert has one home slot,
-which never changes; the other slots are replica slots, where -1 is an empty slot. Where experts and redundant experts
-both divide over the devices, each block begins with E / G home slots and ends with R / G replica slots:
+it. Slots are numbered device after device in equal blocks. In a plan with homes, every expert has one home slot; the
+other slots are replica slots, where -1 is an empty slot. Homes are fixed from plan to plan, unless the planner moves
+them (`HomePlanner.moving_homes`). Where experts and redundant experts both divide over the devices, each block begins
+with E / G home slots and ends with R / G replica slots, until homes move:
 
     2 devices, 4 experts, 2 redundant: device 0 holds [0, 1 | 3], device 1 holds [2, 3 | -1];
     phy2log = [[0, 1, 3, 2, 3, -1]]
@@ -38,7 +39,7 @@ class SlotMove:
         layer: Index of the MoE layer, 0..L-1.
         slot: The slot that is overwritten, 0..P-1.
         expert: The logical expert it will hold.
-        source: The slot its weights are read from: the expert's home where the plan has fixed homes.
+        source: The slot its weights are read from: the expert's home in the plan before, where that plan has homes.
     """
 
     layer: int
@@ -328,6 +329,6 @@ def _checked_homes(home_slots: IntArray, phy2log: IntArray, num_experts: int) ->
         )
     if (wrong := np.take_along_axis(phy2log, homes, axis=-1) != np.arange(num_experts)).any():
         layer, expert = np.argwhere(wrong)[0]
-        raise ValueError(f"layer {layer}: the home slot of expert {expert} holds another expert; homes never change")
+        raise ValueError(f"layer {layer}: the home slot of expert {expert} holds another expert")
     homes.setflags(write=False)
     return homes

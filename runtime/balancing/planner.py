@@ -1,4 +1,4 @@
-"""HomePlanner: from a load forecast to the plan for the coming batch. Homes stay; replicas change where that pays.
+"""HomePlanner: from a load forecast to the plan for the coming batch. Replicas change where that pays; homes may too.
 
 `Planner` is the protocol that the engine, `Balancer` and the simulator ask for.
 
@@ -9,13 +9,14 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
-from data.arrays import Float32Array, FloatArray, IntArray
+from data.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from predictor.forecast import LoadForecast, LoadHistory
-from runtime.balancing import local_search
+from runtime.balancing import local_search, moving_homes
 from runtime.balancing.plan import ReplicationPlan, check_nodes
 from runtime.balancing.scenarios import scenarios
 
@@ -25,6 +26,8 @@ HORIZON = 16.0
 """Batches a replica is expected to serve; a move that delays a device must pay for itself within them."""
 BETWEEN_NODES = 4.0
 """Price of a move between nodes, relative to a move within one."""
+MOVING_PRICE = 4.5
+"""Price of a move where homes move, relative to one where they stay: every slot may change, so more moves are found."""
 SEVERAL = 4
 """Experts a device from which on the time of an expert's weights is treated as divisible."""
 
@@ -62,6 +65,8 @@ class HomePlanner:
         move_tokens: Tokens a device computes in the time that a move delays it; 0 where moves are hidden.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, as the
             split counts it. With a price, device times are balanced; with 0, tokens alone.
+        moving_homes: Whether homes may move. It helps where replica slots are few, in engines that copy weights from
+            any slot that holds an expert. Switchcast's own engine copies them from fixed homes and refuses it.
     """
 
     num_devices: int
@@ -70,6 +75,7 @@ class HomePlanner:
     devices_per_node: int | None = None
     move_tokens: float = 0.0
     expert_overhead_tokens: int = 0
+    moving_homes: bool = False
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.num_redundant_experts < 0:
@@ -86,32 +92,59 @@ class HomePlanner:
             raise ValueError(f"expert_overhead_tokens is {self.expert_overhead_tokens}, expected 0 or more")
 
     def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
-        """The plan for the coming batch, with the homes of the current one.
+        """The plan for the coming batch, with the homes of the current one unless homes move.
 
         Raises:
             ValueError: If forecast, plan and loads are not of the same model and devices.
         """
         self._check(forecast, current, recent)
-        if self.num_redundant_experts == 0 or self.max_moves == 0:
+        if self.max_moves == 0 or (self.num_redundant_experts == 0 and not self.moving_homes):
             return current
+        shares, weights = scenarios(forecast, recent)
+        load, waking = self._device_time(shares, forecast.tokens)
+        price, factor = self._price(forecast.tokens), self._factor()
+        if self.moving_homes:
+            return self._with_moved_homes(current, load, waking, weights, price, factor)
         layers, slots = len(current.phy2log), current.slots_per_device
         replica_LP = ~current.is_home_slot
         held = current.phy2log[replica_LP].reshape(layers, -1)
         first = np.zeros((layers, self.num_devices + 1), dtype=np.int64)
         first[:, 1:] = replica_LP.reshape(layers, self.num_devices, slots).sum(-1).cumsum(-1)
-        shares, weights = scenarios(forecast, recent)
-        load, waking = self._device_time(shares, forecast.tokens)
         limit = self.num_redundant_experts
         if self.max_moves is not None:
             limit = min(limit, self.max_moves)
-        _announce_compiling()
-        price, factor = self._price(forecast.tokens), self._factor()
+        _announce_compiling(local_search)
         wanted, gain = local_search.improve(
             held, first, current.homes // slots, load, waking, weights, price, factor, limit
         )
         phy2log = current.phy2log.copy()
-        phy2log[replica_LP] = self._within_budget(held, wanted, gain).ravel()
+        changed = self._within_budget((held != wanted).sum(-1), gain)
+        phy2log[replica_LP] = np.where(changed[:, None], wanted, held).ravel()
         return current.with_slots(phy2log)
+
+    def _with_moved_homes(
+        self,
+        current: ReplicationPlan,
+        load_LEK: Float32Array,
+        waking_LK: Float32Array,
+        weight_K: Float32Array,
+        price_L: Float32Array,
+        factor_GG: Float32Array,
+    ) -> ReplicationPlan:
+        """The plan in which any slot may change; arguments as in `moving_homes.improve`."""
+        layers, slots = current.phy2log.shape
+        replica = np.nonzero(~current.is_home_slot)[1].reshape(layers, -1)
+        limit = slots if self.max_moves is None else min(slots, self.max_moves)
+        _announce_compiling(moving_homes)
+        phy2log, homes, gain = moving_homes.improve(
+            current.phy2log, current.homes, replica, self.num_devices, load_LEK, waking_LK, weight_K,
+            np.float32(MOVING_PRICE) * price_L, factor_GG, limit,
+        )  # fmt: skip
+        changed = self._within_budget((phy2log != current.phy2log).sum(-1), gain)[:, None]
+        phy2log, homes = np.where(changed, phy2log, current.phy2log), np.where(changed, homes, current.homes)
+        if (homes == current.homes).all():
+            return current.with_slots(phy2log)
+        return ReplicationPlan(phy2log, self.num_devices, homes)
 
     def _device_time(self, shares_LEK: Float32Array, tokens_L: FloatArray) -> tuple[Float32Array, Float32Array]:
         """Time of each expert's tokens `[L, E, K]` and of an active slot's weights `[L, K]`.
@@ -141,17 +174,16 @@ class HomePlanner:
         node = np.arange(self.num_devices) // (self.devices_per_node or self.num_devices)
         return np.where(node[:, None] == node, 1.0, BETWEEN_NODES).astype(np.float32)
 
-    def _within_budget(self, held: IntArray, wanted: IntArray, gain: Float32Array) -> IntArray:
-        """The wanted replicas `[L, R]` of the layers that gain most for a move, the current ones of the others."""
-        moves = (held != wanted).sum(-1)
-        if self.max_moves is None or moves.sum() <= self.max_moves:
-            return wanted
-        kept, left = held.copy(), self.max_moves
-        for layer in np.argsort(-gain / np.maximum(moves, 1), kind="stable"):
-            if moves[layer] <= left:
-                kept[layer] = wanted[layer]
-                left -= moves[layer]
-        return kept
+    def _within_budget(self, moves_L: IntArray, gain_L: Float32Array) -> BoolArray:
+        """Layers that are changed, `[L]`: all, or the layers that gain most for a move."""
+        if self.max_moves is None or moves_L.sum() <= self.max_moves:
+            return np.ones(len(moves_L), dtype=bool)
+        changed, left = np.zeros(len(moves_L), dtype=bool), self.max_moves
+        for layer in np.argsort(-gain_L / np.maximum(moves_L, 1), kind="stable"):
+            if moves_L[layer] <= left:
+                changed[layer] = True
+                left -= moves_L[layer]
+        return changed
 
     def _check(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> None:
         shape = (len(current.phy2log), current.num_experts)
@@ -167,9 +199,9 @@ class HomePlanner:
 
 
 @cache
-def _announce_compiling() -> None:
+def _announce_compiling(kernels: ModuleType) -> None:
     """Logs that numba will compile the kernels, before the first plan of a process that finds no up-to-date cache."""
-    source = Path(local_search.__file__)
-    stored = Path(local_search.improve.stats.cache_path or "").glob(f"{source.stem}.improve-*.nbi")
+    source = Path(str(kernels.__file__))
+    stored = Path(kernels.improve.stats.cache_path or "").glob(f"{source.stem}.improve-*.nbi")
     if not any(index.stat().st_mtime >= source.stat().st_mtime for index in stored):
         log.info("compiling the planner's kernels, once per machine; this takes some seconds")

@@ -114,6 +114,9 @@ class Controller:
         transfer: Makes plans active; it holds the active one.
         ranks: The ranks.
 
+    Raises:
+        ValueError: If the planner moves homes, because weights are copied from fixed homes.
+
     Attributes:
         history: Loads of the last batches, oldest first, `[K, L, E]`.
         fallbacks: How often something took a forecast's or a plan's place, by the error.
@@ -121,6 +124,11 @@ class Controller:
     """
 
     def __init__(self, forecaster: Forecaster | None, planner: Planner, transfer: Transfer, ranks: Ranks) -> None:
+        if getattr(planner, "moving_homes", False):
+            raise ValueError(
+                "the planner has moving_homes=True, but this engine copies weights from homes that never change; "
+                "use HomePlanner with moving_homes=False"
+            )
         self.forecaster, self.planner, self.transfer, self.ranks = forecaster, planner, transfer, ranks
         layers, experts = transfer.plan.phy2log.shape[0], transfer.plan.num_experts
         self.history: IntArray = np.zeros((0, layers, experts), dtype=np.int64)
@@ -225,7 +233,10 @@ class Controller:
     def _plan(self, forecast: LoadForecast, history: LoadHistory) -> ReplicationPlan:
         """The planner's plan, else the active one."""
         try:
-            return self.planner.plan(forecast, self.transfer.plan, history)
+            target = self.planner.plan(forecast, self.transfer.plan, history)
+            if target.home_slots is not None and (target.home_slots != self.transfer.plan.homes).any():
+                raise ValueError("its plan moves homes, but this engine copies weights from homes that never change")
+            return target
         except FOREIGN as error:  # the other ranks wait for a plan
             self._fall_back("planner", error, "the placement stays as it is")
             return self.transfer.plan

@@ -37,6 +37,8 @@ from runtime.simulate.step_size import StepSize, at_step_size
 from runtime.simulate.verdict import verdict
 
 PLANNERS = ("contiguous", "eplb", "home")
+"""Planners that are compared by default."""
+KNOWN_PLANNERS = (*PLANNERS, "moving")
 RENEW_EVERY = 100
 """Steps between the plans of an engine that renews them; SGLang's default is 1,000 and vLLM's 3,000."""
 SWITCH_BASE_EXPERT = 2 * 2 * 768 * 3072
@@ -69,8 +71,10 @@ class Policies:
         empty = ReplicationPlan.at_home(contiguous_homes(*known_LE.shape), devices, redundant)
         flat = ReplicationPlan.at_home(flat_homes(known_LE, devices, redundant), devices, redundant)
         home = HomePlanner(devices, redundant, self.max_moves, self.devices_per_node, move_tokens if exposed else 0.0)
-        both: dict[str, tuple[Planner, ReplicationPlan]] = {"eplb": (EplbPlanner(), empty), "home": (home, flat)}
-        return {name: planner for name, planner in both.items() if name in self.planners}
+        known: dict[str, tuple[Planner, ReplicationPlan]] = {
+            "eplb": (EplbPlanner(), empty), "home": (home, flat), "moving": (replace(home, moving_homes=True), flat)
+        }  # fmt: skip
+        return {name: planner for name, planner in known.items() if name in self.planners}
 
 
 def compare_policies(
@@ -102,7 +106,8 @@ def compare_policies(
         num_redundant_experts: Replica slots of each layer over all devices.
         forecasts: Some of last, mean, ema, own, learned, adaptive, oracle and exact; by default all but exact, learned
             and adaptive only with a predictor, and own (each request's past) only where requests were served.
-        planners: Some of contiguous (no replicas), eplb and home.
+        planners: Some of contiguous (no replicas), eplb, home and moving (as home, but homes move); by default the
+            first three.
         splits: Some of even and quota.
         predictor: Folder that `train.py` wrote, for the forecasts `learned` and `adaptive`.
         start: First step that is planned; homes are chosen from the steps before it.
@@ -146,7 +151,7 @@ def compare_policies(
         num_devices,
         num_redundant_experts,
         _known("forecast", names, FORECASTS),
-        _known("planner", planners, PLANNERS),
+        _known("planner", planners, KNOWN_PLANNERS),
         None if predictor is None else Path(predictor),
         max_moves,
         devices_per_node,
@@ -268,7 +273,12 @@ def _switch_on(policy: dict[str, str], policies: Policies, num_experts: int) -> 
         options["--devices-per-node"] = policies.devices_per_node
         return " ".join([command, *(f"{name} {value}" for name, value in options.items() if value is not None)])
     forecaster = "load_predictor(...)" if policy["forecast"] in TRAINED else repr(policy["forecast"])
-    planner = {"planner": "EplbPlanner()"} if policy["planner"] == "eplb" else {"max_moves": policies.max_moves}
+    planner: dict[str, Any] = {"max_moves": policies.max_moves}
+    if policy["planner"] == "eplb":
+        planner = {"planner": "EplbPlanner()"}
+    elif policy["planner"] == "moving":
+        limits = f"{policies.max_moves}, {policies.devices_per_node}"
+        planner = {"planner": f"HomePlanner({devices}, {redundant}, {limits}, moving_homes=True)"}
     given: dict[str, Any] = {**planner, "devices_per_node": policies.devices_per_node}
     more = "".join(f", {name}={value}" for name, value in given.items() if value is not None)
     split = "split_by_quota" if policy["split"] == "quota" else "split_evenly"

@@ -21,6 +21,7 @@ EXPLAINED = {
     "learned": "the predictor", "adaptive": "the predictor, corrected by what was observed",
     "oracle": "the true load", "exact": "the true load, moves planned by their price",
     "eplb": "re-solves the placement from scratch", "home": "keeps every expert at home, moves replicas only",
+    "moving": "as home, but homes move too",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from predictor.baselines.history import Ema, LastBatch, Oracle
 from predictor.forecast import LoadForecast, forecast_from_load
-from runtime.balancing import planner
+from runtime.balancing import local_search, planner
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes, flat_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.balancing.split import balancedness, device_load, split_by_quota, split_load
@@ -181,15 +181,15 @@ def test_copies_stay_within_a_node_where_that_is_enough():
 def test_compiling_is_announced_once_and_only_where_no_compiled_kernels_are_stored(tmp_path, caplog):
     script = (
         "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
-        "from runtime.balancing import planner\n"
-        "planner._announce_compiling(); planner._announce_compiling()"
+        "from runtime.balancing import local_search, planner\n"
+        "planner._announce_compiling(local_search); planner._announce_compiling(local_search)"
     )
     empty = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=empty)
     assert done.stderr.strip() == "compiling the planner's kernels, once per machine; this takes some seconds"
     plan_hot_expert()  # from here on they are stored
     with caplog.at_level("INFO"):
-        planner._announce_compiling.__wrapped__()
+        planner._announce_compiling.__wrapped__(local_search)
     assert not caplog.records
 
 

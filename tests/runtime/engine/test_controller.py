@@ -194,3 +194,24 @@ def test_after_closing_no_copies_are_started():
     go_on.set()
     assert "the engine was closed before the weights were copied" in str(future.exception(10))
     assert made.transfer.target is HOME
+
+
+def test_moving_homes_are_refused():
+    moving = HomePlanner(DEVICES, REDUNDANT, moving_homes=True)
+    with pytest.raises(ValueError, match="moving_homes=True, but this engine copies weights from homes that never"):
+        controller(LastBatch(), moving)
+
+
+def test_a_plan_with_other_homes_leaves_the_placement_as_it_is():
+    class Moves:
+        def plan(self, forecast, current, recent):
+            homes = current.homes[:, [1, 0, *range(2, EXPERTS)]]
+            phy2log = current.phy2log.copy()
+            np.put_along_axis(phy2log, homes, np.arange(EXPERTS)[None], axis=-1)
+            return ReplicationPlan(phy2log, DEVICES, homes)
+
+    made = controller(LastBatch(), Moves())
+    made.observe(SKEWED)
+    made.prepare(None)
+    assert made.commit(wait=True).moves == 0
+    assert [reason for reason in made.fallbacks if "moves homes" in reason]

@@ -118,6 +118,21 @@ def test_the_verdict_names_what_switches_eplb_on(split, line):
     assert report["verdict"]["switch_on"] == line
 
 
+def test_homes_that_move_are_a_planner_of_their_own():
+    fixed, moving = (
+        compare_policies(
+            RECORDED / "gptoss20b.npz", 8, 8, "last", planners=planner, splits="quota", steps=40, max_moves=40,
+            hardware=replace(HARDWARE, bytes_per_second=1e15),
+        )
+        for planner in ("home", "moving")
+    )  # fmt: skip
+    assert moving["results"][0]["planner"] == "moving"
+    assert moving["results"][0]["balancedness"] > fixed["results"][0]["balancedness"]
+    assert moving["verdict"]["switch_on"] == (
+        "Balancer(8, 8, 'last', planner=HomePlanner(8, 8, 40, None, moving_homes=True)) with split_by_quota"
+    )
+
+
 def test_steps_and_layers_without_tokens_are_in_no_figure(tmp_path, monkeypatch, capsys):
     """The unused end of a ring buffer, and a model's dense first layers."""
     rng, share = np.random.default_rng(0), 1 / np.arange(1, 17) / (1 / np.arange(1, 17)).sum()
