@@ -5,12 +5,18 @@
     python -m benchmarks.planner --devices 8 --redundant 16 --loads tests/runtime/recorded/gptoss20b.npz
 
 Loads follow Zipf shares of exponent .7 that drift at every step, or are drawn in a new order every ten steps, with
-1,024 tokens a device; or they are recorded counts `[steps, layers, experts]`. Each step is planned from its true load
-(oracle) or from the last batch. *From empty* is the balancedness under the first plan, *steady* the mean after the
-first five steps. EPLB splits evenly, by its global policy and, where nodes of 8 devices divide, by its hierarchical one
-with 8 groups. Times are processor time: medians after the first five steps, those of a plan scaled to 58 layers. Prints
-a table and, as the last line, one JSON document. `first_call_s` is the time of the first plan and split, which compile
-the kernels or read them from numba's cache (NUMBA_CACHE_DIR=$(mktemp -d) starts with an empty cache).
+1,024 tokens a device; or they are recorded. The recorded loads of the table are counts `[steps, layers, experts]` of
+gpt-oss-20b and DeepSeek-V2-Lite, folded to the experts of each size: layers stand side by side as one layer of more
+experts, if needed beside later steps of the same layers, and counts are multiplied to about 1,024 tokens a device.
+
+Each step is planned from its true load (oracle), from the last batch, or by an `AdaptiveForecaster` around it, which
+knows no tokens. *From empty* is the balancedness under the first plan, *steady* the mean after the first five steps,
+*moves* are experts copied a layer and step, by plans with fixed homes (*ours*) and with homes that move (*moving*). The
+greedy rival has fixed homes and our split. EPLB splits evenly, by its global policy and, where nodes of 8 devices
+divide, by its hierarchical one with 8 groups. Times are processor time: medians after the first five steps, those of a
+plan scaled to 58 layers. Prints a table and, as the last line, one JSON document with all figures. `first_call_s` is
+the time of the first plan and split, which compile the kernels or read them from numba's cache
+(NUMBA_CACHE_DIR=$(mktemp -d) starts with an empty cache).
 """
 
 import argparse
@@ -25,12 +31,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.support.greedy import GreedyPlanner
 from data.arrays import FloatArray, IntArray
+from predictor.adaptive import AdaptiveForecaster
 from predictor.baselines.history import LastBatch, Oracle
-from predictor.forecast import Forecaster
+from predictor.forecast import Forecaster, OnlineForecaster
 from runtime.balancing.eplb import rebalance_experts
 from runtime.balancing.plan import ReplicationPlan, flat_homes
-from runtime.balancing.planner import HomePlanner
+from runtime.balancing.planner import HomePlanner, Planner
 from runtime.balancing.split import device_load, split_by_quota
 
 SHAPES = (
@@ -45,6 +53,14 @@ ZIPF, DRIFT, TURN = 0.7, 0.05, 10
 """Exponent of the shares; standard deviation of the step of each log share; steps between changes of the order."""
 MODEL_LAYERS = 58
 """MoE layers of DeepSeek-V3, to which the time of a plan is scaled."""
+RECORDED = {"gpt-oss": "gptoss20b", "DeepSeek": "dsv2lite"}
+"""Recorded counts in tests/runtime/recorded, by their name in the table."""
+COLUMNS = {
+    "loads": "loads", "forecast": "forecast", "from_empty": "from empty", "steady": "ours", "moves": "moves",
+    "plan_ms": "ms", "moving": "moving", "moving_moves": "moves", "moving_plan_ms": "ms", "greedy": "greedy",
+    "greedy_moves": "moves", "eplb": "EPLB", "eplb_moves": "moves", "eplb_nodes": "nodes", "split_us": "split us",
+}  # fmt: skip
+"""Heads of the table's columns, by the field of a row."""
 
 
 def made_up(layers: int, experts: int, tokens: int, drifting: bool) -> IntArray:
@@ -62,9 +78,23 @@ def made_up(layers: int, experts: int, tokens: int, drifting: bool) -> IntArray:
     return np.stack(loads)
 
 
-def ours(loads: IntArray, devices: int, redundant: int, forecaster: Forecaster) -> dict[str, float]:
+def folded(counts: IntArray, experts: int, tokens: int) -> IntArray:
+    """Recorded counts `[N, L, E]` as one layer of more experts and tokens, `[N / parts, 1, experts]`.
+
+    The first E experts are layer 0, the next ones layer 1; after the last layer comes layer 0 again, in later steps.
+    """
+    steps, layers, each = counts.shape
+    pieces = -(-experts // each)
+    parts = -(-pieces // layers)
+    length = steps // parts
+    side = [counts[part * length : (part + 1) * length, layer] for part in range(parts) for layer in range(layers)]
+    load = np.concatenate(side[:pieces], axis=-1)[:, :experts].astype(np.int64)
+    return np.asarray(load * max(1, round(tokens / load.sum(-1).mean())))[:, None]
+
+
+def replay(loads: IntArray, planner: Planner, devices: int, redundant: int, forecaster: Forecaster) -> dict[str, float]:
     """Balancedness from empty and in steady state, moves a layer, milliseconds of a plan, microseconds of a split."""
-    planner, layers = HomePlanner(devices, redundant), loads.shape[1]
+    layers = loads.shape[1]
     homes = flat_homes(loads[0].astype(np.float64), devices, redundant)
     plan = ReplicationPlan.at_home(homes, devices, redundant)
     balance, moves, plan_ms, split_us = [], [], [], []
@@ -80,6 +110,8 @@ def ours(loads: IntArray, devices: int, redundant: int, forecaster: Forecaster) 
             most.append(device_load(split_by_quota(load, phy2log, devices), devices).max())
         split_us.append(1e6 * (time.process_time() - began) / layers)
         balance.append((loads[step].sum(-1) / devices / most).mean())
+        if isinstance(forecaster, OnlineForecaster):
+            forecaster.observe(None, loads[step])
     return {
         "from_empty": round(balance[0], 4), "steady": round(float(np.mean(balance[WARM:])), 4),
         "first_moves": moves[0], "moves": round(float(np.mean(moves[WARM:])), 2), "first_plan_ms": round(plan_ms[0], 1),
@@ -87,16 +119,27 @@ def ours(loads: IntArray, devices: int, redundant: int, forecaster: Forecaster) 
     }  # fmt: skip
 
 
-def eplb(loads: IntArray, devices: int, redundant: int, past: int, nodes: int) -> float:
-    """Balancedness of EPLB planned from the load `past` steps before, split evenly, in steady state."""
-    slots, balance = loads.shape[2] + redundant, []
-    for step in range(WARM + 1, len(loads)):
-        weight: FloatArray = loads[step - past].astype(np.float64)
+def eplb(loads: IntArray, devices: int, redundant: int, forecaster: Forecaster, nodes: int) -> tuple[float, float]:
+    """Balancedness of EPLB, split evenly, and its moves a layer, in steady state."""
+    slots, balance, moves, before = loads.shape[2] + redundant, [], [], None
+    for step in range(1, len(loads)):
+        weight: FloatArray = forecaster.forecast(None, loads[:step]).load.astype(np.float64)
         phy2log, _, copies = rebalance_experts(weight, slots, 8 if nodes > 1 else 1, nodes, devices)
         each = np.take_along_axis(loads[step] / copies, np.asarray(phy2log, dtype=np.int64), axis=-1)
         largest = each.reshape(len(each), devices, -1).sum(-1).max(-1)
         balance.append((loads[step].sum(-1) / devices / largest).mean())
-    return round(float(np.mean(balance)), 4)
+        moves.append(0.0 if before is None else (phy2log != before).sum(-1).mean())
+        before = phy2log
+        if isinstance(forecaster, OnlineForecaster):
+            forecaster.observe(None, loads[step])
+    return round(float(np.mean(balance[WARM:])), 4), round(float(np.mean(moves[WARM:])), 2)
+
+
+def forecaster_of(name: str, loads: IntArray) -> Forecaster:
+    """A forecaster that has seen nothing yet."""
+    if name == "adaptive":
+        return AdaptiveForecaster(LastBatch(), loads.shape[1], loads.shape[2])
+    return Oracle(loads) if name == "oracle" else LastBatch()
 
 
 def measure(loads: IntArray, devices: int, redundant: int, kind: str) -> list[dict[str, Any]]:
@@ -104,13 +147,20 @@ def measure(loads: IntArray, devices: int, redundant: int, kind: str) -> list[di
     nodes = devices // 8
     hierarchical = devices % 8 == 0 and nodes > 1 and 8 % nodes == 0 and loads.shape[2] % 8 == 0
     hierarchical = hierarchical and (loads.shape[2] + redundant) % devices == 0
+    rivals: dict[str, Planner] = {
+        "moving": HomePlanner(devices, redundant, moving_homes=True), "greedy": GreedyPlanner()
+    }  # fmt: skip
     rows = []
-    forecasters: list[Forecaster] = [Oracle(loads), LastBatch()]
-    for past, forecaster in enumerate(forecasters):
+    for name in ("oracle", "last", "adaptive"):
+        size = devices, redundant
         row: dict[str, Any] = {"devices": devices, "experts": loads.shape[2], "redundant": redundant, "loads": kind}
-        row |= {"forecast": forecaster.name, **ours(loads, devices, redundant, forecaster)}
-        row["eplb"] = eplb(loads, devices, redundant, past, 1)
-        row["eplb_nodes"] = eplb(loads, devices, redundant, past, nodes) if hierarchical else None
+        row |= {"forecast": name, **replay(loads, HomePlanner(*size), *size, forecaster_of(name, loads))}
+        row["eplb"], row["eplb_moves"] = eplb(loads, *size, forecaster_of(name, loads), 1)
+        row["eplb_nodes"] = eplb(loads, *size, forecaster_of(name, loads), nodes)[0] if hierarchical else None
+        for rival, planner in rivals.items():
+            found = replay(loads, planner, *size, forecaster_of(name, loads))
+            row |= {rival: found["steady"], f"{rival}_from_empty": found["from_empty"]}
+            row |= {f"{rival}_moves": found["moves"], f"{rival}_plan_ms": found["plan_ms"]}
         rows.append(row)
     return rows
 
@@ -149,12 +199,16 @@ def main() -> None:
         for drifting in (True, False):
             loads = made_up(options.layers, experts, TOKENS * devices, drifting)
             cases.append((loads, devices, redundant, "drifting" if drifting else "changing"))
+        for kind, name in RECORDED.items():
+            with np.load(f"tests/runtime/recorded/{name}.npz") as recorded:
+                cases.append((folded(recorded["counts"], experts, TOKENS * devices), devices, redundant, kind))
     rows = [row for case in track(cases, "sizes", console=Console(stderr=True)) for row in measure(*case)]
     table = Table(title=f"One thread; first plan after {first_call_s['plan']} s, first split {first_call_s['split']} s")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
+    for name in ("G, E, R", *COLUMNS.values()):
+        table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        size = f"{row['devices']}, {row['experts']}, {row['redundant']}"
+        table.add_row(size, *("" if row[name] is None else str(row[name]) for name in COLUMNS))
     console.print(table)
     print(json.dumps({"first_call_s": first_call_s, "results": rows}))
 
