@@ -28,6 +28,9 @@ from runtime.balancing.water_filling import FIRST_SWEEPS, Layer, copy, fork, rel
 
 WORK = 1_200_000
 """Work allowed on one layer before one batch: trials, times replica slots and devices, times scenarios and six."""
+MOVING_PRICE = 4.5
+"""Price of a move, relative to one where homes stay: every slot may change, so more moves are found. Where every device
+has a replica slot, copies that are placed at once keep the usual price, because they alone balance a changed load."""
 ROUND = 16
 """Changes of each kind relaxed in full to choose one."""
 HOT = 4
@@ -69,14 +72,17 @@ def improve(
     gain = np.zeros(len(phy2log_LP), dtype=np.float32)
     slots_per_device = phy2log_LP.shape[1] // num_devices
     trials = WORK // ((replica_LR.shape[1] + num_devices) * (6 + weight_K.size))
+    fill_price, price = price_L.copy(), np.float32(MOVING_PRICE) * price_L
+    if replica_LR.shape[1] < num_devices:
+        fill_price[:] = price
     for i in range(len(phy2log_LP)):
         held, home = phy2log_LP[i][replica_LR[i]], home_LE[i] // slots_per_device
         first = _first(replica_LR[i] // slots_per_device, num_devices)
         layer, before, placed = filled(
-            held, first, home, load_LEK[i], waking_LK[i], weight_K, price_L[i], factor_GG, max_moves
+            held, first, home, load_LEK[i], waking_LK[i], weight_K, fill_price[i], factor_GG, max_moves
         )
         slot_P = np.concatenate((home_LE[i], replica_LR[i]))
-        gain[i] = before - _search(layer, slot_P, weight_K, price_L[i], factor_GG, max_moves - placed, trials)
+        gain[i] = before - _search(layer, slot_P, weight_K, price[i], factor_GG, max_moves - placed, trials)
         _write(layer, slot_P, planned[i], homes[i], slots_per_device)
     return planned, homes, gain
 

@@ -26,8 +26,6 @@ HORIZON = 16.0
 """Batches a replica is expected to serve; a move that delays a device must pay for itself within them."""
 BETWEEN_NODES = 4.0
 """Price of a move between nodes, relative to a move within one."""
-MOVING_PRICE = 4.5
-"""Price of a move where homes move, relative to one where they stay: every slot may change, so more moves are found."""
 SEVERAL = 4
 """Experts a device from which on the time of an expert's weights is treated as divisible."""
 
@@ -137,8 +135,8 @@ class HomePlanner:
         limit = slots if self.max_moves is None else min(slots, self.max_moves)
         _announce_compiling(moving_homes)
         phy2log, homes, gain = moving_homes.improve(
-            current.phy2log, current.homes, replica, self.num_devices, load_LEK, waking_LK, weight_K,
-            np.float32(MOVING_PRICE) * price_L, factor_GG, limit,
+            current.phy2log, current.homes, replica, self.num_devices, load_LEK, waking_LK, weight_K, price_L,
+            factor_GG, limit,
         )  # fmt: skip
         changed = self._within_budget((phy2log != current.phy2log).sum(-1), gain)[:, None]
         phy2log, homes = np.where(changed, phy2log, current.phy2log), np.where(changed, homes, current.homes)
