@@ -63,8 +63,9 @@ class HomePlanner:
         move_tokens: Tokens a device computes in the time that a move delays it; 0 where moves are hidden.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, as the
             split counts it. With a price, device times are balanced; with 0, tokens alone.
-        moving_homes: Whether homes may move. It helps where replica slots are few, in engines that copy weights from
-            any slot that holds an expert. Switchcast's own engine copies them from fixed homes and refuses it.
+        moving_homes: Whether homes may move. It helps where there are fewer replica slots than devices, in engines that
+            copy weights from any slot that holds an expert. Switchcast's own engine copies them from fixed homes and
+            refuses it.
     """
 
     num_devices: int
