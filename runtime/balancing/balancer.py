@@ -52,6 +52,8 @@ class Balancer:
         max_moves: Most experts moved before a batch, over all layers; None moves as many as pay.
         devices_per_node: Devices that share a fast network; the planner prefers copies within a node, and `split`
             keeps tokens there. None means one node.
+        expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, for the
+            default planner and `split`; with 0 they balance tokens alone.
 
     Raises:
         ValueError: If experts and redundant experts do not divide over the devices, or an option is unknown.
@@ -67,6 +69,7 @@ class Balancer:
         homes: IntArray | None = None,
         max_moves: int | None = None,
         devices_per_node: int | None = None,
+        expert_overhead_tokens: int = 0,
     ) -> None:
         if isinstance(forecaster, str) and forecaster not in FORECASTERS:
             raise ValueError(
@@ -76,9 +79,12 @@ class Balancer:
             raise ValueError("max_moves is an option of the default planner; give it to your planner instead")
         check_nodes(num_devices, devices_per_node)
         self.num_devices, self.num_redundant_experts = num_devices, num_redundant_experts
-        self.devices_per_node = devices_per_node
+        self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self.forecaster = FORECASTERS[forecaster] if isinstance(forecaster, str) else forecaster
-        self.planner = planner or HomePlanner(num_devices, num_redundant_experts, max_moves, devices_per_node)
+        self.planner = planner or HomePlanner(
+            num_devices, num_redundant_experts, max_moves, devices_per_node,
+            expert_overhead_tokens=expert_overhead_tokens,
+        )  # fmt: skip
         self.moves: list[SlotMove] = []
         """Weights to copy to get from the plan before to the current one."""
         self._plan: ReplicationPlan | None = None
@@ -148,7 +154,10 @@ class Balancer:
     def split(self, layer: int, counts: npt.ArrayLike) -> IntArray:
         """Quotas `[S, P]` of a layer under the current plan; counts as in `split_by_quota`."""
         phy2log = self.plan.phy2log[layer]
-        return split_by_quota(_array(counts), phy2log, self.num_devices, devices_per_node=self.devices_per_node)
+        return split_by_quota(
+            _array(counts), phy2log, self.num_devices, devices_per_node=self.devices_per_node,
+            expert_overhead_tokens=self.expert_overhead_tokens,
+        )  # fmt: skip
 
     def _begin(self, homes: IntArray) -> None:
         self._plan = ReplicationPlan.at_home(homes, self.num_devices, self.num_redundant_experts)

@@ -115,6 +115,18 @@ def test_devices_per_node_reaches_planner_and_split():
     assert near[1, 0] == 10
 
 
+def test_the_price_of_an_active_expert_reaches_planner_and_split():
+    balancer = Balancer(8, 16, "last", expert_overhead_tokens=64)
+    planner, plan = HomePlanner(8, 16, expert_overhead_tokens=64), None
+    for step in range(1, 6):
+        before = balancer.step(LOADS[step - 1]) if plan is None else plan
+        plan = planner.plan(LastBatch().forecast(None, LOADS[: step + 1]), before, LOADS[: step + 1])
+        assert (balancer.step(LOADS[step]).phy2log == plan.phy2log).all()
+    quota = split_by_quota(LOADS[6, 0], plan.phy2log[0], 8, expert_overhead_tokens=64)
+    assert (balancer.split(0, LOADS[6, 0]) == quota).all()
+    assert (quota != split_by_quota(LOADS[6, 0], plan.phy2log[0], 8)).any()
+
+
 @pytest.mark.parametrize(
     ("load", "text"),
     [
