@@ -5,17 +5,19 @@
     ...                                                   # the batch runs
     adaptive.observe(tokens, load)                        # its load [L, E]
 
-Seven forecasts are mixed, with weights for each MoE layer from their recent errors (`mixture`): that of the wrapped
-forecaster, two corrections of it by what was observed of similar sequences and of the same requests (`correction`), the
-last batch, a fast and a slow average, and each request's own past. The spread comes from the mixture's own errors
-(`spread`). Memory is bounded; a batch costs a few milliseconds.
+Ten forecasts are mixed, with weights for each MoE layer from their recent errors (`mixture`): that of the wrapped
+forecaster; the same with a head that goes on learning (`head`); two corrections of each by what was observed of
+similar sequences and of the same requests (`correction`); the last batch, a fast and a slow average, and each
+request's own past. The spread comes from the mixture's own errors (`spread`). Memory is bounded; a batch costs a few
+milliseconds.
 
-Shape suffixes: B sequences, C forecasts that are mixed, L MoE layers, E logical experts.
+Shape suffixes: B sequences, U units (see `UNIT`), F features, C forecasts that are mixed, L MoE layers, E logical
+experts.
 """
 
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,16 +26,17 @@ from data.traces.loads import share_of
 from predictor.baselines.history import falling_weights
 from predictor.baselines.own_past import OwnPast
 from predictor.correction import CorrectionMemory, attributed
-from predictor.forecast import Forecaster, LoadForecast, LoadHistory, Loads
+from predictor.forecast import Forecaster, LoadForecast, LoadHistory, Loads, SequenceForecast
+from predictor.head import LearningHead
 from predictor.mixture import ForecastMixture
 from predictor.spread import OnlineSpread
 
 if TYPE_CHECKING:  # it imports torch
     from data.traces.trace import TokenBatch
 
-MIXED = ("wrapped", "cautious", "bold", "last", "fast", "slow", "own")
+MIXED = ("wrapped", "head", "cautious", "head_cautious", "bold", "head_bold", "last", "fast", "slow", "own")
 """The forecasts that are mixed."""
-FIRST = np.array([0.5, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0])
+FIRST = np.array([0.5, 0.0, 0.25, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0])
 """Their weights before anything was observed."""
 FAST, SLOW = 0.3, 0.05
 """Rates of the two averages."""
@@ -65,14 +68,31 @@ class Blend:
             self.spread.error, self.spread.log_factor = state["square"], state["log_factor"]
 
 
+class _Units(NamedTuple):
+    """What is corrected on its own: a sequence, or several neighbours where sequences are short.
+
+    Decoding forecasts one token of each sequence, from which little can be told. The requests are None where they are
+    not known or units hold several.
+    """
+
+    first: IntArray
+    """First sequence of each unit, `[U]`."""
+    forecast: Float32Array
+    """Loads by the wrapped forecaster and with the head, `[2, U, L, E]`."""
+    features: Float32Array
+    """Features of each unit, `[U, F]`."""
+    requests: IntArray | None
+
+
 @dataclass(frozen=True)
 class _Made:
-    """A forecast whose batch has not been observed yet: what it was made from, `[C, L, E]` and `[B, L, E]`."""
+    """A forecast whose batch has not been observed yet: what was mixed, `[C, L, E]`; its units, if tokens are known."""
 
     upcoming: "TokenBatch | None"
     blend: Blend
     mixed: FloatArray
-    parts: Float32Array
+    parts: SequenceForecast
+    units: _Units | None
     share: FloatArray
     spread: FloatArray
 
@@ -81,8 +101,8 @@ class AdaptiveForecaster:
     """A forecaster that corrects another one by what was observed.
 
     Args:
-        wrapped: Any forecaster. One with a method `forecast_by_sequence` is corrected sequence by sequence, any other
-            batch by batch.
+        wrapped: Any forecaster. One with a method `forecast_by_sequence`, which returns a forecast and its
+            `SequenceForecast`, is corrected sequence by sequence, any other batch by batch.
         num_layers: L.
         num_experts: E.
     """
@@ -91,7 +111,8 @@ class AdaptiveForecaster:
 
     def __init__(self, wrapped: Forecaster, num_layers: int, num_experts: int) -> None:
         self.wrapped, self.shape = wrapped, (num_layers, num_experts)
-        self.memory = CorrectionMemory(num_layers, num_experts)
+        self.head = LearningHead(num_layers, num_experts)
+        self.memory = CorrectionMemory(num_layers, num_experts, num_forecasters=2)
         self.known, self.unknown = Blend(num_layers), Blend(num_layers)
         self._own = OwnPast(top_k=1)  # only its shares are used
         self._pending: deque[_Made] = deque(maxlen=PENDING)
@@ -100,15 +121,17 @@ class AdaptiveForecaster:
         base, parts = self._wrapped(upcoming, history)
         known = upcoming is not None and upcoming.num_tokens > 0
         blend = self.known if known else self.unknown
-        corrected = [base.share, base.share]
+        units, corrected = None, [base.share] * 6
         if known:
             assert upcoming is not None
-            loads = self.memory.correct(*_units(upcoming, parts))
-            corrected = [share_of(load_ULE.sum(0, dtype=np.float64)) for load_ULE in loads]
-        mixed = np.stack([base.share, *corrected, *self._from_history(base.share, upcoming, history)])
+            units = self._units(upcoming, parts)
+            loads = (units.forecast, *self.memory.correct(units.forecast, units.requests))
+            corrected = [share_of(load_LE) for load_CULE in loads for load_LE in load_CULE.sum(1, dtype=np.float64)]
+            corrected[0] = base.share
+        mixed = np.stack([*corrected, *self._from_history(base.share, upcoming, history)])
         share = share_of(blend.mixture.combine(mixed))
         spread = blend.spread.of(share, base.tokens, blend.mixture.disagreement(mixed))
-        self._pending.append(_Made(upcoming, blend, mixed, parts, share, spread))
+        self._pending.append(_Made(upcoming, blend, mixed, parts, units, share, spread))
         return replace(base, share=share, spread=spread, source=self.name)
 
     def observe(self, upcoming: "TokenBatch | None", load: LoadHistory, sequences: Loads | None = None) -> None:
@@ -118,20 +141,21 @@ class AdaptiveForecaster:
         truth, carried = share_of(load), load.sum(-1) > 0
         made.blend.mixture.observe(made.mixed, truth, carried)
         made.blend.spread.observe(made.share, made.spread, truth, carried)
-        if made.blend is self.unknown or upcoming is None:
+        if (units := made.units) is None or upcoming is None:
             return
-        if sequences is None or len(sequences) != len(made.parts):
-            sequences = attributed(made.parts, load)
-        expected, requests = _units(upcoming, made.parts)
-        observed, _ = _units(upcoming, sequences.astype(np.float32))
-        self.memory.add(expected, observed, requests)
+        if sequences is None or len(sequences) != len(made.parts.load):
+            sequences = attributed(made.parts.load, load)
+        observed = np.add.reduceat(sequences.astype(np.float32), units.first, axis=0)
+        self.head.learn(units.forecast[0], observed, units.features)
+        self.memory.add(units.forecast, observed, units.requests)
         if upcoming.requests is not None and len(upcoming.requests) == len(sequences):
             self._own.observe(upcoming, load, sequences)
 
     def state(self) -> State:
         """What was learned, by name; requests are left out, because they end with the run."""
         parts: dict[str, State] = {
-            "memory": self.memory.state(), "known": self.known.state(), "unknown": self.unknown.state()
+            "memory": self.memory.state(), "head": self.head.state(), "known": self.known.state(),
+            "unknown": self.unknown.state(),
         }  # fmt: skip
         return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
@@ -141,25 +165,42 @@ class AdaptiveForecaster:
         Raises:
             ValueError: If it is of another number of layers, experts or mixed forecasts.
         """
-        layers, experts = self.shape
+        layers = self.shape[0]
         fixed = {
             "weight": (layers, len(MIXED)), "errors": (layers, len(MIXED), len(MIXED)),
             "square": self.shape, "log_factor": (layers,),
         }  # fmt: skip
         for name, value in state.items():
-            expected = fixed.get(name.partition(".")[2], (len(value), layers, experts))
+            learned = {"forecast": (2, *value.shape[1:2], *self.shape), "products": (len(value), len(value))}
+            expected = (fixed | learned).get(name.partition(".")[2], (len(value), *self.shape))
             if value.shape != expected or not np.isfinite(value).all():
                 raise ValueError(f"{name} has shape {value.shape}, expected finite numbers {expected}")
-        for name, part in (("memory", self.memory), ("known", self.known), ("unknown", self.unknown)):
-            part.restore({key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")})
+        for name, restore in (
+            ("memory", self.memory.restore), ("head", self.head.restore), ("known", self.known.restore),
+            ("unknown", self.unknown.restore),
+        ):  # fmt: skip
+            restore({key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")})
 
-    def _wrapped(self, upcoming: "TokenBatch | None", history: LoadHistory) -> tuple[LoadForecast, Float32Array]:
-        """The wrapped forecaster's forecast, and its parts by sequence, or as a whole, `[B, L, E]`."""
+    def _wrapped(self, upcoming: "TokenBatch | None", history: LoadHistory) -> tuple[LoadForecast, SequenceForecast]:
+        """The wrapped forecaster's forecast, and its parts by sequence, or as a whole."""
         by_sequence = getattr(self.wrapped, "forecast_by_sequence", None)
         base, parts = (
             (self.wrapped.forecast(upcoming, history), None) if by_sequence is None else by_sequence(upcoming, history)
         )
-        return base, base.load[None].astype(np.float32) if parts is None else parts
+        whole = SequenceForecast(base.load[None].astype(np.float32), np.zeros((1, 0), np.float32))
+        return base, parts or whole
+
+    def _units(self, upcoming: "TokenBatch", parts: SequenceForecast) -> _Units:
+        """The units of a batch, with their sequences' summed loads and mean features."""
+        size = len(parts.load)
+        units = min(max(upcoming.num_tokens // UNIT, 1), size)
+        first = np.arange(units) * size // units
+        load_ULE = np.add.reduceat(parts.load, first, axis=0)
+        counts = np.diff(first, append=size)[:, None]
+        features_UF = (np.add.reduceat(parts.features, first, axis=0) / counts).astype(np.float32)
+        named = units == size and upcoming.requests is not None and len(upcoming.requests) == size
+        requests = upcoming.requests.numpy() if named and upcoming.requests is not None else None
+        return _Units(first, np.stack([load_ULE, self.head.correct(load_ULE, features_UF)]), features_UF, requests)
 
     def _from_history(
         self, base_LE: FloatArray, upcoming: "TokenBatch | None", history: LoadHistory
@@ -185,21 +226,6 @@ class AdaptiveForecaster:
                     self._pending.popleft()
                 return made
         return None
-
-
-def _units(upcoming: "TokenBatch", parts_BLE: Float32Array) -> tuple[Float32Array, IntArray | None]:
-    """Loads `[U, L, E]` of the units that are corrected on their own, and the request of each.
-
-    A unit is a sequence, or several neighbours where sequences are short: decoding forecasts one token of each, from
-    which little can be told. The requests are None where they are not known or units hold several.
-    """
-    size = len(parts_BLE)
-    units = min(max(upcoming.num_tokens // UNIT, 1), size)
-    if units < size:
-        return np.add.reduceat(parts_BLE, np.arange(units) * size // units, axis=0), None
-    if upcoming.requests is None or len(upcoming.requests) != size:
-        return parts_BLE, None
-    return parts_BLE, upcoming.requests.numpy()
 
 
 def _same(one: "TokenBatch | None", other: "TokenBatch | None") -> bool:

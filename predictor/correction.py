@@ -3,9 +3,10 @@
 A network is wrong on unfamiliar text in the same way as long as that text lasts, and again when it returns. The memory
 keeps, for each of the last sequences, its forecast load and its observed load. A new sequence's forecast is multiplied
 by the ratio observed / forecast of the sequences whose forecasts resemble its own (kernel regression on ratios), so
-that text of one kind does not correct text of another. Sequences of the same request count in full.
+that text of one kind does not correct text of another. Sequences of the same request count in full. Several forecasters
+may be corrected at once; the forecasts of the first tell which sequences resemble each other.
 
-Shape suffixes: B sequences, N remembered sequences, L MoE layers, E logical experts.
+Shape suffixes: C forecasters, B sequences, N remembered sequences, L MoE layers, E logical experts.
 """
 
 import numpy as np
@@ -30,22 +31,24 @@ class CorrectionMemory:
     Args:
         num_layers: L.
         num_experts: E.
+        num_forecasters: C.
     """
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int, num_forecasters: int = 1) -> None:
         width = num_layers * num_experts
-        self.capacity = max(min(CAPACITY, MOST_BYTES // (12 * width)), 1)
+        self.capacity = max(min(CAPACITY, MOST_BYTES // (4 * (num_forecasters + 2) * width)), 1)
         self.shape = num_layers, num_experts
         self.count = 0
         """Sequences remembered so far; those beyond the capacity took the place of the oldest."""
-        self._forecast, self._observed, self._key = (np.zeros((self.capacity, width), np.float32) for _ in range(3))
+        self._forecast = np.zeros((num_forecasters, self.capacity, width), np.float32)
+        self._observed, self._key = (np.zeros((self.capacity, width), np.float32) for _ in range(2))
         self._requests = np.full(self.capacity, UNNAMED)
 
     def __len__(self) -> int:
         return min(self.count, self.capacity)
 
     def correct(
-        self, forecast_BLE: Float32Array, requests_B: IntArray | None = None
+        self, forecast_CBLE: Float32Array, requests_B: IntArray | None = None
     ) -> tuple[Float32Array, Float32Array]:
         """The forecast loads of sequences, corrected in two ways; each layer of a sequence keeps its sum.
 
@@ -53,11 +56,11 @@ class CorrectionMemory:
         the correction by all sequences that are not far, which itself is shrunk towards the forecast.
         """
         size = len(self)
-        if not size or not len(forecast_BLE):
-            return forecast_BLE, forecast_BLE
-        total = forecast_BLE.sum(-1, keepdims=True)
-        share = forecast_BLE / np.maximum(total, 1e-9)
-        distance_BN = _distance(_key(forecast_BLE), self._key[:size], self.shape[0])
+        if not size or not forecast_CBLE.shape[1]:
+            return forecast_CBLE, forecast_CBLE
+        total = forecast_CBLE.sum(-1, keepdims=True)
+        share = forecast_CBLE / np.maximum(total, 1e-9)
+        distance_BN = _distance(_key(forecast_CBLE[0]), self._key[:size], self.shape[0])
         near = np.exp(distance_BN / np.float32(-NEAR))
         if requests_B is not None:
             near += (requests_B[:, None] == self._requests[:size]) & (requests_B[:, None] != UNNAMED)
@@ -66,27 +69,28 @@ class CorrectionMemory:
         return total * _shrunk(share, share, *found), total * _shrunk(share, around, *found)
 
     def _weighted(self, weight_BN: Float32Array) -> tuple[Float32Array, Float32Array]:
-        """Weighted sums of the remembered sequences' observed and forecast loads, `[B, L, E]` each."""
-        shape = len(weight_BN), *self.shape
-        observed = weight_BN @ self._observed[: weight_BN.shape[1]]
-        return observed.reshape(shape), (weight_BN @ self._forecast[: weight_BN.shape[1]]).reshape(shape)
+        """Weighted sums of the remembered sequences' observed loads `[B, L, E]` and forecasts `[C, B, L, E]`."""
+        size, shape = weight_BN.shape[1], (len(weight_BN), *self.shape)
+        observed = weight_BN @ self._observed[:size]
+        return observed.reshape(shape), (weight_BN @ self._forecast[:, :size]).reshape(-1, *shape)
 
-    def add(self, forecast_BLE: Float32Array, observed_BLE: Float32Array, requests_B: IntArray | None = None) -> None:
+    def add(self, forecast_CBLE: Float32Array, observed_BLE: Float32Array, requests_B: IntArray | None = None) -> None:
         """Remembers sequences: their forecast loads, scaled to as many tokens as were observed, and observed loads."""
-        scale = observed_BLE.sum(-1, keepdims=True) / np.maximum(forecast_BLE.sum(-1, keepdims=True), 1e-9)
-        forecast = (forecast_BLE * scale)[-self.capacity :]
-        rows = (self.count + np.arange(len(forecast))) % self.capacity
-        self._forecast[rows] = forecast.reshape(len(rows), -1)
-        self._observed[rows] = observed_BLE[-self.capacity :].reshape(len(rows), -1)
-        self._key[rows] = _key(forecast)
+        observed = observed_BLE[-self.capacity :]
+        forecast = forecast_CBLE[:, -self.capacity :]
+        forecast = forecast * (observed.sum(-1, keepdims=True) / np.maximum(forecast.sum(-1, keepdims=True), 1e-9))
+        rows = (self.count + np.arange(len(observed))) % self.capacity
+        self._forecast[:, rows] = forecast.reshape(*forecast.shape[:2], -1)
+        self._observed[rows] = observed.reshape(len(rows), -1)
+        self._key[rows] = _key(forecast[0])
         self._requests[rows] = UNNAMED if requests_B is None else requests_B[-self.capacity :]
         self.count += len(rows)
 
     def state(self) -> dict[str, Float32Array]:
-        """Forecast and observed loads of the remembered sequences, oldest first, `[N, L, E]`."""
+        """Forecasts `[C, N, L, E]` and observed loads `[N, L, E]` of the remembered sequences, oldest first."""
         order = (self.count + np.arange(-len(self), 0)) % self.capacity
         return {
-            "forecast": self._forecast[order].reshape(-1, *self.shape),
+            "forecast": self._forecast[:, order].reshape(-1, len(order), *self.shape),
             "observed": self._observed[order].reshape(-1, *self.shape),
         }
 
@@ -96,7 +100,7 @@ class CorrectionMemory:
 
 
 def _shrunk(share: Float32Array, prior: Float32Array, observed: Float32Array, expected: Float32Array) -> Float32Array:
-    """Shares times observed / expected load, both `[B, L, E]`, with `STRENGTH` assignments of the prior shares."""
+    """Shares `[C, B, L, E]` times observed / expected load, with `STRENGTH` assignments of the prior shares."""
     ratio = (observed + np.float32(STRENGTH) * prior) / np.maximum(expected + np.float32(STRENGTH) * share, 1e-9)
     corrected = share * ratio
     scaled: Float32Array = corrected / np.maximum(corrected.sum(-1, keepdims=True), 1e-9)

@@ -3,16 +3,16 @@
 A forecaster of your own needs a `name` and a method `forecast(upcoming, history)`; `forecast_from_load` turns the
 loads that it predicts into a `LoadForecast`. No torch is needed.
 
-Shape suffixes: K past batches, L MoE layers, E logical experts.
+Shape suffixes: B sequences, F features, K past batches, L MoE layers, E logical experts.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from data.arrays import FloatArray
+from data.arrays import Float32Array, FloatArray
 from data.traces.loads import share_of
 
 if TYPE_CHECKING:  # it imports torch
@@ -82,6 +82,19 @@ class LoadForecast:
         load = self.load
         layers, experts = np.unravel_index(np.argsort(-load, axis=None, kind="stable")[:k], load.shape)
         return list(zip(layers.tolist(), experts.tolist(), load[layers, experts].tolist(), strict=True))
+
+
+class SequenceForecast(NamedTuple):
+    """What a forecaster expects of each sequence of a batch.
+
+    Attributes:
+        load: Expected assignments of each sequence, `[B, L, E]`.
+        features: Numbers that tell sequences apart, `[B, F]`, from which errors of the loads can be learned; F may be
+            0.
+    """
+
+    load: Float32Array
+    features: Float32Array
 
 
 class NoHistoryError(ValueError):

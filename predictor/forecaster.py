@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.arrays import Float32Array, IntArray
+from data.arrays import IntArray
 from data.models.layout import MoELayout
 from data.traces.trace import UNKNOWN, TokenBatch
-from predictor.forecast import LoadForecast, forecast_from_load
+from predictor.forecast import LoadForecast, SequenceForecast, forecast_from_load
 from predictor.layers import WINDOW
 from predictor.network import LoadNetwork, Prediction
 
@@ -83,13 +83,15 @@ class NeuralForecaster:
         self,
         upcoming: TokenBatch | Mapping[str, Any] | None,
         history: IntArray | Tensor | Sequence[Any] | None = None,
-    ) -> tuple[LoadForecast, Float32Array | None]:
-        """The forecast, and the load of each sequence `[B, L, E]`, into which no past loads are blended.
+    ) -> tuple[LoadForecast, SequenceForecast | None]:
+        """The forecast, and each sequence's part of it, into which no past loads are blended.
 
-        Arguments and errors are those of `forecast`. The loads are None if no tokens are known.
+        Arguments and errors are those of `forecast`. The parts are None if no tokens are known.
         """
         forecast, prediction = self._forecast(upcoming, history)
-        return forecast, None if prediction is None else prediction.sequence_load.numpy()
+        if prediction is None:
+            return forecast, None
+        return forecast, SequenceForecast(prediction.sequence_load.numpy(), prediction.features.numpy())
 
     def _forecast(
         self,

@@ -66,12 +66,14 @@ class Prediction(NamedTuple):
         load: Expected dispatched assignments, `[L, E]`.
         variance: Variance of the load if tokens choose their experts independently, `[L, E]`; without gradient.
         sequence_load: Expected assignments of each sequence, before history is blended in, `[B, L, E]`.
+        features: Mean hidden state of each sequence's tokens that the batch computes, `[B, H]`; without gradient.
     """
 
     token_logits: Tensor
     load: Tensor
     variance: Tensor
     sequence_load: Tensor
+    features: Tensor
 
 
 def capped(mean: Tensor, variance: Tensor, capacity: int | None) -> Tensor:
@@ -152,13 +154,16 @@ class LoadNetwork(nn.Module):
 
     def _forecast(self, hidden: Tensor, logits: Tensor, mask_BT: Tensor, history_KLE: Tensor) -> Prediction:
         """The prediction from the hidden state `[B, T, H]` and the logits of every token."""
-        load_BLE, variance_BLE = self._expected_load(logits, mask_BT[..., None].to(logits.dtype))
+        counted_BT1 = mask_BT[..., None].to(logits.dtype)
+        load_BLE, variance_BLE = self._expected_load(logits, counted_BT1)
         if self.num_decoder_layers:
             decoder_load, decoder_variance = self._decoder_load(hidden, mask_BT)
             load_BLE = torch.cat([load_BLE, decoder_load], 1)
             variance_BLE = torch.cat([variance_BLE, decoder_variance], 1)
         load = self.history.blend(load_BLE.sum(0), history_KLE)
-        return Prediction(logits, load, variance_BLE.sum(0), load_BLE)
+        with torch.no_grad():
+            features_BH = (counted_BT1.transpose(1, 2) @ hidden).squeeze(1) / counted_BT1.sum(1).clamp(min=1)
+        return Prediction(logits, load, variance_BLE.sum(0), load_BLE, features_BH)
 
     def _decoder_load(self, hidden_BTH: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Expected decoder load of each sequence and its variance, `[B, L_dec, E]` each."""

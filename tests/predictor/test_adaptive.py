@@ -10,8 +10,9 @@ from predictor.adaptive import MIXED, PENDING, UNIT, AdaptiveForecaster
 from predictor.baselines.history import Ema
 from predictor.checkpoint import STATE, load_adaptive, save_predictor, save_state
 from predictor.correction import STRENGTH, CorrectionMemory, attributed
-from predictor.forecast import OnlineForecaster, forecast_from_load
+from predictor.forecast import OnlineForecaster, SequenceForecast, forecast_from_load
 from predictor.forecaster import NeuralForecaster
+from predictor.head import LearningHead
 from predictor.mixture import ForecastMixture, on_simplex
 from predictor.network import Architecture, LoadNetwork
 from predictor.spread import OnlineSpread
@@ -35,7 +36,8 @@ class Topics:
 
     def forecast_by_sequence(self, upcoming, history):
         load = np.repeat(LENGTH * self.share[upcoming.input_ids[0, 0]][None], len(upcoming.input_ids), 0)
-        return forecast_from_load(load.sum(0), made_at=len(history), source=self.name), load.astype(np.float32)
+        parts = SequenceForecast(load.astype(np.float32), np.zeros((len(load), 0), np.float32))
+        return forecast_from_load(load.sum(0), made_at=len(history), source=self.name), parts
 
     def forecast(self, upcoming, history):
         return self.forecast_by_sequence(upcoming, history)[0]
@@ -101,22 +103,21 @@ def test_requests_are_corrected_by_their_own_sequences():
     memory = CorrectionMemory(1, 4)
     said = np.full((2, 1, 4), 25, dtype=np.float32)
     observed = np.array([[[70, 10, 10, 10]], [[10, 70, 10, 10]]], dtype=np.float32)
-    memory.add(said, observed, np.array([7, 8]))
-    known, _ = memory.correct(said, np.array([7, 9]))
+    memory.add(said[None], observed, np.array([7, 8]))
+    known = memory.correct(said[None], np.array([7, 9]))[0][0]
     assert known[0, 0, 0] > known[1, 0, 0] > 25, "its own past counts in full, similar sequences beside it"
     assert np.allclose(known.sum(-1), 100)
-    assert np.allclose(memory.correct(said, np.array([-1, 9]))[0][0], memory.correct(said)[0][0]), (
-        "no request is not one"
-    )
+    unnamed, plain = (memory.correct(said[None], numbers)[0][0] for numbers in (np.array([-1, 9]), None))
+    assert np.allclose(unnamed[0], plain[0]), "no request is not one"
 
 
 def test_the_correction_is_a_ratio_with_the_forecast_as_prior():
     memory = CorrectionMemory(1, 2)
     said, observed = np.array([[[50.0, 50.0]]], np.float32), np.array([[[80.0, 20.0]]], np.float32)
-    memory.add(said, observed)
+    memory.add(said[None], observed)
     prior = STRENGTH / 2
     ratio = np.array([80 + prior, 20 + prior]) / (50 + prior)
-    cautious, bold = memory.correct(said)
+    cautious, bold = (loads[0] for loads in memory.correct(said[None]))
     assert np.allclose(cautious[0, 0], 100 * 50 * ratio / (50 * ratio).sum(), rtol=2e-3)
     assert bold[0, 0, 0] > cautious[0, 0, 0]
 
@@ -124,12 +125,91 @@ def test_the_correction_is_a_ratio_with_the_forecast_as_prior():
 def test_the_memory_is_bounded_and_keeps_the_newest():
     memory = CorrectionMemory(1, 2)
     for number in range(memory.capacity // 100 + 2):
-        memory.add(np.ones((100, 1, 2), np.float32), np.full((100, 1, 2), number, np.float32))
+        memory.add(np.ones((1, 100, 1, 2), np.float32), np.full((100, 1, 2), number, np.float32))
     kept = memory.state()["observed"]
     assert len(memory) == len(kept) == memory.capacity
     assert (np.diff(kept[:, 0, 0]) >= 0).all()
     assert kept[-1, 0, 0] == memory.capacity // 100 + 1
     assert CorrectionMemory(60, 512).capacity < memory.capacity, "large models get fewer sequences"
+
+
+def test_forecasters_are_corrected_side_by_side(random):
+    said, other = random.uniform(1, 9, (2, 6, LAYERS, EXPERTS)).astype(np.float32)
+    observed = random.uniform(1, 9, (6, LAYERS, EXPERTS)).astype(np.float32)
+    alone, both = CorrectionMemory(LAYERS, EXPERTS), CorrectionMemory(LAYERS, EXPERTS, num_forecasters=2)
+    alone.add(said[None], observed)
+    both.add(np.stack([said, other]), observed)
+    for one, two in zip(alone.correct(said[None]), both.correct(np.stack([said, other])), strict=True):
+        assert np.allclose(one[0], two[0], rtol=1e-4), "the first is corrected as if it were alone"
+        assert (
+            total_variation(share_of(two[1]), share_of(observed)).mean()
+            < 0.9 * total_variation(share_of(other), share_of(observed)).mean()
+        ), "the second by its own ratios"
+
+
+def text(random, truth, direction, sequences=16):
+    """Features and loads of sequences whose shares move from the forecast along a direction, by their first feature."""
+    features = random.standard_normal((sequences, 4)).astype(np.float32)
+    share = share_of(np.maximum(truth + features[:, :1, None] * direction, 0))
+    return features, np.stack([random.multinomial(LENGTH, each) for each in share]).astype(np.float32)
+
+
+def test_the_head_learns_from_features_what_a_batchs_mean_cannot_tell(random):
+    said = np.full((LAYERS, EXPERTS), 1 / EXPERTS)
+    direction = 0.6 / EXPERTS * random.choice([-1, 1], (LAYERS, EXPERTS))
+    head = LearningHead(LAYERS, EXPERTS)
+    forecast = np.full((16, LAYERS, EXPERTS), LENGTH / EXPERTS, np.float32)
+    errors = []
+    for _ in range(60):
+        features, loads = text(random, said, direction)
+        corrected = head.correct(forecast, features)
+        assert np.allclose(corrected.sum(-1), LENGTH, rtol=1e-4)
+        errors.append([total_variation(share_of(each), share_of(loads)).mean() for each in (forecast, corrected)])
+        head.learn(forecast, loads, features)
+    assert errors[0][0] == errors[0][1], "nothing is corrected before the first batch"
+    before, after = np.mean(errors[30:], axis=0)
+    assert after < 0.8 * before
+    size = [value.nbytes for value in head.state().values()]
+    head.learn(forecast, loads, features)
+    assert [value.nbytes for value in head.state().values()] == size, "memory is bounded"
+
+
+class Described:
+    """Expects the same of all sequences, and describes each by what the test puts into `features`."""
+
+    name = "described"
+
+    def forecast_by_sequence(self, upcoming, history):
+        load = np.full((len(self.features), LAYERS, EXPERTS), LENGTH / EXPERTS, np.float32)
+        parts = SequenceForecast(load, self.features)
+        return forecast_from_load(load.sum(0, dtype=np.float64), made_at=len(history), source=self.name), parts
+
+
+def test_batches_are_told_apart_by_features_where_forecasts_are_alike(random):
+    wrapped, direction = Described(), 0.6 / EXPERTS * random.choice([-1, 1], (LAYERS, EXPERTS))
+    adaptive, history = AdaptiveForecaster(wrapped, LAYERS, EXPERTS), np.zeros((0, LAYERS, EXPERTS), dtype=np.int64)
+    errors = []
+    for number in range(60):
+        features = np.full((16, 1), (-1) ** (number // 3), np.float32)  # the text changes every three batches
+        share = share_of(np.maximum(1 / EXPERTS + features[:, :, None] * direction, 0))
+        loads = random.multinomial(LENGTH, share)
+        wrapped.features, tokens = features, batch(number, 16)
+        forecast = adaptive.forecast(tokens, history)
+        errors.append(total_variation(forecast.share, share_of(loads.sum(0))).mean())
+        adaptive.observe(tokens, loads.sum(0), loads)
+        history = np.concatenate([history, loads.sum(0)[None]])
+    assert np.mean(errors[30::3]) < 0.3 * total_variation(share[0], np.full_like(share[0], 1 / EXPERTS)).mean()
+
+
+def test_a_layer_without_load_changes_no_head():
+    head, features = LearningHead(2, 4), np.ones((3, 1), np.float32)
+    said, observed = np.full((3, 2, 4), 8, np.float32), np.zeros((3, 2, 4), np.float32)
+    observed[:, 0, 0] = 32
+    for _ in range(100):
+        head.learn(said, observed, features)
+    corrected = head.correct(said, features)
+    assert corrected[0, 0, 0] > 8
+    assert np.allclose(corrected[:, 1], 8)
 
 
 def test_a_batchs_load_is_attributed_to_its_sequences():
@@ -251,7 +331,7 @@ def test_a_state_of_another_model_is_refused(served, layout, tmp_path):
     with pytest.raises(ValueError, match=r"weights_sha256 .* another model's; delete the file"):
         load_adaptive(folder, layout, table)
     save_state(folder, state | {"known.weight": state["known.weight"][:, : len(MIXED) - 1]})
-    with pytest.raises(ValueError, match=r"known.weight has shape \(3, 6\), expected finite numbers \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"known.weight has shape \(3, 9\), expected finite numbers \(3, 10\)"):
         load_adaptive(folder, layout, table)
     save_state(folder, state | {"memory.observed": np.full_like(state["memory.observed"], np.nan)})
     with pytest.raises(ValueError, match=r"memory.observed has shape"):
