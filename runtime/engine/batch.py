@@ -142,6 +142,8 @@ class BatchStats:
         exposed_ms: Milliseconds that this rank waited for the preparation before the forward.
         preparation: What was done ahead of this batch; None if nothing was ready.
         tiers: Counters of each tier of this rank's cache so far (see `CacheStats`); empty if all experts fit.
+        sequence_load: The load of each sequence, `[B, L, E]`; None if nobody learns from it: no forecaster does, or the
+            sequences are spread over several ranks.
     """
 
     load: IntArray
@@ -153,6 +155,7 @@ class BatchStats:
     exposed_ms: float
     preparation: Preparation | None
     tiers: dict[str, dict[str, int | float]] = field(default_factory=dict)
+    sequence_load: IntArray | None = None
 
     @property
     def measured(self) -> bool:

@@ -3,7 +3,7 @@
 If a forecaster raises, or its forecast does not fit the model, the average of past loads takes its place; without past
 loads the placement stays as it is. The model's outputs do not depend on any of this.
 
-Shape suffixes: L MoE layers, E logical experts.
+Shape suffixes: B sequences, L MoE layers, E logical experts.
 """
 
 import logging
@@ -38,8 +38,8 @@ CLOSE_S = 5.0
 """Seconds that closing waits for copies to be issued."""
 MOST_TOKENS = 1e12
 """Tokens for one expert above which a forecast counts as broken."""
-Observed = tuple[TokenBatch | None, IntArray]
-"""The tokens of a batch that has run, and its load `[L, E]`."""
+Observed = tuple[TokenBatch | None, IntArray, IntArray | None]
+"""The tokens of a batch that has run, its load `[L, E]`, and the loads of its sequences `[B, L, E]`, if known."""
 FOREIGN = (Exception, SystemExit)
 """What the code of others may raise without ending the run."""
 log = logging.getLogger(__name__)
@@ -166,16 +166,24 @@ class Controller:
         self.transfer.commit()
         return preparation
 
-    def observe(self, load_LE: IntArray, tokens: TokenBatch | None = None) -> None:
+    @property
+    def learns_sequences(self) -> bool:
+        """Whether the forecaster learns from the loads of sequences, all of which this process computes."""
+        return self.ranks.world == 1 and isinstance(self.forecaster, OnlineForecaster)
+
+    def observe(
+        self, load_LE: IntArray, tokens: TokenBatch | None = None, sequences_BLE: IntArray | None = None
+    ) -> None:
         """Adds the load of a batch that has run to the history, and to what the forecaster learns from.
 
         Args:
             load_LE: The load.
             tokens: What `prepare` was given for this batch.
+            sequences_BLE: Loads of its sequences; None if only the batch's is known.
         """
         self.history = np.concatenate([self.history, load_LE[None]])[-HISTORY:]
         if self.ranks.rank == 0 and isinstance(self.forecaster, OnlineForecaster):
-            self._unlearned.append((tokens, load_LE))
+            self._unlearned.append((tokens, load_LE, sequences_BLE))
 
     def close(self) -> None:
         """Ends the thread after its current task, without waiting for a forecast; no copies are started from now on."""
@@ -209,8 +217,8 @@ class Controller:
         if not isinstance(self.forecaster, OnlineForecaster):
             return
         try:
-            for tokens, load in observed:
-                self.forecaster.observe(tokens, load)
+            for tokens, load, sequences in observed:
+                self.forecaster.observe(tokens, load, sequences)
         except FOREIGN as error:  # as in _forecast
             self._fall_back(f"forecaster '{self.forecaster.name}'", error, "it has not learned from all batches")
 

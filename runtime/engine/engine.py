@@ -258,7 +258,7 @@ class Engine:
                     controller.prepare(upcoming.tokens)
                 output = self._forward(current, preparation, exposed_ms)
             if self.replicated.places:  # else nobody uses it, and on CUDA the look would wait for the device
-                controller.observe(output.stats.load, current.tokens)
+                controller.observe(output.stats.load, current.tokens, output.stats.sequence_load)
             yield output
             if failure is not None:
                 raise failure
@@ -273,7 +273,9 @@ class Engine:
         rows = batch.rows(self.ranks.rank, self.ranks.world)
         own = batch.part(rows)
         read = torch.zeros(len(own.tokens.mask)).bool() if own.decoder is None else own.decoder.mask.any(1)
-        with self.replicated.batch(own.tokens, own.decoder, read, preparation is not None, self.measure):
+        with self.replicated.batch(
+            own.tokens, own.decoder, read, preparation is not None, self.measure, self.controller.learns_sequences
+        ):
             stopwatch = Stopwatch(self.loaded.model.device, self.measure)
             with stopwatch:
                 logits = forward(self.loaded.model, own)

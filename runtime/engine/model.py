@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.arrays import FloatArray
+from data.arrays import FloatArray, IntArray
 from data.models.model import LoadedModel
 from data.traces.trace import TokenBatch
 from runtime.balancing.plan import ReplicationPlan
@@ -17,6 +17,7 @@ from runtime.distributed.ranks import Ranks
 from runtime.engine.adapter import adapter_of
 from runtime.engine.batch import BatchStats
 from runtime.engine.controller import Preparation, Transfer
+from runtime.experts.counters import LayerCounters
 from runtime.experts.grouped_mm import measure_overhead
 from runtime.experts.layer import ReplicatedExperts
 from runtime.experts.protocols import Slots
@@ -125,7 +126,13 @@ class ReplicatedModel:
 
     @contextmanager
     def batch(
-        self, tokens: TokenBatch, decoder: TokenBatch | None, read_B: Tensor, prepared: bool, measure: bool
+        self,
+        tokens: TokenBatch,
+        decoder: TokenBatch | None,
+        read_B: Tensor,
+        prepared: bool,
+        measure: bool,
+        by_sequence: bool = False,
     ) -> Iterator[None]:
         """A context for one batch: every layer follows the active plan, computes what is needed, and counts.
 
@@ -137,6 +144,7 @@ class ReplicatedModel:
             read_B: Sequences whose encoder states a decoder reads.
             prepared: Whether the cache's expectations are for this batch.
             measure: Whether to measure times.
+            by_sequence: Whether to count each sequence's load; every layer may run once then.
         """
         device, inputs = self.loaded.model.device, self.loaded.layout.num_input_layers
         skipped_T, skipped_U = (
@@ -151,7 +159,7 @@ class ReplicatedModel:
             self.probes.begin()
         for layer, experts in enumerate(self.layers):
             skipped = skipped_T if layer < inputs else skipped_U
-            experts.begin(self.transfer.plan.phy2log[layer], skipped, measure)
+            experts.begin(self.transfer.plan.phy2log[layer], skipped, measure, len(tokens.mask) if by_sequence else 0)
         try:
             yield
         finally:
@@ -183,7 +191,7 @@ class ReplicatedModel:
             device_load=np.stack([each.device_load for each in counters]),
             sent=np.stack([each.sent for each in counters]),
             busy_ms=busy, waited_ms=waited, compute_ms=compute_ms, exposed_ms=exposed_ms,
-            preparation=preparation, tiers=tiers,
+            preparation=preparation, tiers=tiers, sequence_load=_sequence_load(counters),
         )  # fmt: skip
 
     def _take_ms(self) -> tuple[FloatArray, FloatArray]:
@@ -207,3 +215,10 @@ class ReplicatedModel:
             self.cache.close()
         if not isinstance(self._experts, MemoryBudget | ExpertCache):
             self._experts.release()
+
+
+def _sequence_load(counters: Sequence[LayerCounters]) -> IntArray | None:
+    """Loads of sequences `[B, L, E]`; None if they were not counted, zeros in a layer that did not run."""
+    counted = [each.sequence_load for each in counters]
+    like = next((load for load in counted if load is not None), None)
+    return None if like is None else np.stack([np.zeros_like(like) if load is None else load for load in counted], 1)

@@ -1,6 +1,6 @@
 """LayerCounters: what one MoE layer computed since its counters were reset.
 
-Shape suffixes: E logical experts, G devices.
+Shape suffixes: B sequences, E logical experts, G devices.
 """
 
 import numpy as np
@@ -31,6 +31,7 @@ class LayerCounters:
         self._device_load_G = np.zeros(num_devices, dtype=np.int64)
         self._ends: list[Tensor] = []
         self._download: Download | None = None
+        self._sequences: Download | None = None
 
     @property
     def load(self) -> IntArray:
@@ -43,6 +44,15 @@ class LayerCounters:
         """Tokens each device computed, `[G]`."""
         self._settle()
         return self._device_load_G
+
+    @property
+    def sequence_load(self) -> IntArray | None:
+        """Tokens of each sequence and expert, `[B, E]`; None if they were not counted."""
+        return None if self._sequences is None else self._sequences.numpy()
+
+    def set_sequences(self, load_BE: Tensor) -> None:
+        """Starts to download the loads of the sequences of the batch, which a layer counts in one go."""
+        self._sequences = Download(load_BE)
 
     def add_ends(self, ends_E: Tensor) -> None:
         """Counts a step of the only device, from the rows at which each expert's tokens end on it."""

@@ -25,7 +25,7 @@ from runtime.experts.counters import LayerCounters
 from runtime.experts.dispatch import TokenDispatch, counts_of, plan_dispatch, tokens_of, weighed
 from runtime.experts.grouped_mm import PIECE_ROWS, pieces_of
 from runtime.experts.protocols import Probes, Slots
-from runtime.experts.routing import sort_on_device, sort_on_host
+from runtime.experts.routing import loads_by_sequence, sort_on_device, sort_on_host
 
 OVERLAP_MIN_TOKENS = {"cpu": 512, "cuda": 16384}
 """Assignments a rank from which a layer runs in two halves, one of which travels while the other computes.
@@ -72,20 +72,22 @@ class ReplicatedExperts(nn.Module):
         self.probes: Probes | None = None
         self.waited = Stopwatch(ranks.device, on=False)
         self._skipped_T: Tensor | None = None
+        self._sequences = 0
         self._experts_E: Tensor | None = None
         self._one_device = num_devices == 1 and np.array_equal(phy2log, np.arange(len(phy2log)))
         self.reset_counters()
         self.eval()
 
-    def begin(self, phy2log: IntArray, skipped_T: Tensor | None, measure: bool = True) -> None:
+    def begin(self, phy2log: IntArray, skipped_T: Tensor | None, measure: bool = True, sequences: int = 0) -> None:
         """Begins a batch and resets the counters.
 
         Args:
             phy2log: The layer's row of the active plan, `[P]`.
             skipped_T: Whether the token need not be computed; None computes all tokens.
             measure: Whether to measure times, which on CUDA takes events.
+            sequences: Sequences whose loads are counted each on its own; 0 counts the batch's alone.
         """
-        self.phy2log, self._skipped_T = phy2log, skipped_T
+        self.phy2log, self._skipped_T, self._sequences = phy2log, skipped_T, sequences
         self.measure(measure)
         self.reset_counters()
 
@@ -104,7 +106,7 @@ class ReplicatedExperts(nn.Module):
 
     def end(self) -> None:
         """Ends the batch: from now on all tokens are computed. The counters stay readable."""
-        self._skipped_T = None
+        self._skipped_T, self._sequences = None, 0
         self.counters.download()
 
     def reset_counters(self) -> None:
@@ -142,6 +144,7 @@ class ReplicatedExperts(nn.Module):
         weight_A1 = weight_TK.reshape(-1, 1)
         if hidden_TD.is_cpu:
             assignment_A, counts_2E = sort_on_host(choice, self._skipped_T, self.num_experts)
+            self._count_sequences(assignment_A, counts_2E[0].cumsum(0), weight_A1)
             with self.waited:
                 counts_S2E = self._gather(counts_2E, hidden_TD, choice)
             counts_SE, routed_E = np.ascontiguousarray(counts_S2E[:, 0]), counts_S2E[:, 1].sum(0)
@@ -151,6 +154,7 @@ class ReplicatedExperts(nn.Module):
             assignment_A, ends_E, left_out_A = sort_on_device(choice, self._skipped_T, self._experts_E)
             if self._one_device and self.slots.needs_no_sizes:
                 return self._compute_on_device(hidden_TD, assignment_A, ends_E, left_out_A, weight_A1)
+            self._count_sequences(assignment_A, ends_E, weight_A1)
             # the one point where the host waits for the device: all sizes follow from the counts
             ends_S1E = self._gather(ends_E[None], hidden_TD, choice)
             counts_SE = counts_of(np.ascontiguousarray(ends_S1E[:, 0], dtype=np.int32))
@@ -172,6 +176,11 @@ class ReplicatedExperts(nn.Module):
         rows = self.ranks.gather(torch.cat([rows_NE, forecast_E[None].to(rows_NE.dtype)])).cpu().numpy()
         self.probes.use(rows[:, -1].sum(0))
         return rows[:, :-1]
+
+    def _count_sequences(self, assignment_A: Tensor, ends_E: Tensor, weight_A1: Tensor) -> None:
+        if self._sequences:
+            per_sequence = len(weight_A1) // self._sequences
+            self.counters.set_sequences(loads_by_sequence(assignment_A, ends_E, per_sequence, self._sequences))
 
     def split(self, counts_SE: IntArray) -> IntArray:
         """Assignments from each rank to each slot, `[S, P]`."""

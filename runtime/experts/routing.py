@@ -4,7 +4,7 @@ An assignment is one token at one of its K experts: assignment `a` is the choice
 return one of two things, both called `choice` here: a one-hot `[T, 1, E]`, whose row is zero where a token is dropped
 (Switch, K is 1), or the experts' numbers `[T, K]` (all other families).
 
-Shape suffixes: T tokens, K experts of a token, A = T x K assignments, E experts.
+Shape suffixes: B sequences, T tokens, K experts of a token, A = T x K assignments, E experts.
 """
 
 import numpy as np
@@ -66,6 +66,23 @@ def sort_on_host(choice: Tensor, skipped_T: Tensor | None, num_experts: int) -> 
         expert_A = expert_A.astype(np.int16)  # which numpy sorts by radix
     assignment_A = expert_A.argsort(kind="stable")[: int(counts_2E[0].sum())]
     return torch.from_numpy(assignment_A), torch.from_numpy(counts_2E)
+
+
+def loads_by_sequence(assignment_A: Tensor, ends_E: Tensor, per_sequence: int, sequences: int) -> Tensor:
+    """Assignments of each sequence, int64 `[B, E]`; no call in here waits for the device.
+
+    Args:
+        assignment_A: Assignments sorted by expert; those beyond the last end are not counted.
+        ends_E: Number of assignments up to the last one of each expert.
+        per_sequence: Assignments of one sequence, those of its padding counted.
+        sequences: B.
+    """
+    width = len(ends_E) + 1
+    place_A = torch.arange(len(assignment_A), dtype=ends_E.dtype, device=ends_E.device)
+    expert_A = torch.searchsorted(ends_E, place_A, right=True)
+    counts = ends_E.new_zeros(sequences * width, dtype=torch.int64)
+    key_A = assignment_A.div(per_sequence, rounding_mode="floor") * width + expert_A
+    return counts.scatter_add_(0, key_A, torch.ones_like(key_A)).view(sequences, width)[:, :-1]
 
 
 def _experts_of(choice: Tensor, num_experts: int) -> IntArray:

@@ -206,6 +206,38 @@ def test_devices_that_do_not_divide_are_refused(switch):
         Engine(switch, None, 4, 10)
 
 
+class Pupil(Noise):
+    """Keeps what it is shown."""
+
+    def __init__(self, layout):
+        super().__init__(layout)
+        self.seen = []
+
+    def observe(self, upcoming, load, sequences=None):
+        self.seen.append((upcoming, load, sequences))
+
+
+def test_a_forecaster_that_learns_is_shown_the_load_of_every_sequence(switch):
+    pupil = Pupil(switch.layout)
+    outputs = assert_answers_unchanged(Engine(switch, pupil, DEVICES, REDUNDANT))
+    assert len(pupil.seen) >= len(outputs) // 2
+    alone = [[batch.part(slice(row, row + 1)) for row in range(len(batch.tokens.mask))] for batch in batches()]
+    with Engine(switch, None, 1, 0) as engine:
+        loads = [np.stack([output.stats.load for output in engine.run(iter(rows))]) for rows in alone]
+    for output, load in zip(outputs, loads, strict=True):
+        assert (output.stats.sequence_load == load).all()
+        assert (output.stats.sequence_load.sum(0) == output.stats.load).all()
+    for number, (tokens, load, sequences) in enumerate(pupil.seen):
+        assert torch.equal(tokens.input_ids, batches()[number].tokens.input_ids)
+        assert (load == loads[number].sum(0)).all()
+        assert (sequences == loads[number]).all()
+
+
+def test_sequences_are_not_counted_for_a_forecaster_that_does_not_learn(switch):
+    with Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT) as engine:
+        assert all(output.stats.sequence_load is None for output in engine.run(iter(batches())))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_answers_stay_on_a_gpu_while_a_side_stream_moves_replicas(switch):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.experts.routing import sort_on_device, sort_on_host
+from runtime.experts.routing import loads_by_sequence, sort_on_device, sort_on_host
 
 EXPERTS, K = 5, 3
 CHOICES = st.lists(st.tuples(st.integers(0, EXPERTS), st.booleans()), min_size=1, max_size=40)
@@ -50,3 +50,18 @@ def test_numbers_of_several_experts_for_each_token(all_needed, chosen):
     index = torch.tensor([experts for experts, _ in chosen], dtype=torch.int64).reshape(-1, K)
     skipped = None if all_needed else torch.tensor([not flag for _, flag in chosen], dtype=torch.bool)
     check(index, skipped, [(expert, flag) for experts, flag in chosen for expert in experts])
+
+
+@given(chosen=SEVERAL.filter(lambda chosen: len(chosen) > 1))
+def test_each_sequence_is_counted_on_its_own(chosen):
+    chosen = chosen[: len(chosen) // 2 * 2]  # two sequences of the same length
+    index = torch.tensor([experts for experts, _ in chosen], dtype=torch.int64)
+    skipped = torch.tensor([not flag for _, flag in chosen])
+    expected = [
+        [sum(expert in experts for experts, flag in half if flag) for expert in range(EXPERTS)]
+        for half in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :])
+    ]
+    assignments, counts = sort_on_host(index, skipped, EXPERTS)
+    on_device, ends, _ = sort_on_device(index, skipped, torch.arange(EXPERTS))
+    for sorted_A, ends_E in ((assignments, counts[0].cumsum(0)), (on_device, ends)):
+        assert loads_by_sequence(sorted_A, ends_E, index.numel() // 2, 2).tolist() == expected
