@@ -71,7 +71,7 @@ def measurements() -> list[Step]:
         Step("tiers", python("benchmarks.tiers", *forecasts, "--turns", 3), 900),
         Step("tiers-generate", python("benchmarks.tiers", *forecasts, *generation), 900),
         Step("workloads", python("benchmarks.drift"), 200),
-        Step("planner", python("benchmarks.planner", "--devices", 8, 32, 64, 128), 300),
+        Step("planner", python("benchmarks.planner", "--devices", 8, 32, 64, 128), 600),
     ]
     if (FAMILY / "config.json").exists():  # training it takes as long as all steps together
         family = "--predictor", FAMILY, "--trace", FAMILY_TRACE
