@@ -19,6 +19,8 @@ from data.cli import from_command_line, user_errors
 PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
 FAMILY, FAMILY_TRACE = Path("outputs/qwen3-mini-64/predictor"), Path("outputs/traces/qwen3-mini-64")
 LARGE = Path("outputs/switch-base-64")
+GENERATING = "[lru,lfu,cosine,ours_batch,ours_new,ours,oracle]"
+"""Arms of the benchmark of a memory budget while text is generated."""
 DRAWN = Path("outputs/bench")
 """Where steps draw their pictures."""
 
@@ -44,7 +46,7 @@ def measurements() -> list[Step]:
     """The benchmarks."""
     forecasts = "--predictor", PREDICTOR
     simulated = "--devices", 8, "--redundant", 16, "--out", DRAWN / "simulate"
-    generation = "--mode", "generate", "--turns", 3, "--arms", "[lru,lfu,cosine,ours_batch,ours_new,ours,oracle]"
+    generation = "--mode", "generate", "--turns", 2, "--per_phase", 3
     steps = [
         Step("forecasts", python("predictor.show", PREDICTOR), 60),
         Step(
@@ -69,7 +71,7 @@ def measurements() -> list[Step]:
         Step("one-device", python("benchmarks.one_device", "--repeats", 3), 600),
         Step("replication", python("benchmarks.expert_parallel", "--steps", 40), 400),
         Step("tiers", python("benchmarks.tiers", *forecasts, "--turns", 3), 900),
-        Step("tiers-generate", python("benchmarks.tiers", *forecasts, *generation), 900),
+        Step("tiers-generate", python("benchmarks.tiers", *forecasts, *generation, "--arms", GENERATING), 900),
         Step("workloads", python("benchmarks.drift"), 200),
         Step("planner", python("benchmarks.planner", "--devices", 8, 32, 64, 128), 600),
     ]

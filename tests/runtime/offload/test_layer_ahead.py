@@ -113,15 +113,14 @@ def test_each_layer_is_forecast_once_and_a_step_s_first_layer_twice(deep_folder)
     assert told[3] == pytest.approx([4] * 12, abs=0.01)
 
 
-def test_a_prompt_is_learned_in_part(deep_folder):
+def test_a_pass_of_many_tokens_is_left_to_the_forecast_of_the_batch(deep_folder):
     with Engine(str(deep_folder), device_memory=budget(4)) as engine:
-        seen: list[int] = []
-        probe = engine.replicated.probes.layers[1].probe
-        learn = probe.learn
-        probe.learn = lambda features, *rest: (seen.append(len(features)), learn(features, *rest))
-        engine.generate(prompts(30), **SETTINGS)
-    assert seen == [54]  # every fifth of 270 tokens, because 64 are the most
-    assert MOST_TOKENS == 64
+        engine.generate(prompts(28), **SETTINGS)
+        learned = [layer.probe.steps for layer in engine.replicated.probes.layers]
+        assert learned[1] == 1  # 252 tokens of the encoder
+        engine.generate(prompts(29), **SETTINGS)
+        assert [layer.probe.steps for layer in engine.replicated.probes.layers] == [0, 1, 2 * 11, 2 * 12]
+    assert MOST_TOKENS == 256
 
 
 def test_probes_are_kept_in_the_predictor_s_folder(switch_folder, small_predictor):
