@@ -58,6 +58,7 @@ def measurements() -> list[Step]:
                 DRAWN / "infer/replicas.png",
                 DRAWN / "infer/times.png",
             ),
+            files=(DRAWN / "infer/report.json",),
         ),
         Step(
             "simulate",

@@ -10,6 +10,7 @@ with the folders that they name.
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.support.paper_tables import (
@@ -23,7 +24,7 @@ from benchmarks.support.paper_tables import (
 )
 from benchmarks.support.results import GPU, Results
 from data.cli import OneLineParser, user_errors
-from data.files import write_text
+from data.files import read_json, write_text
 from predictor.evaluation.tables import comparison_table, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,26 @@ def headline(results: Results) -> str:
              f"**{of['largest logit difference']:.1e}** (rounding)", "0"],
         ],
     )  # fmt: skip
+
+
+def held_out(results: Results) -> str:
+    """Balancedness of the main job's held-out batches, by kind of text, in a sentence each."""
+    batches = read_json(results.folder / "main-job-report.json")["each_batch"]
+
+    def both(of: list[dict[str, Any]]) -> str:
+        ours, last = (share(fmean(batch[name] for batch in of)) for name in ("replicated", "last"))
+        return f"{ours} (from the last batch alone {last})"
+
+    kinds = {"every_1": "batches that change the topic every time", "unseen": "of text of a kind never seen"}
+    parts = [
+        f"{len(of)} {words} {both(of)}"
+        for kind, words in kinds.items() if (of := [batch for batch in batches[1:] if batch["phase"] == kind])
+    ]  # fmt: skip
+    return (
+        "Row 2 replays all batches, some of which the predictor was trained on. `make run` ends with "
+        f"{len(batches)} held-out batches, balanced to {both(batches)}. Without the first, which has no last batch: "
+        f"{', '.join(parts)}, where the forecast has to learn first."
+    )
 
 
 def machine(results: Results) -> str:
@@ -258,9 +279,9 @@ def _interval(mean: float, ends: list[float]) -> str:
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     made.__name__: made
-    for made in (headline, machine, machine_below, machine_gpu, machine_below_gpu, forecasts, simulated, main_job,
-                 replication, tiers, generation, ablation, one_device, paper_speed, paper_speed_gpu, paper_claims_gpu,
-                 paper_quality, paper_quality_gpu)
+    for made in (headline, held_out, machine, machine_below, machine_gpu, machine_below_gpu, forecasts, simulated,
+                 main_job, replication, tiers, generation, ablation, one_device, paper_speed, paper_speed_gpu,
+                 paper_claims_gpu, paper_quality, paper_quality_gpu)
 }  # fmt: skip
 
 

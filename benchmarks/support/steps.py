@@ -40,6 +40,7 @@ class Step:
         env: Environment variables it is given beside those of this process.
         counted: Text whose lines on stderr are counted, such as a warning's; none by default.
         pictures: Files that it draws, of which the folder gets copies.
+        files: Other files that it writes, likewise.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Step:
     env: dict[str, str] = field(default_factory=dict)
     counted: str = ""
     pictures: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def run_step(step: Step, out: Path) -> dict[str, Any]:
@@ -73,13 +75,14 @@ def run_step(step: Step, out: Path) -> dict[str, Any]:
         write_json(out / f"{step.name}.json", document)
     if code == 0:
         found["pictures"] = [copied(picture, out / f"{step.name}-{picture.name}") for picture in step.pictures]
+        found["files"] = [copied(file, out / f"{step.name}-{file.name}") for file in step.files]
     return found
 
 
-def copied(picture: Path, path: Path) -> str:
-    """Copies a picture; returns its new name."""
+def copied(file: Path, path: Path) -> str:
+    """Copies a file; returns its new name."""
     with whole_file(path) as aside:
-        shutil.copyfile(picture, aside)
+        shutil.copyfile(file, aside)
     return path.name
 
 

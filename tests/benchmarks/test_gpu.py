@@ -37,7 +37,7 @@ def test_a_failed_or_endless_step_is_recorded_and_the_rest_runs(tmp_path):
         "print(child.pid, flush=True); time.sleep(60)"
     )
     steps = [
-        Step("good", python("print('a table'); print('{\"ms\": 3}')"), 20),
+        Step("good", python("print('a table'); print('{\"ms\": 3}')"), 20, files=(tmp_path / "each.json",)),
         Step("bad", python("import sys; print('why', file=sys.stderr); sys.exit(3)"), 20),
         Step("endless", python(endless), 1.5),
         Step(
@@ -49,6 +49,7 @@ def test_a_failed_or_endless_step_is_recorded_and_the_rest_runs(tmp_path):
         ),
         Step("missing", [str(tmp_path / "no-such-program")], 20),
     ]
+    (tmp_path / "each.json").write_text("[1, 2]")
     began = time.monotonic()
     done = run_all(steps, tmp_path / "out", "A title", "make gpu")
     assert time.monotonic() - began < 40
@@ -58,6 +59,8 @@ def test_a_failed_or_endless_step_is_recorded_and_the_rest_runs(tmp_path):
     assert done[3]["counted"] == {"sync": 2}
     out = tmp_path / "out"
     assert json.loads((out / "good.json").read_text()) == {"ms": 3}
+    assert done[0]["files"] == ["good-each.json"]
+    assert (out / "good-each.json").read_text() == "[1, 2]"
     assert (out / "bad.log").read_text() == "why\n"
     assert not (out / "bad.json").exists()
     assert not alive(int((out / "endless.txt").read_text())), "a step's children end with it"
