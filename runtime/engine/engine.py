@@ -181,8 +181,7 @@ class Engine:
             self.replicated = ReplicatedModel(
                 self.loaded, self.home, self.ranks, self._weights, self.devices_per_node, self.expert_overhead_tokens
             )
-            if self.replicated.probes is not None and self._folder is not None:
-                restore_probes(self._folder, self.replicated.probes, self.loaded.layout)
+            self._restore_probes()
         except BaseException:
             if not isinstance(self._weights, MemoryBudget):
                 self._weights.release()
@@ -204,6 +203,15 @@ class Engine:
         finally:
             self.replicated.close()
             self.ranks.__exit__(*error)
+
+    def _restore_probes(self) -> None:
+        if self.replicated.probes is None or self._folder is None:
+            return
+        try:
+            restore_probes(self._folder, self.replicated.probes, self.loaded.layout)
+        except BaseException:
+            self.replicated.close()  # gives the model its own experts back, and frees the budget
+            raise
 
     def save_probes(self, folder: Path | str) -> Path:
         """Writes what the probes of the next layer have learned to a predictor's folder; returns the file.

@@ -58,20 +58,23 @@ class LayerProbes:
         self._said: list[Said] = []
 
     def forecast(self, hidden_TD: Tensor, choice: Tensor, skipped_T: Tensor | None) -> Tensor:
-        """See `runtime.experts.layer.Probes`; in parts of an assignment, zeros if no layer is forecast."""
+        """See `runtime.experts.protocols.Probes`; in parts of an assignment, zeros if no layer is forecast."""
         self._learn(choice, skipped_T)
         after = self.after
         last = after is not None and after.slots.layer <= self.slots.layer
-        if after is None or len(hidden_TD) > MOST_TOKENS or (last and not self._steps_of(hidden_TD)):
-            return torch.zeros(self.probe.num_experts, dtype=torch.int32, device=hidden_TD.device)
-        feature_TD, each = normalised(hidden_TD), choice.shape[1]
-        if last:
-            feature_TD = self.state_BD = feature_TD.view(-1, self.positions, feature_TD.shape[1])[:, -1]
+        ended = last and not self._steps_of(hidden_TD)
+        if last and not ended:  # the last position of each sequence, of a prompt too
+            hidden_TD = hidden_TD.view(-1, self.positions, hidden_TD.shape[1])[:, -1]
             skipped_T = None if skipped_T is None else skipped_T.view(-1, self.positions)[:, -1]
-        return after.say(after.probe, feature_TD, skipped_T, each)
+        if after is None or ended or len(hidden_TD) > MOST_TOKENS:
+            return torch.zeros(self.probe.num_experts, dtype=torch.int32, device=hidden_TD.device)
+        feature_TD = normalised(hidden_TD)
+        if last:
+            self.state_BD = feature_TD
+        return after.say(after.probe, feature_TD, skipped_T, choice.shape[1])
 
     def use(self, forecast_E: IntArray) -> None:
-        """See `runtime.experts.layer.Probes`."""
+        """See `runtime.experts.protocols.Probes`."""
         if self.after is not None and forecast_E.any():
             self.after.slots.foresee(forecast_E / LOAD_RESOLUTION)
 

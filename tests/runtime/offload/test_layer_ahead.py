@@ -141,8 +141,12 @@ def test_probes_that_are_damaged_or_of_another_model_are_refused(switch_folder, 
         path = engine.save_probes(small_predictor)
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    with pytest.raises(ValueError, match=rf"{PROBES} is not a safetensors file: .*; delete the file"), open_engine():
+    refused = open_engine()
+    with pytest.raises(ValueError, match=rf"{PROBES} is not a safetensors file: .*; delete the file"), refused:
         pass
+    path.unlink()
+    with refused:  # the model was given back and the budget freed
+        refused.generate(prompts(), **SETTINGS)
     path.write_bytes(whole)
     state = load_file(path)
     save_file(state, path, {"fingerprint": "another"})
