@@ -15,6 +15,7 @@ from tests.conftest import small_switch, write_switch
 from tests.helpers.budgets import budget
 from tests.helpers.predictors import untrained
 from tests.helpers.processes import on_ranks
+from tests.helpers.small_qwen3 import write_qwen3
 
 CPU = torch.device("cpu")
 SETTINGS = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -121,6 +122,14 @@ def test_a_pass_of_many_tokens_is_left_to_the_forecast_of_the_batch(deep_folder)
         engine.generate(prompts(29), **SETTINGS)
         assert [layer.probe.steps for layer in engine.replicated.probes.layers] == [0, 1, 2 * 11, 2 * 12]
     assert MOST_TOKENS == 256
+
+
+def test_the_first_step_after_a_long_prompt_is_forecast_from_its_last_positions(switch_folder, tmp_path):
+    write_qwen3(tmp_path, switch_folder)
+    with Engine(str(tmp_path), device_memory="1MiB") as engine:
+        engine.generate(prompts(30), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        learned = [layer.probe.steps for layer in engine.replicated.probes.layers]
+    assert learned == [1] * len(learned)  # of the step, and none of the prompt
 
 
 def test_probes_are_kept_in_the_predictor_s_folder(switch_folder, small_predictor):
