@@ -1,6 +1,6 @@
 # make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
 # make gpu   what only a GPU can show, in one folder under docs/results   make peers  other projects' own code and tests
-# make bench   all that two CPU cores can show, in one folder
+# make bench   all that two CPU cores can show, in one folder       make bench-long  three seeds, more models: hours
 # make docs   the documentation as a site in outputs/site
 # make stress   random cases, damaged files: docs/reliability.md
 PYTHON ?= python3
@@ -15,7 +15,7 @@ IMPORTS := import train; from predictor.recurrence import compile_kernels; compi
 KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
 	balancer.compile_kernels(); dispatch.compile_kernels()
 
-.PHONY: run test smoke docs gpu bench peers peers-engines peers-transformers stress clean
+.PHONY: run test smoke docs gpu bench bench-long peers peers-engines peers-transformers stress clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -46,6 +46,10 @@ gpu: .venv/ready
 # Benchmarks for two CPU cores, in one folder under docs/results; about half an hour, the training of a predictor included.
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks.bench
+
+# Three seeds, the decoder-only model, a model larger than memory: one to two hours, and 35 GB of disk.
+bench-long: .venv/ready
+	@$(BIN)/python -m benchmarks.bench_long
 
 # Both parts run, whichever fails. peers-engines: SGLang's and vLLM's own placement code reads our plans and carries out
 # our moves; the pinned wheels are unpacked into outputs/peers. peers-transformers: transformers' own tests of three

@@ -17,7 +17,6 @@ from benchmarks.support.steps import Step, processor, results_folder, run_and_sa
 from data.cli import from_command_line, user_errors
 
 PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
-FAMILY, FAMILY_TRACE = Path("outputs/qwen3-mini-64/predictor"), Path("outputs/traces/qwen3-mini-64")
 LARGE = Path("outputs/switch-base-64")
 GENERATING = "[lru,lfu,cosine,ours_batch,ours_new,ours,oracle]"
 """Arms of the benchmark of a memory budget while text is generated."""
@@ -47,7 +46,7 @@ def measurements() -> list[Step]:
     forecasts = "--predictor", PREDICTOR
     simulated = "--devices", 8, "--redundant", 16, "--out", DRAWN / "simulate"
     generation = "--mode", "generate", "--turns", 2, "--per_phase", 3
-    steps = [
+    return [
         Step("forecasts", python("predictor.show", PREDICTOR), 60),
         Step(
             "main-job",
@@ -76,10 +75,6 @@ def measurements() -> list[Step]:
         Step("workloads", python("benchmarks.drift"), 200),
         Step("planner", python("benchmarks.planner", "--devices", 8, 32, 64, 128), 600),
     ]
-    if (FAMILY / "config.json").exists():  # training it takes as long as all steps together
-        family = "--predictor", FAMILY, "--trace", FAMILY_TRACE
-        steps.insert(4, Step("ablation-family", python("benchmarks.ablation", *family), 300))
-    return steps
 
 
 def bench(out: Path | None = None) -> int:

@@ -4,8 +4,8 @@
     python -m benchmarks.one_device_family --top-k 4 --device cuda --dtype bfloat16
 
 Qwen3-30B-A3B's experts (2,048 x 768), Zipf loads, one process without replicas. Three arms run in turn on the same
-tokens: the loop over experts (`eager`), `grouped_mm` of transformers, and the slots. Prints a table and, as the last
-line, a JSON document.
+tokens: the loop over experts (`eager`), `grouped_mm` of transformers, and the slots. `padded` batches contain a quarter
+of padding, which only the slots skip. Prints a table and, as the last line, a JSON document.
 """
 
 import argparse
@@ -35,8 +35,8 @@ D_MODEL, D_FF = 2048, 768
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)
 
 
-def arms_of(experts: int, top_k: int, like: torch.Tensor) -> dict[str, Layer]:
-    """The same weights in three ways of computing."""
+def arms_of(experts: int, top_k: int, like: torch.Tensor) -> tuple[dict[str, Layer], ReplicatedExperts]:
+    """The same weights in three ways of computing, and the layer of the slots."""
     config = Qwen3MoeConfig(
         hidden_size=D_MODEL, moe_intermediate_size=D_FF, num_experts=experts, num_experts_per_tok=top_k
     )
@@ -51,16 +51,18 @@ def arms_of(experts: int, top_k: int, like: torch.Tensor) -> dict[str, Layer]:
     slots = ResidentSlots(home, 0, range(1), function, like, whole=stacks)
     layer = ReplicatedExperts(slots, home.phy2log[0], Ranks(device="cuda" if like.is_cuda else "cpu"), 1)
     grouped = partial(grouped_mm_experts_forward, module)
-    return {"eager": module, "grouped": grouped, "slots": partial(layer.compute, training=False)}
+    return {"eager": module, "grouped": grouped, "slots": partial(layer.compute, training=False)}, layer
 
 
 @torch.inference_mode()
 def measure(experts: int, top_k: int, sizes: list[int], repeats: int, like: torch.Tensor) -> list[dict[str, Any]]:
-    """Ratios of times, pair by pair, for every number of tokens."""
+    """Ratios of times, pair by pair, for every number of tokens, with and without padding."""
     torch.manual_seed(0)
-    arms, results = arms_of(experts, top_k, like), []
+    (arms, layer), results = arms_of(experts, top_k, like), []
     popularity = torch.arange(1.0, experts + 1).pow(-1).log()
-    for size in track(sizes, "sizes", console=Console(stderr=True)):
+    cases = [(size, padded) for size in sizes for padded in (False, True) if not padded or size >= 4]
+    for size, padded in track(cases, "sizes", console=Console(stderr=True)):
+        layer.begin_step(torch.arange(size, device=like.device) >= size * 3 // 4 if padded else None)
         times: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(repeats * (1 if size >= 256 else 5)):
             gumbel = -(-torch.rand(size, experts).clamp(min=1e-9).log()).log()
@@ -69,7 +71,7 @@ def measure(experts: int, top_k: int, sizes: list[int], repeats: int, like: torc
             inputs = torch.randn(size, D_MODEL).to(like), index, weight
             for name in list(arms) if turn % 2 else reversed(list(arms)):
                 times[name].append(milliseconds(arms[name], inputs))
-        row: dict[str, Any] = {"tokens": size, "slots_ms": round(median(times["slots"]), 3)}
+        row: dict[str, Any] = {"tokens": size, "padded": padded, "slots_ms": round(median(times["slots"]), 3)}
         results.append(row | ratios(times, "eager", "grouped"))
     return results
 
@@ -89,10 +91,11 @@ def main() -> None:
     results = measure(options.experts, options.top_k, options.sizes, options.repeats, like)
     where = "one thread" if options.device == "cpu" else f"{torch.cuda.get_device_name()}, {options.dtype}"
     table = Table(title=f"Time of the slots over transformers', {options.experts} experts, K {options.top_k}, {where}")
-    for name in ("tokens", "slots ms", "over eager", "quartiles", "over grouped_mm", "quartiles "):
+    for name in ("tokens", "padding", "slots ms", "over eager", "quartiles", "over grouped_mm", "quartiles "):
         table.add_column(name, justify="right")
     for row in results:
-        table.add_row(str(row["tokens"]), f"{row['slots_ms']:.2f}", *cells(row, "eager", "grouped"))
+        padding = "1/4" if row["padded"] else "none"
+        table.add_row(str(row["tokens"]), padding, f"{row['slots_ms']:.2f}", *cells(row, "eager", "grouped"))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     versions = {"torch": torch.__version__, "device": where, "seed": 0}
     print(json.dumps({"experts": options.experts, "top_k": options.top_k, **versions, "results": results}))

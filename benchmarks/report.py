@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.published import HEADLINES, PAPER
+from benchmarks.support.bench_tables import HEADLINES, PAPER
 from benchmarks.support.results import Results, figures
 from data.cli import OneLineParser, print_json, user_errors
 

@@ -4,11 +4,16 @@
     python -m benchmarks.tiers --model outputs/switch-base-64 --predictor outputs/predictor
     python -m benchmarks.tiers --model outputs/switch-base-64 --predictor outputs/predictor --ranks 2
 
-Weights are random, have switch-base's sizes, and are read from disk past the page cache. Which experts are needed was
-recorded from the bundled model's routers on real text. An arm is one policy, or all experts resident. Arms take turns;
-each turn starts with an empty cache, and its first batches are not counted. On a GPU the budget is GPU memory, and host
-memory below it holds all experts. On several ranks each rank has its share of the sequences, of the experts and of the
-budget. Prints tables and, as the last line, one JSON document with the figures of every arm.
+    python -m benchmarks.support.make_qwen3 --out outputs/qwen3-wide-64
+    python -m benchmarks.tiers --model outputs/qwen3-wide-64 --recorded qwen3-mini-64 --mode generate --sequences 2 \
+        --predictor outputs/qwen3-mini-64/predictor
+
+Weights are random, have switch-base's or Qwen3-30B-A3B's sizes, and are read from disk past the page cache. Which
+experts are needed was recorded from a bundled model's routers on real text. An arm is one policy, or all experts
+resident. Arms take turns; each turn starts with an empty cache, and its first batches are not counted. On a GPU the
+budget is GPU memory, and host memory below it holds all experts. On several ranks each rank has its share of the
+sequences, of the experts and of the budget. Prints tables and, as the last line, one JSON document with the figures of
+every arm.
 """
 
 import json
@@ -19,6 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +79,25 @@ class Bench:
         self, model: str, batches: list[RecordedBatch], learned: list[RecordedBatch], small: LoadedModel,
         predictor: Path | None, mode: Mode, ranks: Ranks,
     ) -> None:  # fmt: skip
-        self.switch, self.batches, self.mode, self.ranks = load_dense(model), batches, mode, ranks
-        touch(self.switch.model)
-        self.switch.model.to(ranks.device)
-        self.layout: MoELayout = self.switch.layout
-        self.stored = stored_experts(ModelWeights(model), self.switch.model, self.layout)
-        wanted = [small.layout.num_layers, small.layout.num_input_layers, small.layout.num_experts]
-        if (has := [self.layout.num_layers, self.layout.num_input_layers, self.layout.num_experts]) != wanted:
+        self.loaded, self.batches, self.mode, self.ranks = load_dense(model), batches, mode, ranks
+        touch(self.loaded.model)
+        self.loaded.to(ranks.device)
+        self.layout: MoELayout = self.loaded.layout
+        self.stored = stored_experts(ModelWeights(model), self.loaded.model, self.layout)
+        if (has := shape(self.layout)) != (wanted := shape(small.layout)):
             raise ValueError(
-                f"{model} has {has} MoE layers, encoder MoE layers and experts, the recording has {wanted}; "
-                "see --help for make_switch's options"
+                f"{model} has (family, MoE layers, experts, experts of a token) = {has}, the recording has {wanted}; "
+                "see the options of make_switch and make_qwen3"
             )
-        self.routers: list[RecordedRouter] = play_back(self.switch.model, self.layout)
+        self.routers: list[RecordedRouter] = play_back(self.loaded.model, self.layout)
         homes = contiguous_homes(self.layout.num_layers, self.layout.num_experts)
         self.home = ReplicationPlan.at_home(homes, ranks.world, 0)
         self.own_E = np.arange(self.layout.num_experts) * ranks.world // self.layout.num_experts == ranks.rank
         self.forecaster: Forecaster | None = None
         if predictor is not None:
-            self.forecaster = load_predictor(predictor, small.layout, small.model.shared.weight.detach().float())
+            self.forecaster = load_predictor(
+                predictor, small.layout, small.model.get_input_embeddings().weight.detach().float()
+            )
         self.loads = np.stack([batch.load(self.layout) for batch in batches])
         self.forecast_ms: list[float] = []
         self.small, self.learned = small, learned
@@ -115,7 +122,7 @@ class Bench:
         with (
             ResidentPeak() as peak,
             ExpertCache(files, policy, *memory, self.ranks.device) as cache,
-            closing(ReplicatedModel(self.switch, self.home, self.ranks, cache)) as replicated,
+            closing(ReplicatedModel(self.loaded, self.home, self.ranks, cache)) as replicated,
             ThreadPoolExecutor(1) as forecasting,
         ):
             if arm == "all_resident":
@@ -130,7 +137,7 @@ class Bench:
                 began = time.perf_counter()
                 ready.result()
                 own = self.own_sequences(batch)
-                decoder = None if self.mode == "generate" else own.decoder
+                decoder = None if self.mode == "generate" or self.layout.causal else own.decoder
                 with replicated.batch(own.tokens, decoder, own.decoder.mask.any(1), prepared=True, measure=False):
                     if number + 1 < len(self.batches):
                         ready = forecasting.submit(self._forecast, arm, cache, number + 1)
@@ -156,10 +163,12 @@ class Bench:
                 layer.probes = None
             return None
         assert replicated.probes is not None
-        handle = foresee(replicated, self.routers, self.small.model.shared, self.layout.d_model)
+        handle = foresee(
+            replicated, self.routers, self.small.model.get_input_embeddings(), self.layout.d_model, self.mode
+        )
         if arm == "ours":
             if self.probes is None:
-                learn(replicated.probes, self.learned, self.layout.num_input_layers, self.layout.d_model)
+                learn(replicated.probes, self.learned, self.layout, self.layout.d_model)
                 self.probes = replicated.probes.state()
             replicated.probes.restore(self.probes)
         return handle
@@ -194,26 +203,26 @@ class Bench:
     def run(self, own: RecordedBatch) -> None:
         """Runs this rank's sequences through the model, with the experts modules that it has now."""
         device = self.ranks.device
-        for layer, router in enumerate(self.routers):
-            decoding = layer >= self.layout.num_input_layers
-            router.batch, router.step = own, 0 if decoding and self.mode == "generate" else None
+        for router in self.routers:
+            router.begin(own)
         if self.mode == "generate":
-            steps = own.decoder.input_ids.shape[1]
-            self.switch.model.generate(
+            steps = own.steps(self.layout)
+            self.loaded.model.generate(
                 input_ids=own.tokens.input_ids.to(device), attention_mask=own.tokens.mask.long().to(device),
                 max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
             )  # fmt: skip
         else:
-            forward(self.switch.model, ModelBatch(own.tokens, own.decoder if self.mode == "full" else None))
+            decoder = own.decoder if self.mode == "full" and not self.layout.causal else None
+            forward(self.loaded.model, ModelBatch(own.tokens, decoder))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     def plain(self, model: str, warm: int) -> Turn:
         """Runs all batches with the model's own experts modules, all in memory."""
         own_modules, names = load_model(model).model.to(self.ranks.device), self.layout.modules
-        offloaded = [self.switch.model.get_submodule(name) for name in names]
+        offloaded = [self.loaded.model.get_submodule(name) for name in names]
         for name in names:
-            self.switch.model.set_submodule(name, own_modules.get_submodule(name))
+            self.loaded.model.set_submodule(name, own_modules.get_submodule(name))
         turn = Turn()
         for number, batch in enumerate(self.batches):
             began = time.perf_counter()
@@ -222,12 +231,18 @@ class Bench:
                 turn.seconds.append(time.perf_counter() - began)
                 turn.tokens.append(self.tokens(batch))
         for name, module in zip(names, offloaded, strict=True):
-            self.switch.model.set_submodule(name, module)
+            self.loaded.model.set_submodule(name, module)
         return turn
+
+
+def shape(layout: MoELayout) -> tuple[str, int, int, int]:
+    """What a recording and the model that repeats it must share."""
+    return layout.family, layout.num_layers, layout.num_experts, layout.experts_per_token
 
 
 def tiers(
     model: str = "outputs/switch-base-64",
+    recorded: str = BUNDLED,
     predictor: Path | None = None,
     budget: float = 0.25,
     sequences: int = 8,
@@ -245,11 +260,13 @@ def tiers(
     """Runs the benchmark.
 
     Args:
-        model: Folder made by make_switch with as many layers and experts as the bundled model: 4 blocks, 64 experts.
-        predictor: Folder that train.py wrote for the bundled model; without it, 'ours' has no forecasts.
+        model: Folder made by make_switch or make_qwen3 with as many layers and experts as the recorded model.
+        recorded: Bundled model whose routing is recorded.
+        predictor: Folder that train.py wrote for the recorded model; without it, 'ours' has no forecasts.
         budget: Share of the bytes of all experts (0 to 1).
         sequences: Number of sequences of a batch.
-        length: Largest number of tokens of a sequence.
+        length: Largest number of tokens of a sequence; a decoder-only model that generates gets half of them as its
+            prompt, and writes the rest.
         mode: Encoder and decoder at once, the encoder alone, or generation step by step.
         phases: Kinds of traffic, in order.
         per_phase: Number of held-out batches of each phase.
@@ -274,11 +291,13 @@ def tiers(
         torchrun(["--standalone", "--nproc-per-node", str(ranks), "-m", "benchmarks.tiers", *sys.argv[1:]])
         return
     torch.set_num_threads(1)
-    small = load_model(BUNDLED)
+    small = load_model(recorded)
+    if small.layout.causal and mode == "encoder":
+        raise ValueError(f"mode is encoder, and {recorded} has none; expected full or generate")
     batching = BatchingConfig(batches=40, smallest=sequences, largest=sequences, length=length)
     with Ranks() as group:
-        batches = record(small, batching, phases, per_phase)
-        learned = record(small, batching, SEEN, TRAINING, "train") if "ours" in arms else []
+        batches = record(small, batching, phases, per_phase, mode=mode)
+        learned = record(small, batching, SEEN, TRAINING, "train", "generate") if "ours" in arms else []
         bench = Bench(model, batches, learned, small, predictor, mode, group)
         kept: dict[str, list[Turn]] = {arm: [] for arm in (["plain"] if plain else []) + list(arms)}
         speed = read_speed(ThrottledFiles(bench.stored, bench.layout, torch.float32))
@@ -291,7 +310,7 @@ def tiers(
     needed = [needed_LE.sum() for batch in bench.batches[warm:] for needed_LE in batch.passes(bench.layout, mode)]
     setting = {
         "budget": budget, "sequences": sequences, "length": length, "mode": mode, "batches": len(bench.batches) - warm,
-        "turns": turns, "expert_bytes": 2 * 4 * bench.layout.d_model * bench.layout.d_ff, "mbps_limit": mbps,
+        "turns": turns, "expert_bytes": 4 * sum(map(prod, bench.stored.format.shapes)), "mbps_limit": mbps,
         "ranks": ranks, "needed_per_pass": float(np.mean(needed)),
         "forecast_ms": float(np.median(bench.forecast_ms)) if bench.forecast_ms else None, **speed,
     }  # fmt: skip

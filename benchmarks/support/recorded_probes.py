@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from benchmarks.support.recorded import RecordedBatch, RecordedRouter
+from benchmarks.support.recorded import Mode, RecordedBatch, RecordedRouter
 from data.arrays import IntArray
+from data.models.layout import MoELayout
 from runtime.engine.model import ReplicatedModel
 from runtime.offload.layer_ahead import LayerProbes, ModelProbes
 
@@ -27,9 +28,7 @@ class RecordedProbes:
     def forecast(self, hidden_TD: Tensor, choice: Tensor, skipped_T: Tensor | None) -> Tensor:
         """See `runtime.experts.protocols.Probes`."""
         router = self._router
-        assert router.batch is not None, "no batch was set"
-        step = None if router.step is None else router.step - 1  # the router has run and counted it
-        recorded_TD = hidden_states(router.batch, router.layer, step, hidden_TD.shape[1]).to(hidden_TD)
+        recorded_TD = hidden_states(router.batch, router.layer, router.columns, hidden_TD.shape[1]).to(hidden_TD)
         return self._probes.forecast(recorded_TD, choice, skipped_T)
 
     def use(self, forecast_E: IntArray) -> None:
@@ -40,7 +39,7 @@ class RecordedProbes:
 class RepeatedEmbedding(nn.Module):
     """The recorded model's embeddings, repeated to a width."""
 
-    def __init__(self, embedding: nn.Embedding, width: int) -> None:
+    def __init__(self, embedding: Any, width: int) -> None:
         super().__init__()
         self._embedding, self._times = embedding, width // embedding.embedding_dim
 
@@ -49,39 +48,60 @@ class RepeatedEmbedding(nn.Module):
         return torch.tile(self._embedding(ids.cpu()), (self._times,)).to(ids.device)
 
 
-def hidden_states(batch: RecordedBatch, layer: int, step: int | None, width: int) -> Tensor:
-    """What the recorded router of a layer read, `[T, D]`; `step` picks one decoder position of each sequence."""
-    recorded = batch.hidden[layer] if step is None else batch.hidden[layer][:, step]
+def hidden_states(batch: RecordedBatch, layer: int, columns: slice, width: int) -> Tensor:
+    """What the recorded router of a layer read at some positions of each sequence, `[T, D]`."""
+    recorded = batch.hidden[layer][:, columns]
     return torch.tile(recorded.flatten(0, -2), (width // recorded.shape[-1],))
 
 
-def foresee(replicated: ReplicatedModel, routers: Sequence[RecordedRouter], embedding: nn.Embedding, width: int) -> Any:
-    """Has a model's probes read recorded hidden states and tokens; returns the handle of a hook."""
+def foresee(
+    replicated: ReplicatedModel, routers: Sequence[RecordedRouter], embedding: nn.Module, width: int, mode: Mode
+) -> Any:
+    """Has a model's probes read recorded hidden states and tokens.
+
+    Returns:
+        The handle of a hook; in generation it begins the steps.
+    """
     probes = replicated.probes
     assert probes is not None
     probes.embedding = RepeatedEmbedding(embedding, width)
     for layer, router, own in zip(replicated.layers, routers, probes.layers, strict=True):
         layer.probes = RecordedProbes(own, router)
 
-    def begin_step(module: nn.Module, args: tuple[Any, ...]) -> None:
-        batch, step = routers[-1].batch, routers[-1].step
-        if batch is not None and step is not None:
-            probes.begin_step(batch.decoder.input_ids[:, step : step + 1].to(replicated.adapter.like.device))
+    def begin_step(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        if mode == "generate":
+            last, layout = routers[-1], replicated.loaded.layout
+            columns = last.following(inputs["input_ids"].shape[1])
+            probes.begin_step(written(last.batch, layout, columns).to(replicated.adapter.like.device))
 
-    return replicated.adapter.stepper.register_forward_pre_hook(begin_step)
+    return replicated.adapter.stepper.register_forward_pre_hook(begin_step, with_kwargs=True)
+
+
+def written(batch: RecordedBatch, layout: MoELayout, columns: slice) -> Tensor:
+    """Tokens that the layers of a step of generation are given, `[B, U]`."""
+    both = [batch.tokens.input_ids, batch.decoder.input_ids]
+    return (torch.cat(both, 1) if layout.causal else both[1])[:, columns]
 
 
 @torch.inference_mode()
-def learn(probes: ModelProbes, batches: Sequence[RecordedBatch], inputs: int, width: int) -> None:
-    """Has probes learn from recorded generation, without a model that runs; `inputs` encoder layers come first."""
+def learn(probes: ModelProbes, batches: Sequence[RecordedBatch], layout: MoELayout, width: int) -> None:
+    """Has probes learn from recorded generation, without a model that runs."""
     for batch in batches:
         probes.begin()
-        for step in range(batch.decoder.input_ids.shape[1]):
-            probes.begin_step(batch.decoder.input_ids[:, step : step + 1])
-            for layer in probes.layers[inputs if step else 0 :]:
-                number = layer.slots.layer
-                at = None if number < inputs else step
-                experts = batch.experts[number] if at is None else batch.experts[number][:, step]
-                kept = batch.kept[number].flatten() if at is None else torch.ones_like(experts)
-                choice = one_hot(experts.flatten().long(), layer.probe.num_experts) * kept[:, None]
-                layer.forecast(hidden_states(batch, number, at, width), choice[:, None], None)
+        for step in range(batch.steps(layout)):
+            last = batch.columns(layout.num_layers - 1, layout, "generate", step)
+            probes.begin_step(written(batch, layout, last))
+            for number, layer in enumerate(probes.layers):
+                columns = batch.columns(number, layout, "generate", step)
+                experts = batch.experts[number][:, columns].flatten(0, 1).long()
+                if len(experts):
+                    hidden_TD = hidden_states(batch, number, columns, width)
+                    layer.forecast(hidden_TD, _choice(batch, number, columns, layout, experts), None)
+
+
+def _choice(batch: RecordedBatch, layer: int, columns: slice, layout: MoELayout, experts_NK: Tensor) -> Tensor:
+    """A router's choice as the layer's probes are given it: of a Switch model one-hot `[N, 1, E]`, else `[N, K]`."""
+    if layout.causal:
+        return experts_NK
+    kept = batch.kept[layer][:, columns].flatten() if layer < layout.num_input_layers else torch.ones(len(experts_NK))
+    return one_hot(experts_NK[:, 0], layout.num_experts)[:, None] * kept[:, None, None]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks.bench
+import benchmarks.bench_long
 import benchmarks.report
 from benchmarks.published import BLOCK, PAGES, generated
 from benchmarks.support.results import BENCH, GPU, Results, figures
@@ -33,7 +34,7 @@ def test_a_figure_that_was_edited_is_found(monkeypatch):
     edited = text.replace(block, f"{block[:digit]}{(int(block[digit]) + 1) % 10}{block[digit + 1 :]}")
     assert edited != text
     assert generated(edited) == text
-    with pytest.raises(ValueError, match="no block of figures is called 'headlin'; expected one of headline, "):
+    with pytest.raises(ValueError, match=r"no block of figures is called 'headlin'; expected one of .*, headline, "):
         generated(text.replace(f"figures: {name}", "figures: headlin"))
 
 
@@ -121,11 +122,14 @@ def test_numbers_of_a_document_by_their_paths():
 
 
 def test_steps_of_the_benchmark_are_commands_that_parse(parse, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(benchmarks.bench, "FAMILY", tmp_path)
-    (tmp_path / "config.json").touch()
     monkeypatch.setattr(benchmarks.bench, "LARGE", tmp_path / "none")
-    steps = benchmarks.bench.preparation() + benchmarks.bench.measurements()
-    names = [step.name for step in steps]
-    assert len(set(names)) == len(names)
-    assert {"model", "forecasts", "simulate", "ablation-family", "tiers"} <= set(names)
+    for name in ("WIDE", "VAST", "FAMILY", "RECORDED"):
+        monkeypatch.setattr(benchmarks.bench_long, name, tmp_path / name.lower())
+    monkeypatch.setattr(benchmarks.bench_long, "RECORDED_TRACE", tmp_path)
+    each = [made.preparation() + made.measurements() for made in (benchmarks.bench, benchmarks.bench_long)]
+    for steps, expected in zip(each, ("model forecasts tiers", "train-family-0 regimes tiers-family"), strict=True):
+        names = [step.name for step in steps]
+        assert len(set(names)) == len(names)
+        assert set(expected.split()) <= set(names)
+    steps = [step for steps in each for step in steps]
     assert {step.name: said for step in steps if (said := parse(shlex.split(as_typed(step.command))))} == {}
