@@ -61,6 +61,22 @@ def by_seed_long(results: Results) -> str:
     return markdown(["", "forecast", *STREAMS.values()], rows)
 
 
+def networks_long(results: Results) -> str:
+    """The networks of two papers beside ours, as trained."""
+    found = results.document("networks")["metrics"]
+    names = {"load_tv": "load_tv", SIXTEEN: "balancedness, 16 slots", EIGHT: "8 slots"}
+    rows = [
+        [title, network, *(_with_interval(found[stream][key], name) for stream in STREAMS)]
+        for name, title in names.items()
+        for key, network in {"ours": "ours", "paper": "the paper's", "sida": "SiDA's"}.items()
+    ]
+    return markdown(["", "network", *STREAMS.values()], rows)
+
+
+def _with_interval(scores: dict[str, Any], name: str) -> str:
+    return f"{share(scores[name])} [{', '.join(map(share, scores[f'{name}_interval']))}]"
+
+
 def family_long(results: Results) -> str:
     """README's table of the decoder-only model."""
     found: Metrics = results.document("seeds-family")["metrics"]
@@ -91,10 +107,17 @@ def family_long(results: Results) -> str:
 def family_machine_long(results: Results) -> str:
     """Where the table of the decoder-only model comes from, and how exact the running model is."""
     difference = results.document("main-job-family")["max_logit_difference"]
+    policies = {"EPLB": "last, eplb, even", "EPLB with our split": "last, eplb, quota",
+                "our planner, last batch": "last, home, quota", "Switchcast": "adaptive, home, quota"}  # fmt: skip
+    replayed = {", ".join(row[name] for name in ("forecast", "planner", "split")): row["balancedness"]
+                for row in results.document("simulate-family")["results"]}  # fmt: skip
+    balance = listed([f"{share(replayed[policy])} ({name})" for name, policy in policies.items()])
     link = results.folder / "README.md"
     return (
-        f"Seeds 0, 1 and 2 (smallest to largest), `make bench-long` on {results.hardware}: [all steps]({link}). In the "
-        f"running model logits differ by {difference:.1e} from the plain model's."
+        f"Seeds 0, 1 and 2 (smallest to largest), `make bench-long` on {results.hardware}: [all steps]({link}). EPLB "
+        "plans each batch from the last one and splits evenly. Over all batches of the trace, some of which the "
+        f"predictor was trained on, the balancedness with 16 slots is {balance}. In the running model logits differ by "
+        f"{difference:.1e} from the plain model's."
     )
 
 

@@ -1,6 +1,7 @@
 """Folders of results: figures of README and docs come from them, and folders can be compared."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 import benchmarks.bench
 import benchmarks.bench_long
 import benchmarks.report
-from benchmarks.published import BLOCK, PAGES, generated
-from benchmarks.support.results import BENCH, GPU, Results, figures
+from benchmarks.published import BLOCK, PAGES, generated, written_by
+from benchmarks.support.results import BENCH, GPU, LONG, Results, figures
 from benchmarks.support.steps import Step, as_typed, run_all
 from tests.test_docs import parse  # noqa: F401  (a fixture)
 
@@ -26,6 +27,39 @@ def test_figures_of_a_page_are_those_of_the_folder_that_it_names(page, monkeypat
     assert generated(text) == text, "python -m benchmarks.published FOLDER writes the figures anew"
 
 
+MEASURED = re.compile(r"(?<![\w.])\.\d{2,}|\d ?%|\de-\d|\b\d+:\d\d\b|\d (?:ms|s|seconds|minutes|hours|MB|GB|GiB)\b")
+"""Figures as a page writes them: .964, 23 %, 1.4e-06, 3:22, 7 s."""
+OTHERS = ("trades 5-10 % of quality", "gives up 5-10 % of quality")
+"""What others state of themselves."""
+
+
+def by_hand(text: str) -> list[str]:
+    """Figures of a page outside of its generated blocks, code and links."""
+    for noise in (BLOCK, re.compile(r"```.*?```", re.DOTALL), re.compile(r"`[^`]*`"), re.compile(r"\]\([^)]*\)")):
+        text = noise.sub(" ", text)
+    for stated in OTHERS:
+        text = text.replace(stated, " ")
+    return MEASURED.findall(text)
+
+
+def test_no_figure_of_readme_is_written_by_hand():
+    assert by_hand((ROOT / "README.md").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("balanced to .976 (.971)", [".976", ".971"]),
+        ("saves 23 % and 5%", ["3 %", "5%"]),
+        ("equal to 1.4e-06", ["4e-0"]),
+        ("took 3:22 minutes", ["3:22"]),
+        ("Python 3.11, `.976` of 64 experts, [7 s](a.md#.97)", ["7 s"]),
+    ],
+)
+def test_figures_written_by_hand_are_found(written, found):
+    assert by_hand(written) == found
+
+
 def test_a_figure_that_was_edited_is_found(monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text()
@@ -38,14 +72,14 @@ def test_a_figure_that_was_edited_is_found(monkeypatch):
         generated(text.replace(f"figures: {name}", "figures: headlin"))
 
 
-def test_a_folder_of_a_gpu_fills_the_blocks_of_gpus_alone(monkeypatch):
+def test_a_folder_fills_the_blocks_of_its_command_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
-    page, commands = (ROOT / "docs/results/README.md").read_text(), {}
+    page, folders = (ROOT / "docs/results/README.md").read_text(), {}
     for name, folder, _ in BLOCK.findall(page):
-        commands.setdefault(name.endswith("_gpu"), set()).add((Results(Path(folder)).command, folder))
-    (bench,), (gpu,) = commands[False], commands[True]
-    assert (bench[0], gpu[0]) == (BENCH, GPU)
-    for folder in (bench[1], gpu[1]):
+        folders.setdefault(written_by(name), set()).add(folder)
+    assert set(folders) == {BENCH, LONG, GPU}
+    for command, (folder,) in folders.items():
+        assert Results(Path(folder)).command == command
         assert generated(page, Path(folder)) == page
 
 
