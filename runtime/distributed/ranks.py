@@ -38,6 +38,11 @@ _stores: dict[tuple[str | None, ...], Any] = {}
 0 has closed would join the old one."""
 
 
+def rows_of(size: int, rank: int, world: int) -> slice:
+    """Which of `size` sequences one of several ranks runs: all ranks run the same number, or one sequence less."""
+    return slice(rank * size // world, (rank + 1) * size // world)
+
+
 class Ranks:
     """The ranks of a job; `with ranks:` opens the process groups and starts the heartbeat.
 
@@ -189,6 +194,18 @@ class Ranks:
         flag = torch.tensor([int(ready)])
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag.item())
+
+    def collect(self, array: IntArray) -> IntArray:
+        """Every rank's array, of the same shape `[...]` on all ranks, as `[world, ...]` on rank 0 alone.
+
+        Travels in the background group; the other ranks get their own array, as `[1, ...]`.
+        """
+        if self.world == 1:
+            return array[None]
+        own = torch.from_numpy(np.ascontiguousarray(array))
+        rows = [torch.empty_like(own) for _ in range(self.world)] if self.rank == 0 else None
+        dist.gather(own, rows, group=self.background)
+        return array[None] if rows is None else torch.stack(rows).numpy()
 
     def broadcast(self, array: IntArray) -> IntArray:
         """Rank 0's array, in the background group; the other ranks pass an array of the same shape."""

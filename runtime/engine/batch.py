@@ -14,6 +14,7 @@ from data.models.generation import padding_id, start_id
 from data.traces.trace import TokenBatch
 from runtime.balancing.split import balancedness, mean_balancedness
 from runtime.distributed.device import to_device
+from runtime.distributed.ranks import rows_of
 from runtime.engine.controller import Preparation
 
 IGNORED_LABEL = -100
@@ -80,9 +81,8 @@ class ModelBatch:
         return batch
 
     def rows(self, rank: int, world: int) -> slice:
-        """The sequences that one of several ranks runs: all ranks run the same number, or one sequence less."""
-        size = len(self.tokens.mask)
-        return slice(rank * size // world, (rank + 1) * size // world)
+        """The sequences that one of several ranks runs; see `rows_of`."""
+        return rows_of(len(self.tokens.mask), rank, world)
 
     def part(self, rows: slice) -> "ModelBatch":
         """Some of the sequences; if there are none, one of padding, so that the rank still joins the collectives."""
@@ -142,8 +142,7 @@ class BatchStats:
         exposed_ms: Milliseconds that this rank waited for the preparation before the forward.
         preparation: What was done ahead of this batch; None if nothing was ready.
         tiers: Counters of each tier of this rank's cache so far (see `CacheStats`); empty if all experts fit.
-        sequence_load: The load of each sequence, `[B, L, E]`; None if nobody learns from it: no forecaster does, or the
-            sequences are spread over several ranks.
+        sequence_load: The load of each of this rank's sequences, `[b, L, E]`; None if no forecaster learns from it.
     """
 
     load: IntArray

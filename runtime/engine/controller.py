@@ -28,7 +28,7 @@ from predictor.forecast import Forecaster, LoadForecast, LoadHistory, NoHistoryE
 from runtime.balancing.plan import ReplicationPlan, SlotMove
 from runtime.balancing.planner import Planner
 from runtime.distributed.device import use_device
-from runtime.distributed.ranks import Ranks
+from runtime.distributed.ranks import Ranks, rows_of
 
 HISTORY = 64
 """Batches whose loads are kept."""
@@ -39,7 +39,7 @@ CLOSE_S = 5.0
 MOST_TOKENS = 1e12
 """Tokens for one expert above which a forecast counts as broken."""
 Observed = tuple[TokenBatch | None, IntArray, IntArray | None]
-"""The tokens of a batch that has run, its load `[L, E]`, and the loads of its sequences `[B, L, E]`, if known."""
+"""The tokens of a batch that has run, its load `[L, E]`, and, if known, those of this rank's sequences `[b, L, E]`."""
 FOREIGN = (Exception, SystemExit)
 """What the code of others may raise without ending the run."""
 log = logging.getLogger(__name__)
@@ -168,8 +168,8 @@ class Controller:
 
     @property
     def learns_sequences(self) -> bool:
-        """Whether the forecaster learns from the loads of sequences, all of which this process computes."""
-        return self.ranks.world == 1 and isinstance(self.forecaster, OnlineForecaster)
+        """Whether the forecaster learns from the loads of sequences."""
+        return isinstance(self.forecaster, OnlineForecaster)
 
     def observe(
         self, load_LE: IntArray, tokens: TokenBatch | None = None, sequences_BLE: IntArray | None = None
@@ -179,10 +179,10 @@ class Controller:
         Args:
             load_LE: The load.
             tokens: What `prepare` was given for this batch.
-            sequences_BLE: Loads of its sequences; None if only the batch's is known.
+            sequences_BLE: Loads of this rank's sequences; None, on all ranks, if only the batch's is known.
         """
         self.history = np.concatenate([self.history, load_LE[None]])[-HISTORY:]
-        if self.ranks.rank == 0 and isinstance(self.forecaster, OnlineForecaster):
+        if self.learns_sequences:
             self._unlearned.append((tokens, load_LE, sequences_BLE))
 
     def close(self) -> None:
@@ -194,6 +194,7 @@ class Controller:
 
     def _prepare(self, upcoming: TokenBatch | None, history: LoadHistory, observed: list[Observed]) -> Preparation:
         times, forecast, target = [time.perf_counter()], None, self.transfer.plan
+        observed = [(tokens, load, self._of_all_ranks(tokens, own)) for tokens, load, own in observed]
         if self.ranks.rank == 0:
             self._learn(observed)
             forecast = self._forecast(upcoming, history)
@@ -211,6 +212,16 @@ class Controller:
         each = Counter(move.layer for move in moves)
         layer_moves = tuple(each[layer] for layer in range(len(target.phy2log)))
         return Preparation(forecast, layer_moves, self.transfer.nbytes(moves), *spans)
+
+    def _of_all_ranks(self, tokens: TokenBatch | None, own_BLE: IntArray | None) -> IntArray | None:
+        """Loads of all sequences of a batch, `[B, L, E]`, on rank 0; each rank has those of its own, `[b, L, E]`."""
+        if own_BLE is None or tokens is None or self.ranks.world == 1:
+            return own_BLE
+        size, world = len(tokens.mask), self.ranks.world
+        counts = [len(range(size)[rows_of(size, rank, world)]) for rank in range(world)]
+        padded = np.zeros((max(counts), *own_BLE.shape[1:]), dtype=np.int32)
+        padded[: counts[self.ranks.rank]] = own_BLE[: counts[self.ranks.rank]]
+        return np.concatenate([part[:count] for part, count in zip(self.ranks.collect(padded), counts, strict=False)])
 
     def _learn(self, observed: list[Observed]) -> None:
         """Lets the forecaster learn from batches that have run, before it forecasts the next."""

@@ -97,6 +97,36 @@ def test_outputs_equal_the_unmodified_models_on_any_number_of_ranks(world):
         assert found["restored"], rank
 
 
+class Pupil(Noise):
+    """Keeps what it is shown."""
+
+    def __init__(self, layout):
+        super().__init__(layout)
+        self.seen = []
+
+    def observe(self, upcoming, load, sequences=None):
+        self.seen.append((upcoming.input_ids.tolist(), load.tolist(), sequences.tolist()))
+
+
+def lessons(rank: int) -> list[object]:
+    """What a forecaster was shown of batches of which some have fewer sequences than there are ranks."""
+    switch = model()
+    pupil, stream = Pupil(switch.layout), [*unusual(), *batches(3)]
+    with Engine(switch, pupil, None, 16) as engine:
+        for _ in engine.run(iter([*stream, stream[-1]])):
+            engine.controller.commit(wait=True)  # nothing is late, so that every batch is shown
+    return pupil.seen
+
+
+def test_rank_0_learns_from_the_loads_of_all_ranks_sequences():
+    alone, (shown, *others) = lessons(0), on_ranks(3, lessons)
+    assert isinstance(shown, list), shown
+    assert others == [[], []]
+    assert len(alone) == len(unusual()) + 2  # the last two are followed by no forecast
+    assert min(len(ids) for ids, _, _ in alone) < 3
+    assert shown == alone
+
+
 def two_hundred(rank: int) -> tuple[float, int]:
     """200 small batches under random plans: the largest difference, and the growth of memory after the first 50."""
     switch = model()
