@@ -117,7 +117,7 @@ def balancedness_of(layout: MoELayout, redundant: int) -> Callable[[LoadForecast
 
 
 def train(cli: TrainCLI, run_log: RunLog) -> dict[str, Any] | None:
-    """Fits, tests the best checkpoint, exports, reports; returns the last line, on the main process only."""
+    """Fits, tests the best checkpoint, exports, reports; returns the document for a pipe, on the main process only."""
     started, folder, config = time.perf_counter(), Path(cli.config["predictor"]), cli.config
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     trial = config["trainer"]["fast_dev_run"]
@@ -212,7 +212,7 @@ def refusals_of_lightning() -> Iterator[None]:
 
 
 def main() -> None:
-    """Command line: only --help and the last line go to stdout."""
+    """Command line: only --help and the document for a pipe go to stdout."""
     for kind in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # nothing of W&B's outside outputs/
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path("outputs/wandb").absolute()))
     os.environ |= {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}

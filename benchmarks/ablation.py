@@ -16,12 +16,11 @@ the batches between them are replayed too, and count in no figure. Each row keep
 - the true load: what a perfect forecast would reach.
 
 Prints balancedness by part of the stream, with 95 % block bootstrap intervals over all batches, and the experts moved a
-layer and batch; the last line is one JSON document. One device and a memory budget: `benchmarks.paper_speed` and
+layer and batch; in a pipe, the last line is JSON. One device and a memory budget: `benchmarks.paper_speed` and
 `benchmarks.tiers`, whose arms are ablations of their own.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.cli import user_errors
+from data.cli import print_json, user_errors
 from data.traces.load_stream import LoadStream, open_stream
 from data.traces.store import open_trace
 from predictor.baselines.history import LastBatch
@@ -171,7 +170,7 @@ def main() -> None:
         report = measure(given.trace, given.predictor, given.redundant)
     report |= {"predictor": str(given.predictor), "torch": torch.__version__}
     show(report, Console(width=None if sys.stdout.isatty() else 140))
-    print(json.dumps(report))
+    print_json(report)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def bench(out: Path | None = None) -> int:
 
 
 def main() -> None:
-    """Command line; the last line of stdout is one JSON document."""
+    """Command line; in a pipe, the last line of stdout is JSON."""
     with user_errors():
         failed = from_command_line(bench)
     raise SystemExit(1 if failed else 0)

@@ -3,10 +3,9 @@
     python -m benchmarks.support.make_switch --out outputs/switch-base-128 --experts 128     # 29 GB
     python -m benchmarks.beyond_memory --model outputs/switch-base-128
 
-Weights are random, so the text is noise; reads, routing and memory use are real. The last line is one JSON document.
+Weights are random, so the text is noise; reads, routing and memory use are real. In a pipe, the last line is JSON.
 """
 
-import json
 import time
 from contextlib import closing
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.support.machine import ResidentPeak, memory_bytes, resident_bytes, touch
 from data.byte_sizes import show_bytes
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.models.model import LoadedModel, load_dense
 from data.models.stored_experts import ExpertReader, stored_experts
 from data.models.weights import ModelWeights
@@ -89,7 +88,7 @@ def beyond_memory(
     console.print(switch.tokenizer.batch_decode(results[0]["ids"], skip_special_tokens=True)[0][:200])
     same = all(done["ids"] == results[0]["ids"] for done in results)
     short = [{name: value for name, value in done.items() if name != "ids"} for done in results]
-    print(json.dumps({"weights_bytes": whole, "memory_bytes": memory_bytes(), "same_text": same, "runs": short}))
+    print_json({"weights_bytes": whole, "memory_bytes": memory_bytes(), "same_text": same, "runs": short})
 
 
 if __name__ == "__main__":

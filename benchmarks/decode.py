@@ -15,11 +15,10 @@ from the coming batch itself (oracle). Arms:
   which counts them.
 - *eplb even*, *eplb split*: EPLB's plan with its own even split, and with our split.
 
-Prints a table and, as the last line, one JSON document. Times are processor time of one thread, scaled to 58 layers.
+Prints a table and, in a pipe, one line of JSON. Times are processor time of one thread, scaled to 58 layers.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from data.arrays import FloatArray, IntArray
+from data.cli import print_json
 from predictor.baselines.history import Ema, Oracle
 from predictor.forecast import Forecaster
 from runtime.balancing.eplb import EplbPlanner
@@ -167,7 +167,7 @@ def main() -> None:
             *(" ".join(str(arms[name][figure]) for name in ("tokens", "time")) for figure in ("moves", "plan_ms")),
         )
     console.print(table)
-    print(json.dumps(rows))
+    print_json(rows)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
     python -m benchmarks.drift
 
-8 devices, 16 redundant experts, planned from the second step on. Prints a table and, as the last line, one JSON
-document. The verdict assumes a device of 100,000 tokens a second, experts of 9.4 MB, a link of 25 GB/s and no overhead
-for one more active expert, so that it does not depend on this machine.
+8 devices, 16 redundant experts, planned from the second step on. Prints a table and, in a pipe, one line of JSON.
+The verdict assumes a device of 100,000 tokens a second, experts of 9.4 MB, a link of 25 GB/s and no overhead for one
+more active expert, so that it does not depend on this machine.
 """
 
-import json
 import sys
 
 import numpy as np
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from data.cli import print_json
 from runtime.simulate.comparison import SWITCH_BASE_EXPERT, compare_policies
 from runtime.simulate.cost_model import Hardware
 from runtime.simulate.workloads import WORKLOADS
@@ -47,7 +47,7 @@ def main() -> None:
         table.add_row(name, *cells, f"{answer['answer']}, {answer['net_gain']:.0%}")
         reports[name] = report | {"loads": name}
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print(json.dumps(reports))
+    print_json(reports)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@
 
 Kernels and network are real, routing is injected: the tokens of each step go to experts as a recorded or Zipf load
 prescribes. All arms run in turn within each step, with the same tokens. Our arms forecast, plan and copy weights during
-the step before, as in the engine; EPLB's plans and copies cost nothing. Prints a table and, as the last line, one JSON
-document.
+the step before, as in the engine; EPLB's plans and copies cost nothing. Prints a table; in a pipe, a line of JSON.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -32,7 +30,7 @@ from torch.distributed.run import main as torchrun
 
 from benchmarks.support.injected import Stream, Upcoming, recorded, zipf
 from data.arrays import FloatArray, IntArray
-from data.cli import user_errors
+from data.cli import print_json, user_errors
 from data.models.expert import ExpertFormat
 from predictor.baselines.history import Ema
 from predictor.forecast import forecast_from_load
@@ -313,7 +311,7 @@ def main() -> None:
             document["speedup_over_contiguous"] = round(found["contiguous"]["step_ms"] / found["history"]["step_ms"], 3)
             document["settings"] = {name: str(value) for name, value in vars(options).items()} | {
                 "torch": torch.__version__, "ranks": ranks.world, "seed": 0}  # fmt: skip
-            print(json.dumps(found | document))
+            print_json(found | document)
 
 
 if __name__ == "__main__":

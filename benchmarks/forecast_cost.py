@@ -5,10 +5,9 @@
 Two pairs of model and predictor, timed in turn on the same threads: an encoder with the geometry of switch-base-8 and
 the predictor of configs/switch_base_8.yaml (both with random weights, which cost the same as trained ones), and the
 bundled model's encoder and the predictor of configs/default.yaml. The forecast is compared with the encoder alone,
-because a complete forward pass costs more. Prints a table and, as the last line, one JSON document.
+because a complete forward pass costs more. Prints a table and, in a pipe, one line of JSON.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 
+from data.cli import print_json
 from data.models.layout import MoELayout
 from data.models.model import load_model
 from data.models.weights import BUNDLED
@@ -106,7 +106,7 @@ def main() -> None:
             f"{row['encoder_ms']:.1f}", f"{row['percent']:.2f}", f"{low:.2f} to {high:.2f}",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    print(json.dumps({"threads": torch.get_num_threads(), "results": results}))
+    print_json({"threads": torch.get_num_threads(), "results": results})
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ takes the interpreter from it. A loop of small torch operators stands in for the
 beside a thread that computes without the interpreter (what a busy core costs anyway), and beside a thread that
 forecasts. The three alternate, and ratios are taken within each round. `delay_ms` is the time by which one forecast
 delays the launching thread, beyond what a busy core does. Time in which the launching thread waits for a core is left
-out, because on a shared machine it would hide everything else. Prints a table and, as the last line, one JSON document.
+out, because on a shared machine it would hide everything else. Prints a table and, in a pipe, one line of JSON.
 """
 
-import json
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.forecast_cost import forecaster
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.models.model import load_model
 from data.models.weights import BUNDLED
 from data.traces.trace import TokenBatch
@@ -183,7 +182,7 @@ def main() -> None:
             f"{row['forecast_ms']:.1f}", f"{row['delay_ms']:.2f}",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 150).print(table)
-    print(json.dumps({"torch": torch.__version__, "results": results}))
+    print_json({"torch": torch.__version__, "results": results})
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def gpu(predictor: Path | None = None, out: Path | None = None, only: str | None
 
 
 def main() -> None:
-    """Command line; the last line of stdout is one JSON document."""
+    """Command line; in a pipe, the last line of stdout is JSON."""
     with user_errors():
         failed = from_command_line(gpu)
     raise SystemExit(1 if failed else 0)

@@ -7,7 +7,6 @@ with 64 experts, 16 replica slots and 2,048 tokens a rank of Zipf-distributed lo
 tenth percentile is shown, because other programs on the machine only add to a call.
 """
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.cli import print_json
 from predictor.forecast import forecast_from_load
 from runtime.balancing.max_flow import least_time_quotas
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
@@ -70,7 +70,7 @@ def main() -> None:
     print("| ranks | split | indices | all, microseconds |\n| --- | --- | --- | --- |")
     for ranks, row in found.items():
         print(f"| {ranks} | {row['split']:.0f} | {row['indices']:.0f} | {row['all']:.0f} |")
-    print(json.dumps({"torch": torch.__version__, "numpy": np.__version__, "seed": 0, "microseconds": found}))
+    print_json({"torch": torch.__version__, "numpy": np.__version__, "seed": 0, "microseconds": found})
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@
 
 Writes a trace of counts whose loads move on from shard to shard, then simulates its last `--planned` steps without
 replicas and with one policy, in a process of its own, which reads the whole trace four times. Prints the bytes of the
-loads, the bytes of the trace on disk, the largest memory of that process, and the seconds; the last line is one JSON
-document.
+loads, the bytes of the trace on disk, the largest memory of that process, and the seconds; in a pipe, the last line is
+JSON.
 """
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from data.cli import print_json
 from data.models.layout import MoELayout
 from data.traces.store import write_about, write_counts_shard
 from runtime.simulate.comparison import compare_policies
@@ -95,7 +95,7 @@ def main() -> None:
         f"{found['seconds']:,} s, {found['planned']:,} steps planned",
     )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(json.dumps(report))
+    print_json(report)
 
 
 if __name__ == "__main__":

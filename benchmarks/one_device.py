@@ -5,11 +5,10 @@
 
 Switch-base geometry, Zipf loads, one process without replicas. Three arms run in turn on the same tokens: the model's
 own experts module (`loop`), sorting and two `grouped_mm` (`grouped`), and `ReplicatedExperts` (`slots`). `padded`
-batches contain a quarter of padding, which only the slots skip. Prints a table and, as the last line, a JSON document.
+batches contain a quarter of padding, which only the slots skip. Prints a table and, in a pipe, one line of JSON.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.nn.functional import grouped_mm
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
+from data.cli import print_json
 from data.models.expert import ExpertFormat
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
@@ -140,7 +140,7 @@ def main() -> None:
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     versions = {"torch": torch.__version__, "device": where, "seed": 0}
-    print(json.dumps({"experts": options.experts, **versions, "results": results}))
+    print_json({"experts": options.experts, **versions, "results": results})
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@
 
 Qwen3-30B-A3B's experts (2,048 x 768), Zipf loads, one process without replicas. Three arms run in turn on the same
 tokens: the loop over experts (`eager`), `grouped_mm` of transformers, and the slots. `padded` batches contain a quarter
-of padding, which only the slots skip. Prints a table and, as the last line, a JSON document.
+of padding, which only the slots skip. Prints a table and, in a pipe, one line of JSON.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from statistics import median
@@ -24,6 +23,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.one_device import Layer, cells, milliseconds, ratios
+from data.cli import print_json
 from data.models.expert import ExpertFormat
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.distributed.ranks import Ranks
@@ -98,7 +98,7 @@ def main() -> None:
         table.add_row(str(row["tokens"]), padding, f"{row['slots_ms']:.2f}", *cells(row, "eager", "grouped"))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     versions = {"torch": torch.__version__, "device": where, "seed": 0}
-    print(json.dumps({"experts": options.experts, "top_k": options.top_k, **versions, "results": results}))
+    print_json({"experts": options.experts, "top_k": options.top_k, **versions, "results": results})
 
 
 if __name__ == "__main__":

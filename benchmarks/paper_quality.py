@@ -12,11 +12,10 @@ decoder's routers stay in all arms, because its tokens are not known ahead.
 
 Prints how often router and prediction agree with padding counted and without, and for each arm the share of decoder
 tokens with the same likeliest next token, the increase of the loss, and the share of sequences whose greedy text is the
-same; intervals are 95 % block bootstraps over batches. The last line is one JSON document.
+same; intervals are 95 % block bootstraps over batches. In a pipe, the last line is JSON.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from data.arrays import FloatArray
-from data.cli import user_errors
+from data.cli import print_json, user_errors
 from data.models.device import Device
 from data.models.model import Dtype, LoadedModel, load_model
 from data.traces.router_tap import RouterTap
@@ -235,7 +234,7 @@ def main() -> None:
     report |= {"predictor": str(given.predictor), "model": MODEL, "torch": torch.__version__}
     report |= {"device": where, "dtype": given.dtype}
     show(report, Console(width=None if sys.stdout.isatty() else 120))
-    print(json.dumps(report))
+    print_json(report)
 
 
 if __name__ == "__main__":

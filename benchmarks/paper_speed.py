@@ -22,12 +22,11 @@ in matrix products, or that kernels run on a GPU, measured by torch's profiler o
 profiler gives the kernels' time alone, because it slows launches; the time that it is divided by is measured without
 it. Working memory is what a call allocates on a GPU beside weights and inputs, at most. Where a prediction
 replaces the router (SiDA, the paper), speed is that of `sorted loop` and `padded, replicas` without the router's
-product; what it loses is `benchmarks.paper_quality`. Prints a table for each number of experts and, as the last line,
-one JSON document.
+product; what it loses is `benchmarks.paper_quality`. Prints a table for each number of experts and, in a pipe, one
+line of JSON.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +46,7 @@ from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
 from benchmarks.one_device import D_FF, D_MODEL, in_slots
+from data.cli import print_json
 from runtime.experts.slots import ResidentSlots
 
 SEQUENCES, LENGTHS = 64, (4, 48)
@@ -297,9 +297,7 @@ def main() -> None:
     for report in reports:
         show(report, Console(width=None if sys.stdout.isatty() else 120))
     where = "one thread" if options.device == "cpu" else torch.cuda.get_device_name()
-    print(
-        json.dumps({"torch": torch.__version__, "device": where, "dtype": options.dtype, "seed": 0, "results": reports})
-    )
+    print_json({"torch": torch.__version__, "device": where, "dtype": options.dtype, "seed": 0, "results": reports})
 
 
 if __name__ == "__main__":

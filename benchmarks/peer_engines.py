@@ -3,7 +3,7 @@
     python -m benchmarks.peer_engines                    # downloads the pinned wheels into outputs/peers
     python -m benchmarks.peer_engines --folder FOLDER    # where they are unpacked already
 
-Prints what was checked, three tables, and as the last line a JSON document; exit code 1 if a check fails, 2 without the
+Prints what was checked, three tables and, in a pipe, one line of JSON; exit code 1 if a check fails, 2 without the
 wheels. TensorRT-LLM and vllm-ascend cannot run on a CPU: tests/helpers/engine_twins.py has their rules.
 
 Shape suffixes: L MoE layers, E logical experts, P slots, G devices.
@@ -30,6 +30,7 @@ from rich.table import Table
 
 from benchmarks.support import peer_wheels
 from data.arrays import IntArray
+from data.cli import print_json
 from data.traces.loads import read_loads
 from runtime.balancing.eplb import rebalance_experts
 from runtime.balancing.plan import ReplicationPlan
@@ -306,7 +307,7 @@ def main() -> None:
                 show(name, found[name], console)
             else:
                 console.print(f"{name}: {found[name]}", markup=False, highlight=False)
-    print(json.dumps(found))
+    print_json(found)
     sys.exit(bool(failed))
 
 

@@ -5,7 +5,7 @@
 
 Clones the tag of the installed transformers if FOLDER does not exist; nothing of it is part of this project. Every
 call and every generation of a model in those tests runs within an engine with replicas in place
-(benchmarks/support/in_engine.py). Prints a table and, as the last line, a JSON document; exit code 1 if a test fails.
+(benchmarks/support/in_engine.py). Prints a table and, in a pipe, one line of JSON; exit code 1 if a test fails.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 import transformers
 from rich.console import Console
 from rich.table import Table
+
+from data.cli import print_json
 
 ROOT = Path(__file__).parents[1]
 SOURCE = "https://github.com/huggingface/transformers"
@@ -107,7 +109,7 @@ def main() -> None:
     for family, found in results.items():
         table.add_row(family, *(f"{found.get(name, 0):.4g}" for name in columns))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(json.dumps({"transformers": transformers.__version__, "left out": NOT_FOR_ENGINES, "families": results}))
+    print_json({"transformers": transformers.__version__, "left out": NOT_FOR_ENGINES, "families": results})
     sys.exit(any(found.get("failed", 0) or found.get("error", 0) or not found["tests"] for found in results.values()))
 
 

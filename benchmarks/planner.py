@@ -14,13 +14,12 @@ knows no tokens. *From empty* is the balancedness under the first plan, *steady*
 *moves* are experts copied a layer and step, by plans with fixed homes (*ours*) and with homes that move (*moving*). The
 greedy rival has fixed homes and our split. EPLB splits evenly, by its global policy and, where nodes of 8 devices
 divide, by its hierarchical one with 8 groups. Times are processor time: medians after the first five steps, those of a
-plan scaled to 58 layers. Prints a table and, as the last line, one JSON document with all figures. `first_call_s` is
+plan scaled to 58 layers. Prints a table and, in a pipe, one line of JSON with all figures. `first_call_s` is
 the time of the first plan and split, which compile the kernels or read them from numba's cache
 (NUMBA_CACHE_DIR=$(mktemp -d) starts with an empty cache).
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from rich.table import Table
 
 from benchmarks.support.greedy import GreedyPlanner
 from data.arrays import FloatArray, IntArray
+from data.cli import print_json
 from predictor.adaptive import AdaptiveForecaster
 from predictor.baselines.history import LastBatch, Oracle
 from predictor.forecast import Forecaster, OnlineForecaster
@@ -210,7 +210,7 @@ def main() -> None:
         size = f"{row['devices']}, {row['experts']}, {row['redundant']}"
         table.add_row(size, *("" if row[name] is None else str(row[name]) for name in COLUMNS))
     console.print(table)
-    print(json.dumps({"first_call_s": first_call_s, "results": rows}))
+    print_json({"first_call_s": first_call_s, "results": rows})
 
 
 if __name__ == "__main__":

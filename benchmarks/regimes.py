@@ -7,17 +7,16 @@ redundant experts, the home planner and the quota split. The free rivals, which 
 the moving average, and each request's own past. A gain is the difference between the adaptive forecast and the best of
 them; "no gain" stands where it does not lower the error, or raises balancedness by less than .001. The sampling floor
 is the error that is left to a forecaster that knows the true shares, if tokens draw their experts from them. Prints a
-Markdown table and, as the last line, one JSON document.
+Markdown table and, in a pipe, one line of JSON.
 """
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.traces.store import open_trace
 from predictor.evaluation.metrics import sampling_floor
 from predictor.evaluation.tables import markdown
@@ -114,7 +113,7 @@ def main() -> None:
     with user_errors():
         results = from_command_line(regimes)
     print(markdown(HEADER, [row(result) for result in results]))
-    print(json.dumps({"devices": DEVICES, "redundant": REDUNDANT, "results": results}))
+    print_json({"devices": DEVICES, "redundant": REDUNDANT, "results": results})
 
 
 if __name__ == "__main__":

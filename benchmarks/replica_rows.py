@@ -4,17 +4,17 @@
 
 Times are interpolated as `runtime.simulate --gpu` does it, between rows placed by EPLB on 256 slots, without replicas,
 of exponent 1.01. Predicted are rows of exponent 1.2, of which none was used: the gain of 32 replicas over EPLB without
-replicas, and over experts that stay at home. Prints a Markdown table, the rows that are off by more than 10 %, and, as
-the last line, one JSON document.
+replicas, and over experts that stay at home. Prints a Markdown table, the rows that are off by more than 10 %, and, in
+a pipe, one line of JSON.
 """
 
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.cli import print_json
 from predictor.evaluation.tables import markdown
 from runtime.gpu.excerpt import WITH_REPLICAS
 from runtime.gpu.kernel_time import KernelTimes, KnownRows
@@ -115,7 +115,7 @@ def main() -> None:
     print(f"\nThe {len(rest)} rows over EPLB without replicas that are further off:\n")
     cells = [[pair.gpu, *map(str, pair[1:4]), f"{pair.measured:.2f}", f"{pair.predicted:.2f}"] for pair in rest]
     print(markdown(["GPU", "hidden size", "EP size", "tokens", "measured", "predicted"], cells))
-    print(json.dumps(report))
+    print_json(report)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@
 
 Skewed rows follow a power law of exponent 1.2; the most loaded GPU is timed. Medians over the models of the excerpt, in
 their usual precision, by GPU and EP size; then by model. The last column is the number of tokens an expert from which
-skew costs a tenth or more. Prints Markdown tables and, as the last line, one JSON document.
+skew costs a tenth or more. Prints Markdown tables and, in a pipe, one line of JSON.
 """
 
-import json
 from collections import defaultdict
 from itertools import pairwise
 
 import numpy as np
 
+from data.cli import print_json
 from predictor.evaluation.tables import markdown
 from runtime.gpu.devices import GPUS
 from runtime.gpu.shapes import MODELS
@@ -83,7 +83,7 @@ def main() -> None:
             for name, medians in rows.items()
         ]
         print(f"\n{title}\n\n{markdown(['tokens an expert', *NAMES, 'costs from'], cells)}")
-    print(json.dumps(report))
+    print_json(report)
 
 
 if __name__ == "__main__":

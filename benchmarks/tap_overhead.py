@@ -1,10 +1,9 @@
 """Overhead of the router tap: time of the same batches with and without it, measured alternately.
 
-Run it with `python -m benchmarks.tap_overhead`; the last line of stdout is one JSON document. `--model random-qwen3`
+Run it with `python -m benchmarks.tap_overhead`; in a pipe, the last line of stdout is JSON. `--model random-qwen3`
 measures a random decoder-only model of the bundled model's size instead: 64 experts, 4 of them a token.
 """
 
-import json
 import os
 import platform
 import statistics
@@ -18,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.models.model import LoadedModel, load_model
 from data.models.weights import BUNDLED
 from data.text.batching import BatchingConfig
@@ -110,7 +109,7 @@ def main() -> None:
         for name, value in result.items():
             table.add_row(name, f"{value:.2%}" if name == "overhead" else str(value))
         Console().print(table)
-        print(json.dumps(result))
+        print_json(result)
 
 
 if __name__ == "__main__":

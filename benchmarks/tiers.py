@@ -12,11 +12,10 @@ Weights are random, have switch-base's or Qwen3-30B-A3B's sizes, and are read fr
 experts are needed was recorded from a bundled model's routers on real text. An arm is one policy, or all experts
 resident. Arms take turns; each turn starts with an empty cache, and its first batches are not counted. On a GPU the
 budget is GPU memory, and host memory below it holds all experts. On several ranks each rank has its share of the
-sequences, of the experts and of the budget. Prints tables and, as the last line, one JSON document with the figures of
-every arm.
+sequences, of the experts and of the budget. Prints tables and, in a pipe, one line of JSON with the figures of every
+arm.
 """
 
-import json
 import os
 import sys
 import time
@@ -39,7 +38,7 @@ from benchmarks.support.policies import CosinePolicy, LastBatchPolicy, LfuPolicy
 from benchmarks.support.recorded import Mode, RecordedBatch, RecordedRouter, play_back, record
 from benchmarks.support.recorded_probes import foresee, learn
 from benchmarks.support.turns import Turn, over_ranks, show, stats_since, summarise
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.models.layout import MoELayout
 from data.models.model import LoadedModel, load_dense, load_model
 from data.models.stored_experts import stored_experts
@@ -319,7 +318,7 @@ def tiers(
     console = Console(width=None if sys.stdout.isatty() else 150)
     show(results, title if ranks == 1 else f"{title}, {ranks} ranks", console)
     console.print(setting)
-    print(json.dumps({**results, "setting": setting}))
+    print_json({**results, "setting": setting})
 
 
 if __name__ == "__main__":

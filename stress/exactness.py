@@ -10,11 +10,10 @@ drawn from the seed: geometry, routing, padding, dropped tokens, plan, moves bef
 an expert, nodes, memory budget (stress/layer_cases.py, stress/model_cases.py). Where a case fails, its values are made
 simpler for as long as it fails, and the command that runs what is left is printed.
 
-Prints a table and, as the last line, one JSON document; exit code 1 if a case failed.
+Prints a table and, in a pipe, one line of JSON; exit code 1 if a case failed.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from data.cli import print_json
 from runtime.balancing.balancer import compile_kernels
 from runtime.experts.dispatch import compile_kernels as compile_dispatch
 from stress.chains import KINDS, MODES, Totals, error_of, reproducer, run_mode
@@ -85,11 +85,11 @@ def main() -> None:
                 command, found = reproducer(mode.kind, totals.failed)
                 print(f"smallest case found: {found}\n    {command}")
     show(totals_of, Console(width=None if sys.stdout.isatty() else 140))
-    print(json.dumps({
+    print_json({
         "cases": sum(totals.cases for totals in totals_of.values()), "seed": given.seed,
         "seconds": round(time.perf_counter() - began), "python": platform.python_version(), "torch": torch.__version__,
         "processors": os.cpu_count(), "modes": {name: asdict(totals) for name, totals in totals_of.items()},
-    }))  # fmt: skip
+    })  # fmt: skip
     sys.exit(any(totals.failed is not None for totals in totals_of.values()))
 
 

@@ -5,12 +5,11 @@
     python -m stress.fuzz --only "trace.json" --case 1234 --keep /tmp/found   # one file, as a failure prints it
 
 Each file must be refused in one line, or give a valid result: no other exception, no command run, nobody waits longer
-than ten seconds, no more than 1 GiB of memory, nothing is left behind. Prints a table and, as the last line, one JSON
-document; exit code 1 if a promise was not kept.
+than ten seconds, no more than 1 GiB of memory, nothing is left behind. Prints a table and, in a pipe, one line of
+JSON; exit code 1 if a promise was not kept.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from data.cli import print_json
 from data.errors import one_line
 from stress.loaders import TARGETS, Target
 from stress.mutations import mutate
@@ -218,7 +218,7 @@ def main() -> None:
     show(found_by, given.seed, Console(width=None if sys.stdout.isatty() else 140))
     found = {name: {"refused": t.refused, "valid": t.taken, "faults": dict(t.faults)} for name, t in found_by.items()}
     document: dict[str, Any] = {"seed": given.seed, "seconds": round(time.perf_counter() - began), "readers": found}
-    print(json.dumps(document))
+    print_json(document)
     sys.exit(any(outcomes.faults for outcomes in found_by.values()))
 
 

@@ -18,13 +18,12 @@ Resident memory, threads and open files are sampled every 50 batches. The first 
   second tenth's, where the deviation is that of the percentiles of all tenths but the first. Processor time, because
   other programs of the machine lengthen the time by the clock, which is printed as well.
 
-Ctrl-C ends it early, with the figures so far. Prints a table and, as the last line, one JSON document, which is also
+Ctrl-C ends it early, with the figures so far. Prints a table and, in a pipe, one line of JSON, which is also
 written to the folder `--out` with a picture.
 """
 
 import argparse
 import copy
-import json
 import os
 import platform
 import sys
@@ -44,6 +43,7 @@ from rich.table import Table
 
 from benchmarks.support.machine import resident_bytes
 from data.arrays import FloatArray
+from data.cli import print_json
 from data.files import write_json
 from data.models.layout import MoELayout
 from data.models.model import LoadedModel
@@ -260,7 +260,7 @@ def main() -> None:
     write_json(given.out / "soak.json", report)
     plot(report, given.out / "soak.png")
     show(report, Console(width=None if sys.stdout.isatty() else 120))
-    print(json.dumps(report))
+    print_json(report)
     sys.exit(not all(report["kept"].values()))
 
 

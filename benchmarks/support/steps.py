@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from data.cli import print_json
 from data.files import check_new, whole_file, write_json
 
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "safetensors", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
@@ -195,7 +196,7 @@ def run_all(steps: list[Step], out: Path, title: str, command: str) -> list[dict
 
 
 def run_and_say(steps: list[Step], out: Path, title: str, command: str) -> int:
-    """Runs steps as `run_all` does, says how many are ok, and prints a JSON document; returns how many failed.
+    """Runs steps as `run_all` does, says how many are ok, and prints a line of JSON; returns how many failed.
 
     Raises:
         ValueError: If the folder exists already.
@@ -204,7 +205,7 @@ def run_and_say(steps: list[Step], out: Path, title: str, command: str) -> int:
     done = run_all(steps, out, title, command)
     failed = [step["name"] for step in done if step["status"] != "ok"]
     print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
-    print(json.dumps({"out": str(out), "steps": len(done), "failed": failed}))
+    print_json({"out": str(out), "steps": len(done), "failed": failed})
     return len(failed)
 
 

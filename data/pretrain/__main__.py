@@ -5,8 +5,8 @@ Run it with `python -m data.pretrain` for the bundled Switch Transformer (about 
 """
 
 import itertools
-import json
 import platform
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from data.cli import from_command_line, user_errors
+from data.cli import from_command_line, print_json, user_errors
 from data.files import check_new, whole_folder, write_json
 from data.models.device import Device, pick_device
 from data.pretrain import qwen3_moe, switch
@@ -57,7 +57,7 @@ def pretrain(
     marks = [*range(100, len(losses), 100), len(losses)]
     test = list(itertools.islice(kind.batches(held_out, tokenizer, recipe, recipe.seed + 1), 40))
     seen = list(itertools.islice(kind.batches(streams, tokenizer, recipe, recipe.seed + 2), 400))
-    facts = {
+    facts: dict[str, Any] = {
         "family": family,
         "recipe": asdict(recipe),
         "tokens": {segment: len(stream) for segment, stream in streams.items()},
@@ -71,13 +71,13 @@ def pretrain(
         tokenizer.save_pretrained(folder)
         write_json(folder / "training.json", facts)
         write_card(folder, kind, model.config, facts)
-    print(
-        json.dumps({"model": str(out), "held_out_loss": facts["held_out_loss"], "unigram_loss": facts["unigram_loss"]})
-    )
+    loss, unigram = facts["held_out_loss"], facts["unigram_loss"]
+    print(f"Wrote {out}: {loss:.3f} nats on held-out text, a unigram model {unigram:.3f}", file=sys.stderr)
+    print_json({"model": str(out), "held_out_loss": loss, "unigram_loss": unigram})
 
 
 def main() -> None:
-    """Command line of `pretrain`; the last line of stdout is one JSON document."""
+    """Command line of `pretrain`; in a pipe, the last line of stdout is JSON."""
     with user_errors():
         from_command_line(pretrain)
 

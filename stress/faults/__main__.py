@@ -4,12 +4,11 @@
     python -m stress.faults --list
     python -m stress.faults --only disk           # those whose name contains "disk"
 
-Prints one row for each fault as it ends and, as the last line, one JSON document; exit code 1 if a promise was broken.
+Prints one row for each fault as it ends and, in a pipe, one line of JSON; exit code 1 if a promise was broken.
 Full disks need the right to mount a file system, the false clock a C compiler; what cannot be done is skipped and said.
 """
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data.cli import print_json
 from runtime.balancing.balancer import compile_kernels
 from stress.faults import disks, forecasts, lost_ranks, runs, tiers
 from stress.faults.fault import Fault
@@ -76,7 +76,7 @@ def main() -> None:
             f"{fault.name}: {kept} ({rows[-1]['seconds']} s) {rows[-1]['happened']}", markup=False, highlight=False
         )
     show(rows, Console(width=None if sys.stdout.isatty() else 160))
-    print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, "faults": rows}))
+    print_json({"python": platform.python_version(), "torch": torch.__version__, "faults": rows})
     sys.exit(any(row["kept"] is False for row in rows))
 
 

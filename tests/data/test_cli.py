@@ -1,7 +1,6 @@
 """Every command line: help on stdout, errors in one line, no abbreviated options, and a hint after Ctrl-C."""
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ import data.collect
 import data.convert
 import data.pretrain.__main__
 import data.show
-from data.cli import OneLineParser, from_command_line, print_json, user_errors
+from data.cli import OneLineParser, from_command_line, user_errors
 
 
 @dataclass(frozen=True)
@@ -181,13 +180,6 @@ def test_an_interrupted_collection_says_that_it_resumes(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         data.collect.main()
     assert capsys.readouterr().err == "interrupted; run the same command again to resume at the last finished shard\n"
-
-
-@pytest.mark.parametrize(("terminal", "printed"), [(False, '{"batches": 3}\n'), (True, "")])
-def test_json_is_for_programs_only(terminal, printed, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    print_json({"batches": 3})
-    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize(
