@@ -38,6 +38,7 @@ from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
 from data.models.weights import BUNDLED
 from data.progress import track
+from data.shell import typed
 from predictor.adaptive import AdaptiveForecaster
 from predictor.baselines.history import FREE
 from predictor.baselines.token_table import TokenTable
@@ -178,8 +179,8 @@ def export(cli: TrainCLI, folder: Path) -> dict[str, Any]:
     print(f"\n{result_table(about['metrics'])}")
     if sentence := loses(errors):
         print(f"Warning: {sentence}; those forecast in its place unless --forecast adaptive is given")
-    print(f"More: {folder / 'report.html'}, python -m predictor.show {folder}")
-    print(f"Next: python -m {following} --predictor {folder}")
+    print(f"More: {folder / 'report.html'}, {typed(f'python -m predictor.show {folder}')}")
+    print(f"Next: {typed(f'python -m {following} --predictor {folder}')}")
     track_results(cli.trainer, ladder, layout.layer_names, folder, errors)
     line = {"predictor": str(folder), "trace": str(data.path)}
     return line | {"validation": about[VALIDATION], "test": summarise(ladder)}

@@ -24,6 +24,7 @@ from data.models.layout import MoELayout
 from data.models.model import Dtype, LoadedModel, load_model
 from data.models.weights import BUNDLED
 from data.progress import progress
+from data.shell import typed
 from data.text.batching import BatchingConfig, Decode, TextBatch, time_splits
 from data.text.corpus import OFFLINE
 from data.text.corpus_stream import corpus_splits, open_stream
@@ -265,7 +266,7 @@ def main() -> None:
         sums = {key: sum(shard[key] for shard in trace.about["shards"]) for key in ("batches", "sequences", "tokens")}
         if Ranks().rank == 0:
             found = f"{sums['batches']} batches, {sums['tokens']:,} tokens"
-            Console(stderr=True).print(f"{found}; look at them with `python -m data.show {trace.path}`")
+            Console(stderr=True).print(f"{found}; look at them with `{typed(f'python -m data.show {trace.path}')}`")
             print_json({"trace": str(trace.path), **sums, "fingerprint": trace.layout.fingerprint()})
 
 

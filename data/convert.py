@@ -15,6 +15,7 @@ from data.arrays import IntArray
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_new, whole_folder
 from data.models.layout import MoELayout
+from data.shell import typed
 from data.text.batching import time_splits
 from data.traces.loads import read_loads
 from data.traces.recordings import recordings
@@ -121,7 +122,8 @@ def main() -> None:
     with user_errors():
         trace = from_command_line(convert)
         layout = trace.layout
-        Console(stderr=True).print(f"Wrote {trace.path}; look at it with `python -m data.show {trace.path}`")
+        look = typed(f"python -m data.show {trace.path}")
+        Console(stderr=True).print(f"Wrote {trace.path}; look at it with `{look}`")
         shape = [trace.num_batches, layout.num_layers, layout.num_experts]
         print_json({"trace": str(trace.path), "shape": shape})
 

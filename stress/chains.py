@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data.shell import typed
 from runtime.distributed.ranks import Ranks
 from stress.cases import Case, shrunk
 from stress.layer_cases import LayerCase
@@ -178,4 +179,4 @@ def reproducer(kind: str, text: str) -> tuple[str, str]:
     """The smallest failing case that is found from a failing one, as a command, and its error."""
     case_of = KINDS[kind][0]
     case, error = shrunk(case_of.parse(text), lambda case: error_of(kind, case))
-    return f"python -m stress.exactness --case {kind}:{case}", error
+    return typed(f"python -m stress.exactness --case {kind}:{case}"), error

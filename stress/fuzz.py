@@ -32,6 +32,7 @@ from rich.table import Table
 
 from data.cli import print_json
 from data.errors import one_line
+from data.shell import typed
 from stress.loaders import TARGETS, Target
 from stress.mutations import mutate
 
@@ -179,7 +180,8 @@ def show(found_by: dict[str, Outcomes], seed: int, console: Console) -> None:
     for name, outcomes in found_by.items():
         for kind, (case, detail) in outcomes.first.items():
             console.print(f"{name}: {kind}, {outcomes.faults[kind]} times: {detail}", soft_wrap=True, markup=False)
-            console.print(f'    python -m stress.fuzz --seed {seed} --only "{name}" --case {case}', markup=False)
+            again = typed(f'python -m stress.fuzz --seed {seed} --only "{name}" --case {case}')
+            console.print(f"    {again}", markup=False)
 
 
 def run_one(name: str, seed: int, case: int, keep: Path | None) -> str:

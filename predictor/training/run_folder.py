@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.errors import first_line
 from data.files import held
+from data.shell import typed
 from predictor.training.module import ForecasterModule
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class RunFolder:
             last = self.checkpoints / LAST
             if not last.exists() or last.stat().st_mtime < started:
                 raise KeyboardInterrupt from None
-            command = shlex.join(["python", *sys.argv])
+            program = sys.argv[0].split() if sys.argv[0].startswith("switchcast ") else ["python", sys.argv[0]]
+            command = typed(shlex.join([*program, *sys.argv[1:]]))
             resume = "" if command.endswith("--ckpt_path last") else " --ckpt_path last"
             print(f"interrupted; go on with: {command}{resume}", file=sys.stderr)
             raise SystemExit(130) from None

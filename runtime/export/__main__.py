@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from data.cli import from_command_line, print_json, user_errors
+from data.shell import typed
 from runtime.export.export import Engine, Exported, export_plan
 from runtime.export.formats import FORMATS
 
@@ -74,7 +75,7 @@ def main() -> None:
         if count:
             console.print(f"{count} {what}")
     for line in done.flags:
-        console.print(line)
+        console.print(typed(line))
     document: dict[str, Any] = {"plan": str(done.path), "flags": done.flags, "devices": plan.num_devices}
     document |= {"redundant": plan.num_redundant_experts, "layers": len(plan.phy2log), **{"filled": done.empty}}
     print_json(document | {"refilled": done.twice, "unplanned": done.unplanned})

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.models.weights import BUNDLED
+from data.shell import typed
 from data.style import ORACLE, OURS
 from runtime.engine.batch import BatchStats
 from runtime.engine.controller import Controller
@@ -130,7 +131,8 @@ def show(report: dict[str, Any], console: Console, details: bool = False) -> Non
     console.print(Panel(Text("\n").join(lines), title=title, title_align="left", expand=False))
     for number, (command, why) in enumerate(_commands(report)):  # outside the frame, so that they can be copied
         start = "next" if number == 0 else "    "
-        console.print(f"{start}  [bold]{escape(command)}[/bold]  [dim]# {why}[/dim]", soft_wrap=True, highlight=False)
+        line = f"{start}  [bold]{escape(typed(command))}[/bold]  [dim]# {why}[/dim]"
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _what_ran(report: dict[str, Any]) -> Text:

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from data.shell import typed
 from data.style import human
 from runtime.simulate.forecasters import TRUTHS
 from runtime.simulate.outcome import Outcome
@@ -105,7 +106,7 @@ def verdict_panel(report: dict[str, Any]) -> Panel:
         scaled = f", scaled from {_number(recorded)} to {_number(size)} tokens a step" if recorded != size else ""
         lines.append(f"Traffic: {_number(traffic['tokens_per_expert'])} tokens an expert and step{scaled}")
         lines.append(f"Hardware: {hardware_line(answer['hardware'])}")
-        lines += [f"In a loop of your own: {answer['switch_on']}"] * (answer["answer"] != "not worth it")
+        lines += [f"In a loop of your own: {typed(answer['switch_on'])}"] * (answer["answer"] != "not worth it")
     colour = {"enable": "green", "not worth it": "yellow"}.get(answer["answer"], "white")
     return Panel("\n".join(lines), title=f"Verdict: [bold]{answer['answer']}[/bold]", border_style=colour)
 
@@ -119,7 +120,7 @@ def engines_table(report: dict[str, Any]) -> Table:
     if any(plan["way"] == "renewed" for plan in engines["plans"]):
         about += f" Renewed: every {engines['renew_every']} steps, moves and planning in full."
     if engines["export"] and any(plan["answer"] != "not worth it" for plan in engines["plans"]):
-        about += f"\nWrite it (or for {', '.join(OTHERS)}):\n{escape(engines['export'])}"
+        about += f"\nWrite it (or for {', '.join(OTHERS)}):\n{escape(typed(engines['export']))}"
         if "--model" in engines["export"]:
             about += "\nFOLDER is the model's; name the layers too if only some were recorded: --layers 0,6,12"
     made = Table(

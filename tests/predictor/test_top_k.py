@@ -10,6 +10,7 @@ import torch
 from data.convert import convert
 from data.datamodule import RouterTraceModule
 from data.models.layout import MoELayout
+from data.shell import typed
 from data.traces.dataset import TraceSamples, as_decode, sequence_loads
 from data.traces.loads import share_of, total_variation
 from data.traces.requests import ordered, requests_of, serve, step_trace
@@ -197,7 +198,8 @@ def test_train_and_simulate(stored, tmp_path, monkeypatch, capsys):
     assert set(line["test"]) == {"prefill", "unseen"}
     assert {"last", "ema", "own", "token_table", "learned", "adaptive", "oracle"} <= set(line["test"]["unseen"])
     assert line["test"]["prefill"]["oracle"]["token_top1"] == 1.0
-    assert f"Next: python -m runtime.simulate {stored.path} --predictor {tmp_path / 'p'}" in printed.err
+    following = typed(f"python -m runtime.simulate {stored.path} --predictor {tmp_path / 'p'}")
+    assert f"Next: {following}" in printed.err
     config = json.loads((tmp_path / "p" / "config.json").read_text())
     assert config["layout"]["experts_per_token"] == TOP_K
     given = [str(stored.path), "--predictor", str(tmp_path / "p"), "--devices", "2", "--redundant", "2"]
