@@ -59,7 +59,7 @@ class RouterTraceModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Collects the trace if it is missing; Lightning calls this on one process only."""
         if self.path.exists():
-            log.info("reusing the trace in %s", self.path)
+            log.info("trace %s: %d batches", self.path, open_trace(self.path).num_batches)
         else:
             log.info("no trace in %s yet; collecting one from %s", self.path, self.model or BUNDLED)
             collect(

@@ -48,14 +48,10 @@ GAP = 0.07
 NAMES = {
     "steady": "steady mix", "drift": "slow drift", "every_10": "topic change every 10 batches",
     "every_1": "topic change every batch", "unseen": "unseen text", "text": "your text",
-    "uniform": "uniform", "stationary": "training mean", "last": "last batch", "mean": "mean of all batches",
-    "ema": "moving average", "ridge": "ridge on history", "token_table": "token table", "learned": "learned (ours)",
-    "adaptive": "adaptive (ours)", "own": "requests' own past",
-    "oracle": "oracle", "exact": "oracle, moves exposed", "none": "no replicas",
     "contiguous": "no replicas", "eplb": "EPLB", "home": "home planner",
     "moving": "home planner, moving homes",
 }  # fmt: skip
-"""Names for people of traffic phases, forecasters and planners, by the names that programs use."""
+"""Names for people of traffic phases and planners, by the names that programs use. Forecasters keep their names."""
 
 LINES: dict[str, dict[str, Any]] = {
     "learned": {"color": OURS, "linewidth": 2.4, "zorder": 4},

@@ -85,7 +85,8 @@ def _segments(config: dict[str, Any]) -> str:
             for forecaster in ("token_table", LEARNED)
         ]
         rows.append([name, "yes" if found["seen"] else "no", str(found[LEARNED]["batches"]), *cells])
-    header = ["segment", "in training", "batches", "load_tv, table", "load_tv", "top-1, table", "top-1"]
+    figures = [f"{metric}, {name}" for metric in ("load_tv", "top-1") for name in ("token_table", LEARNED)]
+    header = ["segment", "in training", "batches", *figures]
     return markdown(header, rows)
 
 

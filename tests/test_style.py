@@ -30,7 +30,7 @@ def test_runs_of_phases():
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("every_1", "topic change every batch"), ("ema", "moving average"), ("my_text", "my text")]
+    ("name", "shown"), [("every_1", "topic change every batch"), ("eplb", "EPLB"), ("my_text", "my text")]
 )
 def test_names_for_people(name, shown):
     assert human(name) == shown

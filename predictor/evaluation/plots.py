@@ -83,10 +83,10 @@ def error_panels(errors: dict[str, dict[str, tuple[float, float, float]]]) -> Fi
         axis.spines["left"].set_visible(False)
     largest = max(end for rows in errors.values() for name in names if name in rows for end in rows[name])
     axes[0, 0].set(xlim=(0, 1.08 * largest or 1), ylim=(len(names) - 0.4, -0.6))
-    axes[0, 0].set_yticks(range(len(names)), [human(name) for name in names])
+    axes[0, 0].set_yticks(range(len(names)), names)
     for label, name in zip(axes[0, 0].get_yticklabels(), names, strict=True):
         label.set(color=OURS if name in TRAINED else INK, fontweight="bold" if name in TRAINED else "normal")
-    left_out = " and ".join(human(name) for name in LEFT_OUT)
+    left_out = " and ".join(LEFT_OUT)
     note = f"total variation of forecast and true load, 0 is perfect; bars: 95 % intervals; {left_out} (0) left out"
     heading(figure, "Forecast error by kind of traffic", note)
     return figure

@@ -113,7 +113,7 @@ def alt_text(name: str, found: Details) -> str:
     if name == "ladder":
         errors = [
             f"{human(stream)}: learned {rows['learned']['load_tv']:.3f}"
-            + (f", last batch {rows[LastBatch.name]['load_tv']:.3f}" if LastBatch.name in rows else "")
+            + (f", last {rows[LastBatch.name]['load_tv']:.3f}" if LastBatch.name in rows else "")
             for stream, rows in found.items()
         ]
         return f"Forecast error by kind of traffic. {'; '.join(errors)}."
@@ -126,14 +126,14 @@ def alt_text(name: str, found: Details) -> str:
 
 
 def _tables(ladder: Comparison, found: Details, layer_names: list[str]) -> list[str]:
-    streams, ours, parts = list(ladder), human("learned"), []
+    streams, ours, parts = list(ladder), "learned", []
     for metric, caption in CAPTIONS.items():
         rows: list[list[str | float | None]] = [
-            [human(name), *(figure(found[stream][name], metric) for stream in streams)] for name in ladder[streams[0]]
+            [name, *(figure(found[stream][name], metric) for stream in streams)] for name in ladder[streams[0]]
         ]
         if shown := [row for row in rows if any(row[1:])]:
             parts.append(f"<h3>{html.escape(caption)}</h3>" + table(["forecaster", *map(human, streams)], shown, ours))
-    rows = [[human(str(stream)), human(str(name)), *tv] for stream, name, *tv in layer_rows(ladder, layer_names)]
+    rows = [[human(str(stream)), str(name), *tv] for stream, name, *tv in layer_rows(ladder, layer_names)]
     layers = [name.replace("_", " ") for name in layer_names]
     parts.append("<h3>Total variation, layer by layer</h3>" + table(["stream", "forecaster", *layers], rows, ours))
     return parts

@@ -5,10 +5,10 @@ import numpy as np
 from predictor.evaluation.tables import Details
 
 SHOWN = {
-    "adaptive": "this predictor, learning on", "learned": "this predictor as trained", "last": "last batch",
-    "ema": "moving average", "token_table": "token table",
+    "adaptive": "this predictor, which goes on learning", "learned": "as it was trained", "last": "the last batch",
+    "ema": "moving average", "token_table": "counts of each token's experts", "oracle": "the true load",
 }  # fmt: skip
-"""Forecasters of the table and their names; the oracle's row follows."""
+"""Forecasters of the table, and what they are."""
 ORACLE = "oracle"
 BALANCEDNESS = "balancedness_r16"
 
@@ -16,14 +16,19 @@ BALANCEDNESS = "balancedness_r16"
 def result_table(metrics: Details) -> str:
     """Load error on the test batches of each stream, and balancedness with 16 replicas, averaged over streams."""
     streams = list(metrics)
+    batches = [metrics[stream][ORACLE]["batches"] for stream in streams]
     balanced = BALANCEDNESS in metrics[streams[0]][ORACLE] and metrics[streams[0]][ORACLE][BALANCEDNESS] is not None
-    rows = [["load error (0 is best)", *streams, *(["balancedness (1 is best)"] if balanced else [])]]
-    for key, name in (SHOWN | {ORACLE: "oracle"}).items():
-        row = [name, *(f"{metrics[stream][key]['load_tv']:.3f}" for stream in streams)]
+    setting = "; balancedness: 16 replica slots on 8 devices, mean of the streams" * balanced
+    rows = [["load error (0 is best)", *streams, *["balancedness (1 is best)"] * balanced]]
+    for name in SHOWN:
+        row = [name, *(f"{metrics[stream][name]['load_tv']:.3f}" for stream in streams)]
         if balanced:
-            row.append(f"{np.mean([metrics[stream][key][BALANCEDNESS] for stream in streams]):.3f}")
+            row.append(f"{np.mean([metrics[stream][name][BALANCEDNESS] for stream in streams]):.3f}")
         rows.append(row)
-    rows.append(["test batches", *(str(metrics[stream][ORACLE]["batches"]) for stream in streams), *[""] * balanced])
+    rows.append(["test batches", *map(str, batches), *[""] * balanced])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [[row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
-    return "\n".join("  ".join(line) for line in lines)
+    return "\n".join([
+        f"On {sum(batches)} held-out batches{setting}", *("  ".join(line) for line in lines),
+        "; ".join(f"{name}: {what}" for name, what in SHOWN.items()),
+    ])  # fmt: skip

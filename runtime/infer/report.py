@@ -20,9 +20,9 @@ from runtime.engine.engine import Engine
 from runtime.infer.verify import BatchCheck
 from runtime.telemetry.recorder import over_batches
 
-POLICIES = {"contiguous": "no replicas", "last": "last batch", "replicated": "Switchcast", "oracle": "oracle"}
-"""Fields of `BatchCheck` that hold a balancedness, and the names they are shown by."""
-COLOURS = {"Switchcast": f"bold {OURS}", "oracle": ORACLE}
+POLICIES = {"contiguous": "no replicas", "last": "last", "replicated": "Switchcast", "oracle": "oracle"}
+"""Fields of `BatchCheck` that hold a balancedness, and their names in pictures; the frame names the forecaster."""
+COLOURS = {"replicated": f"bold {OURS}", "oracle": ORACLE}
 BAR = 36
 """Characters of a bar in the frame that stands for perfect balance."""
 EQUAL = 1e-3
@@ -166,13 +166,15 @@ def _comparison(report: dict[str, Any]) -> Text:
 
 
 def _balance(report: dict[str, Any]) -> list[Text]:
-    lines = [Text("Balancedness (mean device load / largest device load, 1 is perfect):")]
-    for name, label in POLICIES.items():
+    held_out = "held-out " if report["held_out"] else ""
+    over = f"{report['batches']} {held_out}batch{'es' if report['batches'] > 1 else ''}"
+    lines = [Text(f"Balancedness, mean of {over} (mean device load / largest, 1 is perfect):")]
+    labels = POLICIES | {"replicated": f"{report['forecasts']['by']} (this run)"}
+    width = max(map(len, labels.values()))
+    for name, label in labels.items():
         value = report["balancedness"][name]
-        if name == "replicated" and report["forecasts"]["by"] == "none":
-            label = "no forecast"
         bar = "█" * round(BAR * value)
-        lines.append(Text(f"  {label:<12} {value:.3f} {bar}", style=COLOURS.get(label, "")))
+        lines.append(Text(f"  {label:<{width}} {value:.3f} {bar}", style=COLOURS.get(name, "")))
     return lines
 
 

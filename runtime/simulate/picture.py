@@ -96,7 +96,7 @@ def _draw_means(axes: Any, outcomes: list[Outcome], rows: list[tuple[str, str]],
     labels = []
     for place, (forecast, planner) in enumerate(rows):
         again = place and rows[place - 1][0] == forecast
-        labels.append(human(planner) if again or planner == "contiguous" else f"{human(forecast)}:  {human(planner)}")
+        labels.append(human(planner) if again or planner == "contiguous" else f"{forecast}:  {human(planner)}")
     axes.set_yticks(range(len(rows)), labels)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
@@ -122,11 +122,11 @@ def _draw_steps(
         lowest = min(lowest, float(values.min()))
         policy = human(item.planner)
         if item.planner != "contiguous":
-            policy = f"{human(item.forecast)}, {policy}{', even split' if item.split == 'even' else ''}"
+            policy = f"{item.forecast}, {policy}{', even split' if item.split == 'even' else ''}"
         ends.append((float(values[-1]), policy, GREY if colour == LIGHT else colour))
         if item.planner != "contiguous" and item.forecast not in TRUTHS:
             moves.plot(steps, _smooth(item.arrivals / item.shape[0], width), **style)
-            short = human(item.planner if item.planner == "eplb" else item.forecast)
+            short = human(item.planner) if item.planner == "eplb" else item.forecast
             moved.append((item.moves_per_layer, f"{item.moves_per_layer:.1f} {short}", colour))
     balance.set(ylabel="balancedness", ylim=(lowest - 0.03, 1.02))
     balance.tick_params(labelbottom=False)

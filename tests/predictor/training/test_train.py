@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.shell import typed
+from data.traces.store import open_trace
 from predictor.checkpoint import CONFIG, WEIGHTS, load_predictor
 from predictor.evaluation.scores import Scores
 from predictor.training.module import ForecasterModule
@@ -36,12 +38,15 @@ def test_contract_and_folder(run, layout, trace, upcoming):
     folder = Path(line["predictor"])
     assert {file.name for file in Path(f"{folder}.run").iterdir()} == {"best.ckpt", "last.ckpt", "train.log"}
     printed = [text for text in run.stderr.splitlines() if "━" not in text]
-    assert len(printed) <= 13
+    assert len(printed) <= 15
     assert printed[0] == f"training; checkpoints and log are in {folder}.run"
-    assert printed[1] == f"reusing the trace in {trace}"
-    assert printed[3].split()[-4:] == ["balancedness", "(1", "is", "best)"]
-    assert printed[4].split()[:2] == ["this", "predictor,"]
-    assert printed[-1] == f"Next: python -m runtime.infer --model {layout.model_id} --predictor {folder}"
+    assert printed[1] == f"trace {trace}: {open_trace(trace).num_batches} batches"
+    counted = sum(rows["oracle"]["batches"] for rows in json.loads((folder / CONFIG).read_text())["metrics"].values())
+    assert printed[3].startswith(f"On {counted} held-out batches; balancedness: 16 replica slots on 8 devices")
+    assert printed[4].split()[-4:] == ["balancedness", "(1", "is", "best)"]
+    names = ["adaptive", "learned", "last", "ema", "token_table", "oracle"]
+    assert [row.split()[0] for row in printed[5:11]] == names, "the names that options and files use"
+    assert printed[-1] == "Next: " + typed(f"python -m runtime.infer --model {layout.model_id} --predictor {folder}")
     assert "`Trainer.fit` stopped" in Path(f"{folder}.run", "train.log").read_text()
     assert {"model.safetensors", "config.json", "run.yaml", "README.md", "report.html"} <= {
         f.name for f in folder.iterdir()
@@ -81,7 +86,7 @@ def test_resuming_ends_where_an_unbroken_run_does(run, stop_in, capsys):
     assert stop.value.code == 130
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
-    assert printed.splitlines()[-1].startswith("interrupted; go on with: python train.py --config ")
+    assert printed.splitlines()[-1].startswith(f"interrupted; go on with: {typed('python train.py')} --config ")
     assert printed.endswith(" --predictor=resumed --ckpt_path last\n")
     assert not Path("resumed").exists()
     stop_in(0)

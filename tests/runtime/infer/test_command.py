@@ -41,6 +41,8 @@ def command(switch_folder, predictor, tmp_path, monkeypatch, capsys):
 def test_contract(command, tmp_path):
     shown = command(**{"expert-overhead-tokens": "auto"}).out
     assert "Outputs equal the plain model's" in shown
+    assert "Balancedness, mean of 5 batches (" in shown
+    assert [line.split()[1] for line in shown.splitlines() if "█" in line] == ["no", "last", "adaptive", "oracle"]
     assert len(shown.splitlines()) <= 19  # two of them may be wrapped paths
     report = json.loads(shown.splitlines()[-1])
     assert report["batches"] == 5
