@@ -125,9 +125,9 @@ def compare_policies(
         console: Console for a progress bar.
 
     Returns:
-        JSON document: loads, devices, redundant, steps, layers, left_out (how many `steps` and which `layers` hold no
-        tokens, so that no figure counts them), results (one for each policy), verdict, and engines (what plans save
-        that are kept; None where a device has more slots than there are experts).
+        JSON document: loads, devices, redundant, experts, steps, layers, left_out (how many `steps` and which `layers`
+        hold no tokens, so that no figure counts them), results (one for each policy), verdict, and engines (what plans
+        save that are kept; None where a device has more slots than there are experts).
 
     Raises:
         ValueError: If the loads, a name or a number cannot be used.
@@ -140,11 +140,6 @@ def compare_policies(
         stream = at_step_size(stream, tokens_per_step, top_k)
         traffic = StepSize.of(stream, top_k, traffic.tokens_per_step)
     num_experts = stream.num_experts
-    if num_devices > 0 and num_experts % num_devices:
-        raise ValueError(
-            f"{num_experts} experts do not divide over {num_devices} devices; policies are compared with none, where "
-            "every device has as many experts: choose a number of devices that divides the experts"
-        )
     check_division(num_experts, num_devices, num_redundant_experts)
     names = forecasts or usual_forecasts(stream, predictor is not None and tokens_per_step is None)
     policies = Policies(
@@ -170,7 +165,7 @@ def compare_policies(
     outcomes, kept = _replay_all(policies, stream, setting, hardware.move_tokens, renew_every, console)
     asked = [item for item in outcomes if item.planner in policies.planners]
     report: dict[str, Any] = {"loads": stream.name, "devices": num_devices, "redundant": num_redundant_experts}
-    report |= {"max_moves": max_moves, "devices_per_node": devices_per_node}
+    report |= {"experts": num_experts, "max_moves": max_moves, "devices_per_node": devices_per_node}
     silent = sorted(set(range(stream.num_layers)) - set(stream.layers.tolist()))
     report |= {"layers": len(stream.layers), "left_out": {"steps": stream.empty_steps, "layers": silent}}
     report |= document(asked, hardware.expert_bytes)
@@ -249,7 +244,8 @@ def _replay_all(
         def advance() -> None:
             bars.advance(bar)
 
-        bare = {"contiguous": (ContiguousPlanner(), ReplicationPlan.at_home(homes, devices, 0))}
+        spare = -stream.num_experts % devices  # empty slots of the devices that have an expert less
+        bare = {"contiguous": (ContiguousPlanner(), ReplicationPlan.at_home(homes, devices, spare))}
         outcomes = replay(LastBatch(), bare, stream, replace(setting, splits=["even"]), advance)
         for name in policies.forecasts:
             forecaster = open_forecaster(name, policies.predictor, stream, setting.start)

@@ -191,10 +191,12 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
         details: Whether to show every figure.
     """
     names = list(dict.fromkeys(result[key] for key in ("forecast", "planner") for result in report["results"]))
+    notes = _left_out(report) + _uneven(report)
+    notes += [f"{name}: {EXPLAINED[name]}" for name in names if name in EXPLAINED]
     made = Table(
         title=f"{report['loads']}: {report['steps']} steps of {report['layers']} layers, {report['devices']} devices, "
         f"{report['redundant']} redundant experts a layer",
-        caption="\n".join([*_left_out(report), *(f"{name}: {EXPLAINED[name]}" for name in names if name in EXPLAINED)]),
+        caption="\n".join(notes),
         caption_justify="left",
     )
     for name in ("forecast", "planner", "split"):
@@ -214,6 +216,14 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
             cells += [f"{result['split_us']:.1f}", "" if closed is None else f"{closed:.0%}"]
         made.add_row(*cells, style="bold" if policy_of(result) == best else None)
     return made
+
+
+def _uneven(report: dict[str, Any]) -> list[str]:
+    """A line about the placement without replicas, where it cannot give all devices as many experts."""
+    experts, devices = report["experts"], report["devices"]
+    each = experts // devices
+    without = f"without replicas, {experts % devices} of {devices} devices have {each + 1} of {experts} experts"
+    return [f"contiguous: {without}, the others {each}"] * (experts % devices > 0)
 
 
 def _left_out(report: dict[str, Any]) -> list[str]:

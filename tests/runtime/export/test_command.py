@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from runtime.simulate import compare_policies
+from runtime.simulate.cost_model import Hardware
+
 ROOT = Path(__file__).parents[3]
 RECORDED = ROOT / "tests" / "runtime" / "recorded" / "dsv2lite.npz"
 
@@ -42,6 +45,20 @@ def test_a_recording_goes_to_sglang_and_is_checked(run, tmp_path):
     assert code == 1
     assert err.count("problem: ") == len(json.loads(out.splitlines()[-1])["problems"]) == 1
     assert run("check-plan", "none.json")[::2] == (2, "error: none.json does not exist\n")
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm", "tensorrt-llm", "vllm-ascend", "switchcast"])
+def test_plans_of_devices_that_do_not_divide_the_experts(run, engine, tmp_path):
+    simulated = compare_policies(
+        RECORDED, 6, 8, ("last",), ("home",), ("quota",), steps=4, save_plans=tmp_path / "plans.npz",
+        hardware=Hardware(9437184, 1e5, 25e9, 0),
+    )  # fmt: skip
+    assert simulated["experts"] % simulated["devices"]
+    plan = f"plan.{'yaml' if engine == 'tensorrt-llm' else 'json'}"
+    code, _, err = run("export", "plans.npz", "--to", engine, "--layers", "0-4", "--hidden-layers", "5", "--out", plan)
+    assert code == 0, err
+    code, _, err = run("check-plan", plan, "--devices", "6", "--experts", "64", "--redundant", "8", "--layers", "0-4")
+    assert (code, "nothing wrong was found" in err) == (0, True), err
 
 
 def test_loads_from_a_pipe(run, tmp_path):

@@ -64,6 +64,50 @@ def test_the_json_document_and_plans_that_bear_it_out(tmp_path, monkeypatch, cap
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
+@pytest.mark.parametrize(
+    ("name", "devices", "redundant", "without"),
+    [
+        ("dsv2lite", 6, 8, "4 of 6 devices have 11 of 64 experts, the others 10"),
+        ("dsv2lite", 72, 8, "64 of 72 devices have 1 of 64 experts, the others 0"),
+        ("gptoss20b", 12, 16, "8 of 12 devices have 3 of 32 experts, the others 2"),
+    ],
+)
+def test_experts_need_not_divide_over_the_devices(name, devices, redundant, without, tmp_path, monkeypatch, capsys):
+    loads = RECORDED / f"{name}.npz"
+    arguments = [
+        loads, "--devices", devices, "--redundant", redundant, "--forecast", "last,oracle", "--steps", 20,
+        "--planner", "contiguous,eplb,home,moving", "--save-plans", tmp_path / "plans.npz", "--out", tmp_path,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["simulate", *map(str, arguments)])
+    main()
+    shown = capsys.readouterr().out
+    assert without in shown
+    report = json.loads(shown.splitlines()[-1])
+    assert len(report["results"]) == 1 + 2 * 3 * 2
+    assert len(report["engines"]["plans"]) == 2
+    loads = np.load(loads)["counts"].astype(int)[1:21]
+    layers, experts = loads.shape[1:]
+    with np.load(tmp_path / "plans.npz") as saved:
+        for item in report["results"]:
+            policy = f"{item['forecast']}.{item['planner']}.{item['split']}"
+            phy2log, device_load = saved[f"{policy}.phy2log"], saved[f"{policy}.device_load"]
+            assert (device_load.sum(-1) == loads.sum(-1)).all()
+            replicated = item["planner"] != "contiguous"
+            assert phy2log.shape[2] == (experts + redundant if replicated else -(-experts // devices) * devices)
+            held = phy2log.reshape(20 * layers, -1)
+            assert all(set(row) >= set(range(experts)) for row in held.tolist()), policy
+        bare = saved["none.contiguous.even.phy2log"].reshape(-1, devices, -(-experts // devices))
+        each = (bare >= 0).sum(-1)
+        assert set(np.unique(each)) == {experts // devices, experts // devices + 1}
+        owner = (np.arange(devices)[:, None] * np.ones_like(bare[0])).ravel()
+        counted = np.zeros((20, layers, devices), dtype=int)
+        for (step, layer), row in zip(np.ndindex(20, layers), bare.reshape(len(bare), -1), strict=True):
+            np.add.at(counted[step, layer], owner[row >= 0], loads[step, layer][row[row >= 0]])
+        assert (counted == saved["none.contiguous.even.device_load"]).all()
+    of = {(item["forecast"], item["planner"], item["split"]): item["balancedness"] for item in report["results"]}
+    assert of["oracle", "moving", "quota"] > of["last", "moving", "quota"] > of["none", "contiguous", "even"]
+
+
 def test_as_a_command_the_last_line_is_json(tmp_path):
     np.save(tmp_path / "loads.npy", np.random.default_rng(0).poisson(20, (20, 1, 8)))
     command = [
@@ -235,7 +279,10 @@ def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
     ("arguments", "text"),
     [
         (["nowhere.npz"], "nowhere.npz does not exist"),
-        (["LOADS", "--devices", "3", "--redundant", "2"], "64 experts do not divide over 3 devices; policies are"),
+        (
+            ["LOADS", "--devices", "6"],
+            "64 experts and 16 redundant experts do not divide over 6 devices; choose 14 or 20",
+        ),
         (["LOADS", "--redundant", "12"], "12 redundant experts do not divide over 8 devices; choose 8 or 16 redundant"),
         (["LOADS", "--forecast", "tea"], "forecast: unknown 'tea'; choose from last, ema, mean, own, learned"),
         (

@@ -129,7 +129,7 @@ def test_the_command_prints_a_row_for_each_job(folder, tmp_path, monkeypatch, ca
         (["--gpu", "h100_sxm,h200", "--like", "gpt_oss_20b"], "gpu: unknown 'h200'; choose from a100_sxm, h100_sxm"),
         (["--devices", "8,0"], "--devices is 0, expected 1 or more"),
         (["--save-plans", "."], ". is a folder, expected a file for the results; name one in it"),
-        (["--devices", "3", "--redundant", "1"], "64 experts do not divide over 3 devices; policies are compared"),
+        (["--devices", "3", "--redundant", "1"], "64 experts and 1 redundant experts do not divide over 3 devices"),
         (["--redundant", "8,16", "--jobs", "0"], "--jobs is 0, expected 1 or more"),
     ],
 )
