@@ -242,61 +242,50 @@ def _best_flow(layer: Layer, slot: int, k: int) -> np.float32:
 
 
 @njit(cache=True, nogil=True)
-def _settle(layer: Layer, sweeps: int) -> None:
-    """As `relax`, with prices of active slots."""
-    changed = layer.changed
-    for sweep in range(sweeps):
-        moved = False
-        for slot in range(layer.held.size):
-            expert, there = layer.held[slot], layer.device[slot]
-            if expert < 0:
-                continue
-            here = layer.home[expert]
-            if max(changed[here], changed[there]) < sweep:
-                continue
-            most = np.float32(0)
-            for k in range(layer.waking.size):
-                flow = _best_flow(layer, slot, k)
-                if flow != 0:
-                    send(layer, slot, k, flow)
-                    most = max(most, abs(flow))
-            if most > NO_FLOW:
-                changed[here] = changed[there] = sweep + 1
-                moved = True
-        if not moved:
-            break
+def _flow_by_price(layer: Layer, slot: int) -> np.float32:
+    """Lets tokens flow between a replica and its expert's home, by prices of active slots; returns the largest flow."""
+    most = np.float32(0)
+    for k in range(layer.waking.size):
+        flow = _best_flow(layer, slot, k)
+        if flow != 0:
+            send(layer, slot, k, flow)
+            most = max(most, abs(flow))
+    return most
 
 
 @njit(cache=True, nogil=True, fastmath=True)
+def _flow(layer: Layer, slot: int) -> np.float32:
+    """As `_flow_by_price` where active slots have no price: half of the difference of the two devices."""
+    on_replica, at_home, load = layer.on_replica, layer.at_home, layer.load
+    expert, there, most = layer.held[slot], layer.device[slot], np.float32(0)
+    here = layer.home[expert]
+    for k in range(load.shape[1]):
+        flow = np.float32(0.5) * (load[here, k] - load[there, k])  # negative: tokens return home
+        flow = min(max(flow, -on_replica[slot, k]), at_home[expert, k])
+        load[here, k] -= flow
+        load[there, k] += flow
+        on_replica[slot, k] += flow
+        at_home[expert, k] -= flow
+        most = max(most, abs(flow))
+    return most
+
+
+@njit(cache=True, nogil=True)
 def relax(layer: Layer, sweeps: int) -> None:
     """Lets tokens flow between homes and replicas towards equal loads, in place, until hardly any flow is left.
 
     Sweep n visits the devices whose `changed` is at least n.
     """
-    if layer.waking[0] > 0:
-        _settle(layer, sweeps)
-        return
-    held, home, on_replica, at_home, load, changed = (
-        layer.held, layer.home, layer.on_replica, layer.at_home, layer.load, layer.changed
-    )  # fmt: skip
+    held, device, home, changed, priced = layer.held, layer.device, layer.home, layer.changed, layer.waking[0] > 0
     for sweep in range(sweeps):
         moved = False
         for slot in range(held.size):
-            expert, there = held[slot], layer.device[slot]
-            if expert < 0:
+            if held[slot] < 0:
                 continue
-            here = home[expert]
+            here, there = home[held[slot]], device[slot]
             if max(changed[here], changed[there]) < sweep:
                 continue
-            most = np.float32(0)
-            for k in range(load.shape[1]):
-                flow = np.float32(0.5) * (load[here, k] - load[there, k])  # negative: tokens return home
-                flow = min(max(flow, -on_replica[slot, k]), at_home[expert, k])
-                load[here, k] -= flow
-                load[there, k] += flow
-                on_replica[slot, k] += flow
-                at_home[expert, k] -= flow
-                most = max(most, abs(flow))
+            most = _flow_by_price(layer, slot) if priced else _flow(layer, slot)
             if most > NO_FLOW:
                 changed[here] = changed[there] = sweep + 1
                 moved = True
