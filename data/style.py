@@ -49,7 +49,7 @@ NAMES = {
     "steady": "steady mix", "drift": "slow drift", "every_10": "topic change every 10 batches",
     "every_1": "topic change every batch", "unseen": "unseen text", "text": "your text",
     "contiguous": "no replicas", "eplb": "EPLB", "home": "home planner",
-    "moving": "home planner, moving homes",
+    "moving": "home planner, moving homes", "timed": "home planner, device times",
 }  # fmt: skip
 """Names for people of traffic phases and planners, by the names that programs use. Forecasters keep their names."""
 

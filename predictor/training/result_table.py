@@ -4,11 +4,9 @@ import numpy as np
 
 from predictor.evaluation.tables import Details
 
-SHOWN = {
-    "adaptive": "this predictor, which goes on learning", "learned": "as it was trained", "last": "the last batch",
-    "ema": "moving average", "token_table": "counts of each token's experts", "oracle": "the true load",
-}  # fmt: skip
-"""Forecasters of the table, and what they are."""
+SHOWN = ("adaptive", "learned", "last", "ema", "token_table", "oracle")
+"""Forecasters of the table, by the names that options and files use."""
+EXPLAINED = "adaptive: this predictor, which goes on learning; learned: as trained; ema: moving average of loads"
 ORACLE = "oracle"
 BALANCEDNESS = "balancedness_r16"
 
@@ -28,7 +26,5 @@ def result_table(metrics: Details) -> str:
     rows.append(["test batches", *map(str, batches), *[""] * balanced])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [[row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
-    return "\n".join([
-        f"On {sum(batches)} held-out batches{setting}", *("  ".join(line) for line in lines),
-        "; ".join(f"{name}: {what}" for name, what in SHOWN.items()),
-    ])  # fmt: skip
+    title = f"On {sum(batches)} held-out batches{setting}"
+    return "\n".join([title, *("  ".join(line) for line in lines), EXPLAINED])

@@ -75,7 +75,8 @@ def simulate(
             predictor corrected by the loads observed so far, 'exact' the oracle, planned only once the load is known,
             so that its moves delay the batch. By default all but exact, learned and adaptive only with a predictor,
             and own only with --serve.
-        planner: Some of contiguous,eplb,home,moving; moving is the home planner with homes that move.
+        planner: Some of contiguous,eplb,home,moving,timed: the home planner with homes that move; and balancing device
+            times, of which an active expert takes --expert-overhead-tokens (with quota), instead of tokens.
         split: Some of even,quota.
         predictor: Folder that train.py wrote, for the forecasts 'learned' and 'adaptive'.
         start: First step that is planned, counted without steps that hold no tokens; homes are chosen from the steps

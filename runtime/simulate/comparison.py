@@ -26,7 +26,7 @@ from predictor.baselines.history import LastBatch
 from runtime.balancing.eplb import ContiguousPlanner, EplbPlanner
 from runtime.balancing.plan import ReplicationPlan, check_division, contiguous_homes, flat_homes
 from runtime.balancing.planner import HomePlanner, Planner
-from runtime.simulate.cost_model import DeviceTimes, measure
+from runtime.simulate.cost_model import DeviceTimes, Hardware, measure
 from runtime.simulate.forecasters import FORECASTS, FROM_TOKENS, TRAINED, open_forecaster, usual_forecasts
 from runtime.simulate.kept_plan import in_engines, kept_plans
 from runtime.simulate.outcome import Outcome
@@ -38,7 +38,7 @@ from runtime.simulate.verdict import verdict
 
 PLANNERS = ("contiguous", "eplb", "home")
 """Planners that are compared by default."""
-KNOWN_PLANNERS = (*PLANNERS, "moving")
+KNOWN_PLANNERS = (*PLANNERS, "moving", "timed")
 RENEW_EVERY = 100
 """Steps between the plans of an engine that renews them; SGLang's default is 1,000 and vLLM's 3,000."""
 SWITCH_BASE_EXPERT = 2 * 2 * 768 * 3072
@@ -56,6 +56,7 @@ class Policies:
     predictor: Path | None
     max_moves: int | None
     devices_per_node: int | None
+    expert_overhead_tokens: int
 
     def with_replicas(
         self, known_LE: FloatArray, move_tokens: float, exposed: bool
@@ -72,7 +73,8 @@ class Policies:
         flat = ReplicationPlan.at_home(flat_homes(known_LE, devices, redundant), devices, redundant)
         home = HomePlanner(devices, redundant, self.max_moves, self.devices_per_node, move_tokens if exposed else 0.0)
         known: dict[str, tuple[Planner, ReplicationPlan]] = {
-            "eplb": (EplbPlanner(), empty), "home": (home, flat), "moving": (replace(home, moving_homes=True), flat)
+            "eplb": (EplbPlanner(), empty), "home": (home, flat), "moving": (replace(home, moving_homes=True), flat),
+            "timed": (replace(home, expert_overhead_tokens=self.expert_overhead_tokens), flat),
         }  # fmt: skip
         return {name: planner for name, planner in known.items() if name in self.planners}
 
@@ -106,8 +108,8 @@ def compare_policies(
         num_redundant_experts: Replica slots of each layer over all devices.
         forecasts: Some of last, mean, ema, own, learned, adaptive, oracle and exact; by default all but exact, learned
             and adaptive only with a predictor, and own (each request's past) only where requests were served.
-        planners: Some of contiguous (no replicas), eplb, home and moving (as home, but homes move); by default the
-            first three.
+        planners: Some of contiguous (no replicas), eplb, home, moving (as home, but homes move) and timed (as home, but
+            planner and quota split count the hardware's `expert_overhead_tokens`); by default the first three.
         splits: Some of even and quota.
         predictor: Folder that `train.py` wrote, for the forecasts `learned` and `adaptive`.
         start: First step that is planned; homes are chosen from the steps before it.
@@ -150,7 +152,13 @@ def compare_policies(
         None if predictor is None else Path(predictor),
         max_moves,
         devices_per_node,
+        round(hardware.expert_overhead_tokens) if isinstance(hardware, Hardware) else 0,
     )
+    if "timed" in policies.planners and not policies.expert_overhead_tokens:
+        raise ValueError(
+            "planner timed counts the time of one more expert in tokens, and this hardware has none: give "
+            "--expert-overhead-tokens of 1 or more, without --gpu"
+        )
     if tokens_per_step is not None and (unable := [name for name in policies.forecasts if name in FROM_TOKENS]):
         raise ValueError(
             f"forecast {unable[0]} reads tokens, but tokens_per_step keeps counts alone; leave one of them out, or "
@@ -263,13 +271,14 @@ def _switch_on(policy: dict[str, str], policies: Policies, num_experts: int) -> 
             f"rebalance_experts(load, num_replicas={num_experts + redundant}, num_groups=1, num_nodes=1, "
             f"num_gpus={devices})"
         )
-    if policy["forecast"] in TRAINED and (policy["planner"], policy["split"]) == ("home", "quota"):
+    price = policies.expert_overhead_tokens if policy["planner"] == "timed" else None
+    if policy["forecast"] in TRAINED and policy["planner"] in ("home", "timed") and policy["split"] == "quota":
         command = f"python -m runtime.infer --predictor {policies.predictor}"
         options = {"--devices": devices, "--redundant": redundant, "--max-moves": policies.max_moves}
-        options["--devices-per-node"] = policies.devices_per_node
+        options |= {"--devices-per-node": policies.devices_per_node, "--expert-overhead-tokens": price}
         return " ".join([command, *(f"{name} {value}" for name, value in options.items() if value is not None)])
     forecaster = "load_predictor(...)" if policy["forecast"] in TRAINED else repr(policy["forecast"])
-    planner: dict[str, Any] = {"max_moves": policies.max_moves}
+    planner: dict[str, Any] = {"max_moves": policies.max_moves, "expert_overhead_tokens": price}
     if policy["planner"] == "eplb":
         planner = {"planner": "EplbPlanner()"}
     elif policy["planner"] == "moving":

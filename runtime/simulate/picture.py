@@ -70,7 +70,7 @@ def _name(item: Outcome) -> tuple[str, str, str]:
 
 
 def _colour(forecast: str, planner: str, best: tuple[str, str, str]) -> str:
-    if planner not in ("home", "moving") and (forecast, planner) != best[:2]:
+    if planner not in ("home", "moving", "timed") and (forecast, planner) != best[:2]:
         return LIGHT if planner == "contiguous" else GREY
     if forecast in TRUTHS:
         return ORACLE

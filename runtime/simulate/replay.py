@@ -22,7 +22,7 @@ from data.traces.loads import share_of, total_variation
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory, OnlineForecaster
 from runtime.balancing.balancer import HISTORY
 from runtime.balancing.plan import ReplicationPlan
-from runtime.balancing.planner import Planner
+from runtime.balancing.planner import HomePlanner, Planner
 from runtime.balancing.split import split_by_quota, split_evenly
 from runtime.simulate.forecasters import TrueLoad
 from runtime.simulate.outcome import Outcome, Record, SplitStep, StepTimes
@@ -174,6 +174,7 @@ class _Course:
 
     def __init__(self, name: str, planner: Planner, first: ReplicationPlan, setting: Setting) -> None:
         self.name, self.planner, self.plan, self.nodes = name, planner, first, setting.devices_per_node
+        self.price = planner.expert_overhead_tokens if isinstance(planner, HomePlanner) else 0
         layers, slots = first.phy2log.shape
         shape = layers, first.num_experts, slots, first.num_devices
         counted = bool(self.nodes), setting.keep_plans
@@ -192,7 +193,9 @@ class _Course:
                 self.moves, self.near_moves = self.moves + 1, self.near_moves + (node == home)
         self.plan = target
         for record in self.records:
-            record.add(target, arrivals_G, plan_ms, _split_step(step.load, target, record.split, self.nodes))
+            record.add(
+                target, arrivals_G, plan_ms, _split_step(step.load, target, record.split, self.nodes, self.price)
+            )
 
     def outcomes(self, source: str, load_tv: float, forecast_ms: FloatArray) -> list[Outcome]:
         """The outcome of each split, with what is known of the forecast."""
@@ -209,10 +212,13 @@ def _arrivals(plan: ReplicationPlan, target: ReplicationPlan) -> IntArray:
     return np.asarray(arrives.reshape(len(arrives), plan.num_devices, -1).sum((0, 2)))
 
 
-def _split_step(load_LE: IntArray, plan: ReplicationPlan, name: str, devices_per_node: int | None) -> SplitStep:
+def _split_step(
+    load_LE: IntArray, plan: ReplicationPlan, name: str, devices_per_node: int | None, expert_overhead_tokens: int
+) -> SplitStep:
     """Splits one step's load under its plan."""
     counts_LSE = load_LE[:, None] if devices_per_node is None else _from_all_devices(load_LE, plan.num_devices)
-    split: Split = split_evenly if name == "even" else partial(split_by_quota, devices_per_node=devices_per_node)
+    by_quota = partial(split_by_quota, devices_per_node=devices_per_node, expert_overhead_tokens=expert_overhead_tokens)
+    split: Split = split_evenly if name == "even" else by_quota
     began = time.thread_time()
     layers = zip(counts_LSE, plan.phy2log, strict=True)
     quotas = [split(counts, phy2log, plan.num_devices) for counts, phy2log in layers]

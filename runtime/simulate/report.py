@@ -23,6 +23,7 @@ EXPLAINED = {
     "oracle": "the true load", "exact": "the true load, moves planned by their price",
     "eplb": "re-solves the placement from scratch", "home": "keeps every expert at home, moves replicas only",
     "moving": "as home, but homes move too",
+    "timed": "as home, but planner and quota count the time of an expert's weights",
 }  # fmt: skip
 
 

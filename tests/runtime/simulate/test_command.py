@@ -64,6 +64,19 @@ def test_the_json_document_and_plans_that_bear_it_out(tmp_path, monkeypatch, cap
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
+def test_with_a_price_of_an_active_expert_the_planner_that_counts_it_is_faster():
+    priced = replace(HARDWARE, tokens_per_second=1e4, expert_overhead_tokens=40)
+    report = compare_policies(
+        RECORDED / "dsv2lite.npz", 8, 16, ("ema",), ("home", "timed"), ("quota",), hardware=priced
+    )  # fmt: skip
+    alone = compare_policies(RECORDED / "dsv2lite.npz", 8, 16, ("ema",), ("home",), ("quota",), hardware=priced)
+    verdict, balance = report["verdict"], {item["planner"]: item["balancedness"] for item in report["results"]}
+    assert verdict["policy"]["planner"] == "timed"
+    assert verdict["step_ms"]["with"] < 0.97 * alone["verdict"]["step_ms"]["with"]
+    assert balance["timed"] < balance["home"], "balancedness counts tokens"
+    assert verdict["switch_on"] == "Balancer(8, 16, 'ema', expert_overhead_tokens=40) with split_by_quota"
+
+
 @pytest.mark.parametrize(
     ("name", "devices", "redundant", "without"),
     [
@@ -290,6 +303,11 @@ def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
             "forecast learned needs a predictor: give a folder",
         ),
         (["LOADS", "--forecast", "learned", "--predictor", "nowhere"], "nowhere"),
+        (
+            ["LOADS", "--planner", "timed", "--expert-overhead-tokens", "0"],
+            "give --expert-overhead-tokens of 1 or more",
+        ),
+        (["LOADS", "--planner", "timed", "--gpu", "h100_sxm", "--like", "gpt_oss_20b"], "of 1 or more, without --gpu"),
         (["LOADS", "--start", "0"], "error: start is 0, expected 1 to 63"),
         (["LOADS", "--steps", "99"], "error: steps is 99, expected 1 to 63"),
         (["LOADS", "--max-moves", "-1"], "--max-moves is -1, expected 0 or more"),
