@@ -23,8 +23,6 @@ FAMILY, FAMILY_TRACE = Path("outputs/qwen3-mini-64/predictor"), Path("outputs/tr
 RECORDED, RECORDED_TRACE = Path("outputs/gpt-oss/predictor"), Path("outputs/traces/gpt-oss")
 WIDE, VAST = Path("outputs/qwen3-wide-64"), Path("outputs/switch-base-128")
 GENERATING = "[lru,lfu,cosine,ours_batch,ours,oracle]"
-NETWORKS = {"paper": "configs/paper.yaml", "sida": "configs/sida.yaml"}
-"""Networks of two papers, by their configuration; they are trained to outputs/NAME/predictor."""
 COUNTS = "tests/runtime/recorded/gptoss20b.npz"
 """Recorded loads in the repository, for the verdict on a GPU."""
 
@@ -46,9 +44,6 @@ def preparation() -> list[Step]:
             if not (folder / "config.json").exists():
                 words = [*options[model], "--seed_everything", str(seed), "--predictor", str(folder)]
                 steps.append(Step(f"train-{model}-{seed}", [sys.executable, "train.py", *words], 2400))
-    for name, config in NETWORKS.items():
-        if not Path(f"outputs/{name}/predictor/config.json").exists():
-            steps.append(Step(f"train-{name}", [sys.executable, "train.py", "--config", config], 2400))
     if RECORDED_TRACE.exists() and not (RECORDED / "config.json").exists():
         train = [sys.executable, "train.py", "--config", "configs/gpt_oss_recording.yaml"]
         steps.append(Step("train-recorded", train, 2400))
@@ -65,14 +60,12 @@ def measurements() -> list[Step]:
     family = "--predictor", FAMILY
     shown = {model: [f"{seed}={folder}" for seed, folder in zip(SEEDS, folders, strict=True)]
              for model, folders in predictors().items()}  # fmt: skip
-    networks = [f"ours={PREDICTOR}", *(f"{name}=outputs/{name}/predictor" for name in NETWORKS)]
     simulated = FAMILY_TRACE, *family, "--devices", 8, "--redundant", 16, "--out", DRAWN / "simulate-family"
     on_gpu = "--gpu", "b200_sxm", "--like", "gpt_oss_20b", "--tokens-per-step", 8192
     within = "--recorded", FAMILY_MODEL, "--model", WIDE, "--mode", "generate", "--sequences", 2, "--arms", GENERATING
     steps = [
         Step("seeds", python("predictor.show", *shown["switch"]), 60),
         Step("seeds-family", python("predictor.show", *shown["family"]), 60),
-        Step("networks", python("predictor.show", *networks), 60),
         Step("main-job-family", python("runtime.infer", "--model", FAMILY_MODEL, *family), 600),
         Step("ablation-family", python("benchmarks.ablation", *family, "--trace", FAMILY_TRACE), 600),
         Step("simulate-family", python("runtime.simulate", *simulated), 600),
@@ -82,7 +75,7 @@ def measurements() -> list[Step]:
         Step("beyond-memory", python("benchmarks.beyond_memory", "--model", VAST), 1800),
     ]
     if RECORDED_TRACE.exists():
-        steps.insert(7, Step("regimes", python("benchmarks.regimes", RECORDED_TRACE, RECORDED, "--steps", 60), 1800))
+        steps.insert(6, Step("regimes", python("benchmarks.regimes", RECORDED_TRACE, RECORDED, "--steps", 60), 1800))
     return steps
 
 

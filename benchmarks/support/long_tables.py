@@ -61,22 +61,6 @@ def by_seed_long(results: Results) -> str:
     return markdown(["", "forecast", *STREAMS.values()], rows)
 
 
-def networks_long(results: Results) -> str:
-    """The networks of two papers beside ours, as trained."""
-    found = results.document("networks")["metrics"]
-    names = {"load_tv": "load_tv", SIXTEEN: "balancedness, 16 slots", EIGHT: "8 slots"}
-    rows = [
-        [title, network, *(_with_interval(found[stream][key], name) for stream in STREAMS)]
-        for name, title in names.items()
-        for key, network in {"ours": "ours", "paper": "the paper's", "sida": "SiDA's"}.items()
-    ]
-    return markdown(["", "network", *STREAMS.values()], rows)
-
-
-def _with_interval(scores: dict[str, Any], name: str) -> str:
-    return f"{share(scores[name])} [{', '.join(map(share, scores[f'{name}_interval']))}]"
-
-
 def family_long(results: Results) -> str:
     """README's table of the decoder-only model."""
     found: Metrics = results.document("seeds-family")["metrics"]
