@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
+from torch.optim.adam import adam
 
 RATE = 0.5
 """Step size of Adam times the number of features, of which each one adds as much to a step: chosen on the bundled
@@ -27,16 +29,18 @@ class LinearProbe:
         width: D, features of a token.
         num_experts: E.
         device: Where hidden states lie.
-
-    Attributes:
-        steps: Steps it has learned.
     """
 
     def __init__(self, width: int, num_experts: int, device: torch.device) -> None:
         self.num_experts, self._rate = num_experts, RATE / width
         self._weight_DE = torch.zeros(width + 1, num_experts, device=device)  # the last row is the bias
         self._mean_DE, self._square_DE = torch.zeros_like(self._weight_DE), torch.zeros_like(self._weight_DE)
-        self.steps = 0
+        self._steps = torch.zeros((), device=device)
+
+    @property
+    def steps(self) -> int:
+        """Steps it has learned."""
+        return int(self._steps)
 
     def state(self) -> dict[str, Tensor]:
         """Weights and squares of gradients as bfloat16 `[D + 1, E]`, and steps `[1]`: what a later run begins with."""
@@ -58,7 +62,7 @@ class LinearProbe:
             held.copy_(state[name])
         if "steps" not in state or state["steps"].shape != (1,) or not 0 <= state["steps"] <= MOST_STEPS:
             raise ValueError(f"steps is {state.get('steps', 'missing')}, expected one number from 0 to {MOST_STEPS}")
-        self.steps = int(state["steps"])
+        self._steps.fill_(int(state["steps"]))
 
     def probability(self, feature_TD: Tensor) -> Tensor:
         """Probability of each expert, `[T, E]`; uniform before the first step."""
@@ -73,16 +77,16 @@ class LinearProbe:
             target_TE: Share of each expert among those that the router chose for the token: rows that sum to 1, or 0
                 for a token that has no part in the step.
         """
-        error_TE = probability_TE * target_TE.sum(-1, keepdim=True) - target_TE
-        gradient_DE = torch.cat([feature_TD.T @ error_TE, error_TE.sum(0, keepdim=True)]) / max(len(feature_TD), 1)
-        self.steps += 1
-        self._mean_DE.lerp_(gradient_DE, 1 - MOMENTUM)
-        self._square_DE.lerp_(gradient_DE.square(), 1 - SQUARES)
-        scale_DE = (self._square_DE / (1 - SQUARES**self.steps)).sqrt_().add_(EPSILON)
-        self._weight_DE.addcdiv_(self._mean_DE, scale_DE, value=-self._rate / (1 - MOMENTUM**self.steps))
+        error_TE = (probability_TE * target_TE.sum(-1, keepdim=True) - target_TE) / max(len(feature_TD), 1)
+        gradient_DE = torch.empty_like(self._weight_DE)
+        torch.mm(feature_TD.T, error_TE, out=gradient_DE[:-1])
+        torch.sum(error_TE, 0, out=gradient_DE[-1])
+        adam(  # in one pass over the weights, which a step of generation finds outside of the processor's cache
+            [self._weight_DE], [gradient_DE], [self._mean_DE], [self._square_DE], [], [self._steps], fused=True,
+            lr=self._rate, beta1=MOMENTUM, beta2=SQUARES, eps=EPSILON, weight_decay=0, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 def normalised(hidden_TD: Tensor) -> Tensor:
     """Hidden states as float32 rows with root mean square 1."""
-    hidden_TD = hidden_TD.float()
-    return hidden_TD * torch.rsqrt(hidden_TD.square().mean(-1, keepdim=True) + 1e-6)
+    return rms_norm(hidden_TD.float(), hidden_TD.shape[-1:], eps=1e-6)
