@@ -2,7 +2,7 @@
 
 The running model has random weights, so that its own hidden states tell nothing of recorded routes. Recorded ones are
 repeated to its width, so that a probe costs what it costs there.
-Shape suffixes: T tokens, D width of the running model, E logical experts.
+Shape suffixes: B sequences, U positions, T tokens, D width of the running model, E logical experts.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,16 @@ class RecordedProbes:
 
     def __init__(self, probes: LayerProbes, router: RecordedRouter) -> None:
         self._probes, self._router = probes, router
+        self._batch: RecordedBatch | None = None
+        self._hidden_BUD = torch.empty(0)  # of that batch
 
     def forecast(self, hidden_TD: Tensor, choice: Tensor, skipped_T: Tensor | None) -> Tensor:
         """See `runtime.experts.protocols.Probes`."""
         router = self._router
-        recorded_TD = hidden_states(router.batch, router.layer, router.columns, hidden_TD.shape[1]).to(hidden_TD)
-        return self._probes.forecast(recorded_TD, choice, skipped_T)
+        if router.batch is not self._batch:  # once a batch, because a model has its hidden states at hand
+            self._batch = router.batch
+            self._hidden_BUD = repeated(router.batch.hidden[router.layer], hidden_TD.shape[1]).to(hidden_TD)
+        return self._probes.forecast(self._hidden_BUD[:, router.columns].flatten(0, 1), choice, skipped_T)
 
     def use(self, forecast_E: IntArray) -> None:
         """See `runtime.experts.protocols.Probes`."""
@@ -41,17 +45,16 @@ class RepeatedEmbedding(nn.Module):
 
     def __init__(self, embedding: Any, width: int) -> None:
         super().__init__()
-        self._embedding, self._times = embedding, width // embedding.embedding_dim
+        self._embedding, self._width = embedding, width
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings of token ids."""
-        return torch.tile(self._embedding(ids.cpu()), (self._times,)).to(ids.device)
+        return repeated(self._embedding(ids.cpu()), self._width).to(ids.device)
 
 
-def hidden_states(batch: RecordedBatch, layer: int, columns: slice, width: int) -> Tensor:
-    """What the recorded router of a layer read at some positions of each sequence, `[T, D]`."""
-    recorded = batch.hidden[layer][:, columns]
-    return torch.tile(recorded.flatten(0, -2), (width // recorded.shape[-1],))
+def repeated(hidden: Tensor, width: int) -> Tensor:
+    """Hidden states `[..., D]`, repeated to a width."""
+    return torch.tile(hidden, (width // hidden.shape[-1],))
 
 
 def foresee(
@@ -95,7 +98,7 @@ def learn(probes: ModelProbes, batches: Sequence[RecordedBatch], layout: MoELayo
                 columns = batch.columns(number, layout, "generate", step)
                 experts = batch.experts[number][:, columns].flatten(0, 1).long()
                 if len(experts):
-                    hidden_TD = hidden_states(batch, number, columns, width)
+                    hidden_TD = repeated(batch.hidden[number][:, columns].flatten(0, 1), width)
                     layer.forecast(hidden_TD, _choice(batch, number, columns, layout, experts), None)
 
 
