@@ -3,7 +3,8 @@
 Glossary:
 - A caller *requests* experts and then *acquires* them one by one.
 - An expert is *pinned* while a caller waits for it or computes with it; pinned experts are not evicted.
-- A *demand load* brings a requested expert, a *prefetch* a candidate of the policy. Demand loads go first.
+- A *demand load* brings a requested expert, a *prefetch* a candidate of the policy. Demand loads go first; a prefetch
+  rests while one runs, because two reads at once share the bandwidth of most disks.
 - *Next use* is the number of MoE layers that will run until an expert is expected to be needed again. The resident
   expert with the largest next use is evicted. A prefetch may evict an expert only if that expert's next use is clearly
   later than its own (by the eviction margin).
@@ -69,11 +70,12 @@ class _BufferTable:
     """Which expert is in which buffer, and which buffer is to be evicted next.
 
     Attributes:
-        next_use_LE: Layers that will run until each expert's next use, `[L, E]`; None before the first plan.
+        next_use_LE: Layers that will run until each expert's next use, `[L, E]` as lists, which are read one number at
+            a time; None before the first plan.
     """
 
     def __init__(self, pool: BufferPool) -> None:
-        self.next_use_LE: FloatArray | None = None
+        self.next_use_LE: list[list[float]] | None = None
         self._buffers = pool.buffers
         self._buffer_of: dict[Key, ExpertBuffer] = {}
 
@@ -94,7 +96,14 @@ class _BufferTable:
         """Layers until an expert's next use; infinite for None, an empty buffer."""
         if key is None:
             return float(np.inf)
-        return 0.0 if self.next_use_LE is None else float(self.next_use_LE[key])
+        return 0.0 if self.next_use_LE is None else self.next_use_LE[key[0]][key[1]]
+
+    @property
+    def farthest(self) -> float:
+        """The largest next use of all buffers: no prefetch of a later one can replace anything."""
+        if len(self) < len(self._buffers):
+            return float(np.inf)
+        return max(map(self.next_use, self._buffer_of))
 
     def victim(self, pinned: Container[Key]) -> ExpertBuffer | None:
         """An empty buffer, else the unpinned one with the largest next use; None if all are pinned or loading."""
@@ -137,7 +146,8 @@ class Tier:
         self._candidate_keys: set[Key] = set()
         self._failed: dict[Key, Exception] = {}
         self._logged_failures: set[Key] = set()
-        self._running, self._running_since, self._closing = 0, 0.0, False
+        self._running: list[LoadJob] = []
+        self._running_since, self._closing = 0.0, False
         self._change = threading.Condition()
         self._threads = [
             threading.Thread(target=self._load_until_closed, name=f"switchcast-{name}-{index}", daemon=True)
@@ -158,9 +168,18 @@ class Tier:
     def plan(self, next_use_LE: FloatArray, prefetch_candidates: Sequence[Key]) -> None:
         """Replaces the next uses `[L, E]` that decide eviction, and the experts to prefetch, most urgent first."""
         with self._change:
-            self._table.next_use_LE = next_use_LE.copy()
-            self._candidates, self._candidate_keys = list(prefetch_candidates), set(prefetch_candidates)
-            self._change.notify_all()
+            self._table.next_use_LE, self._candidate_keys = next_use_LE.tolist(), set(prefetch_candidates)
+            farthest = self._table.farthest
+            self._candidates = [key for key in prefetch_candidates if self._worthwhile(key, farthest)]
+            if self._candidates or self._demands:
+                self._change.notify_all()
+
+    def _worthwhile(self, key: Key, victim_next_use: float) -> bool:
+        """Whether to prefetch an expert in place of one with a later next use."""
+        return (
+            EVICTION_FACTOR * self._table.next_use(key) + EVICTION_LAYERS < victim_next_use
+            and self._table.get(key) is None
+        )
 
     def request(self, keys: Sequence[Key]) -> None:
         """Pins experts and queues demand loads for those that are absent; `acquire` must follow for the same keys."""
@@ -242,14 +261,23 @@ class Tier:
             self._finish(job, error)
 
     def _cancelled(self, job: LoadJob) -> bool:
-        """Whether to cancel a load, which the loader asks between two pieces.
+        """Whether to cancel a load, which the loader asks between two pieces; a prefetch rests there for demand loads.
 
         A prefetch is cancelled if its expert is no longer a candidate and a demand load is waiting, unless the expert
         has been requested meanwhile. Closing the tier cancels every load.
         """
-        return self._closing or bool(
-            job.prefetch and self._demands and job.key not in self._pinned and job.key not in self._candidate_keys
-        )
+        with self._change:
+            while not self._closing and not self._awaited(job):
+                if self._demands and job.key not in self._candidate_keys:
+                    return True
+                if not any(map(self._awaited, self._running)):
+                    return False
+                self._change.wait()
+            return self._closing
+
+    def _awaited(self, job: LoadJob) -> bool:
+        """Whether a caller waits for a load: a demand load, or a prefetch that was requested meanwhile."""
+        return not job.prefetch or job.key in self._pinned
 
     def _next_job(self) -> LoadJob | None:
         """Waits for an expert to load and claims a buffer for it; None when the tier is closed."""
@@ -263,7 +291,7 @@ class Tier:
                     self.stats.peak_bytes = max(self.stats.peak_bytes, in_use)
                     if not self._running:
                         self._running_since = time.perf_counter()
-                    self._running += 1
+                    self._running.append(job)
                     return job
                 self._change.wait()
         return None
@@ -282,11 +310,7 @@ class Tier:
         victim_next_use = self._table.next_use(victim.key)
         while self._candidates:
             key = self._candidates.pop(0)
-            if (
-                not self._table.get(key)
-                and EVICTION_FACTOR * self._table.next_use(key) + EVICTION_LAYERS < victim_next_use
-                and self.source.has(key)
-            ):
+            if self._worthwhile(key, victim_next_use) and self.source.has(key):
                 return LoadJob(key, victim, prefetch=True)
         return None
 
@@ -298,7 +322,8 @@ class Tier:
         with self._change:
             now = time.perf_counter()
             self.stats.load_ms += 1e3 * (now - self._running_since)
-            self._running_since, self._running = now, self._running - 1
+            self._running_since = now
+            self._running.remove(job)
             if error is None:
                 job.buffer.ready, job.buffer.unused = True, job.prefetch
                 self._count(job)

@@ -154,6 +154,29 @@ def test_a_prefetch_that_is_no_candidate_any_more_is_cancelled_for_a_demand_load
     assert not tier.has(key(5))
 
 
+def test_a_prefetch_rests_while_a_demand_load_runs(make, gate):
+    piece_read, demanded = threading.Event(), threading.Event()
+
+    def read(key, buffer, stop):
+        if key[1] == 5:
+            assert demanded.wait(WAIT)
+            assert not stop()  # between two pieces
+            piece_read.set()
+        else:
+            demanded.set()
+            rested.append(not piece_read.wait(0.1))
+
+    rested, tier = [], make(4, loaders=2)
+    gate.read = read
+    tier.plan(np.zeros((1, 8)), [key(5)])
+    tier.request([key(6)])
+    assert [buffer.key for buffer in tier.acquire([key(6)])] == [key(6)]
+    assert piece_read.wait(WAIT)
+    assert rested == [True]
+    settle(tier)
+    assert tier.stats.prefetches == 1
+
+
 def test_a_request_waits_for_a_running_prefetch_of_the_same_expert(make, gate):
     tier = make(4)
     tier.plan(np.zeros((1, 8)), [key(5)])
