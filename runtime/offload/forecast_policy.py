@@ -4,7 +4,7 @@
 forecaster that is usually wrong that probability approaches the frequency of use. `LruFallback` switches to
 least-recently-used while the forecast policy costs more than LRU would.
 
-Shape suffixes: L MoE layers, E logical experts, K features.
+Shape suffixes: L MoE layers, E logical experts.
 """
 
 import logging
@@ -16,71 +16,10 @@ import numpy as np
 from data.arrays import BoolArray, FloatArray
 from predictor.forecast import LoadForecast
 from runtime.offload.memory import Key
+from runtime.offload.need_probability import NeedProbability
 from runtime.offload.policy import LruPolicy, NextUsePolicy, Policy
 
 log = logging.getLogger(__name__)
-
-
-class NeedProbability:
-    """Probability that at least one token reaches an expert, from its forecast load and its frequency of use.
-
-    A logistic regression for each MoE layer on the logarithms of the load and of the frequency's odds, updated after
-    every batch.
-
-    Args:
-        num_layers: L.
-        first: Weights at the start: `BY_LOAD` or `BY_FREQUENCY`.
-    """
-
-    BY_LOAD = (0.0, 1.0, 0.0)
-    """Of the intercept, the load and the frequency: odds equal to the forecast load. 4 tokens give odds of about 4 to
-    1, probability .8; for small loads that is close to a Poisson distribution."""
-    BY_FREQUENCY = (0.0, 0.0, 1.0)
-    """The frequency of use, or whatever probability is given in its place."""
-    PRIOR_VARIANCE = 0.5
-    """Variance of each regression weight at the start."""
-    RETENTION = 0.9
-    """Share (0 to 1) of the accumulated evidence that is kept from one batch to the next; older batches fade."""
-    FLOOR = 0.02
-    """Tokens added to a load before its logarithm; also the least distance of a frequency (0 to 1) from 0 and 1."""
-
-    def __init__(self, num_layers: int, first: tuple[float, float, float] = BY_LOAD) -> None:
-        self._weight_LK = np.tile(np.array(first), (num_layers, 1))
-        self._precision_LKK = np.tile(np.eye(len(first)) / self.PRIOR_VARIANCE, (num_layers, 1, 1))
-
-    def probability(self, load_LE: FloatArray, frequency_LE: FloatArray) -> FloatArray:
-        """Probability of each expert, `[L, E]`.
-
-        Args:
-            load_LE: Forecast load in tokens, `[L, E]`.
-            frequency_LE: Frequency with which past batches needed the expert (0 to 1), `[L, E]`.
-        """
-        return _sigmoid((self._features(load_LE, frequency_LE) * self._weight_LK[:, None]).sum(-1))
-
-    def observe(self, layer: int, load_E: FloatArray, frequency_E: FloatArray, needed_E: FloatArray) -> None:
-        """Updates one layer's regression by a Newton step.
-
-        Args:
-            layer: The layer that ran.
-            load_E: Its forecast load in tokens, `[E]`.
-            frequency_E: Frequencies before this batch, `[E]`: those from which the probability was computed.
-            needed_E: 1 for experts that were needed, else 0, `[E]`.
-        """
-        x_EK, weight_K = self._features(load_E, frequency_E), self._weight_LK[layer]
-        precision_KK = self._precision_LKK[layer]
-        precision_KK *= self.RETENTION
-        prior_KK = np.eye(len(weight_K)) / self.PRIOR_VARIANCE
-        precision_KK += (1 - self.RETENTION) * prior_KK + x_EK.T @ x_EK / 4
-        weight_K += np.linalg.solve(precision_KK, x_EK.T @ (needed_E - _sigmoid(x_EK @ weight_K)))
-
-    def _features(self, load: FloatArray, frequency: FloatArray) -> FloatArray:
-        frequency = np.clip(frequency, self.FLOOR, 1 - self.FLOOR)
-        return np.stack([np.ones_like(load), np.log(load + self.FLOOR), np.log(frequency / (1 - frequency))], -1)
-
-
-def _sigmoid(log_odds: FloatArray) -> FloatArray:
-    """Probability of log odds, kept within .0025 of 0 and 1 so that no observation has unbounded weight."""
-    return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -6, 6))))
 
 
 class ForecastPolicy(NextUsePolicy):

@@ -42,6 +42,7 @@ class LayerOrder:
         self._clock = 0
         self._last_run: FloatArray = np.full(num_layers, -np.inf)
         self._interval: FloatArray = np.full(num_layers, np.nan)
+        self._distances: tuple[FloatArray, BoolArray, FloatArray] | None = None  # until a layer runs
 
     def begin(self) -> None:
         """Starts a batch: the model's first MoE layer runs next."""
@@ -52,6 +53,7 @@ class LayerOrder:
         if self.pass_index < 0 or (self._pass and layer <= self._pass[-1]):
             self._start(layer)
         self._pass.append(layer)
+        self._distances = None
         self._clock += 1
         if np.isfinite(passed := self._clock - self._last_run[layer]):
             before = self._interval[layer]
@@ -63,7 +65,7 @@ class LayerOrder:
             self._last_by_first[self._pass[0]] = self._pass
             self._followed[self._pass[0]] *= FOLLOWED_RETENTION
             self._followed[self._pass[0], first] += 1
-        self._pass, self.pass_index = [], self.pass_index + 1
+        self._pass, self.pass_index, self._distances = [], self.pass_index + 1, None
         self._expected = self._from(first)
 
     def _from(self, first: int) -> list[int]:
@@ -88,8 +90,13 @@ class LayerOrder:
 
         Returns:
             Layers that run until the next run, that one counted, `[L]`; whether it is in the current pass, bool `[L]`;
-            the period, layers from the next run to the one after it, `[L]`.
+            the period, layers from the next run to the one after it, `[L]`. They are not to be written to.
         """
+        if self._distances is None:
+            self._distances = self._find_distances()
+        return self._distances
+
+    def _find_distances(self) -> tuple[FloatArray, BoolArray, FloatArray]:
         last, after = self._pass[-1] if self._pass else -1, self._after()
         rest = [layer for layer in self._expected if layer > last]
         unseen = UNSEEN_DISTANCE * self.pass_length + np.arange(self.num_layers)
