@@ -31,6 +31,18 @@ def test_a_forecast_decides_what_is_prefetched_first_and_evicted_last():
     assert next_use_LE[0, 1] < next_use_LE[0, 0]  # the next batch needs expert 1, not 0
 
 
+def test_buffers_are_worth_more_to_a_layer_that_needs_few_experts():
+    policies = [ForecastPolicy(2, 16), NextUsePolicy(2, 16)]
+    for policy in policies:
+        for _ in range(100):
+            policy.observe(0, list(range(9)), 0)
+            policy.observe(1, [0], 0)
+    weighed, plain = (policy.next_use()[:, 0] for policy in policies)
+    assert weighed.tolist() == plain.tolist()  # nothing is forecast
+    policies[0].expect(forecast(np.ones((2, 16))))
+    assert policies[0].next_use()[:, 0].tolist() == pytest.approx([3 * plain[0], plain[1]], rel=0.01)
+
+
 @pytest.mark.parametrize("step", [1, 0], ids=["decoder beside an encoder", "decoder-only"])
 def test_steps_begin_with_the_frequency_of_use_and_learn_what_a_batch_s_forecast_says_of_them(step):
     policy = ForecastPolicy(2, 4)

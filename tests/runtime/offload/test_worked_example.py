@@ -89,9 +89,10 @@ def test_the_tier_prefetches_and_evicts_as_the_page_says():
         assert source.loaded[4:] == [(1, 3)]  # step 3
         assert resident(tier) == set(needed)
 
+        next_use_LE = policy.next_use()
+        assert next_use_LE[1, [0, 2, 3]].round(1).tolist() == [10.1, 10.1, 10.1]
+        assert f"(2, 1) is {next_use_LE[2, 1]:.1f} away" in PAGE
+        assert policy.frequency_LE.sum(1).tolist() == pytest.approx([1.0, 1.2, 1.0])
         list(tier.acquire(needed))
         wait_until_loaded(tier, and_no_candidates=True)
-        assert policy.next_use()[1, [0, 2, 3]].round(1).tolist() == [9.2, 9.2, 9.2]
-        assert policy.prefetch_candidates() == [(2, 1)]
-        assert f"(2, 1) is {policy.next_use()[2, 1]:.1f} away" in PAGE
-        assert source.loaded[5:] == []  # step 4
+        assert source.loaded[5:] == [(2, 1)]  # step 4
