@@ -14,16 +14,16 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from data.arrays import FloatArray
 from runtime.distributed.device import use_device
+from runtime.offload.buffer_table import BufferTable
 from runtime.offload.expert_files import ReadCancelledError, never
 from runtime.offload.memory import BufferPool, ExpertBuffer, Key
 from runtime.offload.stats import CacheStats
@@ -66,67 +66,6 @@ class LoadJob:
     prefetch: bool
 
 
-class _BufferTable:
-    """Which expert is in which buffer, and which buffer is to be evicted next.
-
-    Attributes:
-        next_use_LE: Layers that will run until each expert's next use, `[L, E]` as lists, which are read one number at
-            a time; None before the first plan.
-    """
-
-    def __init__(self, pool: BufferPool) -> None:
-        self.next_use_LE: list[list[float]] | None = None
-        self._buffers = pool.buffers
-        self._buffer_of: dict[Key, ExpertBuffer] = {}
-
-    def __len__(self) -> int:
-        """Number of experts that are resident or being loaded."""
-        return len(self._buffer_of)
-
-    def get(self, key: Key) -> ExpertBuffer | None:
-        """The buffer in which an expert is, or into which it is being loaded."""
-        return self._buffer_of.get(key)
-
-    def has(self, key: Key) -> bool:
-        """Whether an expert is resident."""
-        buffer = self._buffer_of.get(key)
-        return buffer is not None and buffer.ready
-
-    def next_use(self, key: Key | None) -> float:
-        """Layers until an expert's next use; infinite for None, an empty buffer."""
-        if key is None:
-            return float(np.inf)
-        return 0.0 if self.next_use_LE is None else self.next_use_LE[key[0]][key[1]]
-
-    @property
-    def farthest(self) -> float:
-        """The largest next use of all buffers: no prefetch of a later one can replace anything."""
-        if len(self) < len(self._buffers):
-            return float(np.inf)
-        return max(map(self.next_use, self._buffer_of))
-
-    def victim(self, pinned: Container[Key]) -> ExpertBuffer | None:
-        """An empty buffer, else the unpinned one with the largest next use; None if all are pinned or loading."""
-        best, largest = None, -np.inf
-        for buffer in self._buffers:
-            if buffer.key is None:
-                return buffer
-            if buffer.ready and buffer.key not in pinned and (next_use := self.next_use(buffer.key)) >= largest:
-                best, largest = buffer, next_use
-        return best
-
-    def assign(self, buffer: ExpertBuffer, key: Key) -> None:
-        """Gives an empty buffer to an expert that will be loaded into it."""
-        assert buffer.key is None, f"the buffer still holds {buffer.key}"
-        buffer.key, self._buffer_of[key] = key, buffer
-
-    def clear(self, buffer: ExpertBuffer) -> None:
-        """Empties a buffer."""
-        if buffer.key is not None:
-            del self._buffer_of[buffer.key]
-        buffer.key, buffer.ready, buffer.unused = None, False, False
-
-
 class Tier:
     """Keeps experts in the buffers of a pool; its loader threads fill them.
 
@@ -139,7 +78,7 @@ class Tier:
 
     def __init__(self, name: str, pool: BufferPool, source: LowerTier, loaders: int = 2) -> None:
         self.name, self.pool, self.source, self.stats = name, pool, source, CacheStats()
-        self._table = _BufferTable(pool)
+        self._table = BufferTable(pool)
         self._pinned: Counter[Key] = Counter()
         self._demands: deque[Key] = deque()
         self._candidates: list[Key] = []
@@ -367,4 +306,4 @@ class Tier:
         for thread in self._threads:
             thread.join()
         self.pool.release()
-        self._table = _BufferTable(self.pool)
+        self._table = BufferTable(self.pool)
