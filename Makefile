@@ -1,7 +1,7 @@
 # make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
 # make gpu   what only a GPU can show, in one folder under docs/results   make peers  other projects' own code and tests
 # make bench   all that two CPU cores can show, in one folder       make bench-long  three seeds, more models: hours
-# make docs   the documentation as a site in outputs/site            make how-to   runs the commands of its pages
+# make docs   the documentation as a site in outputs/site            make page-commands   runs what the pages say
 # make stress   random cases, damaged files: docs/reliability.md
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +15,7 @@ IMPORTS := import train; from predictor.recurrence import compile_kernels; compi
 KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
 	balancer.compile_kernels(); dispatch.compile_kernels()
 
-.PHONY: run test smoke docs gpu bench bench-long how-to peers peers-engines peers-transformers stress clean
+.PHONY: run test smoke docs gpu bench bench-long page-commands peers peers-engines peers-transformers stress clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -71,9 +71,9 @@ stress: .venv/ready
 	@$(BIN)/python -m stress.exactness
 	@$(BIN)/python -m stress.fuzz
 
-# Every command of quick start and how-to pages, some ten minutes; what needs an account or more machines is left out.
-how-to: .venv/ready
-	@HOW_TO=all $(BIN)/python -m pytest tests/test_how_to.py
+# Every command of README and docs, a quarter of an hour; what needs an account, a hub or more machines is left out.
+page-commands: .venv/ready
+	@PAGES=all $(BIN)/python -m pytest tests/test_page_commands.py
 
 # A warning is an error. Without network; open outputs/site/index.html.
 docs: .venv/ready

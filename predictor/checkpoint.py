@@ -22,7 +22,6 @@ from torch import Tensor
 from data.files import check_fetched, read_json, sha256, whole_file, write_json
 from data.models.layout import MoELayout
 from data.models.weights import read_embedding
-from data.shell import typed
 from data.traces.recordings import TRACE_JSON
 from predictor.adaptive import AdaptiveForecaster, State
 from predictor.forecaster import NeuralForecaster
@@ -81,8 +80,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if "format_version" not in config:
-        train = typed(f"python train.py --data.trace {folder}")
-        hint = f"; it is a trace: `{train}` trains one" * (folder / TRACE_JSON).exists()
+        hint = f"; it is a trace: `python train.py --data.trace {folder}` trains one" * (folder / TRACE_JSON).exists()
         raise ValueError(f"{folder} holds no predictor; expected the folder that `python train.py` wrote{hint}")
     if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
