@@ -85,7 +85,7 @@ def page_of(path: str) -> Any:
     return pytest.param(path, marks=pytest.mark.skipif(rest, reason="`make page-commands` runs all pages"), id=path)
 
 
-@pytest.mark.parametrize("page", map(page_of, PAGES))
+@pytest.mark.parametrize("page", [page_of(path) for path in PAGES])
 def test_commands_of_a_page_run(page, workshop):
     folder, done = workshop
     found = commands(page)
