@@ -13,11 +13,11 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.bench import DRAWN, PREDICTOR, python
+from benchmarks.support.long_tables import SEEDS
 from benchmarks.support.results import LONG
 from benchmarks.support.steps import Step, processor, results_folder, run_and_say
 from data.cli import from_command_line, user_errors
 
-SEEDS = (0, 1, 2)
 FAMILY_MODEL, FAMILY_CONFIG = "qwen3-mini-64", "configs/qwen3_mini.yaml"
 FAMILY, FAMILY_TRACE = Path("outputs/qwen3-mini-64/predictor"), Path("outputs/traces/qwen3-mini-64")
 RECORDED, RECORDED_TRACE = Path("outputs/gpt-oss/predictor"), Path("outputs/traces/gpt-oss")

@@ -83,7 +83,7 @@ class Bench:
         self.loaded.to(ranks.device)
         self.layout: MoELayout = self.loaded.layout
         self.stored = stored_experts(ModelWeights(model), self.loaded.model, self.layout)
-        if (has := shape(self.layout)) != (wanted := shape(small.layout)):
+        if (has := geometry(self.layout)) != (wanted := geometry(small.layout)):
             raise ValueError(
                 f"{model} has (family, MoE layers, experts, experts of a token) = {has}, the recording has {wanted}; "
                 "see the options of make_switch and make_qwen3"
@@ -234,7 +234,7 @@ class Bench:
         return turn
 
 
-def shape(layout: MoELayout) -> tuple[str, int, int, int]:
+def geometry(layout: MoELayout) -> tuple[str, int, int, int]:
     """What a recording and the model that repeats it must share."""
     return layout.family, layout.num_layers, layout.num_experts, layout.experts_per_token
 

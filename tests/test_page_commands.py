@@ -85,6 +85,11 @@ def page_of(path: str) -> Any:
     return pytest.param(path, marks=pytest.mark.skipif(rest, reason="`make page-commands` runs all pages"), id=path)
 
 
+def test_what_is_not_run_stands_on_a_page():
+    said = [command for page in PAGES for command in commands(page)]
+    assert [part for part in NOT_RUN if not any(part in command for command in said)] == []
+
+
 @pytest.mark.parametrize("page", [page_of(path) for path in PAGES])
 def test_commands_of_a_page_run(page, workshop):
     folder, done = workshop

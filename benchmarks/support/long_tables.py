@@ -11,6 +11,7 @@ from predictor.evaluation.tables import markdown
 STREAMS = {"steady": "steady mix", "drift": "drift", "every_10": "topic change every 10", "every_1": "every batch",
            "unseen": "unseen text"}  # fmt: skip
 SEEDS = (0, 1, 2)
+"""Seeds of every predictor that is compared."""
 SIXTEEN, EIGHT = "balancedness_r16", "balancedness_r8"
 Metrics = dict[str, dict[str, dict[str, Any]]]
 

@@ -63,7 +63,7 @@ def foresee(
     """Has a model's probes read recorded hidden states and tokens.
 
     Returns:
-        The handle of a hook; in generation it begins the steps.
+        The handle of a hook that begins the steps of generation; None in other modes, which have no steps.
     """
     probes = replicated.probes
     assert probes is not None
@@ -71,11 +71,13 @@ def foresee(
     for layer, router, own in zip(replicated.layers, routers, probes.layers, strict=True):
         layer.probes = RecordedProbes(own, router)
 
+    if mode != "generate":
+        return None
+
     def begin_step(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        if mode == "generate":
-            last, layout = routers[-1], replicated.loaded.layout
-            columns = last.following(inputs["input_ids"].shape[1])
-            probes.begin_step(written(last.batch, layout, columns).to(replicated.adapter.like.device))
+        last, layout = routers[-1], replicated.loaded.layout
+        columns = last.following(inputs["input_ids"].shape[1])
+        probes.begin_step(written(last.batch, layout, columns).to(replicated.adapter.like.device))
 
     return replicated.adapter.stepper.register_forward_pre_hook(begin_step, with_kwargs=True)
 

@@ -5,7 +5,7 @@
 | trace | folder that `python -m data.collect` wrote (or `data.convert`, with counts alone) |
 | numpy | `.npy`, or `.npz` with the key `counts`, `[steps, L, E]` |
 | SGLang's expert-distribution recorder | `.pt`, or a folder of them ([sglang.py](sglang.py)) |
-| TensorRT-LLM's expert statistics | folder of `meta_info.json` and `rank*.safetensors` |
+| TensorRT-LLM's statistics | folder of `meta_info.json`, `rank*.safetensors` ([tensorrt_llm.py](tensorrt_llm.py)) |
 | vLLM's routed experts | `.npz` with the key `routed_experts`, or `*routed_experts.npy`, ids `[tokens, L, K]` |
 | Megatron's router trace | `.jsonl`, or a folder of them with one file for each rank |
 
@@ -18,7 +18,6 @@ Shape suffixes: T tokens, K experts of a token, L MoE layers, E logical experts.
 
 import json
 import logging
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.arrays import MOST_EXPERTS, FloatArray, IntArray
-from data.files import read_json
 from data.traces.numpy_file import array_names, read_arrays
 from data.traces.recordings import DUMPS, PARTS, ROUTER_TRACES, STATISTICS, TRACE_JSON
 
@@ -189,7 +187,9 @@ def _read_folder(folder: Path, num_experts: int | None) -> RecordedLoads:
     if recordings := sorted(folder.glob(DUMPS)):
         return RecordedLoads(str(folder), _sglang(folder, recordings))
     if files := sorted(folder.glob(STATISTICS)):
-        return RecordedLoads(str(folder), check_loads(_tensorrt_llm(folder, files), folder))
+        from data.traces.tensorrt_llm import read_statistics
+
+        return RecordedLoads(str(folder), check_loads(read_statistics(folder, files), folder))
     if files := sorted(folder.glob(ROUTER_TRACES)):
         return RecordedLoads(str(folder), _megatron(files, num_experts))
     raise ValueError(f"{folder} has no {', no '.join(PARTS[:-1])} and no {PARTS[-1]}; expected {FORMATS}")
@@ -325,32 +325,3 @@ def _megatron(files: list[Path], num_experts: int | None) -> IntArray:
     rows = ([ids.reshape(-1) for _, ids in found[step, place]] for step in steps for place in layers)
     counts = np.stack([np.bincount(np.concatenate(ids), minlength=size) for ids in rows])
     return counts.reshape(len(steps), len(layers), size)
-
-
-def _tensorrt_llm(folder: Path, files: list[Path]) -> FloatArray:
-    """Counts of files whose keys are `{iteration}_{layer}`, summed over ranks."""
-    from safetensors.numpy import load_file
-
-    meta = read_json(folder / "meta_info.json")
-    sums: dict[tuple[int, int], FloatArray] = {}
-    for file in files:
-        try:
-            tensors = load_file(file)
-        except Exception as error:  # safetensors raises several kinds on a damaged file
-            raise ValueError(f"{file} cannot be read: {error}") from None
-        for key, counts in tensors.items():
-            if not (match := re.fullmatch(r"(\d+)_(\d+)", key)):
-                raise ValueError(f"{file} has the key '{key}', expected '<iteration>_<layer>'")
-            place = (int(match[1]), int(match[2]))
-            row = check_counts(counts, file).astype(np.float64).reshape(-1)
-            if len(row) != len(sums.setdefault(place, np.zeros_like(row))):
-                raise ValueError(f"{file} counts {len(row)} experts in '{key}', another rank {len(sums[place])}")
-            sums[place] += row
-    steps, layers = (sorted({place[axis] for place in sums}) for axis in (0, 1))
-    if missing := [place for place in ((step, layer) for step in steps for layer in layers) if place not in sums]:
-        raise ValueError(f"{folder} lacks iteration {missing[0][0]} of layer {missing[0][1]}")
-    if len(sizes := sorted({len(row) for row in sums.values()})) != 1:
-        raise ValueError(f"{folder} counts {sizes} experts in different places; expected one number")
-    if meta.get("num_experts", sizes[0]) != sizes[0]:
-        raise ValueError(f"{folder} counts {sizes[0]} experts, its meta_info.json names {meta['num_experts']}")
-    return np.stack([np.stack([sums[step, layer] for layer in layers]) for step in steps])
