@@ -1,41 +1,54 @@
-"""The benchmark tells a thread that keeps the interpreter from one that leaves it alone."""
+"""Ratios are taken within each round, and a thread beside the launching one calls only inside its block."""
 
-import time
+from itertools import cycle
+from queue import Queue
+
+import pytest
 
 import benchmarks.forecast_interference
 from benchmarks.forecast_interference import Beside, rounds
 
 
-def test_a_thread_that_keeps_the_interpreter_is_found(monkeypatch):
-    monkeypatch.setattr(benchmarks.forecast_interference, "OPERATORS", 2000)
-    keeps = rounds(lambda: sum(range(2_000_000)), 3)  # many times as long as a window
-    leaves = rounds(lambda: time.sleep(0.01), 3)
-    assert keeps["ratio"][1] > 2 * leaves["ratio"][1]
-    assert keeps["delay_ms"] > 0
-    assert keeps["forecasts"] > 0
+def test_the_control_is_taken_off_the_delay_of_a_forecast(monkeypatch):
+    made: Queue[None] = Queue()
+    seconds = cycle((2.0, 2.2, 3.0))  # alone, beside a busy core, beside a forecast
+
+    def window(*_: object) -> float:
+        taken = next(seconds)
+        if taken == 3.0:
+            while not made.empty():
+                made.get()
+            for _ in range(3):  # of the calls that end from now on, at least one lies within the window
+                made.get()
+        return taken
+
+    monkeypatch.setattr(benchmarks.forecast_interference, "window", window)
+    found = rounds(lambda: made.put(None), 3)
+    assert found["control"] == [1.1, 1.1, 1.1]
+    assert found["ratio"] == [1.5, 1.5, 1.5]
+    assert found["operator_us"] == 100.0
+    assert found["delay_ms"] * found["forecasts"] == pytest.approx(3 * 800, rel=0.1)
 
 
 def test_a_thread_calls_only_inside_the_block():
-    calls = []
+    inside, began, ended, ends = False, list[bool](), list[bool](), Queue[None]()
 
     def call() -> None:
-        calls.append(time.perf_counter())
-        time.sleep(0.01)
+        began.append(inside)
+        ends.put(None)
+        ended.append(inside)
 
     beside = Beside(call)
-    time.sleep(0.03)
-    assert calls == []
-    for _ in range(2):
-        before = len(calls)
+    for _ in range(3):
+        before, inside = len(began), True
         with beside.running():
-            began = time.perf_counter()
-            time.sleep(0.05)
-            ended = time.perf_counter()
-        made = calls[before:]
-        assert len(made) >= 2, "the first call has begun when the block begins"
-        assert made[0] <= began
-        assert made[-1] <= ended
-        assert 0 < beside.done <= len(made)
-        time.sleep(0.03)
-        assert len(calls) == before + len(made)
+            assert len(began) > before, "the first call has begun when the block begins"
+            while not ends.empty():
+                ends.get()
+            for _ in range(3):
+                ends.get()
+        assert 0 < beside.done <= len(began) - before
+        assert len(ended) == len(began), "the last call is waited for"
+        inside = False
     beside.close()
+    assert all(began)
