@@ -36,9 +36,13 @@ def preparation() -> list[Step]:
         train = [sys.executable, "train.py", "--predictor", str(PREDICTOR)]
         steps.append(Step("predictor", train, 1200, pictures=(PREDICTOR / "ladder.png",)))
     if not (LARGE / "config.json").exists():
-        made = "--out", LARGE, "--experts", 64, "--blocks", 4, "--capacity", 16
-        steps.append(Step("model", python("benchmarks.support.make_switch", *made), 600))
+        steps.append(Step("model", make_large(), 600))
     return steps
+
+
+def make_large() -> list[str]:
+    """The command that writes a model of switch-base's sizes with random weights."""
+    return python("benchmarks.support.make_switch", "--out", LARGE, "--experts", 64, "--blocks", 4, "--capacity", 16)
 
 
 def measurements() -> list[Step]:

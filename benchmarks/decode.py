@@ -167,7 +167,7 @@ def main() -> None:
             *(" ".join(str(arms[name][figure]) for name in ("tokens", "time")) for figure in ("moves", "plan_ms")),
         )
     console.print(table)
-    print_json(rows)
+    print_json({"results": rows})
 
 
 if __name__ == "__main__":

@@ -228,24 +228,22 @@ def summary(arm: Arm, step: FloatArray, busy: FloatArray) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], title: str) -> None:
-    """Prints the arms as a table, with each step time over that of perfect balance."""
+    """Prints the arms as a table: step times over that of perfect balance, and what a price for experts changes."""
+    priced = any("over_history" in arm for arm in found.values())
     table = Table(title=title)
     for name in ("arm", "step ms", "quartiles", "x perfect", "busy ms", "balancedness", "moves", "split ms",
-                 "forecast + plan ms", "exposed ms"):  # fmt: skip
+                 "forecast + plan ms", "exposed ms", *(["over history, step by step"] if priced else [])):  # fmt: skip
         table.add_column(name, justify="right")
     for name, arm in found.items():
+        low, middle, high = arm.get("over_history", [1.0] * 3)
+        over = f"{middle:.2f} ({low:.2f} - {high:.2f})" if "over_history" in arm else ""
         table.add_row(
             name, f"{arm['step_ms']:.0f}", " - ".join(f"{ms:.0f}" for ms in arm["spread_ms"]),
             f"{arm['step_ms'] / found['perfect']['step_ms']:.2f}", " ".join(f"{ms:.0f}" for ms in arm["busy_ms"]),
             f"{arm['balancedness']:.3f}", f"{arm['moves']:.1f}", f"{arm['split_ms']:.2f}", f"{arm['prepare_ms']:.1f}",
-            f"{arm['exposed_ms']:.2f}",
+            f"{arm['exposed_ms']:.2f}", *([over] if priced else []),
         )  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(table)
-    for name, arm in found.items():
-        if "over_history" in arm:
-            low, middle, high = arm["over_history"]
-            console.print(f"{name} / history, step by step: {middle:.3f} (quartiles {low:.3f} - {high:.3f})")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def whole_or_auto(text: str) -> int | str:

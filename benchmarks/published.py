@@ -4,7 +4,8 @@
 
 writes blocks of the Markdown files between `<!-- figures: NAME, FOLDER -->` and `<!-- end of figures -->` anew: from a
 folder of `make gpu` those whose names end in `_gpu`, of `make bench-long` those in `_long`, of `make bench` the others.
-A test compares the blocks with the folders that they name.
+`NAME STEP` or `NAME STEP NUMBER` names what a step printed, or one table of it. A test compares the blocks with the
+folders that they name.
 """
 
 import re
@@ -12,21 +13,23 @@ from collections.abc import Callable
 from inspect import getmembers, isfunction
 from pathlib import Path
 
-from benchmarks.support import bench_tables, long_tables, paper_tables
+from benchmarks.support import bench_tables, long_tables, paper_tables, printed
 from benchmarks.support.results import BENCH, GPU, LONG, Results
 from data.cli import OneLineParser, user_errors
 from data.files import write_text
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results/README.md", "docs/gpu.md")
-BLOCK = re.compile(r"<!-- figures: (\S+), (\S+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
+PAGES = (
+    "README.md", "docs/results/README.md", "docs/gpu.md", "docs/runtime.md", "docs/tiers.md", "docs/simulator.md",
+    "docs/worth-it.md",
+)  # fmt: skip
+BLOCK = re.compile(r"<!-- figures: ([^,]+), (\S+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
 ENDINGS = {GPU: "_gpu", LONG: "_long"}
 """Ends of the names of blocks, by the command that writes their folder; those of `make bench` have none."""
 
-
-BLOCKS: dict[str, Callable[[Results], str]] = {
+BLOCKS: dict[str, Callable[..., str]] = {
     name: made
-    for tables in (bench_tables, long_tables, paper_tables)
+    for tables in (bench_tables, long_tables, paper_tables, printed)
     for name, made in getmembers(tables, isfunction)
     if made.__module__ == tables.__name__ and not name.startswith("_")
 }
@@ -34,8 +37,9 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 
 
 def written_by(name: str) -> str:
-    """The command that writes a block's folder."""
-    return next((command for command, ending in ENDINGS.items() if name.endswith(ending)), BENCH)
+    """The command that writes a block's folder; the name may have words behind it."""
+    block = name.split()[0]
+    return next((command for command, ending in ENDINGS.items() if block.endswith(ending)), BENCH)
 
 
 def generated(text: str, folder: Path | None = None) -> str:
@@ -50,18 +54,18 @@ def generated(text: str, folder: Path | None = None) -> str:
     """
 
     def block(found: re.Match[str]) -> str:
-        name, own = found[1], Path(found[2])
+        (name, *words), own = found[1].split(), Path(found[2])
         if name not in BLOCKS:
             raise ValueError(f"no block of figures is called '{name}'; expected one of {', '.join(BLOCKS)}")
         if folder is not None and written_by(name) == Results(folder).command:
             own = folder
         try:
-            made = BLOCKS[name](Results(own))
+            made = BLOCKS[name](Results(own), *words)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                f"{own} does not hold the figures of '{name}' ({error!r}); run {Results(own).command} again"
+                f"{own} does not hold the figures of '{found[1]}' ({error!r}); run {Results(own).command} again"
             ) from None
-        return f"<!-- figures: {name}, {own} -->\n{made}\n<!-- end of figures -->"
+        return f"<!-- figures: {found[1]}, {own} -->\n{made}\n<!-- end of figures -->"
 
     return BLOCK.sub(block, text)
 
