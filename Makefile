@@ -1,8 +1,8 @@
 # make run   set up .venv and run the main job: trace, train, deploy      make test   same set-up, then lint, types, tests
 # make gpu   what only a GPU can show, in one folder under docs/results   make peers  other projects' own code and tests
-# make bench   all that two CPU cores can show, in one folder       make bench-long  three seeds, more models: hours
+# make bench   all that two CPU cores can show, in one folder       make bench-settings  the same in other settings
+# make bench-long   three seeds, more models: hours                 make stress   random cases: docs/reliability.md
 # make docs   the documentation as a site in outputs/site            make page-commands   runs what the pages say
-# make stress   random cases, damaged files: docs/reliability.md
 PYTHON ?= python3
 BIN := .venv/bin
 PREDICTOR := outputs/predictor
@@ -15,7 +15,7 @@ IMPORTS := import train; from predictor.recurrence import compile_kernels; compi
 KERNELS := from runtime.balancing import balancer; from runtime.experts import dispatch; \
 	balancer.compile_kernels(); dispatch.compile_kernels()
 
-.PHONY: run test smoke docs gpu bench bench-long page-commands peers peers-engines peers-transformers stress clean
+.PHONY: run test smoke docs gpu bench bench-long bench-settings page-commands peers peers-engines peers-transformers stress clean
 
 run: .venv/ready
 	@if [ -e $(PREDICTOR)/config.json ]; then \
@@ -50,6 +50,10 @@ bench: .venv/ready
 # Three seeds, the decoder-only model, a model larger than memory: one to two hours, and 35 GB of disk.
 bench-long: .venv/ready
 	@$(BIN)/python -m benchmarks.bench_long
+
+# Layers, memory budgets, recorded loads and GPUs' times in other settings: about forty minutes.
+bench-settings: .venv/ready
+	@$(BIN)/python -m benchmarks.bench_settings
 
 # Both parts run, whichever fails. peers-engines: SGLang's and vLLM's own placement code reads our plans and carries out
 # our moves; the pinned wheels are unpacked into outputs/peers. peers-transformers: transformers' own tests of three

@@ -9,11 +9,10 @@ are made first where they do not exist. If a step fails, the exit code is 1.
 """
 
 import sys
-from datetime import date
 from pathlib import Path
 
 from benchmarks.support.results import BENCH
-from benchmarks.support.steps import Step, processor, results_folder, run_and_say
+from benchmarks.support.steps import Step, processor, run_and_say
 from data.cli import from_command_line, user_errors
 
 PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
@@ -93,8 +92,7 @@ def bench(out: Path | None = None) -> int:
     Raises:
         ValueError: If the folder exists already.
     """
-    name = processor()
-    return run_and_say(preparation() + measurements(), out or results_folder(name), f"{name}, {date.today()}", BENCH)
+    return run_and_say(preparation() + measurements(), processor(), BENCH, out)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ files: read them before you send them. Without a GPU nothing runs (exit code 2);
 
 import shutil
 import sys
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -203,7 +202,7 @@ def gpu(predictor: Path | None = None, out: Path | None = None, only: str | None
     steps = all_steps(gpus, predictor, Path("outputs/gpu"))
     if only is not None:
         steps = chosen(steps, only)
-    return run_and_say(steps, out or results_folder(device), f"{gpus} x {device}, {date.today()}", GPU)
+    return run_and_say(steps, f"{gpus} x {device}", GPU, out or results_folder(device, GPU))
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     python -m benchmarks.published docs/results/intel-xeon-processor-2026-11-27
 
 writes blocks of the Markdown files between `<!-- figures: NAME, FOLDER -->` and `<!-- end of figures -->` anew: from a
-folder of `make gpu` those whose names end in `_gpu`, of `make bench-long` those in `_long`, of `make bench` the others.
+folder of `make gpu` those whose names end in `_gpu`, of `make bench-long` those in `_long`, of `make bench-settings`
+those in `_settings`, of `make bench` the others.
 `NAME STEP` or `NAME STEP NUMBER` names what a step printed, or one table of it. A test compares the blocks with the
 folders that they name.
 """
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from inspect import getmembers, isfunction
 from pathlib import Path
 
-from benchmarks.support import bench_tables, long_tables, paper_tables, printed
-from benchmarks.support.results import BENCH, GPU, LONG, Results
+from benchmarks.support import bench_tables, long_tables, paper_tables, printed, simulator_tables
+from benchmarks.support.results import BENCH, GPU, LONG, SETTINGS, Results
 from data.cli import OneLineParser, user_errors
 from data.files import write_text
 
@@ -24,12 +25,12 @@ PAGES = (
     "docs/worth-it.md",
 )  # fmt: skip
 BLOCK = re.compile(r"<!-- figures: ([^,]+), (\S+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
-ENDINGS = {GPU: "_gpu", LONG: "_long"}
+ENDINGS = {GPU: "_gpu", LONG: "_long", SETTINGS: "_settings"}
 """Ends of the names of blocks, by the command that writes their folder; those of `make bench` have none."""
 
 BLOCKS: dict[str, Callable[..., str]] = {
     name: made
-    for tables in (bench_tables, long_tables, paper_tables, printed)
+    for tables in (bench_tables, long_tables, paper_tables, printed, simulator_tables)
     for name, made in getmembers(tables, isfunction)
     if made.__module__ == tables.__name__ and not name.startswith("_")
 }

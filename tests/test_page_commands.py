@@ -6,6 +6,7 @@ page-commands`); those that lead from a text to a deployed predictor are run alw
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.support.steps import in_shell
+from data.files import read_json
 from tests.test_docs import BLOCK, ROOT
 
 HOW_TO = ("trace", "train", "sweep", "deploy", "several-gpus", "memory-budget", "telemetry")
 PAGES = (
     *(f"docs/how-to/{name}.md" for name in HOW_TO), "docs/quick-start.md", "README.md", "docs/faq.md", "docs/export.md",
-    "docs/simulator.md", "docs/worth-it.md", "docs/reliability.md",
+    "docs/simulator.md", "docs/worth-it.md", "docs/reliability.md", "docs/runtime.md", "docs/tiers.md", "docs/gpu.md",
+    "docs/results/README.md",
 )  # fmt: skip
 ALWAYS = ("docs/how-to/trace.md", "docs/how-to/deploy.md")
 PROGRAMS = ("python ", "switchcast ", "torchrun ", "mkdir ", "cp ")
@@ -32,12 +36,11 @@ NOT_RUN = {
     "qwen3-mini-64/predictor": "needs a predictor that trains for minutes; make bench-long",
     "configs/qwen3_mini.yaml": "trains for minutes; make bench-long",
     "--ckpt_path last": "goes on with a run that was interrupted; tests/predictor/training interrupts one",
-    "benchmarks.": "measures for minutes; make bench and make bench-long",
+    "benchmarks.": "measures for minutes; a step of a folder in docs/results",
     "LOADS": "stands for the reader's file",
     "TRACE": "stands for the reader's file",
     "RECORDINGS": "stands for the reader's folder",
     "recording.pt": "stands for the reader's file",
-    "gptoss20b_512.npz": "stands for the reader's file",
     "FOLDER": "stands for the reader's model",
     "--hidden-layers 61": "checks the plan of the reader's file",
 }
@@ -88,6 +91,21 @@ def page_of(path: str) -> Any:
 def test_what_is_not_run_stands_on_a_page():
     said = [command for page in PAGES for command in commands(page)]
     assert [part for part in NOT_RUN if not any(part in command for command in said)] == []
+
+
+def test_no_page_with_commands_is_left_out():
+    """Results name the commands that gave them, and the log those of its day."""
+    pages = (str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
+    others = (page for page in pages if page not in PAGES and not re.search(r"results/.+/|log\.md", page))
+    assert [page for page in others if commands(page)] == []
+
+
+def test_benchmarks_on_a_page_are_steps_of_a_folder():
+    summaries = (ROOT / "docs/results").glob("*/summary.json")
+    steps = {in_shell(step) for summary in summaries for step in read_json(summary)["steps"]}
+    said = [(page, command) for page in PAGES for command in commands(page) if "-m benchmarks." in command]
+    assert said
+    assert [(page, command) for page, command in said if re.sub(" +", " ", command) not in steps] == []
 
 
 @pytest.mark.parametrize("page", [page_of(path) for path in PAGES])

@@ -138,9 +138,24 @@ def machine_below(results: Results) -> str:
     return machine(results).replace("(docs/results/", "(")
 
 
-def machine_gpu(results: Results) -> str:
-    """`machine` for a page in docs, of a folder of `make gpu`."""
+def machine_docs(results: Results) -> str:
+    """`machine` for a page in docs."""
     return machine(results).replace("(docs/", "(")
+
+
+def machine_gpu(results: Results) -> str:
+    """`machine_docs` of a folder of `make gpu`."""
+    return machine_docs(results)
+
+
+def machine_settings(results: Results) -> str:
+    """`machine_docs` of a folder of `make bench-settings`."""
+    return machine_docs(results)
+
+
+def machine_below_settings(results: Results) -> str:
+    """`machine_below` of a folder of `make bench-settings`."""
+    return machine_below(results)
 
 
 def machine_below_gpu(results: Results) -> str:

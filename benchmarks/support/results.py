@@ -1,4 +1,4 @@
-"""Results: a folder that `make bench`, `make bench-long` or `make gpu` wrote, as programs read it."""
+"""Results: a folder that `make bench`, one of its kind or `make gpu` wrote, as programs read it."""
 
 from collections.abc import Callable
 from math import isfinite
@@ -7,7 +7,7 @@ from typing import Any
 
 from data.files import read_json
 
-BENCH, LONG, GPU = "make bench", "make bench-long", "make gpu"
+BENCH, LONG, SETTINGS, GPU = "make bench", "make bench-long", "make bench-settings", "make gpu"
 """Commands that write folders."""
 
 
@@ -24,7 +24,7 @@ class Results:
         steps: Steps of the summary, by name.
         hardware: GPUs, or cores and processor, and torch's version, in words.
         commit: The commit that was measured.
-        command: The command that wrote it, `BENCH`, `LONG` or `GPU`.
+        command: The command that wrote it, such as `BENCH`.
         names: Steps that are ok and have a document.
     """
 

@@ -161,10 +161,11 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def results_folder(hardware: str) -> Path:
-    """Where results of some hardware go today: docs/results/, its name and the date."""
+def results_folder(hardware: str, command: str) -> Path:
+    """Where results go today: docs/results/, the hardware's name, the date, and what "make bench" is followed by."""
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return Path("docs/results") / f"{slug}-{date.today().isoformat()}"
+    ending = command.removeprefix("make bench").removeprefix("make gpu")
+    return Path("docs/results") / f"{slug}-{date.today().isoformat()}{ending}"
 
 
 def _output(*command: str) -> str:
@@ -195,14 +196,24 @@ def run_all(steps: list[Step], out: Path, title: str, command: str) -> list[dict
     return done
 
 
-def run_and_say(steps: list[Step], out: Path, title: str, command: str) -> int:
-    """Runs steps as `run_all` does, says how many are ok, and prints a line of JSON; returns how many failed.
+def run_and_say(steps: list[Step], hardware: str, command: str, out: Path | None = None) -> int:
+    """Runs steps as `run_all` does, says how many are ok, and prints a line of JSON.
+
+    Args:
+        steps: The steps.
+        hardware: Processor or GPUs, for the page's title.
+        command: What the user typed.
+        out: The folder; by default that of `results_folder`.
+
+    Returns:
+        The number of steps that failed.
 
     Raises:
         ValueError: If the folder exists already.
     """
+    out = out or results_folder(hardware, command)
     check_new(out)
-    done = run_all(steps, out, title, command)
+    done = run_all(steps, out, f"{hardware}, {date.today()}", command)
     failed = [step["name"] for step in done if step["status"] != "ok"]
     print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
     print_json({"out": str(out), "steps": len(done), "failed": failed})

@@ -203,7 +203,8 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
     for name in ("forecast", "planner", "split"):
         made.add_column(name)
     columns = ["load error", "balancedness", "5th percentile", "moves a layer", "plan ms"]
-    for name in columns + (["ratio of sums", "MB a step", "split µs", "gap closed"] if details else []):
+    nodes = ["moves in a node", "tokens in a node"] if report.get("devices_per_node") else []
+    for name in columns + nodes + (["ratio of sums", "MB a step", "split µs", "gap closed"] if details else []):
         made.add_column(name, justify="right")
     best = judged_policy(report)
     for result in report["results"]:
@@ -212,6 +213,8 @@ def table(report: dict[str, Any], details: bool = False) -> Table:
         cells = [result["forecast"], result["planner"], result["split"], "" if error is None else f"{error:.3f}"]
         cells += [f"{result['balancedness']:.3f}", f"{result['p05']:.3f}"]
         cells += [f"{result['moves_per_layer']:.2f}", f"{result['plan_ms']:.2f}"]
+        if nodes:
+            cells += ["" if result[name] is None else f"{result[name]:.1%}" for name in ("near_moves", "near_tokens")]
         if details:
             cells += [f"{result['ratio_of_sums']:.3f}", f"{result['bytes_per_step'] / 1e6:.1f}"]
             cells += [f"{result['split_us']:.1f}", "" if closed is None else f"{closed:.0%}"]

@@ -10,9 +10,11 @@ import pytest
 
 import benchmarks.bench
 import benchmarks.bench_long
+import benchmarks.bench_settings
 import benchmarks.report
 from benchmarks.published import BLOCK, PAGES, generated, written_by
-from benchmarks.support.results import BENCH, GPU, LONG, Results, figures
+from benchmarks.support.printed import printed
+from benchmarks.support.results import BENCH, GPU, LONG, SETTINGS, Results, figures
 from benchmarks.support.steps import Step, as_typed, run_all
 from tests.test_docs import parse  # noqa: F401  (a fixture)
 
@@ -77,10 +79,47 @@ def test_a_folder_fills_the_blocks_of_its_command_alone(monkeypatch):
     page, folders = (ROOT / "docs/results/README.md").read_text(), {}
     for name, folder, _ in BLOCK.findall(page):
         folders.setdefault(written_by(name), set()).add(folder)
-    assert set(folders) == {BENCH, LONG, GPU}
+    assert set(folders) == {BENCH, LONG, SETTINGS, GPU}
     for command, (folder,) in folders.items():
         assert Results(Path(folder)).command == command
         assert generated(page, Path(folder)) == page
+
+
+SHOWN = """                 A title that
+                  is too long
+┏━━━━━━┳━━━━━━━┓
+┃      ┃ one   ┃
+┃ name ┃ layer ┃
+┡━━━━━━╇━━━━━━━┩
+│ a    │ 0.964 │
+│ b    │       │
+└──────┴───────┘
+said between
+| c | d |
+| --- | --- |
+| 1 | 2 |
+{"a": 1}
+"""
+
+
+def test_tables_that_a_step_printed_stand_below_its_command(tmp_path):
+    run_all([Step("shown", [sys.executable, "-c", f"print({SHOWN!r})"], 20)], tmp_path / "a", "a", BENCH)
+    results = Results(tmp_path / "a")
+    command = "    " + results.steps["shown"]["command"]
+    assert printed(results, "shown", "2") == f"{command}\n\n| c | d |\n| --- | --- |\n| 1 | 2 |"
+    drawn = "| name | one layer |\n| --- | --- |\n| a | 0.964 |\n| b |  |"
+    assert printed(results, "shown", "1") == f"{command}\n\nA title that is too long:\n\n{drawn}"
+    with pytest.raises(ValueError, match=r"shown\.txt has 2 tables, and none of number '3'"):
+        printed(results, "shown", "3")
+    with pytest.raises(ValueError, match="has no results of the step other"):
+        printed(results, "other")
+
+
+def test_a_table_with_broken_cells_is_refused(tmp_path):
+    text = SHOWN.replace("│ b    │       │", "│      │ more  │")
+    run_all([Step("shown", [sys.executable, "-c", f"print({text!r})"], 20)], tmp_path / "a", "a", BENCH)
+    with pytest.raises(ValueError, match=r"too wide, so that cells were broken: \['', 'more'\]"):
+        printed(Results(tmp_path / "a"), "shown")
 
 
 def printing(document: object) -> list[str]:
@@ -160,8 +199,10 @@ def test_steps_of_the_benchmark_are_commands_that_parse(parse, tmp_path, monkeyp
     for name in ("WIDE", "VAST", "FAMILY", "RECORDED"):
         monkeypatch.setattr(benchmarks.bench_long, name, tmp_path / name.lower())
     monkeypatch.setattr(benchmarks.bench_long, "RECORDED_TRACE", tmp_path)
-    each = [made.preparation() + made.measurements() for made in (benchmarks.bench, benchmarks.bench_long)]
-    for steps, expected in zip(each, ("model forecasts tiers", "train-family-0 regimes tiers-family"), strict=True):
+    made = {benchmarks.bench: "model forecasts tiers", benchmarks.bench_long: "train-family-0 regimes tiers-family",
+            benchmarks.bench_settings: "model price-512 tiers-half times-glm_5"}  # fmt: skip
+    each = [module.preparation() + module.measurements() for module in made]
+    for steps, expected in zip(each, made.values(), strict=True):
         names = [step.name for step in steps]
         assert len(set(names)) == len(names)
         assert set(expected.split()) <= set(names)

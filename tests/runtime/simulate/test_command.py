@@ -11,6 +11,7 @@ from data.convert import convert
 from runtime.simulate import compare_policies
 from runtime.simulate.__main__ import main
 from runtime.simulate.cost_model import Hardware
+from runtime.simulate.report import table
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 HARDWARE = Hardware(9437184, tokens_per_second=1e5, bytes_per_second=25e9, expert_overhead_tokens=0)
@@ -272,6 +273,9 @@ def test_devices_per_node_keeps_moves_within_a_node():
     assert eplb["near_moves"] < 0.5
     assert home["near_tokens"] == pytest.approx(0.625, abs=0.01)
     assert home["balancedness"] == pytest.approx(0.976, abs=0.005)
+    columns = {column.header: list(column.cells) for column in table(report).columns}
+    assert columns["moves in a node"][1] == f"{home['near_moves']:.1%}"
+    assert columns["tokens in a node"][1] == f"{home['near_tokens']:.1%}"
 
 
 def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
