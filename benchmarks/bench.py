@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.support.results import BENCH
-from benchmarks.support.steps import Step, processor, run_and_say
+from benchmarks.support.steps import Step, processor, results_folder, run_again, run_and_say
 from data.cli import from_command_line, user_errors
 
 PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
@@ -80,18 +80,21 @@ def measurements() -> list[Step]:
     ]
 
 
-def bench(out: Path | None = None) -> int:
+def bench(out: Path | None = None, again: str | None = None) -> int:
     """Runs every benchmark and writes one folder with all results.
 
     Args:
         out: Folder of the results; by default docs/results/, the processor's name and the date.
+        again: Names of steps of that folder to measure again, with commas, where the machine did other work meanwhile.
 
     Returns:
         The number of steps that failed.
 
     Raises:
-        ValueError: If the folder exists already.
+        ValueError: If the folder exists already, or holds no step of `again`.
     """
+    if again is not None:
+        return run_again(measurements(), again, out or results_folder(processor(), BENCH))
     return run_and_say(preparation() + measurements(), processor(), BENCH, out)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.bench import DRAWN, PREDICTOR, preparation, python
 from benchmarks.support.results import SETTINGS
 from benchmarks.support.simulator_tables import MEASURED
-from benchmarks.support.steps import Step, processor, run_and_say
+from benchmarks.support.steps import Step, processor, results_folder, run_again, run_and_say
 from data.cli import from_command_line, user_errors
 
 COUNTS, OTHER_COUNTS = (f"tests/runtime/recorded/{name}.npz" for name in ("gptoss20b", "dsv2lite"))
@@ -93,18 +93,21 @@ def measurements() -> list[Step]:
     return layers() + budgets() + simulations()
 
 
-def bench_settings(out: Path | None = None) -> int:
+def bench_settings(out: Path | None = None, again: str | None = None) -> int:
     """Runs the benchmarks in other settings and writes one folder with all results.
 
     Args:
         out: Folder of the results; by default docs/results/, the processor's name, the date and "settings".
+        again: Names of steps of that folder to measure again, with commas, where the machine did other work meanwhile.
 
     Returns:
         The number of steps that failed.
 
     Raises:
-        ValueError: If the folder exists already.
+        ValueError: If the folder exists already, or holds no step of `again`.
     """
+    if again is not None:
+        return run_again(measurements(), again, out or results_folder(processor(), SETTINGS))
     return run_and_say(preparation() + measurements(), processor(), SETTINGS, out)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from data.files import read_json
 
-BENCH, LONG, SETTINGS, GPU = "make bench", "make bench-long", "make bench-settings", "make gpu"
+BENCH, LONG, SETTINGS, GPU, STRESS = (
+    f"make {name}" for name in ("bench", "bench-long", "bench-settings", "gpu", "stress")
+)
 """Commands that write folders."""
 
 

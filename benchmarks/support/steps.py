@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from data.cli import print_json
-from data.files import check_new, whole_file, write_json
+from data.files import check_new, read_json, whole_file, write_json
 
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "safetensors", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 SETTINGS = ("CUDA_", "NCCL_", "TORCH_", "OMP_", "PYTORCH_")
@@ -162,10 +162,10 @@ def machine() -> dict[str, Any]:
 
 
 def results_folder(hardware: str, command: str) -> Path:
-    """Where results go today: docs/results/, the hardware's name, the date, and what "make bench" is followed by."""
+    """Where results go today: docs/results/, the hardware's name, the date, and which results they are."""
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    ending = command.removeprefix("make bench").removeprefix("make gpu")
-    return Path("docs/results") / f"{slug}-{date.today().isoformat()}{ending}"
+    kind = re.sub(r"^make (gpu|bench-?)?", "", command)
+    return Path("docs/results") / "-".join(filter(None, [slug, date.today().isoformat(), kind]))
 
 
 def _output(*command: str) -> str:
@@ -190,10 +190,46 @@ def run_all(steps: list[Step], out: Path, title: str, command: str) -> list[dict
         print(f"[{number}/{len(steps)}] {step.name}, at most {step.timeout_s:.0f} s", file=sys.stderr, flush=True)
         done.append(run_step(step, out))
         print(f"        {done[-1]['status']} after {done[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
-        write_json(out / "summary.json", {"command": command, "machine": facts, "steps": done})
-        with whole_file(out / "README.md") as aside:
-            aside.write_text(page(title, facts, done, out))
+        _write(out, title, {"command": command, "machine": facts, "steps": done})
     return done
+
+
+def run_again(steps: list[Step], names: str, out: Path) -> int:
+    """Runs some steps of a folder again; their results take the place of the earlier ones, and the page says so.
+
+    A step whose turns differ much, because the machine did other work meanwhile, need not cost the whole folder.
+
+    Args:
+        steps: All steps of the folder's command.
+        names: Names of those to run, with commas.
+        out: The folder.
+
+    Returns:
+        The number of steps that failed.
+
+    Raises:
+        ValueError: If the folder holds no results, or a name is that of no step.
+    """
+    summary = read_json(out / "summary.json")
+    done, of = summary["steps"], {step.name: step for step in steps}
+    for name in names.split(","):
+        place = next((number for number, step in enumerate(done) if step["name"] == name), None)
+        if place is None or name not in of:
+            known = ", ".join(step["name"] for step in done)
+            raise ValueError(f"--again names '{name}', which is no step of {out}; its steps are {known}")
+        print(f"{name}, at most {of[name].timeout_s:.0f} s", file=sys.stderr, flush=True)
+        found = run_step(of[name], out)
+        print(f"        {found['status']} after {found['seconds']:.0f} s", file=sys.stderr, flush=True)
+        done[place] = found | {"again": {"date": date.today().isoformat(), "commit": machine()["commit"]}}
+        _write(out, (out / "README.md").read_text().splitlines()[0].removeprefix("# "), summary)
+    return sum(step["status"] != "ok" for step in done)
+
+
+def _write(out: Path, title: str, summary: dict[str, Any]) -> None:
+    """Writes the folder's summary.json and README.md."""
+    write_json(out / "summary.json", summary)
+    with whole_file(out / "README.md") as aside:
+        aside.write_text(page(title, summary["machine"], summary["steps"], out))
 
 
 def run_and_say(steps: list[Step], hardware: str, command: str, out: Path | None = None) -> int:
@@ -224,7 +260,7 @@ def page(title: str, facts: dict[str, Any], done: list[dict[str, Any]], out: Pat
     """A page with the machine, a table of all steps, and what each printed."""
     libraries = ", ".join(f"{name} {value}" for name, value in facts["libraries"].items())
     rows = [
-        f"| {step['name']} | {step['status']} | {step['seconds']} | {counts(step)} | `{in_shell(step)}` |"
+        f"| {step['name']} | {status(step)} | {step['seconds']} | {counts(step)} | `{in_shell(step)}` |"
         for step in done
     ]  # fmt: skip
     parts = [
@@ -243,6 +279,12 @@ def page(title: str, facts: dict[str, Any], done: list[dict[str, Any]], out: Pat
             parts.append("\n".join(["```", *table[:MOST_LINES], *rest, "```"]))
         parts += pictures
     return "\n\n".join(parts) + "\n"
+
+
+def status(step: dict[str, Any]) -> str:
+    """A step's status, and when and of which commit it was measured again."""
+    again = step.get("again")
+    return str(step["status"]) + (f", again on {again['date']}, {again['commit'][:8]}" if again else "")
 
 
 def counts(step: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ import benchmarks.bench_settings
 import benchmarks.report
 from benchmarks.published import BLOCK, PAGES, generated, written_by
 from benchmarks.support.printed import printed
-from benchmarks.support.results import BENCH, GPU, LONG, SETTINGS, Results, figures
-from benchmarks.support.steps import Step, as_typed, run_all
+from benchmarks.support.results import BENCH, GPU, LONG, SETTINGS, STRESS, Results, figures
+from benchmarks.support.steps import Step, as_typed, results_folder, run_again, run_all
 from tests.test_docs import parse  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +138,26 @@ def folders(tmp_path):
     for name, each in steps.items():
         run_all(each, tmp_path / name, name, BENCH)
     return [tmp_path / "a", tmp_path / "b"]
+
+
+def test_a_step_measured_again_takes_its_earlier_place(folders):
+    again = [Step("planner", printing({"rows": [1]}), 20), Step("tiers", printing({"lru": {"tokens_per_s": 310}}), 20)]
+    assert run_again(again, "tiers", folders[0]) == 1, "main-job has failed before"
+    results = Results(folders[0])
+    assert list(results.steps) == ["tiers", "main-job", "planner"]
+    assert results.document("tiers") == {"lru": {"tokens_per_s": 310}}
+    assert results.document("planner") == {"rows": []}
+    page = (folders[0] / "README.md").read_text()
+    assert page.startswith("# a\n")
+    assert re.search(r"^\| tiers \| ok, again on \d{4}-\d\d-\d\d, [0-9a-f]{8} \|", page, re.MULTILINE)
+    with pytest.raises(ValueError, match=r"--again names 'lru', .* its steps are tiers, main-job, planner"):
+        run_again(again, "lru", folders[0])
+
+
+@pytest.mark.parametrize(("command", "ending"), [(BENCH, ""), (GPU, ""), (LONG, "-long"), (STRESS, "-stress")])
+def test_folders_are_named_for_hardware_date_and_kind(command, ending):
+    name = results_folder("Intel Xeon(R) 6982P", command).name
+    assert re.fullmatch(rf"intel-xeon-r-6982p-\d{{4}}-\d\d-\d\d{ending}", name)
 
 
 def compare(monkeypatch, capsys, *words):
