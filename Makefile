@@ -70,9 +70,10 @@ peers-transformers: .venv/ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized==0.9.0
 	@$(BIN)/python -m benchmarks.peers --transformers $(TRANSFORMERS)
 
-# 100,000 random cases against the plain loop over experts, and damaged files; faults and the soak are commands of their own.
+# 100,000 random cases against the plain loop over experts; faults and the hour's soak are commands of their own.
 stress: .venv/ready
-	@$(BIN)/python -m stress
+	@$(BIN)/python -m stress.exactness
+	@$(BIN)/python -m stress.fuzz
 
 # Every command of README and docs, a quarter of an hour; what needs an account, a hub or more machines is left out.
 page-commands: .venv/ready

@@ -55,10 +55,8 @@ def budgets() -> list[Step]:
     four, five = "lru,lfu,ours,oracle", "lru,lfu,cosine,ours,oracle"
     return [
         step("tiers-2-processes", f"all_resident,{five}", "--ranks", 2, "--turns", 2),
-        step("tiers-all", "all_resident,ours", "--budget", 1.0, "--plain", "true", "--turns", 2),
         step("tiers-half", four, "--budget", 0.5, "--turns", 2),
         step("tiers-tenth", four, "--budget", 0.1, "--turns", 2),
-        step("tiers-1-sequence", four, "--mode", "encoder", "--sequences", 1, "--per_phase", 8, "--turns", 2),
         step("tiers-400-mbps", five, "--mbps", 400, "--turns", 1),
     ]
 

@@ -3,8 +3,8 @@
     python -m benchmarks.published docs/results/intel-xeon-processor-2026-11-27
 
 writes blocks of the Markdown files between `<!-- figures: NAME, FOLDER -->` and `<!-- end of figures -->` anew: from a
-folder of `make gpu` those whose names end in `_gpu`, of `make stress`, `make bench-long` and `make bench-settings`
-those in `_stress`, `_long` and `_settings`, of `make bench` the others.
+folder of `make gpu` those whose names end in `_gpu`, of `make bench-long` and `make bench-settings` those in `_long`
+and `_settings`, of `make bench` the others.
 `NAME STEP` or `NAME STEP NUMBER` names what a step printed, or one table of it. A test compares the blocks with the
 folders that they name.
 """
@@ -15,17 +15,17 @@ from inspect import getmembers, isfunction
 from pathlib import Path
 
 from benchmarks.support import bench_tables, long_tables, paper_tables, printed, simulator_tables
-from benchmarks.support.results import BENCH, GPU, LONG, SETTINGS, STRESS, Results
+from benchmarks.support.results import BENCH, GPU, LONG, SETTINGS, Results
 from data.cli import OneLineParser, user_errors
 from data.files import write_text
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md", "docs/results/README.md", "docs/gpu.md", "docs/runtime.md", "docs/tiers.md", "docs/simulator.md",
-    "docs/worth-it.md", "docs/reliability.md",
+    "docs/worth-it.md",
 )  # fmt: skip
 BLOCK = re.compile(r"<!-- figures: ([^,]+), (\S+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
-ENDINGS = {GPU: "_gpu", LONG: "_long", SETTINGS: "_settings", STRESS: "_stress"}
+ENDINGS = {GPU: "_gpu", LONG: "_long", SETTINGS: "_settings"}
 """Ends of the names of blocks, by the command that writes their folder; those of `make bench` have none."""
 
 BLOCKS: dict[str, Callable[..., str]] = {

@@ -148,11 +148,6 @@ def machine_gpu(results: Results) -> str:
     return machine_docs(results)
 
 
-def machine_stress(results: Results) -> str:
-    """`machine_docs` of a folder of `make stress`, which needs no seed of a predictor."""
-    return machine_docs(results).replace(", seed 0", "")
-
-
 def machine_settings(results: Results) -> str:
     """`machine_docs` of a folder of `make bench-settings`."""
     return machine_docs(results)

@@ -7,9 +7,7 @@ from typing import Any
 
 from data.files import read_json
 
-BENCH, LONG, SETTINGS, GPU, STRESS = (
-    f"make {name}" for name in ("bench", "bench-long", "bench-settings", "gpu", "stress")
-)
+BENCH, LONG, SETTINGS, GPU = (f"make {name}" for name in ("bench", "bench-long", "bench-settings", "gpu"))
 """Commands that write folders."""
 
 

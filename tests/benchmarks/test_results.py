@@ -14,7 +14,7 @@ import benchmarks.bench_settings
 import benchmarks.report
 from benchmarks.published import BLOCK, PAGES, generated, written_by
 from benchmarks.support.printed import printed
-from benchmarks.support.results import BENCH, GPU, LONG, SETTINGS, STRESS, Results, figures
+from benchmarks.support.results import BENCH, GPU, LONG, SETTINGS, Results, figures
 from benchmarks.support.steps import Step, as_typed, results_folder, run_again, run_all
 from tests.test_docs import parse  # noqa: F401  (a fixture)
 
@@ -154,7 +154,7 @@ def test_a_step_measured_again_takes_its_earlier_place(folders):
         run_again(again, "lru", folders[0])
 
 
-@pytest.mark.parametrize(("command", "ending"), [(BENCH, ""), (GPU, ""), (LONG, "-long"), (STRESS, "-stress")])
+@pytest.mark.parametrize(("command", "ending"), [(BENCH, ""), (GPU, ""), (LONG, "-long"), (SETTINGS, "-settings")])
 def test_folders_are_named_for_hardware_date_and_kind(command, ending):
     name = results_folder("Intel Xeon(R) 6982P", command).name
     assert re.fullmatch(rf"intel-xeon-r-6982p-\d{{4}}-\d\d-\d\d{ending}", name)
