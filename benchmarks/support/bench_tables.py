@@ -4,7 +4,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from benchmarks.support.figures import parts, share, speeds, within_a_quarter
+from benchmarks.support.figures import between, parts, share, speeds, within_a_quarter
 from benchmarks.support.paper_tables import CLAIMED, DTYPES
 from benchmarks.support.results import Results
 from data.files import read_json
@@ -81,10 +81,11 @@ def headline(results: Results) -> str:
     layer = {
         name: f"{of[f'layer ms, {name}']:.0f}" for name in ("no replicas", "EPLB", "Switchcast", "perfect balance")
     }
-    tokens = {name: f"{of[f'tokens/s within a quarter, {name}']:.0f}" for name in ("lru", "lfu", "cosine", "ours",
-                                                                                   "oracle")}  # fmt: skip
-    bytes_read = {name: results.document("tiers")[name]["bytes_per_token"] for name in ("ours", "cosine")}
-    less = f"reading {1 - bytes_read['ours'] / bytes_read['cosine']:.0%} less than cosine"
+    arms = results.document("tiers")
+    tokens = {
+        name: f"{arm['tokens_per_s']:.0f} ({between(arm['spread'])})" for name, arm in arms.items() if name != "setting"
+    }
+    less = f"reading {1 - arms['ours']['bytes_per_token'] / arms['cosine']['bytes_per_token']:.0%} less than cosine"
     return markdown(
         ["what", "without", "others, and parts of ours", "**Switchcast**", "limit"],
         [
@@ -98,7 +99,7 @@ def headline(results: Results) -> str:
             ["one MoE layer over 2 processes, ms a step, planned from past batches",
              f"{layer['no replicas']} no replicas", f"{layer['EPLB']} EPLB", f"**{layer['Switchcast']}**",
              layer["perfect balance"]],
-            ["tokens/s with a quarter of the experts in memory", f"{tokens['lru']} LRU cache",
+            ["tokens/s with a quarter of the experts in memory (spread of turns)", f"{tokens['lru']} LRU cache",
              f"{tokens['lfu']} LFU cache, {tokens['cosine']} cosine-matched history", f"{tokens['ours']}, {less}",
              tokens["oracle"]],
             ["largest difference of a logit from the plain model's", "", "",
@@ -203,7 +204,7 @@ def replication(results: Results) -> str:
     called = {"contiguous": "contiguous, no replicas", "eplb": "EPLB on the last batch, even split (its moves free)",
               "history": "**ours, past batches**", "oracle": "ours, oracle", "perfect": "perfect balance"}  # fmt: skip
     rows = [
-        [name, f"{arm['step_ms']:.0f}", "-".join(f"{ms:.0f}" for ms in arm["spread_ms"]),
+        [name, f"{arm['step_ms']:.0f}", between(arm["spread_ms"]),
          f"{arm['step_ms'] / found['perfect']['step_ms']:.2f}", " / ".join(f"{ms:.0f}" for ms in arm["busy_ms"]),
          f"{arm['balancedness']:.3f}", f"{arm['moves']:.1f}"]
         for key, name in called.items() for arm in [found[key]]

@@ -20,6 +20,11 @@ def span(values: list[float]) -> str:
     return "-".join(dict.fromkeys(share(value) for value in (min(values), max(values))))
 
 
+def between(ends: list[float]) -> str:
+    """Lowest and highest, as in 434-567."""
+    return "-".join(f"{end:.0f}" for end in ends)
+
+
 def listed(words: list[str]) -> str:
     """Words with commas, and "and" before the last."""
     return f"{', '.join(words[:-1])} and {words[-1]}"
@@ -49,9 +54,11 @@ def speeds(rows: list[dict[str, Any]], rivals: dict[str, str]) -> str:
 
 def within_a_quarter(found: dict[str, Any], called: dict[str, str]) -> str:
     """Arms of a benchmark within a memory budget."""
+    of_lru = found["lru"]["tokens_per_s"]
     rows = [
-        [name, f"{arm['tokens_per_s']:.0f}", f"{arm['tokens_per_s'] / found['lru']['tokens_per_s']:.2f}",
+        [name, f"{arm['tokens_per_s']:.0f}", between(arm["spread"]), f"{arm['tokens_per_s'] / of_lru:.2f}",
          f"{arm['hit_rate']:.0%}", f"{arm['bytes_per_token'] / 1e6:.2f}", f"{arm['stall_ms']:.0f}"]
         for key, name in called.items() for arm in [found[key]]
     ]  # fmt: skip
-    return markdown(["arm", "tokens/s", "x LRU", "there when asked for", "MB read a token", "stall, ms a batch"], rows)
+    header = ["arm", "tokens/s", "spread", "x LRU", "there when asked for", "MB read a token", "stall, ms a batch"]
+    return markdown(header, rows)
