@@ -100,7 +100,7 @@ def headline(results: Results) -> str:
              f"{layer['no replicas']} no replicas", f"{layer['EPLB']} EPLB", f"**{layer['Switchcast']}**",
              layer["perfect balance"]],
             ["tokens/s with a quarter of the experts in memory (spread of turns)", f"{tokens['lru']} LRU cache",
-             f"{tokens['lfu']} LFU cache, {tokens['cosine']} cosine-matched history", f"{tokens['ours']}, {less}",
+             f"{tokens['lfu']} LFU cache, {tokens['cosine']} cosine-matched history", f"**{tokens['ours']}**, {less}",
              tokens["oracle"]],
             ["largest difference of a logit from the plain model's", "", "",
              f"**{of['largest logit difference']:.1e}** (rounding)", "0"],
@@ -131,7 +131,10 @@ def held_out(results: Results) -> str:
 def machine(results: Results) -> str:
     """Where and by what the figures of a page were measured."""
     command, link = f"`{results.command}`", results.folder / "README.md"
-    return f"Measured by {command} at commit {results.commit[:8]} on {results.hardware}, seed 0: [all steps]({link})."
+    again = [f"`{name}`" for name, step in results.steps.items() if "again" in step]
+    later = f" ({' and '.join(again)} later)" if again else ""
+    where = f"at commit {results.commit[:8]}{later} on {results.hardware}"
+    return f"Measured by {command} {where}, seed 0: [all steps]({link})."
 
 
 def machine_below(results: Results) -> str:
