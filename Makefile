@@ -51,7 +51,7 @@ bench: .venv/ready
 bench-long: .venv/ready
 	@$(BIN)/python -m benchmarks.bench_long
 
-# Layers, memory budgets, recorded loads and GPUs' times in other settings: about forty minutes.
+# Layers, memory budgets, recorded loads and GPUs' times in other settings: half an hour.
 bench-settings: .venv/ready
 	@$(BIN)/python -m benchmarks.bench_settings
 

@@ -3,7 +3,7 @@
     make bench-settings
     python -m benchmarks.bench_settings --out docs/results/my-machine-2026-11-27-settings
 
-Writes a folder as `make bench` does, in about forty minutes on two cores. Predictor and model are made first where they
+Writes a folder as `make bench` does, in about half an hour on two cores. Predictor and model are made first where they
 do not exist.
 """
 
