@@ -22,7 +22,7 @@ from tests.test_docs import BLOCK, ROOT
 HOW_TO = ("trace", "train", "sweep", "deploy", "several-gpus", "memory-budget", "telemetry")
 PAGES = (
     *(f"docs/how-to/{name}.md" for name in HOW_TO), "docs/quick-start.md", "README.md", "docs/faq.md", "docs/export.md",
-    "docs/simulator.md", "docs/worth-it.md", "docs/reliability.md", "docs/runtime.md", "docs/tiers.md", "docs/gpu.md",
+    "docs/simulator.md", "docs/worth-it.md", "docs/reliability.md", "docs/runtime.md", "docs/tiers.md",
     "docs/results/README.md",
 )  # fmt: skip
 ALWAYS = ("docs/how-to/trace.md", "docs/how-to/deploy.md")
