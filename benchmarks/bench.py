@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.support.results import BENCH
-from benchmarks.support.steps import Step, processor, results_folder, run_again, run_and_say
-from data.cli import from_command_line, user_errors
+from benchmarks.support.steps import Step, folder_from_command_line
 
 PREDICTOR, TRACE = Path("outputs/predictor"), Path("outputs/traces/switch-mini-64")
 LARGE = Path("outputs/switch-base-64")
@@ -35,13 +34,9 @@ def preparation() -> list[Step]:
         train = [sys.executable, "train.py", "--predictor", str(PREDICTOR)]
         steps.append(Step("predictor", train, 1200, pictures=(PREDICTOR / "ladder.png",)))
     if not (LARGE / "config.json").exists():
-        steps.append(Step("model", make_large(), 600))
+        made = "--out", LARGE, "--experts", 64, "--blocks", 4, "--capacity", 16
+        steps.append(Step("model", python("benchmarks.support.make_switch", *made), 600))
     return steps
-
-
-def make_large() -> list[str]:
-    """The command that writes a model of switch-base's sizes with random weights."""
-    return python("benchmarks.support.make_switch", "--out", LARGE, "--experts", 64, "--blocks", 4, "--capacity", 16)
 
 
 def measurements() -> list[Step]:
@@ -80,29 +75,9 @@ def measurements() -> list[Step]:
     ]
 
 
-def bench(out: Path | None = None, again: str | None = None) -> int:
-    """Runs every benchmark and writes one folder with all results.
-
-    Args:
-        out: Folder of the results; by default docs/results/, the processor's name and the date.
-        again: Names of steps of that folder to measure again, with commas, where the machine did other work meanwhile.
-
-    Returns:
-        The number of steps that failed.
-
-    Raises:
-        ValueError: If the folder exists already, or holds no step of `again`.
-    """
-    if again is not None:
-        return run_again(measurements(), again, out or results_folder(processor(), BENCH))
-    return run_and_say(preparation() + measurements(), processor(), BENCH, out)
-
-
 def main() -> None:
     """Command line; in a pipe, the last line of stdout is JSON."""
-    with user_errors():
-        failed = from_command_line(bench)
-    raise SystemExit(1 if failed else 0)
+    folder_from_command_line(BENCH, preparation, measurements)
 
 
 if __name__ == "__main__":

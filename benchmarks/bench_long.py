@@ -14,8 +14,7 @@ from pathlib import Path
 from benchmarks.bench import DRAWN, PREDICTOR, python
 from benchmarks.support.long_tables import SEEDS
 from benchmarks.support.results import LONG
-from benchmarks.support.steps import Step, processor, results_folder, run_again, run_and_say
-from data.cli import from_command_line, user_errors
+from benchmarks.support.steps import Step, folder_from_command_line
 
 FAMILY_MODEL, FAMILY_CONFIG = "qwen3-mini-64", "configs/qwen3_mini.yaml"
 FAMILY, FAMILY_TRACE = Path("outputs/qwen3-mini-64/predictor"), Path("outputs/traces/qwen3-mini-64")
@@ -78,29 +77,9 @@ def measurements() -> list[Step]:
     return steps
 
 
-def bench_long(out: Path | None = None, again: str | None = None) -> int:
-    """Runs every long benchmark and writes one folder with all results.
-
-    Args:
-        out: Folder of the results; by default docs/results/, the processor's name, the date and "long".
-        again: Names of steps of that folder to measure again, with commas, where the machine did other work meanwhile.
-
-    Returns:
-        The number of steps that failed.
-
-    Raises:
-        ValueError: If the folder exists already, or holds no step of `again`.
-    """
-    if again is not None:
-        return run_again(measurements(), again, out or results_folder(processor(), LONG))
-    return run_and_say(preparation() + measurements(), processor(), LONG, out)
-
-
 def main() -> None:
-    """Command line; the last line of stdout is one JSON document."""
-    with user_errors():
-        failed = from_command_line(bench_long)
-    raise SystemExit(1 if failed else 0)
+    """Command line; in a pipe, the last line of stdout is JSON."""
+    folder_from_command_line(LONG, preparation, measurements)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,10 @@ Writes a folder as `make bench` does, in about half an hour on two cores. Predic
 do not exist.
 """
 
-from pathlib import Path
-
 from benchmarks.bench import DRAWN, PREDICTOR, preparation, python
 from benchmarks.support.results import SETTINGS
 from benchmarks.support.simulator_tables import MEASURED
-from benchmarks.support.steps import Step, processor, results_folder, run_again, run_and_say
-from data.cli import from_command_line, user_errors
+from benchmarks.support.steps import Step, folder_from_command_line
 
 COUNTS, OTHER_COUNTS = (f"tests/runtime/recorded/{name}.npz" for name in ("gptoss20b", "dsv2lite"))
 """Recorded loads in the repository."""
@@ -64,8 +61,8 @@ def budgets() -> list[Step]:
 def simulations() -> list[Step]:
     """Replays of recorded loads, and what times of GPUs say."""
 
-    def step(name: str, *words: object, seconds: float = 300) -> Step:
-        return Step(name, python("runtime.simulate", *words), seconds)
+    def step(name: str, *words: object) -> Step:
+        return Step(name, python("runtime.simulate", *words), 300)
 
     like = "--like", "gpt_oss_20b"
     gpus = "--gpu", "h100_sxm,h200_sxm,b200_sxm", *like, "--tokens-per-step", "256,2048,8192"
@@ -91,29 +88,9 @@ def measurements() -> list[Step]:
     return layers() + budgets() + simulations()
 
 
-def bench_settings(out: Path | None = None, again: str | None = None) -> int:
-    """Runs the benchmarks in other settings and writes one folder with all results.
-
-    Args:
-        out: Folder of the results; by default docs/results/, the processor's name, the date and "settings".
-        again: Names of steps of that folder to measure again, with commas, where the machine did other work meanwhile.
-
-    Returns:
-        The number of steps that failed.
-
-    Raises:
-        ValueError: If the folder exists already, or holds no step of `again`.
-    """
-    if again is not None:
-        return run_again(measurements(), again, out or results_folder(processor(), SETTINGS))
-    return run_and_say(preparation() + measurements(), processor(), SETTINGS, out)
-
-
 def main() -> None:
     """Command line; in a pipe, the last line of stdout is JSON."""
-    with user_errors():
-        failed = from_command_line(bench_settings)
-    raise SystemExit(1 if failed else 0)
+    folder_from_command_line(SETTINGS, preparation, measurements)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data.cli import print_json
+from data.cli import from_command_line, print_json, user_errors
 from data.files import check_new, read_json, whole_file, write_json
 
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "safetensors", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
@@ -254,6 +255,33 @@ def run_and_say(steps: list[Step], hardware: str, command: str, out: Path | None
     print(f"{len(done) - len(failed)} of {len(done)} steps are ok; results are in {out}", file=sys.stderr)
     print_json({"out": str(out), "steps": len(done), "failed": failed})
     return len(failed)
+
+
+def folder_from_command_line(
+    command: str, preparation: Callable[[], list[Step]], measurements: Callable[[], list[Step]]
+) -> None:
+    """Command line that measures and writes a folder of results; if a step fails, the exit code is 1.
+
+    Args:
+        command: What the user typed.
+        preparation: Makes the steps that the measurements need and that were not done yet.
+        measurements: Makes the steps that are measured.
+    """
+
+    def run(out: Path | None = None, again: str | None = None) -> int:
+        """Runs every benchmark and writes one folder with all results.
+
+        Args:
+            out: Folder of the results; by default docs/results/, the processor's name, the date and the kind.
+            again: Names of steps of that folder to measure again, with commas, where the machine did other work.
+        """
+        if again is not None:
+            return run_again(measurements(), again, out or results_folder(processor(), command))
+        return run_and_say(preparation() + measurements(), processor(), command, out)
+
+    with user_errors():
+        failed = from_command_line(run)
+    raise SystemExit(1 if failed else 0)
 
 
 def page(title: str, facts: dict[str, Any], done: list[dict[str, Any]], out: Path) -> str:
