@@ -8,14 +8,16 @@
 Ten forecasts are mixed, with weights for each MoE layer from their recent errors (`mixture`): that of the wrapped
 forecaster; the same with a head that goes on learning (`head`); two corrections of each by what was observed of
 similar sequences and of the same requests (`correction`); the last batch, a fast and a slow average, and each
-request's own past. The spread comes from the mixture's own errors (`spread`). Memory is bounded; a batch costs a few
-milliseconds.
+request's own past. The spread comes from the mixture's own errors (`spread`). Where corrections contradict the wrapped
+forecast, as on text that it was not trained on, weights and spread are others than where they agree with it: past
+errors on familiar text say nothing there. Memory is bounded; a batch costs a few milliseconds.
 
 Shape suffixes: B sequences, U units (see `UNIT`), F features, C forecasts that are mixed, L MoE layers, E logical
 experts.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +40,10 @@ MIXED = ("wrapped", "head", "cautious", "head_cautious", "bold", "head_bold", "l
 """The forecasts that are mixed."""
 FIRST = np.array([0.5, 0.0, 0.25, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0])
 """Their weights before anything was observed."""
+CONTESTED = 0.1
+"""Total variation (0 to 1) between the wrapped forecast and its corrections from which they contradict it."""
+FIRST_CONTESTED = np.array([0.0, 0.25, 0.0, 0.25, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0])
+"""As `FIRST`, for contested forecasts."""
 FAST, SLOW = 0.3, 0.05
 """Rates of the two averages."""
 WINDOW = 64
@@ -50,10 +56,15 @@ State = dict[str, np.ndarray[Any, Any]]
 
 
 class Blend:
-    """The mixture of one kind of forecasts, with tokens known or unknown, and its spread."""
+    """The mixture of one kind of forecasts, and its spread.
 
-    def __init__(self, num_layers: int) -> None:
-        self.mixture, self.spread = ForecastMixture(num_layers, FIRST), OnlineSpread(num_layers)
+    Args:
+        num_layers: L.
+        first: Weights before anything was observed.
+    """
+
+    def __init__(self, num_layers: int, first: FloatArray = FIRST) -> None:
+        self.mixture, self.spread = ForecastMixture(num_layers, first), OnlineSpread(num_layers)
 
     def state(self) -> State:
         """What was learned, by name."""
@@ -114,20 +125,19 @@ class AdaptiveForecaster:
         self.head = LearningHead(num_layers, num_experts)
         self.memory = CorrectionMemory(num_layers, num_experts, num_forecasters=2)
         self.known, self.unknown = Blend(num_layers), Blend(num_layers)
+        self.contested = Blend(num_layers, FIRST_CONTESTED)
         self._own = OwnPast(top_k=1)  # only its shares are used
         self._pending: deque[_Made] = deque(maxlen=PENDING)
 
     def forecast(self, upcoming: "TokenBatch | None", history: LoadHistory) -> LoadForecast:
         base, parts = self._wrapped(upcoming, history)
-        known = upcoming is not None and upcoming.num_tokens > 0
-        blend = self.known if known else self.unknown
-        units, corrected = None, [base.share] * 6
-        if known:
-            assert upcoming is not None
+        blend, units, corrected = self.unknown, None, [base.share] * 6
+        if upcoming is not None and upcoming.num_tokens > 0:
             units = self._units(upcoming, parts)
             loads = (units.forecast, *self.memory.correct(units.forecast, units.requests))
             corrected = [share_of(load_LE) for load_CULE in loads for load_LE in load_CULE.sum(1, dtype=np.float64)]
             corrected[0] = base.share
+            blend = self.contested if contradiction(corrected) > CONTESTED else self.known
         mixed = np.stack([*corrected, *self._from_history(base.share, upcoming, history)])
         share = share_of(blend.mixture.combine(mixed))
         spread = blend.spread.of(share, base.tokens, blend.mixture.disagreement(mixed))
@@ -155,7 +165,7 @@ class AdaptiveForecaster:
         """What was learned, by name; requests are left out, because they end with the run."""
         parts: dict[str, State] = {
             "memory": self.memory.state(), "head": self.head.state(), "known": self.known.state(),
-            "unknown": self.unknown.state(),
+            "contested": self.contested.state(), "unknown": self.unknown.state(),
         }  # fmt: skip
         return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
@@ -177,9 +187,11 @@ class AdaptiveForecaster:
                 raise ValueError(f"{name} has shape {value.shape}, expected finite numbers {expected}")
         for name, restore in (
             ("memory", self.memory.restore), ("head", self.head.restore), ("known", self.known.restore),
-            ("unknown", self.unknown.restore),
+            ("contested", self.contested.restore), ("unknown", self.unknown.restore),
         ):  # fmt: skip
-            restore({key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")})
+            part = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")}
+            if part or name != "contested":  # states of earlier versions lack it
+                restore(part)
 
     def _wrapped(self, upcoming: "TokenBatch | None", history: LoadHistory) -> tuple[LoadForecast, SequenceForecast]:
         """The wrapped forecaster's forecast, and its parts by sequence, or as a whole."""
@@ -226,6 +238,16 @@ class AdaptiveForecaster:
                     self._pending.popleft()
                 return made
         return None
+
+
+def contradiction(corrected_LE: Sequence[FloatArray]) -> float:
+    """Total variation between the wrapped forecast and the mean of two corrections, those by features and by memory.
+
+    Args:
+        corrected_LE: Shares of the first forecasts in `MIXED`.
+    """
+    wrapped, head, bold = (corrected_LE[MIXED.index(name)] for name in ("wrapped", "head", "bold"))
+    return float(0.5 * np.abs(wrapped - (head + bold) / 2).sum(-1).mean())
 
 
 def _same(one: "TokenBatch | None", other: "TokenBatch | None") -> bool:

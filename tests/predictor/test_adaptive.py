@@ -77,6 +77,21 @@ def test_one_topic_is_corrected_without_harm_to_another(random):
     assert errors[3::2].mean() < 0.12, "right forecasts stay"
 
 
+def test_a_forecast_that_was_right_for_long_is_left_at_once_where_corrections_contradict_it(random):
+    said = random.dirichlet(np.full(EXPERTS, 0.5), (2, LAYERS))
+    truth = np.stack([np.roll(said[0], 3, axis=-1), said[1]])  # topic 0 is forecast wrongly, topic 1 rightly
+    adaptive = AdaptiveForecaster(Topics(said), LAYERS, EXPERTS)
+    stream(random, adaptive, truth, [1] * 30)
+    errors, _, _ = stream(random, adaptive, truth, [0] * 4)
+    wrong = total_variation(said[0], truth[0]).mean()
+    assert errors[0] > 0.8 * wrong, "the first batch of another kind cannot be foreseen"
+    assert errors[1] < 0.5 * wrong
+    known, errors_known = adaptive.known.mixture.weight.copy(), adaptive.known.mixture.errors.copy()
+    stream(random, adaptive, truth, [0] * 4)
+    assert (adaptive.known.mixture.weight == known).all(), "contested batches teach the others nothing"
+    assert (adaptive.known.mixture.errors == errors_known).all()
+
+
 def test_the_best_free_rival_is_followed_where_tokens_tell_nothing(random):
     said = random.dirichlet(np.ones(EXPERTS), (8, LAYERS))
     truth = np.repeat(random.dirichlet(np.ones(EXPERTS), (1, LAYERS)), 8, axis=0)
@@ -319,6 +334,15 @@ def test_a_warm_start_goes_on_where_the_state_ended(served, layout):
     assert not np.allclose(cold.forecast(batch(2), history).share, ours.share)
     unknown = [one.forecast(None, history).share for one in (adaptive, warm)]
     assert np.allclose(*unknown)
+
+
+def test_a_state_of_an_earlier_version_has_no_contested_part(served, layout):
+    folder, adaptive, table, history = served
+    state = {name: value for name, value in adaptive.state().items() if not name.startswith("contested.")}
+    save_state(folder, state)
+    warm = load_adaptive(folder, layout, table)
+    ours, theirs = (one.forecast(batch(2), history) for one in (adaptive, warm))
+    assert np.allclose(ours.share, theirs.share)
 
 
 def test_a_state_of_another_model_is_refused(served, layout, tmp_path):
