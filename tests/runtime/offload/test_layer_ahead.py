@@ -9,7 +9,7 @@ from data.models.model import load_model
 from data.traces.trace import TokenBatch
 from runtime.engine.engine import Engine
 from runtime.offload.layer_ahead import MOST_TOKENS
-from runtime.offload.linear_probe import EPSILON, MOMENTUM, RATE, SQUARES, LinearProbe, normalised
+from runtime.offload.linear_probe import EPSILON, LEAST_TOKENS, MOMENTUM, RATE, SQUARES, LinearProbe, normalised
 from runtime.offload.probe_file import PROBES
 from tests.conftest import small_switch, write_switch
 from tests.helpers.budgets import budget
@@ -28,7 +28,7 @@ def test_a_probe_learns_as_torch_does():
         torch.nn.init.zeros_(parameter)
     adam = torch.optim.Adam(linear.parameters(), RATE / 6, (MOMENTUM, SQUARES), EPSILON)
     for _ in range(30):
-        features, experts = torch.randn(8, 6, generator=generator), torch.randint(5, (8,), generator=generator)
+        features, experts = torch.randn(16, 6, generator=generator), torch.randint(5, (16,), generator=generator)
         probability = probe.probability(features)
         torch.testing.assert_close(probability, linear(features).softmax(-1))
         probe.learn(features, probability, one_hot(experts, 5).float())
@@ -38,10 +38,21 @@ def test_a_probe_learns_as_torch_does():
     assert probe.steps == 30
 
 
-def test_a_token_that_was_dropped_has_no_part():
-    features = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+def test_few_tokens_are_learned_from_together():
+    generator = torch.Generator().manual_seed(0)
+    features, target = torch.randn(20, 6, generator=generator), one_hot(torch.arange(20) % 5, 5).float()
     probes = [LinearProbe(6, 5, CPU), LinearProbe(6, 5, CPU)]
-    target = one_hot(torch.tensor([1, 2, 3, 0]), 5).float()
+    for some in torch.arange(20).split(3):
+        assert probes[0].steps == (some[0] >= LEAST_TOKENS)
+        probes[0].learn(features[some], probes[0].probability(features[some]), target[some])
+    probes[1].learn(features[:18], probes[1].probability(features[:18]), target[:18])
+    torch.testing.assert_close(*(probe.probability(features) for probe in probes))
+
+
+def test_a_token_that_was_dropped_has_no_part():
+    features = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    probes = [LinearProbe(6, 5, CPU), LinearProbe(6, 5, CPU)]
+    target = one_hot(torch.tensor([1, 2, 3, 0] * 4), 5).float()
     target[2] = 0
     probes[0].learn(features, probes[0].probability(features), target)
     features[2] = 100
@@ -88,7 +99,8 @@ def test_an_engine_names_the_experts_of_text_that_it_has_written_before(switch_f
         assert isinstance(found, tuple), found
         same, sure, steps = found
         assert same
-        assert steps == 13 * 11  # every step but the first, which no hidden state comes before
+        tokens = 13 * 11 * 4 // world  # of every step but the first, which no hidden state comes before
+        assert steps == tokens // LEAST_TOKENS
         assert sure > 0.6  # at random 1 / 8 of a token's probability is on its expert
 
 
@@ -185,5 +197,5 @@ def test_text_within_a_budget_is_the_plain_model_s_on_a_gpu(switch_folder):
     with Engine(str(switch_folder), device="cuda", dtype="float32", **memory) as engine:
         for _ in range(3):
             assert torch.equal(engine.generate(tokens, **SETTINGS), expected)
-        assert engine.replicated.probes.layers[-1].probe.steps == 3 * 11
+        assert engine.replicated.probes.layers[-1].probe.steps == 3 * 11 * 4 // LEAST_TOKENS
         assert engine.replicated.cache.report()["device"]["prefetches"] > 0
