@@ -4,8 +4,8 @@
     python -m benchmarks.bench_long --out docs/results/my-machine-2026-11-27-long
 
 Writes a folder as `make bench` does, in one to two hours: predictors that exist are not trained again. It takes 35 GB
-of disk. The regimes of gpt-oss-20b are measured where its recording was converted to a trace, see
-configs/gpt_oss_recording.yaml.
+of disk. The regimes of gpt-oss-20b and its decoding on many devices are measured where its recording was converted to
+a trace, see configs/gpt_oss_recording.yaml.
 """
 
 import sys
@@ -73,7 +73,10 @@ def measurements() -> list[Step]:
         Step("beyond-memory", python("benchmarks.beyond_memory", "--model", VAST), 1800),
     ]
     if RECORDED_TRACE.exists():
-        steps.insert(6, Step("regimes", python("benchmarks.regimes", RECORDED_TRACE, RECORDED, "--steps", 60), 1800))
+        steps += [
+            Step("regimes", python("benchmarks.regimes", RECORDED_TRACE, RECORDED, "--steps", 60), 1800),
+            Step("decode-recorded", python("benchmarks.decode", "--trace", RECORDED_TRACE, "--tokens", 4), 600),
+        ]
     return steps
 
 

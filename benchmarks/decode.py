@@ -3,12 +3,14 @@
     python -m benchmarks.decode                                     # all sizes, 2 layers of each
     python -m benchmarks.decode --devices 8 --tokens 4 --price 128
     python -m benchmarks.decode --devices 8 --loads counts.npz      # recorded counts `[steps, layers, experts]`
+    python -m benchmarks.decode --trace outputs/traces/gpt-oss --tokens 4   # recorded requests, a token each
 
 A device's time is `price * active slots + tokens`, in units of one token; a step takes as long as its slowest device.
 The figure is a lower bound of that time over the time: the larger of the mean device time with every needed expert
 active once, and the time of the device that must have the most active slots. Batches are drawn anew at every step from
-Zipf shares that drift; each token chooses K different experts. Plans are made from a moving average of past batches, or
-from the coming batch itself (oracle). Arms:
+Zipf shares that drift; each token chooses K different experts. With --trace they are steps in which recorded requests
+write a token each, as many as make up the tokens of the size; layers stand side by side as one layer of more experts.
+Plans are made from a moving average of past batches, or from the coming batch itself (oracle). Arms:
 
 - *none*: no replicas.
 - *tokens*: our plan, which balances tokens; *time*: our plan, which counts active experts. Both with the same split,
@@ -22,6 +24,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,9 @@ from rich.progress import track
 from rich.table import Table
 
 from data.arrays import FloatArray, IntArray
-from data.cli import print_json
+from data.cli import print_json, user_errors
+from data.traces.requests import ordered, requests_of, serve
+from data.traces.store import open_trace
 from predictor.baselines.history import Ema, Oracle
 from predictor.forecast import Forecaster
 from runtime.balancing.eplb import EplbPlanner
@@ -46,6 +51,8 @@ SHAPES = (
     (320, 256, 64, 8, 4), (320, 256, 64, 8, 16),
 )  # fmt: skip
 STEPS, WARM = 40, 10
+BEGIN = 64
+"""First step of recorded requests, most of which are in their answers by then."""
 ZIPF, DRIFT = 0.7, 0.02
 """Exponent of the shares; standard deviation of the step of each log share."""
 MODEL_LAYERS = 58
@@ -65,6 +72,38 @@ def drawn(layers: int, experts: int, tokens: int, top_k: int) -> IntArray:
             chosen = np.argpartition(-keys, top_k - 1, axis=1)[:, :top_k]
             counts[step, layer] = np.bincount(chosen.ravel(), minlength=experts)
     return counts
+
+
+def recorded(trace: Path, experts: int, assignments: int) -> IntArray:
+    """Counts `[N, L, E]` of steps in which recorded requests decode, the recorded layers side by side.
+
+    Args:
+        trace: Folder of a token trace with requests.
+        experts: E, a multiple of the recorded experts.
+        assignments: About as many of each step and folded layer; requests are chosen accordingly.
+
+    Raises:
+        ValueError: If the recorded layers do not make up one layer of E experts, or the requests do not suffice.
+    """
+    recording = open_trace(trace)
+    layout, each = recording.layout, recording.layout.num_experts
+    parts = experts // each
+    if experts % each or parts > layout.num_layers:
+        has = f"{layout.num_layers} layers of {each} experts"
+        raise ValueError(f"{trace} has {has}, which do not make up a layer of {experts}; choose other devices")
+    slots = max(1, round(assignments / (parts * layout.experts_per_token)))
+    requests = ordered(requests_of(recording), "shuffled")
+    steps = list(islice(serve(requests, slots, 1), BEGIN, BEGIN + STEPS))
+    if len(steps) < STEPS or len(steps[-1]) < slots:
+        needed = f"{slots} requests at a time for {BEGIN + STEPS} steps"
+        raise ValueError(f"{trace} has too few requests to decode {needed}; choose fewer devices or tokens")
+    counts = np.zeros((STEPS, layout.num_layers, each), dtype=np.int64)
+    for number, step in enumerate(steps):
+        routes = np.concatenate([chunk.request.experts[chunk.start : chunk.stop] for chunk in step])
+        for layer in range(layout.num_layers):
+            counts[number, layer] = np.bincount(routes[:, layer].ravel(), minlength=each)
+    layers = layout.num_layers // parts
+    return counts[:, : layers * parts].reshape(STEPS, layers, experts)
 
 
 def least_time(counts_E: IntArray, devices: int, price: int) -> int:
@@ -143,14 +182,18 @@ def main() -> None:
     parser.add_argument("--price", type=int, nargs="*", default=[32, 128], help="tokens that waking an expert costs")
     parser.add_argument("--layers", type=int, default=2, help="layers of made-up loads")
     parser.add_argument("--loads", type=Path, help="recorded counts (.npz with `counts`)")
+    parser.add_argument("--trace", type=Path, help="folder of a trace with requests, which decode")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
     rows: list[dict[str, Any]] = []
     shapes = [shape for shape in SHAPES if not options.devices or shape[0] in options.devices]
-    for devices, experts, redundant, top_k, tokens in track(shapes, "sizes", console=Console(stderr=True)):
-        each = tokens if options.tokens is None else options.tokens
+    if options.tokens is not None:
+        shapes = list(dict.fromkeys((*shape[:4], options.tokens) for shape in shapes))
+    for devices, experts, redundant, top_k, each in track(shapes, "sizes", console=Console(stderr=True)):
         if options.loads:
             loads = np.load(options.loads)["counts"].astype(np.int64)
+        elif options.trace:
+            loads = recorded(options.trace, experts, each * devices * top_k)
         else:
             loads = drawn(options.layers, experts, each * devices, top_k)
         for price in options.price:
@@ -171,4 +214,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

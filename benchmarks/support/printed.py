@@ -29,7 +29,7 @@ def printed(results: Results, step: str, table: str = "") -> str:
     return "\n\n".join([f"    {in_shell(results.steps[step])}", *wanted])
 
 
-printed_settings = printed_gpu = printed
+printed_settings = printed_gpu = printed_long = printed
 
 
 def _markdown(table: re.Match[str]) -> str:

@@ -198,7 +198,8 @@ def run_all(steps: list[Step], out: Path, title: str, command: str) -> list[dict
 def run_again(steps: list[Step], names: str, out: Path) -> int:
     """Runs some steps of a folder again; their results take the place of the earlier ones, and the page says so.
 
-    A step whose turns differ much, because the machine did other work meanwhile, need not cost the whole folder.
+    A step whose turns differ much, because the machine did other work meanwhile, need not cost the whole folder. Steps
+    that the folder lacks are added to it.
 
     Args:
         steps: All steps of the folder's command.
@@ -209,19 +210,19 @@ def run_again(steps: list[Step], names: str, out: Path) -> int:
         The number of steps that failed.
 
     Raises:
-        ValueError: If the folder holds no results, or a name is that of no step.
+        ValueError: If the folder holds no results, or a name is that of no step of its command.
     """
     summary = read_json(out / "summary.json")
     done, of = summary["steps"], {step.name: step for step in steps}
     for name in names.split(","):
-        place = next((number for number, step in enumerate(done) if step["name"] == name), None)
-        if place is None or name not in of:
-            known = ", ".join(step["name"] for step in done)
-            raise ValueError(f"--again names '{name}', which is no step of {out}; its steps are {known}")
+        if name not in of:
+            raise ValueError(f"--again names '{name}', expected steps of {summary['command']}: {', '.join(of)}")
         print(f"{name}, at most {of[name].timeout_s:.0f} s", file=sys.stderr, flush=True)
         found = run_step(of[name], out)
         print(f"        {found['status']} after {found['seconds']:.0f} s", file=sys.stderr, flush=True)
-        done[place] = found | {"again": {"date": date.today().isoformat(), "commit": machine()["commit"]}}
+        found |= {"again": {"date": date.today().isoformat(), "commit": machine()["commit"]}}
+        place = next((number for number, step in enumerate(done) if step["name"] == name), len(done))
+        done[place : place + 1] = [found]
         _write(out, (out / "README.md").read_text().splitlines()[0].removeprefix("# "), summary)
     return sum(step["status"] != "ok" for step in done)
 
@@ -273,10 +274,10 @@ def folder_from_command_line(
 
         Args:
             out: Folder of the results; by default docs/results/, the processor's name, the date and the kind.
-            again: Names of steps of that folder to measure again, with commas, where the machine did other work.
+            again: Names of steps to measure again, with commas, where the machine did other work, or to add.
         """
         if again is not None:
-            return run_again(measurements(), again, out or results_folder(processor(), command))
+            return run_again(preparation() + measurements(), again, out or results_folder(processor(), command))
         return run_and_say(preparation() + measurements(), processor(), command, out)
 
     with user_errors():

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from benchmarks.decode import drawn, least_time
+from benchmarks.decode import BEGIN, STEPS, drawn, least_time, recorded
+from data.convert import convert
+from data.traces.requests import ordered, requests_of, serve
+from data.traces.store import open_trace
+from tests.helpers.made_up_requests import EXPERTS, LAYERS, TOP_K, write_recording
 
 
 def test_tokens_choose_different_experts():
@@ -24,3 +28,17 @@ def test_tokens_choose_different_experts():
 def test_no_placement_is_below_the_bound(counts, price, least):
     assert least_time(np.array(counts), 2, price) == pytest.approx(least, abs=4)
     assert least_time(np.array(counts), 2, price) <= least
+
+
+def test_recorded_requests_write_a_token_each_and_their_layers_stand_side_by_side(tmp_path):
+    trace = convert(write_recording(tmp_path / "r.npz"), tmp_path / "trace", slots=4, chunk=16).path
+    counts = recorded(trace, EXPERTS * LAYERS, 3 * LAYERS * TOP_K)
+    assert counts.shape == (STEPS, 1, EXPERTS * LAYERS)
+    assert (counts.reshape(STEPS, LAYERS, EXPERTS).sum(-1) == 3 * TOP_K).all()
+    step = list(serve(ordered(requests_of(open_trace(trace)), "shuffled"), 3, 1))[BEGIN]
+    routes = np.concatenate([chunk.request.experts[chunk.start : chunk.stop] for chunk in step])
+    assert counts[0, 0, :EXPERTS].tolist() == np.bincount(routes[:, 0].ravel(), minlength=EXPERTS).tolist()
+    with pytest.raises(ValueError, match="choose other devices"):
+        recorded(trace, EXPERTS + 1, 4)
+    with pytest.raises(ValueError, match="too few requests to decode 90 requests at a time"):
+        recorded(trace, EXPERTS, 90 * TOP_K)

@@ -150,8 +150,15 @@ def test_a_step_measured_again_takes_its_earlier_place(folders):
     page = (folders[0] / "README.md").read_text()
     assert page.startswith("# a\n")
     assert re.search(r"^\| tiers \| ok, again on \d{4}-\d\d-\d\d, [0-9a-f]{8} \|", page, re.MULTILINE)
-    with pytest.raises(ValueError, match=r"--again names 'lru', .* its steps are tiers, main-job, planner"):
+    with pytest.raises(ValueError, match=r"--again names 'lru', expected steps of make bench: planner, tiers"):
         run_again(again, "lru", folders[0])
+
+
+def test_a_step_that_a_folder_lacks_is_added_to_it(folders):
+    run_again([Step("new", printing({"rows": [2]}), 20)], "new", folders[0])
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    assert [step["name"] for step in summary["steps"]] == ["tiers", "main-job", "planner", "new"]
+    assert json.loads((folders[0] / "new.json").read_text()) == {"rows": [2]}
 
 
 @pytest.mark.parametrize(("command", "ending"), [(BENCH, ""), (GPU, ""), (LONG, "-long"), (SETTINGS, "-settings")])
