@@ -13,7 +13,9 @@ import numpy.typing as npt
 from data.arrays import IntArray
 from predictor.baselines.history import FREE, RunningMean
 from predictor.forecast import Forecaster, LoadForecast, LoadHistory, OnlineForecaster
-from runtime.balancing.plan import ReplicationPlan, SlotMove, check_nodes, flat_homes
+from runtime.balancing.node_rows import NodeRows
+from runtime.balancing.nodes import check_groups
+from runtime.balancing.plan import ReplicationPlan, SlotMove, flat_homes
 from runtime.balancing.planner import HomePlanner, Planner
 from runtime.balancing.split import split_by_quota
 
@@ -54,9 +56,12 @@ class Balancer:
             keeps tokens there. None means one node.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, for the
             default planner and `split`; with 0 they balance tokens alone.
+        num_groups: Groups of consecutive experts that stay on one node, copies included, for routers that choose groups
+            first (group-limited routing); needs `devices_per_node`.
 
     Raises:
-        ValueError: If experts and redundant experts do not divide over the devices, or an option is unknown.
+        ValueError: If experts and redundant experts do not divide over the devices, experts, groups and nodes do not go
+            together, or an option is unknown.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Balancer:
         max_moves: int | None = None,
         devices_per_node: int | None = None,
         expert_overhead_tokens: int = 0,
+        num_groups: int | None = None,
     ) -> None:
         if isinstance(forecaster, str) and forecaster not in FORECASTERS:
             raise ValueError(
@@ -77,13 +83,14 @@ class Balancer:
             )
         if planner is not None and max_moves is not None:
             raise ValueError("max_moves is an option of the default planner; give it to your planner instead")
-        check_nodes(num_devices, devices_per_node)
+        check_groups(num_groups, num_devices, devices_per_node)
         self.num_devices, self.num_redundant_experts = num_devices, num_redundant_experts
-        self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
+        self.devices_per_node, self.num_groups = devices_per_node, num_groups
+        self.expert_overhead_tokens = expert_overhead_tokens
         self.forecaster = FORECASTERS[forecaster] if isinstance(forecaster, str) else forecaster
         self.planner = planner or HomePlanner(
             num_devices, num_redundant_experts, max_moves, devices_per_node,
-            expert_overhead_tokens=expert_overhead_tokens,
+            expert_overhead_tokens=expert_overhead_tokens, num_groups=num_groups,
         )  # fmt: skip
         self.moves: list[SlotMove] = []
         """Weights to copy to get from the plan before to the current one."""
@@ -130,7 +137,11 @@ class Balancer:
         """
         array = _whole_tokens(load)
         if self._plan is None:
-            self._begin(flat_homes(array.astype(np.float64), self.num_devices, self.num_redundant_experts))
+            homes = flat_homes(
+                array.astype(np.float64), self.num_devices, self.num_redundant_experts, num_groups=self.num_groups,
+                devices_per_node=self.devices_per_node,
+            )  # fmt: skip
+            self._begin(homes)
         expected = (len(self.plan.phy2log), self.plan.num_experts)
         if array.shape != expected:
             raise ValueError(f"the load has shape {array.shape}, the plan is for {expected} layers and experts")
@@ -161,6 +172,8 @@ class Balancer:
 
     def _begin(self, homes: IntArray) -> None:
         self._plan = ReplicationPlan.at_home(homes, self.num_devices, self.num_redundant_experts)
+        if self.num_groups is not None and self.devices_per_node is not None:
+            NodeRows.of(self._plan, self.num_groups, self.devices_per_node)  # refuses homes that part a group
         self._history = np.zeros((0, len(homes), self._plan.num_experts), dtype=np.int64)
 
 

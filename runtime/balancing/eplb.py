@@ -95,11 +95,19 @@ def check_numbers(num_experts: int, num_replicas: int, num_groups: int, num_node
 
 @dataclass(frozen=True)
 class EplbPlanner:
-    """EPLB's global policy for every forecast; its plans have no fixed homes, and moves are not counted."""
+    """EPLB for every forecast; its plans have no fixed homes, and moves are not counted.
+
+    Attributes:
+        num_groups: Groups of consecutive experts, a multiple of the nodes; one group on one node is the global policy.
+        num_nodes: Nodes, each with as many devices.
+    """
+
+    num_groups: int = 1
+    num_nodes: int = 1
 
     def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
-        slots = current.phy2log.shape[1]
-        return ReplicationPlan(place_experts(forecast.load, slots, 1, 1, current.num_devices), current.num_devices)
+        load, slots, devices = forecast.load, current.phy2log.shape[1], current.num_devices
+        return ReplicationPlan(place_experts(load, slots, self.num_groups, self.num_nodes, devices), devices)
 
 
 @dataclass(frozen=True)

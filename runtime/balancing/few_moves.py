@@ -79,12 +79,21 @@ def rebalance(
 
 @dataclass(frozen=True)
 class FewMovesPlanner:
-    """`rebalance` for every forecast; its plans have no fixed homes."""
+    """`rebalance` for every forecast; its plans have no fixed homes.
+
+    Attributes:
+        num_groups: As in `rebalance`.
+        num_nodes: As in `rebalance`.
+    """
+
+    num_groups: int = 1
+    num_nodes: int = 1
 
     def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
         """See `runtime.balancing.planner.Planner`."""
         slots, devices = current.phy2log.shape[1], current.num_devices
-        return ReplicationPlan(rebalance(forecast.load, slots, devices, current.phy2log), devices)
+        placed = rebalance(forecast.load, slots, devices, current.phy2log, self.num_groups, self.num_nodes)
+        return ReplicationPlan(placed, devices)
 
 
 @njit(cache=True, nogil=True)

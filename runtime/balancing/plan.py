@@ -26,6 +26,7 @@ from functools import cached_property
 import numpy as np
 
 from data.arrays import BoolArray, FloatArray, IntArray
+from runtime.balancing.nodes import check_groups
 from runtime.balancing.packing import pack_equally, pack_with_replicas
 
 EMPTY = -1
@@ -262,25 +263,19 @@ def check_division(num_experts: int, num_devices: int, num_redundant_experts: in
         )
 
 
-def check_nodes(num_devices: int, devices_per_node: int | None) -> None:
-    """Refuses nodes that do not divide the devices; None is one node.
-
-    Raises:
-        ValueError: Naming both figures.
-    """
-    if devices_per_node is not None and (devices_per_node < 1 or num_devices % devices_per_node):
-        raise ValueError(
-            f"devices_per_node is {devices_per_node}, which does not divide {num_devices} devices; choose a divisor, "
-            "or leave it out for one node"
-        )
-
-
 def contiguous_homes(num_layers: int, num_experts: int) -> IntArray:
     """Experts in their own order, as a model without balancing lays them out, `[L, E]`."""
     return np.tile(np.arange(num_experts), (num_layers, 1))
 
 
-def flat_homes(load: FloatArray, num_devices: int, num_redundant_experts: int | None = None) -> IntArray:
+def flat_homes(
+    load: FloatArray,
+    num_devices: int,
+    num_redundant_experts: int | None = None,
+    *,
+    num_groups: int | None = None,
+    devices_per_node: int | None = None,
+) -> IntArray:
     """Homes that give every device about the same load, and replica slots where they help.
 
     Where experts divide over devices: longest processing time first, experts from the most to the least loaded, each to
@@ -289,10 +284,15 @@ def flat_homes(load: FloatArray, num_devices: int, num_redundant_experts: int | 
     way. One copy of each expert is its home, and the slots of the further copies are the replica slots: they lie on
     devices that have room for a hot expert's tokens.
 
+    With groups of experts, whole groups are packed onto the nodes in the same way, as many on each, and then the
+    experts of each node onto its devices.
+
     Args:
         load: Load or share known so far, `[L, E]`.
         num_devices: G.
         num_redundant_experts: R; needed where experts do not divide over devices.
+        num_groups: Groups of consecutive experts that stay on one node; None is none.
+        devices_per_node: Devices of a node; needed with groups.
 
     Returns:
         Homes for `ReplicationPlan.at_home`: `[L, E]` where experts divide over the devices, within a device in their
@@ -300,10 +300,25 @@ def flat_homes(load: FloatArray, num_devices: int, num_redundant_experts: int | 
     """
     redundant = num_redundant_experts or 0
     check_division(load.shape[1], num_devices, redundant)
+    check_groups(num_groups, num_devices, devices_per_node, load.shape[1])
     load = np.ascontiguousarray(load, dtype=np.float64)
+    if num_groups is not None and devices_per_node is not None:
+        return _grouped_homes(load, num_devices // devices_per_node, devices_per_node, redundant, num_groups)
     if load.shape[1] % num_devices == 0:
         return pack_equally(load, num_devices)
     return pack_with_replicas(load, num_devices, redundant)
+
+
+def _grouped_homes(load: FloatArray, nodes: int, devices: int, num_redundant: int, num_groups: int) -> IntArray:
+    """`flat_homes` of groups onto nodes, and of each node's experts onto its devices."""
+    (layers, num_experts), size = load.shape, load.shape[1] // num_groups
+    groups = pack_equally(load.reshape(layers, num_groups, size).sum(-1), nodes)
+    experts = (groups[..., None] * size + np.arange(size)).reshape(layers, num_experts)
+    rows = flat_homes(
+        np.take_along_axis(load, experts, axis=-1).reshape(layers * nodes, -1), devices, num_redundant // nodes
+    )
+    held = np.take_along_axis(experts.reshape(layers * nodes, -1), rows, axis=-1)
+    return np.where(rows == EMPTY, EMPTY, held).reshape(layers, -1)
 
 
 def _spread(homes: IntArray, num_devices: int, num_redundant_experts: int) -> IntArray:

@@ -17,7 +17,9 @@ import numpy as np
 from data.arrays import BoolArray, Float32Array, FloatArray, IntArray
 from predictor.forecast import LoadForecast, LoadHistory
 from runtime.balancing import local_search, moving_homes
-from runtime.balancing.plan import ReplicationPlan, check_nodes
+from runtime.balancing.node_rows import NodeRows
+from runtime.balancing.nodes import check_groups
+from runtime.balancing.plan import ReplicationPlan
 from runtime.balancing.scenarios import scenarios
 
 LEAST_GAIN = 0.001
@@ -25,7 +27,7 @@ LEAST_GAIN = 0.001
 HORIZON = 16.0
 """Batches a replica is expected to serve; a move that delays a device must pay for itself within them."""
 BETWEEN_NODES = 4.0
-"""Price of a move between nodes, relative to a move within one."""
+"""Price of a move between nodes, relative to a move within one, where their times are not known."""
 SEVERAL = 4
 """Experts a device from which on the time of an expert's weights is treated as divisible."""
 
@@ -58,7 +60,7 @@ class HomePlanner:
         num_redundant_experts: R, replica slots a layer over all devices, R / G on each.
         max_moves: Most experts moved before a batch, over all layers (a budget in bytes divided by the bytes of an
             expert); None moves as many as pay. The layers that gain most for a move come first.
-        devices_per_node: Devices that share a fast network; a copy from another node must save `BETWEEN_NODES` times
+        devices_per_node: Devices that share a fast network; a copy from another node must save `between_nodes` times
             as much. None means one node.
         move_tokens: Tokens a device computes in the time that a move delays it; 0 where moves are hidden.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, as the
@@ -66,6 +68,9 @@ class HomePlanner:
         moving_homes: Whether homes may move. It helps where there are fewer replica slots than devices, in engines that
             copy weights from any slot that holds an expert. Switchcast's own engine copies them from fixed homes and
             refuses it.
+        num_groups: Groups of consecutive experts that stay on one node, copies included, for routers that choose groups
+            first (group-limited routing). Needs `devices_per_node`, and homes by groups, as `flat_homes` chooses them.
+        between_nodes: Time of a move between nodes, relative to a move within one, 1 or more.
     """
 
     num_devices: int
@@ -75,6 +80,8 @@ class HomePlanner:
     move_tokens: float = 0.0
     expert_overhead_tokens: int = 0
     moving_homes: bool = False
+    num_groups: int | None = None
+    between_nodes: float = BETWEEN_NODES
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or self.num_redundant_experts < 0:
@@ -82,34 +89,52 @@ class HomePlanner:
                 f"{self.num_devices} devices and {self.num_redundant_experts} redundant experts: expected at least 1 "
                 "device, and 0 or more redundant experts"
             )
-        check_nodes(self.num_devices, self.devices_per_node)
+        check_groups(self.num_groups, self.num_devices, self.devices_per_node)
         if self.max_moves is not None and self.max_moves < 0:
             raise ValueError(f"max_moves is {self.max_moves}, expected 0 or more; leave it out for no limit")
         if not 0 <= self.move_tokens < float("inf"):
             raise ValueError(f"move_tokens is {self.move_tokens}, expected a finite number, 0 or more")
         if self.expert_overhead_tokens < 0:
             raise ValueError(f"expert_overhead_tokens is {self.expert_overhead_tokens}, expected 0 or more")
+        if not 1 <= self.between_nodes < float("inf"):
+            raise ValueError(f"between_nodes is {self.between_nodes}, expected a finite number, 1 or more")
 
     def plan(self, forecast: LoadForecast, current: ReplicationPlan, recent: LoadHistory) -> ReplicationPlan:
         """The plan for the coming batch, with the homes of the current one unless homes move.
 
         Raises:
-            ValueError: If forecast, plan and loads are not of the same model and devices.
+            ValueError: If forecast, plan and loads are not of the same model and devices, or the plan has copies of a
+                group on several nodes.
         """
         self._check(forecast, current, recent)
         if self.max_moves == 0 or (self.num_redundant_experts == 0 and not self.moving_homes):
             return current
         shares, weights = scenarios(forecast, recent)
         load, waking = self._device_time(shares, forecast.tokens)
-        price, factor = self._price(forecast.tokens), self._factor()
+        price = self._price(forecast.tokens)
+        if self.num_groups is None or self.devices_per_node is None:
+            return self._improved(current, load, waking, weights, price)
+        nodes = NodeRows.of(current, self.num_groups, self.devices_per_node)
+        return nodes.joined(self._improved(nodes.rows, *nodes.divided(load, waking, weights, price)))
+
+    def _improved(
+        self,
+        current: ReplicationPlan,
+        load: Float32Array,
+        waking: Float32Array,
+        weights: Float32Array,
+        price: Float32Array,
+    ) -> ReplicationPlan:
+        """The plan for loads in scenarios; arguments as in `local_search.improve`."""
+        devices, factor = current.num_devices, self._factor(current.num_devices)
         if self.moving_homes:
             return self._with_moved_homes(current, load, waking, weights, price, factor)
         layers, slots = len(current.phy2log), current.slots_per_device
         replica_LP = ~current.is_home_slot
         held = current.phy2log[replica_LP].reshape(layers, -1)
-        first = np.zeros((layers, self.num_devices + 1), dtype=np.int64)
-        first[:, 1:] = replica_LP.reshape(layers, self.num_devices, slots).sum(-1).cumsum(-1)
-        limit = self.num_redundant_experts
+        first = np.zeros((layers, devices + 1), dtype=np.int64)
+        first[:, 1:] = replica_LP.reshape(layers, devices, slots).sum(-1).cumsum(-1)
+        limit = current.num_redundant_experts
         if self.max_moves is not None:
             limit = min(limit, self.max_moves)
         _announce_compiling(local_search)
@@ -136,14 +161,14 @@ class HomePlanner:
         limit = slots if self.max_moves is None else min(slots, self.max_moves)
         _announce_compiling(moving_homes)
         phy2log, homes, gain = moving_homes.improve(
-            current.phy2log, current.homes, replica, self.num_devices, load_LEK, waking_LK, weight_K, price_L,
+            current.phy2log, current.homes, replica, current.num_devices, load_LEK, waking_LK, weight_K, price_L,
             factor_GG, limit,
         )  # fmt: skip
         changed = self._within_budget((phy2log != current.phy2log).sum(-1), gain)[:, None]
         phy2log, homes = np.where(changed, phy2log, current.phy2log), np.where(changed, homes, current.homes)
         if (homes == current.homes).all():
             return current.with_slots(phy2log)
-        return ReplicationPlan(phy2log, self.num_devices, homes)
+        return ReplicationPlan(phy2log, current.num_devices, homes)
 
     def _device_time(self, shares_LEK: Float32Array, tokens_L: FloatArray) -> tuple[Float32Array, Float32Array]:
         """Time of each expert's tokens `[L, E, K]` and of an active slot's weights `[L, K]`.
@@ -168,10 +193,10 @@ class HomePlanner:
         exposed = self.move_tokens / (HORIZON * np.maximum(tokens_L / self.num_devices, 1.0))
         return np.maximum(LEAST_GAIN, exposed).astype(np.float32)
 
-    def _factor(self) -> Float32Array:
+    def _factor(self, num_devices: int) -> Float32Array:
         """Factor to that price for a copy from one device to another, `[G, G]`."""
-        node = np.arange(self.num_devices) // (self.devices_per_node or self.num_devices)
-        return np.where(node[:, None] == node, 1.0, BETWEEN_NODES).astype(np.float32)
+        node = np.arange(num_devices) // (self.devices_per_node or num_devices)
+        return np.where(node[:, None] == node, 1.0, self.between_nodes).astype(np.float32)
 
     def _within_budget(self, moves_L: IntArray, gain_L: Float32Array) -> BoolArray:
         """Layers that are changed, `[L]`: all, or the layers that gain most for a move."""

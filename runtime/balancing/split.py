@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from data.arrays import FloatArray, IntArray
 from runtime.balancing.max_flow import even_quotas, least_time_quotas
-from runtime.balancing.plan import ReplicationPlan, check_nodes
+from runtime.balancing.nodes import check_nodes
+from runtime.balancing.plan import ReplicationPlan
 
 
 def split_by_quota(

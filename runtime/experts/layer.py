@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.arrays import IntArray
 from runtime.balancing.max_flow import least_time_quotas
-from runtime.balancing.plan import check_nodes
+from runtime.balancing.nodes import check_nodes
 from runtime.distributed.device import Stopwatch, upload
 from runtime.distributed.ranks import Ranks
 from runtime.experts.counters import LayerCounters

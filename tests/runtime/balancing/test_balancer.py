@@ -115,6 +115,19 @@ def test_devices_per_node_reaches_planner_and_split():
     assert near[1, 0] == 10
 
 
+def test_groups_reach_homes_and_planner():
+    balancer = Balancer(8, 8, "last", devices_per_node=4, num_groups=4)
+    for load in LOADS[:5]:
+        plan = balancer.step(load)
+        node = np.where(plan.phy2log >= 0, plan.phy2log // 8, -1).reshape(len(load), 2, -1)  # groups of 8 experts
+        assert all(not set(first) & set(second) - {-1} for first, second in node)
+    assert (plan.phy2log.reshape(len(load), 8, -1)[..., -1] >= 0).any()
+    with pytest.raises(ValueError, match="layer 0: expert 2 of group 0 is on node 1"):
+        Balancer(8, 8, homes=np.arange(32).reshape(8, 4).T.reshape(1, 32), devices_per_node=4, num_groups=4)
+    with pytest.raises(ValueError, match="4 groups of experts stay on their nodes, and devices_per_node is not given"):
+        Balancer(8, 8, num_groups=4)
+
+
 def test_the_price_of_an_active_expert_reaches_planner_and_split():
     balancer = Balancer(8, 16, "last", expert_overhead_tokens=64)
     planner, plan = HomePlanner(8, 16, expert_overhead_tokens=64), None

@@ -178,6 +178,16 @@ def test_copies_stay_within_a_node_where_that_is_enough():
     assert devices == [[0], [2]]
 
 
+@pytest.mark.parametrize(("between_nodes", "moved"), [(1.0, 1), (4.0, 1), (5e3, 0)])
+def test_a_copy_from_another_node_must_save_what_it_costs(between_nodes, moved):
+    load = np.full((1, 4), 10.0)
+    load[0, 3] = 40
+    bare = ReplicationPlan.at_home(contiguous_homes(1, 4), 4, 4)
+    forecast = forecast_from_load(load, made_at=0, source="truth")
+    planner = HomePlanner(4, 4, max_moves=1, devices_per_node=1, between_nodes=between_nodes)
+    assert len(bare.moves_to(planner.plan(forecast, bare, np.zeros((0, 1, 4), dtype=int)))) == moved
+
+
 def test_compiling_is_announced_once_and_only_where_no_compiled_kernels_are_stored(tmp_path, caplog):
     script = (
         "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
@@ -229,6 +239,7 @@ def test_what_does_not_fit_together_is_refused():
         ({"max_moves": -1}, "max_moves is -1"),
         ({"expert_overhead_tokens": -1}, "expert_overhead_tokens is -1, expected 0 or more"),
         ({"devices_per_node": 3}, "devices_per_node is 3, which does not divide 4 devices"),
+        ({"between_nodes": 0.5}, "between_nodes is 0.5, expected a finite number, 1 or more"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, text):
