@@ -41,11 +41,13 @@ def simulate(
     steps: int | None = None,
     max_moves: int | str | None = None,
     devices_per_node: int | None = None,
+    groups: int | None = None,
     save_plans: Path | None = None,
     out: Path = Path("outputs/simulate"),
     expert_bytes: float | None = None,
     tokens_per_second: float | None = None,
     link_bytes_per_second: float | None = None,
+    node_link_bytes_per_second: float | None = None,
     expert_overhead_tokens: float | None = None,
     gpu: str | None = None,
     like: str | None = None,
@@ -84,12 +86,17 @@ def simulate(
         steps: Number of steps to plan; by default all.
         max_moves: Most experts that the home planner moves before a step, over all layers; by default no limit.
         devices_per_node: Devices that share a fast network; by default all.
-        save_plans: File (.npz) for phy2log [N, L, P] and device_load [N, L, G] of each policy, and for layers [L], the
-            numbers of these layers in the recording: layers without tokens are left out.
+        groups: Groups of consecutive experts that stay on one node, copies included, as group-limited routing wants it;
+            for all planners. By default none.
+        save_plans: File (.npz) for phy2log [N, L, P] and device_load [N, L, G] of each policy, home_slots [N, L, E]
+            where devices have different numbers of homes or homes move, and for layers [L], the numbers of these layers
+            in the recording: layers without tokens are left out.
         out: Folder for balancedness.png and report.json, or for sweep.png, sweep.json and the reports of all jobs.
         expert_bytes: Bytes of one expert; by default from the trace, or a Switch-base expert in bf16.
         tokens_per_second: Tokens a device computes per second; by default measured on this machine.
         link_bytes_per_second: Bytes a device can receive per second; by default measured on this machine.
+        node_link_bytes_per_second: Bytes a device can receive from another node per second; by default as within one,
+            while a move between nodes must save four times as much.
         expert_overhead_tokens: Tokens a device computes while it reads one more expert; by default measured.
         gpu: Take times from tables measured on this GPU: a100_sxm, h100_sxm, h200_sxm, b200_sxm or l40s. Moves,
             forecasts, dispatch and combine are included.

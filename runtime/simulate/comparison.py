@@ -24,8 +24,9 @@ from data.progress import progress
 from data.traces.load_stream import LoadStream, Recorded, as_stream
 from predictor.baselines.history import LastBatch
 from runtime.balancing.eplb import ContiguousPlanner, EplbPlanner
+from runtime.balancing.nodes import check_groups
 from runtime.balancing.plan import ReplicationPlan, check_division, contiguous_homes, flat_homes
-from runtime.balancing.planner import HomePlanner, Planner
+from runtime.balancing.planner import BETWEEN_NODES, HomePlanner, Planner
 from runtime.simulate.cost_model import DeviceTimes, Hardware, measure
 from runtime.simulate.forecasters import FORECASTS, FROM_TOKENS, TRAINED, open_forecaster, usual_forecasts
 from runtime.simulate.kept_plan import in_engines, kept_plans
@@ -57,6 +58,15 @@ class Policies:
     max_moves: int | None
     devices_per_node: int | None
     expert_overhead_tokens: int
+    num_groups: int | None = None
+    between_nodes: float = BETWEEN_NODES
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Groups and nodes, as EPLB counts them: without groups one group on one node."""
+        if self.num_groups is None or self.devices_per_node is None:
+            return 1, 1
+        return self.num_groups, self.num_devices // self.devices_per_node
 
     def with_replicas(
         self, known_LE: FloatArray, move_tokens: float, exposed: bool
@@ -70,10 +80,17 @@ class Policies:
         """
         devices, redundant = self.num_devices, self.num_redundant_experts
         empty = ReplicationPlan.at_home(contiguous_homes(*known_LE.shape), devices, redundant)
-        flat = ReplicationPlan.at_home(flat_homes(known_LE, devices, redundant), devices, redundant)
-        home = HomePlanner(devices, redundant, self.max_moves, self.devices_per_node, move_tokens if exposed else 0.0)
+        homes = flat_homes(
+            known_LE, devices, redundant, num_groups=self.num_groups, devices_per_node=self.devices_per_node
+        )
+        flat = ReplicationPlan.at_home(homes, devices, redundant)
+        home = HomePlanner(
+            devices, redundant, self.max_moves, self.devices_per_node, move_tokens if exposed else 0.0,
+            num_groups=self.num_groups, between_nodes=self.between_nodes,
+        )  # fmt: skip
         known: dict[str, tuple[Planner, ReplicationPlan]] = {
-            "eplb": (EplbPlanner(), empty), "home": (home, flat), "moving": (replace(home, moving_homes=True), flat),
+            "eplb": (EplbPlanner(*self.groups), empty), "home": (home, flat),
+            "moving": (replace(home, moving_homes=True), flat),
             "timed": (replace(home, expert_overhead_tokens=self.expert_overhead_tokens), flat),
         }  # fmt: skip
         return {name: planner for name, planner in known.items() if name in self.planners}
@@ -95,6 +112,7 @@ def compare_policies(
     tokens_per_step: float | None = None,
     renew_every: int = RENEW_EVERY,
     *,
+    num_groups: int | None = None,
     out: Path | None = None,
     save_plans: Path | None = None,
     console: Console | None = None,
@@ -121,9 +139,10 @@ def compare_policies(
         tokens_per_step: Tokens of a step in the deployment that is asked about, see `at_step_size`; by default as
             recorded.
         renew_every: Steps between the plans of an engine that renews them, see `runtime.simulate.kept_plan`.
+        num_groups: Groups of consecutive experts that stay on one node, copies included; for all planners.
         out: Folder for balancedness.png and report.json; by default nothing is written.
-        save_plans: File (.npz) for every plan and device load, and for `layers`, their numbers in the recording; all
-            of them are kept in memory.
+        save_plans: File (.npz) for every plan and device load, for home slots where devices have different numbers of
+            homes or homes move, and for `layers`, their numbers in the recording; all of them are kept in memory.
         console: Console for a progress bar.
 
     Returns:
@@ -143,6 +162,7 @@ def compare_policies(
         traffic = StepSize.of(stream, top_k, traffic.tokens_per_step)
     num_experts = stream.num_experts
     check_division(num_experts, num_devices, num_redundant_experts)
+    check_groups(num_groups, num_devices, devices_per_node, num_experts)
     names = forecasts or usual_forecasts(stream, predictor is not None and tokens_per_step is None)
     policies = Policies(
         num_devices,
@@ -153,6 +173,8 @@ def compare_policies(
         max_moves,
         devices_per_node,
         round(hardware.expert_overhead_tokens) if isinstance(hardware, Hardware) else 0,
+        num_groups,
+        hardware.between_nodes,
     )
     if "timed" in policies.planners and not policies.expert_overhead_tokens:
         raise ValueError(
@@ -174,6 +196,7 @@ def compare_policies(
     asked = [item for item in outcomes if item.planner in policies.planners]
     report: dict[str, Any] = {"loads": stream.name, "devices": num_devices, "redundant": num_redundant_experts}
     report |= {"experts": num_experts, "max_moves": max_moves, "devices_per_node": devices_per_node}
+    report |= {"groups": num_groups}
     silent = sorted(set(range(stream.num_layers)) - set(stream.layers.tolist()))
     report |= {"layers": len(stream.layers), "left_out": {"steps": stream.empty_steps, "layers": silent}}
     report |= document(asked, hardware.expert_bytes)
@@ -188,8 +211,8 @@ def compare_policies(
         command = f"switchcast export {stream.name} --devices {num_devices} --redundant {num_redundant_experts}"
         layers = "" if stream.layout and stream.layout.causal else " --model FOLDER"  # which the rows are for
         export = f"{command} --to sglang{layers}"
-        known = export if Path(stream.name).exists() else None
-        report["engines"] = in_engines(outcomes[0], kept, hardware, renew_every) | {"export": known}
+        written = export if Path(stream.name).exists() and num_groups is None else None  # it knows no groups
+        report["engines"] = in_engines(outcomes[0], kept, hardware, renew_every) | {"export": written}
     if out:
         write_json(out / "report.json", report)
         plot(asked, report, start, out / "balancedness.png")
@@ -245,7 +268,7 @@ def _replay_all(
     evenly = replace(setting, splits=["even"], keep_plans=False)
     kept: dict[str, tuple[Planner, ReplicationPlan]] = {}
     if (stream.num_experts + redundant) // devices <= stream.num_experts:
-        kept = kept_plans(steps, ReplicationPlan.at_home(homes, devices, redundant), renew_every)
+        kept = kept_plans(steps, ReplicationPlan.at_home(homes, devices, redundant), renew_every, *policies.groups)
     with progress(console, transient=True) as bars:
         bar = bars.add_task("replay", total=(2 + len(policies.forecasts)) * steps)
 
@@ -267,31 +290,43 @@ def _switch_on(policy: dict[str, str], policies: Policies, num_experts: int) -> 
     """The command or the line of Python that switches a policy on."""
     devices, redundant = policies.num_devices, policies.num_redundant_experts
     if policy["planner"] == "eplb" and policy["split"] == "even":
+        groups, nodes = policies.groups
         return (
-            f"rebalance_experts(load, num_replicas={num_experts + redundant}, num_groups=1, num_nodes=1, "
+            f"rebalance_experts(load, num_replicas={num_experts + redundant}, num_groups={groups}, num_nodes={nodes}, "
             f"num_gpus={devices})"
         )
     price = policies.expert_overhead_tokens if policy["planner"] == "timed" else None
     if policy["forecast"] in TRAINED and policy["planner"] in ("home", "timed") and policy["split"] == "quota":
         command = f"python -m runtime.infer --predictor {policies.predictor}"
         options = {"--devices": devices, "--redundant": redundant, "--max-moves": policies.max_moves}
-        options |= {"--devices-per-node": policies.devices_per_node, "--expert-overhead-tokens": price}
+        options |= {"--devices-per-node": policies.devices_per_node, "--groups": policies.num_groups}
+        options |= {"--expert-overhead-tokens": price}
         return " ".join([command, *(f"{name} {value}" for name, value in options.items() if value is not None)])
     forecaster = "load_predictor(...)" if policy["forecast"] in TRAINED else repr(policy["forecast"])
     planner: dict[str, Any] = {"max_moves": policies.max_moves, "expert_overhead_tokens": price}
+    moving, link = policy["planner"] == "moving", policies.between_nodes
     if policy["planner"] == "eplb":
-        planner = {"planner": "EplbPlanner()"}
-    elif policy["planner"] == "moving":
-        limits = f"{policies.max_moves}, {policies.devices_per_node}"
-        planner = {"planner": f"HomePlanner({devices}, {redundant}, {limits}, moving_homes=True)"}
-    given: dict[str, Any] = {**planner, "devices_per_node": policies.devices_per_node}
-    more = "".join(f", {name}={value}" for name, value in given.items() if value is not None)
+        numbers = ", ".join(map(str, policies.groups)) if policies.num_groups else ""
+        planner = {"planner": f"EplbPlanner({numbers})"}
+    elif moving or (link != BETWEEN_NODES and policies.devices_per_node):
+        known: dict[str, Any] = {"expert_overhead_tokens": price, "moving_homes": moving or None}
+        known |= {"num_groups": policies.num_groups}
+        known |= {"between_nodes": None if link == BETWEEN_NODES else float(f"{link:.4g}")}
+        limits = f"{policies.max_moves}, {policies.devices_per_node}{_written(known)}"
+        planner = {"planner": f"HomePlanner({devices}, {redundant}, {limits})"}
+        planner |= {"expert_overhead_tokens": price}
+    more = _written(planner | {"devices_per_node": policies.devices_per_node, "num_groups": policies.num_groups})
     split = "split_by_quota" if policy["split"] == "quota" else "split_evenly"
     return f"Balancer({devices}, {redundant}, {forecaster}{more}) with {split}"
 
 
+def _written(arguments: dict[str, Any]) -> str:
+    """Keyword arguments as Python, each after a comma; without the ones that are None."""
+    return "".join(f", {name}={value}" for name, value in arguments.items() if value is not None)
+
+
 def _save_plans(outcomes: list[Outcome], layers: IntArray, path: Path) -> None:
-    """Stores the plans and device loads of each result, named `<forecast>.<planner>.<split>.<array>`, and `layers`."""
+    """Stores plans, homes and device loads of each result as `<forecast>.<planner>.<split>.<array>`, and `layers`."""
     arrays: dict[str, npt.NDArray[Any]] = {"layers": layers}
     for item in outcomes:
         assert item.phy2log is not None
@@ -299,5 +334,7 @@ def _save_plans(outcomes: list[Outcome], layers: IntArray, path: Path) -> None:
         name = f"{item.forecast}.{item.planner}.{item.split}"
         arrays[f"{name}.phy2log"] = item.phy2log.astype(np.int16)
         arrays[f"{name}.device_load"] = item.device_load
+        if item.home_slots is not None:
+            arrays[f"{name}.home_slots"] = item.home_slots.astype(np.int32)
     with whole_file(path) as aside, aside.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -18,6 +18,7 @@ import torch
 
 from data.arrays import FloatArray, IntArray
 from data.traces.load_stream import LoadStream
+from runtime.balancing.planner import BETWEEN_NODES
 from runtime.simulate.outcome import Outcome
 
 
@@ -38,7 +39,12 @@ class DeviceTimes(ABC):
     @property
     @abstractmethod
     def move_tokens(self) -> float:
-        """Tokens a device computes in the time one expert moves."""
+        """Tokens a device computes in the time one expert moves within a node."""
+
+    @property
+    def between_nodes(self) -> float:
+        """Time of a move between nodes, relative to one within a node, 1 or more."""
+        return BETWEEN_NODES
 
     @abstractmethod
     def layer_seconds(self, device_load: IntArray, active: IntArray) -> FloatArray:
@@ -50,8 +56,13 @@ class DeviceTimes(ABC):
         """
 
     @abstractmethod
-    def move_seconds(self, arrivals: IntArray) -> FloatArray:
-        """Time in which devices receive `[N, G]` experts, the slowest device deciding, `[N]`."""
+    def move_seconds(self, arrivals: IntArray, far_arrivals: IntArray) -> FloatArray:
+        """Time in which devices receive experts, the slowest device deciding, `[N]`.
+
+        Args:
+            arrivals: Experts that each device receives, `[N, G]`.
+            far_arrivals: Those of them that come from another node.
+        """
 
     @abstractmethod
     def described(self, devices: int) -> dict[str, Any]:
@@ -102,17 +113,22 @@ class Hardware(DeviceTimes):
         tokens_per_second: Tokens a device computes with one expert's weights, per second.
         bytes_per_second: Bytes a device can receive over its link, per second.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights.
+        node_bytes_per_second: Bytes a device can receive from another node, per second; None where there is one node or
+            it is not known. The time of moves then does not tell nodes apart, and their price is the planner's default.
     """
 
     expert_bytes: float
     tokens_per_second: float
     bytes_per_second: float
     expert_overhead_tokens: float
+    node_bytes_per_second: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("expert_bytes", "tokens_per_second", "bytes_per_second"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number above 0")
+        if self.node_bytes_per_second is not None and not 0 < self.node_bytes_per_second < float("inf"):
+            raise ValueError(f"node_bytes_per_second is {self.node_bytes_per_second}, expected a finite number above 0")
         if not 0 <= self.expert_overhead_tokens < float("inf"):
             raise ValueError(f"expert_overhead_tokens is {self.expert_overhead_tokens}, expected 0 or more")
 
@@ -123,15 +139,24 @@ class Hardware(DeviceTimes):
     def move_tokens(self) -> float:
         return self.expert_bytes / self.bytes_per_second * self.tokens_per_second
 
+    @property
+    def between_nodes(self) -> float:
+        if self.node_bytes_per_second is None:
+            return BETWEEN_NODES
+        return max(1.0, self.bytes_per_second / self.node_bytes_per_second)
+
     def layer_seconds(self, device_load: IntArray, active: IntArray) -> FloatArray:
         tokens = device_load + self.expert_overhead_tokens * active
         return np.asarray(tokens.max(-1) / self.tokens_per_second)
 
-    def move_seconds(self, arrivals: IntArray) -> FloatArray:
-        return np.asarray(arrivals.max(-1) * self.expert_bytes / self.bytes_per_second)
+    def move_seconds(self, arrivals: IntArray, far_arrivals: IntArray) -> FloatArray:
+        near = arrivals
+        if self.node_bytes_per_second is not None:
+            near = arrivals + (self.between_nodes - 1) * far_arrivals
+        return np.asarray(near.max(-1) * self.expert_bytes / self.bytes_per_second)
 
     def described(self, devices: int) -> dict[str, Any]:
-        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
+        return {name: float(f"{value:.4g}") for name, value in asdict(self).items() if value is not None}
 
 
 def measure(expert_bytes: float) -> Hardware:

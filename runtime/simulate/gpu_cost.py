@@ -130,7 +130,7 @@ class GpuTimes(DeviceTimes):
             exchange = links.exchange_milliseconds(tokens, width)
         return np.asarray(1e-3 * (kernel.max(-1) + exchange))
 
-    def move_seconds(self, arrivals: IntArray) -> FloatArray:
+    def move_seconds(self, arrivals: IntArray, far_arrivals: IntArray) -> FloatArray:
         links = self._links(arrivals.shape[-1])
         return 1e-3 * links.move_milliseconds(arrivals.max(-1) * self.expert_bytes)
 

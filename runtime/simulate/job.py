@@ -21,6 +21,7 @@ from runtime.simulate.gpu_cost import gpu_times
 from runtime.simulate.replay import SPLITS
 from runtime.simulate.serving import Order, Serve, served
 
+NODE_LINK = "node_link_bytes_per_second"
 SPEEDS = ("tokens_per_second", "link_bytes_per_second", "expert_overhead_tokens")
 SIZES = ("like", "precision", "hidden_size", "intermediate_size", "top_k")
 
@@ -43,9 +44,11 @@ class Job:
     steps: int | None = None
     max_moves: int | None = None
     devices_per_node: int | None = None
+    groups: int | None = None
     expert_bytes: float | None = None
     tokens_per_second: float | None = None
     link_bytes_per_second: float | None = None
+    node_link_bytes_per_second: float | None = None
     expert_overhead_tokens: float | None = None
     gpu: str | None = None
     like: str | None = None
@@ -73,8 +76,11 @@ class Job:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
         if self.gpu is not None:
             gpu_device(self.gpu)
-        if self.gpu is not None and any(getattr(self, name) is not None for name in ("expert_bytes", *SPEEDS)):
+        speeds = ("expert_bytes", *SPEEDS, NODE_LINK)
+        if self.gpu is not None and any(getattr(self, name) is not None for name in speeds):
             raise ValueError("--gpu takes speeds from measured tables; leave out --expert-bytes and the other speeds")
+        if self.node_link_bytes_per_second is not None and self.devices_per_node is None:
+            raise ValueError("--node-link-bytes-per-second is for several nodes; add --devices-per-node")
         if self.gpu is None and any(getattr(self, name) is not None for name in SIZES):
             raise ValueError("--like, --precision and sizes of experts are for --gpu; add that, or leave them out")
 
@@ -99,7 +105,7 @@ class Job:
             stream, self.devices, self.redundant, self.forecast.split(",") if self.forecast else None,
             self.planner.split(","), self.split.split(","), self.predictor, start, self.steps,
             self._hardware(stream), self.max_moves, self.devices_per_node, self.tokens_per_step, self.renew_every,
-            out=out, save_plans=save_plans, console=console,
+            num_groups=self.groups, out=out, save_plans=save_plans, console=console,
         )  # fmt: skip
 
     def _stream(self) -> tuple[LoadStream, int]:
@@ -114,7 +120,7 @@ class Job:
         if self.gpu is not None:
             return gpu_times(self.gpu, stream, *(getattr(self, name) for name in SIZES))
         job = self.with_speeds()
-        return Hardware(job.expert_bytes or 0.0, *(getattr(job, name) for name in SPEEDS))
+        return Hardware(job.expert_bytes or 0.0, *(getattr(job, name) for name in (*SPEEDS, NODE_LINK)))
 
     def with_speeds(self) -> "Job":
         """The job with the bytes of an expert, and with speeds of this machine where none were given and needed.

@@ -47,7 +47,9 @@ class KeptPlan:
         return self.planner.plan(forecast, current, recent)
 
 
-def kept_plans(steps: int, home: ReplicationPlan, renew_every: int) -> dict[str, tuple[Planner, ReplicationPlan]]:
+def kept_plans(
+    steps: int, home: ReplicationPlan, renew_every: int, num_groups: int = 1, num_nodes: int = 1
+) -> dict[str, tuple[Planner, ReplicationPlan]]:
     """Plans that are kept, and plans that are renewed: with few moves, as `switchcast export` and our policy class for
     vLLM place experts, and by EPLB, as the engines do themselves.
 
@@ -55,13 +57,16 @@ def kept_plans(steps: int, home: ReplicationPlan, renew_every: int) -> dict[str,
         steps: Steps that are replayed.
         home: The plan before the first step.
         renew_every: Steps between the renewed plans, which are left out where there would be one.
+        num_groups: Groups of experts that stay on one node, a multiple of the nodes.
+        num_nodes: Nodes.
     """
+    groups = num_groups, num_nodes
     first = steps // MADE_FROM
     ways = {"kept": None} | ({"renewed": renew_every} if renew_every < steps - first else {})
     return {
         f"{way}, {name}": (KeptPlan(planner, first, every), home)
         for way, every in ways.items()
-        for name, planner in (("few moves", FewMovesPlanner()), ("eplb", EplbPlanner()))
+        for name, planner in (("few moves", FewMovesPlanner(*groups)), ("eplb", EplbPlanner(*groups)))
     }
 
 

@@ -30,8 +30,8 @@ class StepTimes(Protocol):
     def layer_seconds(self, device_load: IntArray, active: IntArray) -> FloatArray:
         """Expert time `[N, L]`, from tokens and active slots of each device `[N, L, G]`."""
 
-    def move_seconds(self, arrivals: IntArray) -> FloatArray:
-        """Time `[N]` in which devices receive `[N, G]` experts."""
+    def move_seconds(self, arrivals: IntArray, far_arrivals: IntArray) -> FloatArray:
+        """Time `[N]` in which devices receive `[N, G]` experts, some of them from other nodes, `[N, G]`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Outcome:
         load_tv: Total variation distance (0 to 1) of forecast and true shares, mean over steps and layers; None for the
             contiguous planner.
         phy2log: The plan of each step, `[N, L, P]`, if plans are to be saved.
+        home_slots: Home slot of each expert in each step, `[N, L, E]`, likewise; None where every plan's homes are the
+            first E / G slots of each device, or the plans have none.
         device_load: Tokens each device computed, `[N, L, G]`, likewise.
     """
 
@@ -81,6 +83,7 @@ class Outcome:
     near_tokens: float | None = None
     load_tv: float | None = None
     phy2log: IntArray | None = None
+    home_slots: IntArray | None = None
     device_load: IntArray | None = None
 
     @property
@@ -132,22 +135,25 @@ class Record:
     nodes: bool = False
     keep: bool = False
     _sums: list[FloatArray] = field(default_factory=list)
-    _block: list[tuple[ReplicationPlan, IntArray, float, SplitStep]] = field(default_factory=list)
-    _kept: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _block: list[tuple[ReplicationPlan, IntArray, IntArray, float, SplitStep]] = field(default_factory=list)
+    _kept: list[tuple[ReplicationPlan, IntArray]] = field(default_factory=list)
     _bins: IntArray = field(default_factory=lambda: np.zeros(BINS + 1, dtype=np.int64))
     _near_tokens: int = 0
     _tokens: int = 0
 
-    def add(self, plan: ReplicationPlan, arrivals_G: IntArray, plan_ms: float, step: SplitStep) -> None:
+    def add(
+        self, plan: ReplicationPlan, arrivals_G: IntArray, far_arrivals_G: IntArray, plan_ms: float, step: SplitStep
+    ) -> None:
         """Adds a step.
 
         Args:
             plan: The plan that it ran with.
             arrivals_G: Experts that each device received before it.
+            far_arrivals_G: Those of them that came from another node.
             plan_ms: Milliseconds that the plan took.
             step: How its tokens were split.
         """
-        self._block.append((plan, arrivals_G, plan_ms, step))
+        self._block.append((plan, arrivals_G, far_arrivals_G, plan_ms, step))
         if len(self._block) == BLOCK:
             self._sum_up()
 
@@ -161,8 +167,10 @@ class Record:
         self._sum_up()
         sums = np.concatenate(self._sums, axis=1)
         if self.keep:
-            phy2log, device_load = zip(*self._kept, strict=True)
-            more |= {"phy2log": np.stack(phy2log), "device_load": np.stack(device_load)}
+            plans, device_load = zip(*self._kept, strict=True)
+            more |= {"phy2log": np.stack([plan.phy2log for plan in plans]), "device_load": np.stack(device_load)}
+            if any(plan.home_slots is not None for plan in plans):
+                more["home_slots"] = np.stack([plan.homes for plan in plans])
         whole = {"carrying", "largest_load", "arrivals"}
         columns = {
             name: column.astype(np.int64) if name in whole else column
@@ -177,23 +185,23 @@ class Record:
         """Turns the steps of a block into sums."""
         if not self._block:
             return
-        plans, arrivals, plan_ms, steps = zip(*self._block, strict=True)
+        plans, arrivals, far_arrivals, plan_ms, steps = zip(*self._block, strict=True)
         device_load, active, microseconds, near = (np.array(each) for each in zip(*steps, strict=True))
         received = np.array(arrivals)
         balance = balancedness(device_load)
         known = np.isfinite(balance)
         carrying = known.sum(-1)
         seconds = self.times.layer_seconds(device_load, active).sum(-1)
+        move_seconds = self.times.move_seconds(received, np.array(far_arrivals))
         block = (
             np.nansum(balance, -1) / np.maximum(carrying, 1), carrying, device_load.mean(-1).sum(-1),
-            device_load.max(-1).sum(-1), received.sum(-1), seconds, self.times.move_seconds(received), plan_ms,
-            microseconds,
+            device_load.max(-1).sum(-1), received.sum(-1), seconds, move_seconds, plan_ms, microseconds,
         )  # fmt: skip
         self._sums.append(np.array(block, dtype=np.float64))
         np.add.at(self._bins, np.rint(balance[known] * BINS).astype(np.int64), 1)
         self._near_tokens, self._tokens = self._near_tokens + int(near.sum()), self._tokens + int(device_load.sum())
         if self.keep:
-            self._kept += [(plan.phy2log, load) for plan, load in zip(plans, device_load, strict=True)]
+            self._kept += list(zip(plans, device_load, strict=True))
         self._block.clear()
 
     def _quantile(self, share: float) -> float:

@@ -179,7 +179,7 @@ class _Course:
         shape = layers, first.num_experts, slots, first.num_devices
         counted = bool(self.nodes), setting.keep_plans
         self.records = [Record(name, split, shape, setting.times, *counted) for split in setting.splits]
-        self.moves, self.near_moves = 0, 0
+        self.moves, self.far_moves = 0, 0
 
     def step(self, step: ForecastStep) -> None:
         """Plans and splits a step."""
@@ -187,21 +187,18 @@ class _Course:
         target = self.planner.plan(step.forecast, self.plan, step.past)
         plan_ms = 1e3 * (time.thread_time() - began)
         arrivals_G = _arrivals(self.plan, target)
-        if self.nodes:
-            for move in self.plan.moves_to(target):
-                node, home = (self.plan.device_of(slot) // self.nodes for slot in (move.slot, move.source))
-                self.moves, self.near_moves = self.moves + 1, self.near_moves + (node == home)
+        far_G = _far_arrivals(self.plan, target, self.nodes) if self.nodes else np.zeros_like(arrivals_G)
+        self.moves, self.far_moves = self.moves + int(arrivals_G.sum()), self.far_moves + int(far_G.sum())
         self.plan = target
         for record in self.records:
-            record.add(
-                target, arrivals_G, plan_ms, _split_step(step.load, target, record.split, self.nodes, self.price)
-            )
+            split = _split_step(step.load, target, record.split, self.nodes, self.price)
+            record.add(target, arrivals_G, far_G, plan_ms, split)
 
     def outcomes(self, source: str, load_tv: float, forecast_ms: FloatArray) -> list[Outcome]:
         """The outcome of each split, with what is known of the forecast."""
         if self.name == "contiguous":
             return [record.outcome("none") for record in self.records]
-        near_moves = self.near_moves / self.moves if self.moves else None
+        near_moves = (self.moves - self.far_moves) / self.moves if self.nodes and self.moves else None
         known = {"near_moves": near_moves, "load_tv": load_tv, "forecast_ms": forecast_ms}
         return [record.outcome(source, **known) for record in self.records]
 
@@ -210,6 +207,15 @@ def _arrivals(plan: ReplicationPlan, target: ReplicationPlan) -> IntArray:
     """Experts that each device receives to get from one plan to the next, `[G]`."""
     arrives = (plan.phy2log != target.phy2log) & (target.phy2log >= 0)
     return np.asarray(arrives.reshape(len(arrives), plan.num_devices, -1).sum((0, 2)))
+
+
+def _far_arrivals(plan: ReplicationPlan, target: ReplicationPlan, devices_per_node: int) -> IntArray:
+    """Experts that each device receives from another node, `[G]`."""
+    far = np.zeros(plan.num_devices, dtype=np.int64)
+    for move in plan.moves_to(target):
+        device, source = plan.device_of(move.slot), plan.device_of(move.source)
+        far[device] += device // devices_per_node != source // devices_per_node
+    return far
 
 
 def _split_step(

@@ -163,6 +163,8 @@ def hardware_line(hardware: dict[str, Any]) -> str:
     """The hardware assumed, and how sure its times are, in one line."""
     if "gpu" not in hardware:
         speeds = f"{hardware['tokens_per_second']:.3g} tokens/s, {hardware['bytes_per_second'] / 1e9:.3g} GB/s"
+        if "node_bytes_per_second" in hardware:
+            speeds += f" ({hardware['node_bytes_per_second'] / 1e9:.3g} between nodes)"
         expert, tokens = hardware["expert_bytes"] / 1e6, hardware["expert_overhead_tokens"]
         return f"{speeds}, the {expert:.3g} MB of an expert read in the time of {tokens:.3g} tokens"
     called = {"tokens": "between token counts", "ep_size": "between EP sizes", "skew": "on skewed loads",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data.convert import convert
+from runtime.balancing.plan import ReplicationPlan
 from runtime.simulate import compare_policies
 from runtime.simulate.__main__ import main
 from runtime.simulate.cost_model import Hardware
@@ -108,6 +109,13 @@ def test_experts_need_not_divide_over_the_devices(name, devices, redundant, with
             assert phy2log.shape[2] == (experts + redundant if replicated else -(-experts // devices) * devices)
             held = phy2log.reshape(20 * layers, -1)
             assert all(set(row) >= set(range(experts)) for row in held.tolist()), policy
+            if item["planner"] == "eplb":
+                assert f"{policy}.home_slots" not in saved
+                continue
+            homes = saved[f"{policy}.home_slots"]
+            assert homes.shape == (20, layers, experts)
+            assert (np.take_along_axis(phy2log, homes, axis=-1) == np.arange(experts)).all()
+            assert item["planner"] == "moving" or (homes == homes[0]).all(), policy
         bare = saved["none.contiguous.even.phy2log"].reshape(-1, devices, -(-experts // devices))
         each = (bare >= 0).sum(-1)
         assert set(np.unique(each)) == {experts // devices, experts // devices + 1}
@@ -118,6 +126,60 @@ def test_experts_need_not_divide_over_the_devices(name, devices, redundant, with
         assert (counted == saved["none.contiguous.even.device_load"]).all()
     of = {(item["forecast"], item["planner"], item["split"]): item["balancedness"] for item in report["results"]}
     assert of["oracle", "moving", "quota"] > of["last", "moving", "quota"] > of["none", "contiguous", "even"]
+
+
+def test_homes_are_saved_where_they_are_not_the_first_slots_of_each_device(tmp_path):
+    compare_policies(
+        RECORDED / "gptoss20b.npz", 8, 8, ("last",), ("home", "moving"), ("quota",), steps=10, hardware=HARDWARE,
+        save_plans=tmp_path / "plans.npz",
+    )  # fmt: skip
+    with np.load(tmp_path / "plans.npz") as saved:
+        assert "last.home.quota.home_slots" not in saved
+        phy2log, homes = (saved[f"last.moving.quota.{name}"] for name in ("phy2log", "home_slots"))
+    plan = ReplicationPlan(phy2log[-1], 8, homes[-1])
+    assert (plan.is_home_slot.reshape(4, 8, -1)[..., :-1] == 0).any(), "a home has moved to a replica slot"
+
+
+def test_groups_of_experts_stay_on_their_node(tmp_path, monkeypatch, capsys):
+    report = simulate(
+        monkeypatch, capsys, RECORDED / "dsv2lite.npz", "--devices", 16, "--devices-per-node", 8, "--groups", 4,
+        "--forecast", "last", "--planner", "contiguous,eplb,home,moving", "--split", "quota", "--steps", 20,
+        "--save-plans", tmp_path / "plans.npz", "--out", tmp_path, "--expert-bytes", 9437184,
+        "--tokens-per-second", 1e4, "--link-bytes-per-second", 25e9, "--expert-overhead-tokens", 0,
+    )  # fmt: skip
+    of = {item["planner"]: item for item in report["results"]}
+    assert report["groups"] == 4
+    assert of["home"]["near_moves"] == of["moving"]["near_moves"] == 1
+    assert of["home"]["balancedness"] > of["contiguous"]["balancedness"]
+    assert of["home"]["moves_per_layer"] < of["eplb"]["moves_per_layer"] / 10
+    assert report["engines"]["export"] is None
+    assert report["verdict"]["switch_on"] in {
+        "Balancer(16, 16, 'last', devices_per_node=8, num_groups=4) with split_by_quota",
+        "Balancer(16, 16, 'last', planner=EplbPlanner(4, 2), devices_per_node=8, num_groups=4) with split_by_quota",
+    }
+    with np.load(tmp_path / "plans.npz") as saved:
+        for planner in ("eplb", "home", "moving"):
+            phy2log = saved[f"last.{planner}.quota.phy2log"]
+            group = np.where(phy2log >= 0, phy2log // 16, -1).reshape(-1, 2, phy2log.shape[-1] // 2)
+            assert all(not set(first) & set(second) - {-1} for first, second in group), planner
+
+
+def test_the_price_and_the_time_of_moves_between_nodes_follow_from_the_links(monkeypatch, capsys, tmp_path):
+    found = {}
+    for link in (25e9, 25e6):
+        words = ["--devices-per-node", 4, "--forecast", "last", "--planner", "home", "--split", "quota", "--steps", 30]
+        words += ["--expert-bytes", 9437184, "--tokens-per-second", 1e4, "--link-bytes-per-second", 25e9]
+        words += ["--expert-overhead-tokens", 0, "--node-link-bytes-per-second", link, "--out", tmp_path]
+        found[link] = simulate(monkeypatch, capsys, RECORDED / "gptoss20b.npz", *words)
+    same, slow = found[25e9], found[25e6]
+    assert same["results"][0]["near_moves"] < 0.8, "with equal links a node does not matter"
+    assert slow["results"][0]["near_moves"] == 1
+    assert slow["results"][0]["moves_per_layer"] < same["results"][0]["moves_per_layer"]
+    assert slow["verdict"]["hardware"]["node_bytes_per_second"] == 25e6
+    assert slow["verdict"]["switch_on"] == (
+        "Balancer(8, 16, 'last', planner=HomePlanner(8, 16, None, 4, between_nodes=1000.0), devices_per_node=4) "
+        "with split_by_quota"
+    )
 
 
 def test_as_a_command_the_last_line_is_json(tmp_path):
@@ -314,6 +376,20 @@ def test_policies_share_forecasts_but_not_plans(tmp_path, monkeypatch, capsys):
         (["LOADS", "--steps", "99"], "error: steps is 99, expected 1 to 63"),
         (["LOADS", "--max-moves", "-1"], "--max-moves is -1, expected 0 or more"),
         (["LOADS", "--devices-per-node", "3"], "devices_per_node is 3, which does not divide 8 devices"),
+        (
+            ["LOADS", "--devices-per-node", "4", "--groups", "3"],
+            "3 groups of experts cannot be shared equally by 2 nodes",
+        ),
+        (
+            ["LOADS", "--devices-per-node", "4", "--groups", "6"],
+            "64 experts do not divide into 6 groups; choose a divisor",
+        ),
+        (["LOADS", "--groups", "4"], "4 groups of experts stay on their nodes, and devices_per_node is not given"),
+        (["LOADS", "--node-link-bytes-per-second", "1e9"], "for several nodes; add --devices-per-node"),
+        (
+            ["LOADS", "--gpu", "h100_sxm", "--devices-per-node", "4", "--node-link-bytes-per-second", "1e9"],
+            "--gpu takes speeds from measured tables",
+        ),
         (["LOADS", "--bandwith", "9"], "unrecognized arguments: --bandwith 9; see --help"),
         (["LOADS", "--tokens-per-second", "0"], "tokens_per_second is 0.0, expected a finite number above 0"),
         ([], "the following arguments are required: loads; see --help"),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from data.traces.load_stream import as_stream
 from predictor.baselines.history import LastBatch
 from runtime.balancing.eplb import ContiguousPlanner
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
-from runtime.balancing.planner import HomePlanner
+from runtime.balancing.planner import BETWEEN_NODES, HomePlanner
 from runtime.simulate.cost_model import Hardware, measure
 from runtime.simulate.forecasters import TrueLoad
 from runtime.simulate.replay import Setting, replay
@@ -67,6 +69,18 @@ def test_moves_slower_than_a_batch_eat_the_gain():
     slow = Hardware(expert_bytes=1e9, tokens_per_second=1e6, bytes_per_second=1e9, expert_overhead_tokens=0)
     assert judge(wandering, slow)["net_gain"] < 0
     assert judge(wandering, slow)["answer"] == "not worth it"
+
+
+def test_a_move_between_nodes_takes_the_time_of_the_link_between_them():
+    arrivals, far = np.array([[3, 1], [0, 2]]), np.array([[0, 1], [0, 1]])
+    near = Hardware(expert_bytes=1e6, tokens_per_second=1e4, bytes_per_second=1e9, expert_overhead_tokens=0)
+    nodes = replace(near, node_bytes_per_second=2e8)
+    assert near.move_seconds(arrivals, far) == pytest.approx([3e-3, 2e-3])
+    assert nodes.move_seconds(arrivals, far) == pytest.approx([5e-3, 6e-3])
+    assert (near.between_nodes, nodes.between_nodes) == (BETWEEN_NODES, 5)
+    assert replace(near, node_bytes_per_second=1e10).between_nodes == 1
+    with pytest.raises(ValueError, match=r"node_bytes_per_second is 0\.0, expected a finite number above 0"):
+        replace(near, node_bytes_per_second=0.0)
 
 
 def test_exact_re_planning_pays_moves_on_the_critical_path():

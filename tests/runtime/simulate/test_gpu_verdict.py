@@ -98,7 +98,7 @@ def replayed(forecast, load, moves=0, planner="home", extra=8):
     record = Record(planner, "quota", (1, 40, 40 + extra * (planner == "home"), len(load)), HARDWARE)
     for _ in range(40):
         step = SplitStep(np.array([load]), np.ones((1, len(load)), int), 0.0, 0)
-        record.add(None, np.full(len(load), moves), 0.0, step)
+        record.add(None, np.full(len(load), moves), np.zeros(len(load), int), 0.0, step)
     return record.outcome(forecast)
 
 

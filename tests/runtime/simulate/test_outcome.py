@@ -26,7 +26,7 @@ def test_figures_are_those_of_all_steps(device_load):
     layers, devices = device_load.shape[1:]
     record = Record("home", "quota", (layers, 8, 8 * devices, devices), HARDWARE, keep=False)
     for number, load in enumerate(device_load):
-        record.add(None, np.full(devices, number), number, SplitStep(load, load > 0, 2.0, 0))
+        record.add(None, np.full(devices, number), np.zeros(devices, int), number, SplitStep(load, load > 0, 2.0, 0))
     found = record.outcome("last")
     largest = device_load.max(-1)
     balance = np.where(largest > 0, device_load.mean(-1) / np.maximum(largest, 1), np.nan)
