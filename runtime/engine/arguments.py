@@ -11,6 +11,7 @@ def check_arguments(
     num_redundant_experts: Any,
     max_moves: Any,
     devices_per_node: Any,
+    num_groups: Any,
     expert_overhead_tokens: Any,
     device_memory: Any,
     host_memory: Any,
@@ -25,6 +26,7 @@ def check_arguments(
     least = {
         "num_devices": (num_devices, 1), "num_redundant_experts": (num_redundant_experts, 0),
         "max_moves": (max_moves, 0), "devices_per_node": (devices_per_node, 1),
+        "num_groups": (num_groups, 1),
     }  # fmt: skip
     for name, (value, smallest) in least.items():
         if value is not None:

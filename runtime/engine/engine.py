@@ -17,21 +17,21 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor
 
-from data.arguments import check_choice
 from data.arrays import IntArray
-from data.files import code_digest, sha256
+from data.files import code_digest
 from data.models.device import Device
 from data.models.generation import GenerationSettings
 from data.models.model import Dtype
 from predictor.checkpoint import local_folder
-from predictor.choice import Choice, open_forecaster
+from predictor.choice import Choice
 from predictor.forecast import Forecaster
+from runtime.balancing.node_rows import NodeRows
 from runtime.balancing.plan import ReplicationPlan, contiguous_homes
 from runtime.balancing.planner import HomePlanner
 from runtime.distributed.device import Stopwatch, to_device
@@ -40,7 +40,7 @@ from runtime.engine.arguments import check_arguments
 from runtime.engine.batch import BatchOutput, ModelBatch, check_tokens, forward
 from runtime.engine.controller import Controller, Preparation
 from runtime.engine.generation import DecoderSteps, draws_of, ended, generation_tokens
-from runtime.engine.loading import device_of, load
+from runtime.engine.loading import device_of, load, open_predictor
 from runtime.engine.model import ReplicatedModel
 from runtime.offload.probe_file import PROBES, restore_probes, save_probes
 from runtime.offload.slots import MemoryBudget
@@ -71,7 +71,9 @@ class Engine:
             that did better on the predictor's validation batches; without a predictor "none".
         max_moves: Most experts copied before one batch, over all layers; None sets no limit.
         devices_per_node: Devices that share a fast network; copies and tokens then stay within a node where balance
-            allows it. None means one node.
+            allows it. None means one node. On several ranks the price of a copy between nodes is measured.
+        num_groups: Groups of consecutive experts that stay on one node, copies included, for routers that choose groups
+            first (group-limited routing); needs `devices_per_node`.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights. The
             planner then balances device times, and the split leaves replicas without tokens where they cost more than
             they save. 'auto' measures it when the engine opens; with `device_memory` 'auto' means 0.
@@ -104,6 +106,7 @@ class Engine:
         forecast: Choice = "auto",
         max_moves: int | None = None,
         devices_per_node: int | None = None,
+        num_groups: int | None = None,
         expert_overhead_tokens: int | Literal["auto"] = 0,
         homes: IntArray | None = None,
         revision: str = "",
@@ -117,8 +120,8 @@ class Engine:
     ) -> None:
         self.ranks = Ranks(timeout_s, device_of(model, device))
         check_arguments(
-            self.ranks.world, num_devices, num_redundant_experts, max_moves, devices_per_node, expert_overhead_tokens,
-            device_memory, host_memory,
+            self.ranks.world, num_devices, num_redundant_experts, max_moves, devices_per_node, num_groups,
+            expert_overhead_tokens, device_memory, host_memory,
         )  # fmt: skip
         if device_memory is not None and self.ranks.world == 1:
             num_devices, num_redundant_experts = 1, 0
@@ -127,7 +130,7 @@ class Engine:
         dtype = dtype or ("bfloat16" if cuda else "float32")
         self.loaded, self._weights = load(model, revision, dtype, device_memory, host_memory, self.ranks)
         layout = self.loaded.layout
-        self.forecaster, digest = self._open_predictor(predictor, forecast)
+        self.forecaster, digest = open_predictor(self.loaded, predictor, forecast)
         self._folder: Path | None = None
         if isinstance(predictor, str | Path) and device_memory is not None:
             self._folder = local_folder(predictor)
@@ -136,7 +139,9 @@ class Engine:
         if num_redundant_experts is None:
             num_redundant_experts = REDUNDANT if devices > 1 else 0
         self.home = ReplicationPlan.at_home(order, devices, num_redundant_experts)
-        self.planner = HomePlanner(devices, num_redundant_experts, max_moves, devices_per_node)
+        self.planner = HomePlanner(devices, num_redundant_experts, max_moves, devices_per_node, num_groups=num_groups)
+        if num_groups is not None and devices_per_node is not None:
+            NodeRows.of(self.home, num_groups, devices_per_node)  # refuses homes that part a group
         self.devices_per_node, self.expert_overhead_tokens = devices_per_node, expert_overhead_tokens
         self._open, self._running = False, threading.Lock()
         self._facts = {
@@ -149,28 +154,9 @@ class Engine:
             "predictor": digest,
             "experts": type(self._weights).__name__,
             "homes and redundant experts": hashlib.sha256(self.home.phy2log.tobytes()).hexdigest()[:16],
-            "max_moves and devices_per_node": f"{max_moves}, {devices_per_node}",
+            "max_moves, devices_per_node and num_groups": f"{max_moves}, {devices_per_node}, {num_groups}",
             "expert_overhead_tokens": str(expert_overhead_tokens),
         } | dict(must_agree or {})
-
-    def _open_predictor(
-        self, predictor: Forecaster | Path | str | None, forecast: Choice
-    ) -> tuple[Forecaster | None, str]:
-        """The forecaster, and a digest of the weights of a predictor folder."""
-        check_choice("forecast", forecast, get_args(Choice))
-        if predictor is not None and not isinstance(predictor, str | Path):
-            if isinstance(predictor, type) or not hasattr(predictor, "forecast"):
-                kind = predictor.__name__ if isinstance(predictor, type) else type(predictor).__name__
-                raise TypeError(f"predictor is {kind}, expected a folder, a hub id, or a Forecaster")
-            if forecast != "auto":
-                raise ValueError(f"forecast is '{forecast}' beside a Forecaster; leave one of them out")
-            return predictor, "none"
-        table = self.loaded.model.get_input_embeddings().weight.detach()
-        forecaster = open_forecaster(predictor, forecast, self.loaded.layout, table)
-        if predictor is None:
-            return forecaster, "none"
-        weights = Path(predictor) / "model.safetensors"
-        return forecaster, sha256(weights) if weights.exists() else str(predictor)
 
     def __enter__(self) -> "Engine":
         if self._open:
@@ -190,6 +176,8 @@ class Engine:
         self._open = True
         forecaster = self.forecaster if self.replicated.places else None
         planner = replace(self.planner, expert_overhead_tokens=self.replicated.expert_overhead_tokens)
+        if self.replicated.between_nodes is not None:
+            planner = replace(planner, between_nodes=self.replicated.between_nodes)
         self.controller = Controller(forecaster, planner, self.replicated.transfer, self.ranks)
         return self
 

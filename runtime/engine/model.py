@@ -20,6 +20,7 @@ from runtime.engine.controller import Preparation, Transfer
 from runtime.experts.counters import LayerCounters
 from runtime.experts.grouped_mm import measure_overhead
 from runtime.experts.layer import ReplicatedExperts
+from runtime.experts.move_times import measure_between_nodes
 from runtime.experts.protocols import Slots
 from runtime.experts.slots import ResidentSlots
 from runtime.experts.transfer import WeightTransfer
@@ -45,6 +46,8 @@ class ReplicatedModel:
         layers: The slots of every MoE layer, in order.
         transfer: Makes another plan active.
         expert_overhead_tokens: As given or as measured.
+        between_nodes: Time of a move between nodes, relative to one within a node, as measured; None where there is
+            nothing to measure.
         cache: Holds experts that do not all fit; None if they do.
 
     Raises:
@@ -76,6 +79,9 @@ class ReplicatedModel:
         self.expert_overhead_tokens = (
             self._measured_overhead(slots[0]) if expert_overhead_tokens == "auto" else expert_overhead_tokens
         )
+        self.between_nodes: float | None = None
+        if isinstance(self.transfer, WeightTransfer):
+            self.between_nodes = measure_between_nodes(self.transfer, devices_per_node)
         self.layers = [
             ReplicatedExperts(each, phy2log, ranks, home.num_devices, devices_per_node, self.expert_overhead_tokens)
             for each, phy2log in zip(slots, home.phy2log, strict=True)

@@ -7,6 +7,7 @@ thread that calls `start`.
 """
 
 import logging
+import time
 from collections.abc import Sequence
 
 import torch
@@ -89,12 +90,22 @@ class WeightTransfer:
         self._moves, self._target = moves, target
         return moves
 
+    @torch.inference_mode()
+    def seconds(self, moves: list[SlotMove]) -> float:
+        """Time in which the weights of some moves are written; nothing becomes active. All ranks begin together."""
+        self.ranks.all_ready(True)
+        began = time.perf_counter()
+        with self._copies.issue():
+            self._write(moves)
+        self._copies.wait()
+        return time.perf_counter() - began
+
     def _write(self, moves: list[SlotMove]) -> None:
         sent: list[tuple[SlotMove, bool]] = []
         for move in moves:
             slots = self.layers[move.layer]
             is_target, is_source = slots.holds(move.slot), slots.holds(move.source)
-            pulled = self._owner(move.source) in self._mapped.pulls[self._owner(move.slot)]
+            pulled = self.owner(move.source) in self._mapped.pulls[self.owner(move.slot)]
             if is_target and (is_source or pulled):
                 weights = slots.active(move.source) if is_source else self._mapped.home(move.layer, move.source)
                 for target, source in zip(slots.standby(move.slot), weights, strict=True):
@@ -108,7 +119,7 @@ class WeightTransfer:
         """Sends and receives weights through host memory; on a CPU that is where they are."""
         calls, arriving = [], []
         for move, is_target in moves:
-            slots, other = self.layers[move.layer], self._owner(move.source if is_target else move.slot)
+            slots, other = self.layers[move.layer], self.owner(move.source if is_target else move.slot)
             for tensor in slots.standby(move.slot) if is_target else slots.active(move.source):
                 host = torch.empty_like(tensor, device="cpu", pin_memory=True) if tensor.is_cuda else tensor
                 if is_target:
@@ -123,7 +134,7 @@ class WeightTransfer:
             if host is not tensor:
                 tensor.copy_(host, non_blocking=True)
 
-    def _owner(self, slot: int) -> int:
+    def owner(self, slot: int) -> int:
         """The rank that holds a slot."""
         return self.plan.device_of(slot) * self.ranks.world // self.plan.num_devices
 

@@ -46,6 +46,7 @@ def infer(
     redundant: int | None = None,
     max_moves: int | None = None,
     devices_per_node: int | None = None,
+    groups: int | None = None,
     expert_overhead_tokens: int | Literal["auto"] = 0,
     batches: int = 24,
     batching: BatchingConfig = BatchingConfig(),
@@ -81,6 +82,8 @@ def infer(
         redundant: Replica slots of each MoE layer over all devices: 16, or 0 on one device, unless given.
         max_moves: Most experts copied before one batch, over all layers; no limit by default.
         devices_per_node: Devices that share a fast network, for copies and tokens to stay within; one node by default.
+        groups: Groups of consecutive experts that stay on one node, copies included, as group-limited routing wants it;
+            none by default.
         expert_overhead_tokens: Tokens a device computes in the time it takes to read one more expert's weights, which
             planner and split then count; 'auto' measures it at the start (0 with --device-memory).
         batches: Most batches to run.
@@ -119,7 +122,7 @@ def infer(
     with Telemetry(*exporters, out, settings) as telemetry:
         engine = Engine(
             model, predictor, devices, redundant, forecast=forecast, max_moves=max_moves,
-            devices_per_node=devices_per_node, expert_overhead_tokens=expert_overhead_tokens,
+            devices_per_node=devices_per_node, num_groups=groups, expert_overhead_tokens=expert_overhead_tokens,
             device_memory=device_memory, host_memory=host_memory, device=device, dtype=dtype, measure=True,
             timeout_s=timeout, revision=revision,
             must_agree={"text": digest, "batches": str(batches), "batching": str(batching), "check": str(check)},

@@ -78,7 +78,7 @@ def size_up(
         ValueError: If the model cannot be run, the predictor is for another family or geometry, slots do not divide
             over devices, or a budget is too small.
     """
-    check_arguments(1, devices, redundant, None, None, 0, device_memory, host_memory)
+    check_arguments(1, devices, redundant, None, None, None, 0, device_memory, host_memory)
     loaded = outline(model, revision)
     layout = loaded.layout
     if predictor is not None:

@@ -52,6 +52,7 @@ def summarise(checks: list[BatchCheck], costs: list[BatchStats], engine: Engine)
         "devices": engine.home.num_devices,
         "redundant": engine.home.num_redundant_experts,
         "expert_overhead_tokens": engine.replicated.expert_overhead_tokens,
+        "between_nodes": engine.replicated.between_nodes,
         "batches": len(checks),
         "tokens": tokens,
         "max_logit_difference": max(differences, default=None),

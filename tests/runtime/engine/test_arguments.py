@@ -18,6 +18,7 @@ from tests.helpers.families import tiny
         ({"num_redundant_experts": -8}, "num_redundant_experts is -8, expected a whole number, 0 or more"),
         ({"max_moves": "all"}, "max_moves is 'all', expected a whole number, 0 or more"),
         ({"devices_per_node": 0}, "devices_per_node is 0, expected a whole number, 1 or more"),
+        ({"num_groups": 2.5}, "num_groups is 2.5, expected a whole number, 1 or more"),
         ({"expert_overhead_tokens": "much"}, "expert_overhead_tokens is 'much', expected 0 or more, or 'auto'"),
         ({"expert_overhead_tokens": -1}, "expert_overhead_tokens is -1, expected a whole number, 0 or more"),
         ({"expert_overhead_tokens": 1.5}, "expert_overhead_tokens is 1.5, expected a whole number, 0 or more"),

@@ -49,6 +49,19 @@ def test_answers_stay_where_experts_do_not_divide_over_devices(devices, redundan
         assert (output.stats.device_load.sum(-1) == output.stats.load.sum(-1)).all()
 
 
+def test_copies_stay_on_the_node_of_their_group(switch):
+    engine = Engine(switch, Noise(switch.layout), 4, 4, devices_per_node=2, num_groups=4)
+    outputs = assert_answers_unchanged(engine)
+    assert sum(output.stats.preparation.moves for output in outputs if output.stats.preparation) > 0
+    assert engine.controller.fallbacks.total() == 0
+    halves = engine.replicated.transfer.plan.phy2log.reshape(-1, 2, 6)
+    assert all(set(first) <= {-1, 0, 1, 2, 3} and set(second) <= {-1, 4, 5, 6, 7} for first, second in halves)
+    assert engine.replicated.between_nodes is None, "one process has no links"
+    order = np.tile([0, 2, 4, 6, 1, 3, 5, 7], (switch.layout.num_layers, 1))
+    with pytest.raises(ValueError, match="layer 0: expert 1 of group 0 is on node 1"):
+        Engine(switch, None, 4, 4, devices_per_node=2, num_groups=4, homes=order)
+
+
 @pytest.mark.parametrize("price", [50, "auto"])
 def test_answers_stay_while_a_split_counts_the_price_of_an_expert(switch, price):
     engine = Engine(switch, Noise(switch.layout), DEVICES, REDUNDANT, expert_overhead_tokens=price)
