@@ -13,10 +13,10 @@ Each step is planned from its true load (oracle), from the last batch, or by an 
 knows no tokens. *From empty* is the balancedness under the first plan, *steady* the mean after the first five steps,
 *moves* are experts copied a layer and step, by plans with fixed homes (*ours*) and with homes that move (*moving*). The
 greedy rival has fixed homes and our split. EPLB splits evenly, by its global policy and, where nodes of 8 devices
-divide, by its hierarchical one with 8 groups. Times are processor time: medians after the first five steps, those of a
-plan scaled to 58 layers. Prints a table and, in a pipe, one line of JSON with all figures. `first_call_s` is
-the time of the first plan and split, which compile the kernels or read them from numba's cache
-(NUMBA_CACHE_DIR=$(mktemp -d) starts with an empty cache).
+divide, by its hierarchical one (*nodes*) with 8 groups of experts, each on one node; *in groups* are our plans with the
+same groups. Times are processor time: medians after the first five steps, those of a plan scaled to 58 layers. Prints a
+table and, in a pipe, one line of JSON with all figures. `first_call_s` is the time of the first plan and split, which
+compile the kernels or read them from numba's cache (NUMBA_CACHE_DIR=$(mktemp -d) starts with an empty cache).
 """
 
 import argparse
@@ -51,6 +51,8 @@ TOKENS = 1024
 """Tokens a device and step."""
 ZIPF, DRIFT, TURN = 0.7, 0.05, 10
 """Exponent of the shares; standard deviation of the step of each log share; steps between changes of the order."""
+NODE = GROUPS = 8
+"""Devices of a node, and groups of experts, where they are compared."""
 MODEL_LAYERS = 58
 """MoE layers of DeepSeek-V3, to which the time of a plan is scaled."""
 RECORDED = {"gpt-oss": "gptoss20b", "DeepSeek": "dsv2lite"}
@@ -58,7 +60,8 @@ RECORDED = {"gpt-oss": "gptoss20b", "DeepSeek": "dsv2lite"}
 COLUMNS = {
     "loads": "loads", "forecast": "forecast", "from_empty": "from empty", "steady": "ours", "moves": "moves",
     "plan_ms": "ms", "moving": "moving", "moving_moves": "moves", "moving_plan_ms": "ms", "greedy": "greedy",
-    "greedy_moves": "moves", "eplb": "EPLB", "eplb_moves": "moves", "eplb_nodes": "nodes", "split_us": "split us",
+    "greedy_moves": "moves", "eplb": "EPLB", "eplb_moves": "moves", "eplb_nodes": "nodes", "in_groups": "in groups",
+    "in_groups_moves": "moves", "split_us": "split us",
 }  # fmt: skip
 """Heads of the table's columns, by the field of a row."""
 
@@ -92,10 +95,13 @@ def folded(counts: IntArray, experts: int, tokens: int) -> IntArray:
     return np.asarray(load * max(1, round(tokens / load.sum(-1).mean())))[:, None]
 
 
-def replay(loads: IntArray, planner: Planner, devices: int, redundant: int, forecaster: Forecaster) -> dict[str, float]:
+def replay(
+    loads: IntArray, planner: Planner, devices: int, redundant: int, forecaster: Forecaster, groups: int | None = None
+) -> dict[str, float]:
     """Balancedness from empty and in steady state, moves a layer, milliseconds of a plan, microseconds of a split."""
     layers = loads.shape[1]
-    homes = flat_homes(loads[0].astype(np.float64), devices, redundant)
+    nodes = None if groups is None else NODE
+    homes = flat_homes(loads[0].astype(np.float64), devices, redundant, num_groups=groups, devices_per_node=nodes)
     plan = ReplicationPlan.at_home(homes, devices, redundant)
     balance, moves, plan_ms, split_us = [], [], [], []
     for step in range(1, len(loads)):
@@ -124,7 +130,7 @@ def eplb(loads: IntArray, devices: int, redundant: int, forecaster: Forecaster, 
     slots, balance, moves, before = loads.shape[2] + redundant, [], [], None
     for step in range(1, len(loads)):
         weight: FloatArray = forecaster.forecast(None, loads[:step]).load.astype(np.float64)
-        phy2log, _, copies = rebalance_experts(weight, slots, 8 if nodes > 1 else 1, nodes, devices)
+        phy2log, _, copies = rebalance_experts(weight, slots, GROUPS if nodes > 1 else 1, nodes, devices)
         each = np.take_along_axis(loads[step] / copies, np.asarray(phy2log, dtype=np.int64), axis=-1)
         largest = each.reshape(len(each), devices, -1).sum(-1).max(-1)
         balance.append((loads[step].sum(-1) / devices / largest).mean())
@@ -144,8 +150,8 @@ def forecaster_of(name: str, loads: IntArray) -> Forecaster:
 
 def measure(loads: IntArray, devices: int, redundant: int, kind: str) -> list[dict[str, Any]]:
     """One row for each forecast."""
-    nodes = devices // 8
-    hierarchical = devices % 8 == 0 and nodes > 1 and 8 % nodes == 0 and loads.shape[2] % 8 == 0
+    nodes = devices // NODE
+    hierarchical = devices % NODE == 0 and nodes > 1 and GROUPS % nodes == 0 and loads.shape[2] % GROUPS == 0
     hierarchical = hierarchical and (loads.shape[2] + redundant) % devices == 0
     rivals: dict[str, Planner] = {
         "moving": HomePlanner(devices, redundant, moving_homes=True), "greedy": GreedyPlanner()
@@ -156,7 +162,12 @@ def measure(loads: IntArray, devices: int, redundant: int, kind: str) -> list[di
         row: dict[str, Any] = {"devices": devices, "experts": loads.shape[2], "redundant": redundant, "loads": kind}
         row |= {"forecast": name, **replay(loads, HomePlanner(*size), *size, forecaster_of(name, loads))}
         row["eplb"], row["eplb_moves"] = eplb(loads, *size, forecaster_of(name, loads), 1)
-        row["eplb_nodes"] = eplb(loads, *size, forecaster_of(name, loads), nodes)[0] if hierarchical else None
+        row |= dict.fromkeys(("eplb_nodes", "eplb_nodes_moves", "in_groups", "in_groups_moves"))
+        if hierarchical:
+            row["eplb_nodes"], row["eplb_nodes_moves"] = eplb(loads, *size, forecaster_of(name, loads), nodes)
+            grouped = HomePlanner(*size, devices_per_node=NODE, num_groups=GROUPS)
+            found = replay(loads, grouped, *size, forecaster_of(name, loads), GROUPS)
+            row["in_groups"], row["in_groups_moves"] = found["steady"], found["moves"]
         for rival, planner in rivals.items():
             found = replay(loads, planner, *size, forecaster_of(name, loads))
             row |= {rival: found["steady"], f"{rival}_from_empty": found["from_empty"]}
@@ -185,7 +196,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers of made-up loads")
     parser.add_argument("--loads", type=Path, help="recorded counts (.npz with `counts`)")
     options = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 190)
     first_call_s = first_call()
     cases: list[tuple[IntArray, int, int, str]] = []
     for devices, experts, redundant in SHAPES:
