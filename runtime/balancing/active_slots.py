@@ -11,7 +11,7 @@ counted, and each device would take 10 + 50 + 10 or more. One active slot each i
     >>> copies = copies_by_expert(phy2log, 2, 2, 2)
     >>> flow = few_slots(tokens, np.zeros(4, dtype=np.int64), phy2log, copies, 2, 10)
     >>> flow.quota.tolist(), flow.load.tolist()
-    ([54, 0, 46, 0], [64, 56])
+    ([0, 46, 0, 54], [56, 64])
 
 Shape suffixes: E experts, P slots, G devices.
 """
@@ -97,7 +97,7 @@ def _rounded(
         if slot == first and total_E[expert] > 0:
             divided.quota[slot] = total_E[expert] + overhead
             divided.load[slot // slots_per_device] += total_E[expert] + overhead
-    level(divided, copies, copies, False)
+    level(divided, copies, copies, False, 0)
     for first in copies.slots:
         if copies.slots[copies.begin[first]] == first:
             best = first

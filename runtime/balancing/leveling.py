@@ -15,7 +15,7 @@ tokens of expert 1 from device 1 to 2; the loads become [4, 4, 4]:
     >>> copies = copies_by_expert(phy2log, 3, 3, 3)
     >>> quota, load = np.array([8, 0, 4, 0, 0, 0]), np.array([8, 4, 0])
     >>> flow = Flow(quota, np.zeros(6, dtype=np.int64), load, np.ones(6, dtype=np.bool_))
-    >>> level(flow, copies, copies, False), flow.quota.tolist()
+    >>> level(flow, copies, copies, False, 0), flow.quota.tolist()
     (4, [4, 0, 0, 4, 0, 4])
 
 Everything is a pure function of integers, so all ranks get the same result. The loops run without the GIL and are
@@ -98,7 +98,7 @@ def copies_by_expert(phy2log: IntArray, num_experts: int, num_devices: int, devi
 
 
 @njit(cache=True, nogil=True)
-def level(flow: Flow, copies: Copies, near: Copies, nodes: bool) -> int:
+def level(flow: Flow, copies: Copies, near: Copies, nodes: bool, bound: int) -> int:
     """Makes the largest device time as small as whole tokens allow, in place, and returns it.
 
     Args:
@@ -106,10 +106,11 @@ def level(flow: Flow, copies: Copies, near: Copies, nodes: bool) -> int:
         copies: Groups by expert.
         near: Groups by expert and node.
         nodes: Whether chains within nodes go first. Then come chains that take no token from its own device, then all.
+        bound: A device time that no split can beat, 0 if none but the mean is known.
     """
     nothing = np.zeros_like(flow.own)
     some_own = flow.own.any()
-    target = -(-flow.load.sum() // flow.load.size)  # a lower bound: no split has a smaller maximum
+    target = max(bound, -(-flow.load.sum() // flow.load.size))  # no split has a smaller maximum
     while True:
         if nodes:
             shed(flow, near, target, flow.own)
@@ -120,7 +121,7 @@ def level(flow: Flow, copies: Copies, near: Copies, nodes: bool) -> int:
         if flow.load[heavy] <= target:
             return int(flow.load[heavy])
         # No reached device can give tokens to a device outside, each holds at least the target, the heavy one more.
-        target = _mean_reached(flow, copies, heavy)
+        target = mean_reached(flow, copies, heavy)
 
 
 @njit(cache=True, nogil=True)
@@ -162,12 +163,14 @@ def _find_depths(
 
     Depths are -1 where no chain leads, and beyond the nearest device below the target.
     """
-    slots_per_device = flow.quota.size // flow.load.size
-    head, tail, last = 0, 0, flow.load.size
+    quota_P, load_G, active_P = flow.quota, flow.load, flow.active
+    slots_N, device_N, begin_P, end_P = copies
+    slots_per_device = quota_P.size // load_G.size
+    head, tail, last = 0, 0, load_G.size
     depth_N[:] = -1
-    for device in range(flow.load.size):
+    for device in range(load_G.size):
         depth_G[device] = -1
-        if flow.load[device] > target:
+        if load_G[device] > target:
             depth_G[device] = 0
             queue[tail] = device
             tail += 1
@@ -176,18 +179,18 @@ def _find_depths(
         device = queue[head]
         head += 1
         for leave in range(device * slots_per_device, (device + 1) * slots_per_device):
-            group = copies.begin[leave]
-            if group < 0 or flow.quota[leave] <= kept_P[leave] or depth_N[group] >= 0:
+            group = begin_P[leave]
+            if group < 0 or quota_P[leave] <= kept_P[leave] or depth_N[group] >= 0:
                 continue
             depth_N[group] = depth_G[device]
-            for i in range(group, copies.end[leave]):
-                other = copies.device[i]
-                if depth_G[other] >= 0 or not flow.active[copies.slots[i]]:
+            for i in range(group, end_P[leave]):
+                other = device_N[i]
+                if depth_G[other] >= 0 or not active_P[slots_N[i]]:
                     continue
                 depth_G[other] = depth_G[device] + 1
                 queue[tail] = other
                 tail += 1
-                if flow.load[other] < target:
+                if load_G[other] < target:
                     found, last = True, depth_G[other]
     return found
 
@@ -210,19 +213,21 @@ def _find_chain(
     Slots and copies before `next_slot_G` and `next_copy_N` lead nowhere in this phase. In `level`'s example the chain
     from device 0 is [[0, 3], [2, 5]]: the slot that tokens leave and the slot that they enter, for each link.
     """
-    slots_per_device = flow.quota.size // flow.load.size
+    quota_P, load_G, active_P = flow.quota, flow.load, flow.active
+    slots_N, device_N, begin_P, end_P = copies
+    slots_per_device = quota_P.size // load_G.size
     device, links = heavy, 0
     while True:
-        if flow.load[device] < target:
+        if load_G[device] < target:
             return links
         other = -1
         while next_slot_G[device] < (device + 1) * slots_per_device:
             leave = next_slot_G[device]
-            group = copies.begin[leave]
-            if group >= 0 and flow.quota[leave] > kept_P[leave] and depth_N[group] == depth_G[device]:
-                while next_copy_N[group] < copies.end[leave]:
-                    enter, there = copies.slots[next_copy_N[group]], copies.device[next_copy_N[group]]
-                    if depth_G[there] == depth_G[device] + 1 and flow.active[enter]:
+            group = begin_P[leave]
+            if group >= 0 and quota_P[leave] > kept_P[leave] and depth_N[group] == depth_G[device]:
+                while next_copy_N[group] < end_P[leave]:
+                    enter, there = slots_N[next_copy_N[group]], device_N[next_copy_N[group]]
+                    if depth_G[there] == depth_G[device] + 1 and active_P[enter]:
                         chain[links, 0], chain[links, 1] = leave, enter
                         other = there
                         break
@@ -247,39 +252,42 @@ def _move(flow: Flow, chain: IntArray, links: int, target: int, kept_P: IntArray
 
     Devices in the middle give as many tokens as they take, so only the loads of the two ends change.
     """
-    slots_per_device = flow.quota.size // flow.load.size
+    quota_P, load_G = flow.quota, flow.load
+    slots_per_device = quota_P.size // load_G.size
     heavy, light = chain[0, 0] // slots_per_device, chain[links - 1, 1] // slots_per_device
-    tokens = min(flow.load[heavy] - target, target - flow.load[light])
+    tokens = min(load_G[heavy] - target, target - load_G[light])
     for i in range(links):
-        tokens = min(tokens, flow.quota[chain[i, 0]] - kept_P[chain[i, 0]])
+        tokens = min(tokens, quota_P[chain[i, 0]] - kept_P[chain[i, 0]])
     for i in range(links):
-        flow.quota[chain[i, 0]] -= tokens
-        flow.quota[chain[i, 1]] += tokens
-    flow.load[heavy] -= tokens
-    flow.load[light] += tokens
+        quota_P[chain[i, 0]] -= tokens
+        quota_P[chain[i, 1]] += tokens
+    load_G[heavy] -= tokens
+    load_G[light] += tokens
 
 
 @njit(cache=True, nogil=True)
-def _mean_reached(flow: Flow, copies: Copies, heavy: int) -> int:
+def mean_reached(flow: Flow, copies: Copies, heavy: int) -> int:
     """Mean time, rounded up, of the devices that chains from a heavy device reach, itself included."""
-    slots_per_device = flow.quota.size // flow.load.size
-    reached_G, seen_N = np.zeros(flow.load.size, dtype=np.bool_), np.zeros(copies.slots.size, dtype=np.bool_)
-    queue = np.empty(flow.load.size, dtype=np.int64)
-    queue[0], head, tail, total = heavy, 0, 1, flow.load[heavy]
+    quota_P, load_G, active_P = flow.quota, flow.load, flow.active
+    slots_N, device_N, begin_P, end_P = copies
+    slots_per_device = quota_P.size // load_G.size
+    reached_G, seen_N = np.zeros(load_G.size, dtype=np.bool_), np.zeros(slots_N.size, dtype=np.bool_)
+    queue = np.empty(load_G.size, dtype=np.int64)
+    queue[0], head, tail, total = heavy, 0, 1, load_G[heavy]
     reached_G[heavy] = True
     while head < tail:
         device = queue[head]
         head += 1
         for leave in range(device * slots_per_device, (device + 1) * slots_per_device):
-            group = copies.begin[leave]
-            if group < 0 or flow.quota[leave] <= 0 or seen_N[group]:
+            group = begin_P[leave]
+            if group < 0 or quota_P[leave] <= 0 or seen_N[group]:
                 continue
             seen_N[group] = True
-            for i in range(group, copies.end[leave]):
-                other = copies.device[i]
-                if flow.active[copies.slots[i]] and not reached_G[other]:
+            for i in range(group, end_P[leave]):
+                other = device_N[i]
+                if active_P[slots_N[i]] and not reached_G[other]:
                     reached_G[other] = True
-                    total += flow.load[other]
+                    total += load_G[other]
                     queue[tail] = other
                     tail += 1
     return int(-(-total // tail))

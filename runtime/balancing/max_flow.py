@@ -2,8 +2,8 @@
 
 `runtime.balancing.split` is the interface, `runtime.balancing.leveling` the max-flow. Here is what comes before and
 after it: a first split that keeps tokens on their own device, then on their own node, as far as the mean device time
-allows, and the sources of each slot's tokens. Where an active slot has a price, runtime.balancing.active_slots chooses
-the slots.
+allows, and gives the others to leaves first (runtime.balancing.peeling); and the sources of each slot's tokens. Where an
+active slot has a price, runtime.balancing.active_slots chooses the slots.
 
 Three devices with two slots each; expert 0 has copies on devices 0 and 1, expert 1 on devices 1 and 2:
 
@@ -29,7 +29,8 @@ from numba import njit
 
 from data.arrays import IntArray
 from runtime.balancing.active_slots import few_slots, slots_with_and_without_copies
-from runtime.balancing.leveling import Copies, Flow, copies_by_expert, level
+from runtime.balancing.leveling import Copies, Flow, copies_by_expert, level, mean_reached
+from runtime.balancing.peeling import peel
 
 
 @njit(cache=True, nogil=True)
@@ -97,18 +98,18 @@ def least_time(
     for slot, expert in enumerate(phy2log):
         if expert >= 0 and total_E[expert] > 0:
             flow.load[slot // (phy2log.size // num_devices)] += expert_overhead_tokens
-    _first_split(flow, counts_SE, total_E, phy2log, copies, near, devices_per_node)
     nodes = devices_per_node < num_devices
-    slowest = level(flow, copies, near, nodes)
+    left_E, target = _keep_near(flow, counts_SE, total_E, phy2log, copies, near, devices_per_node)
+    slowest = level(flow, copies, near, nodes, _share_out(flow, copies, left_E, phy2log, target))
     if expert_overhead_tokens > 0:
         few = few_slots(total_E, own_P, phy2log, copies, num_devices, expert_overhead_tokens)
-        if level(few, copies, near, nodes) <= slowest:
+        if level(few, copies, near, nodes, 0) <= slowest:
             flow = few
     return flow
 
 
 @njit(cache=True, nogil=True)
-def _first_split(
+def _keep_near(
     flow: Flow,
     counts_SE: IntArray,
     total_E: IntArray,
@@ -116,20 +117,23 @@ def _first_split(
     copies: Copies,
     near: Copies,
     devices_per_node: int,
-) -> None:
-    """Splits without chains, in place: own device, then own node, then wherever there is room below the mean time."""
-    slots_per_device = phy2log.size // flow.load.size
-    for slot, expert in enumerate(phy2log):  # tokens whose own device holds their expert stay there
-        if expert >= 0:
-            alone = copies.end[slot] - copies.begin[slot] == 1
-            flow.quota[slot] = total_E[expert] if alone else flow.own[slot]
-            flow.load[slot // slots_per_device] += flow.quota[slot]
+) -> tuple[IntArray, int]:
+    """Splits tokens that have no choice, are on a device of their expert, or on a node with room for them, in place.
+
+    Returns:
+        The tokens left, `[E]`, and the mean device time, rounded up.
+    """
+    quota_P, own_P, load_G = flow.quota, flow.own, flow.load
+    slots_N, device_N, begin_P, end_P = copies
     left_E = total_E.copy()
-    for slot, expert in enumerate(phy2log):
-        if expert >= 0:
-            left_E[expert] -= flow.quota[slot]
-    target = -(-(flow.load.sum() + left_E.sum()) // flow.load.size)
-    if devices_per_node < flow.load.size and counts_SE.shape[0] > 1:
+    for i, slot in enumerate(slots_N):  # tokens whose own device holds their expert stay there
+        alone, expert = end_P[slot] - begin_P[slot] == 1, phy2log[slot]
+        quota_P[slot] = total_E[expert] if alone else own_P[slot]
+        load_G[device_N[i]] += quota_P[slot]
+        left_E[expert] -= quota_P[slot]
+    target = -(-(load_G.sum() + left_E.sum()) // load_G.size)
+    slots_per_device = quota_P.size // load_G.size
+    if devices_per_node < load_G.size and counts_SE.shape[0] > 1:
         for group in near.slots:
             if near.slots[near.begin[group]] != group or left_E[phy2log[group]] == 0:
                 continue
@@ -138,11 +142,25 @@ def _first_split(
             for source in range(node * devices_per_node, (node + 1) * devices_per_node):
                 tokens += counts_SE[source, expert]
             for i in range(near.begin[group], near.end[group]):
-                tokens -= flow.quota[near.slots[i]]
+                tokens -= quota_P[near.slots[i]]
             left_E[expert] -= _pour(flow, near, group, tokens, target)
-    firsts = slots_with_and_without_copies(copies)[1]
-    for i in np.argsort(copies.end[firsts] - copies.begin[firsts], kind="mergesort"):  # few copies leave little choice
-        _pour(flow, copies, firsts[i], left_E[phy2log[firsts[i]]], target)
+    return left_E, target
+
+
+@njit(cache=True, nogil=True)
+def _share_out(flow: Flow, copies: Copies, left_E: IntArray, phy2log: IntArray, target: int) -> int:
+    """Splits the tokens left, in place, again as long as that shows that no split reaches the target; returns it."""
+    quota_P, load_G = flow.quota.copy(), flow.load.copy()
+    while True:
+        peel(flow, copies, left_E, phy2log, target)
+        heavy = int(np.argmax(flow.load))
+        bound = target
+        if flow.load[heavy] > target:
+            bound = mean_reached(flow, copies, heavy)
+        if bound <= target:
+            return target
+        target = bound
+        flow.quota[:], flow.load[:] = quota_P, load_G
 
 
 @njit(cache=True, nogil=True)
