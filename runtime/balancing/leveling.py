@@ -108,7 +108,7 @@ def level(flow: Flow, copies: Copies, near: Copies, nodes: bool, bound: int) -> 
         nodes: Whether chains within nodes go first. Then come chains that take no token from its own device, then all.
         bound: A device time that no split can beat, 0 if none but the mean is known.
     """
-    nothing = np.zeros_like(flow.own)
+    nothing, seen_N = np.zeros_like(flow.own), np.empty(copies.slots.size, dtype=np.bool_)
     some_own = flow.own.any()
     target = max(bound, -(-flow.load.sum() // flow.load.size))  # no split has a smaller maximum
     while True:
@@ -121,7 +121,7 @@ def level(flow: Flow, copies: Copies, near: Copies, nodes: bool, bound: int) -> 
         if flow.load[heavy] <= target:
             return int(flow.load[heavy])
         # No reached device can give tokens to a device outside, each holds at least the target, the heavy one more.
-        target = mean_reached(flow, copies, heavy)
+        target = mean_reached(flow, copies, heavy, seen_N)
 
 
 @njit(cache=True, nogil=True)
@@ -266,12 +266,16 @@ def _move(flow: Flow, chain: IntArray, links: int, target: int, kept_P: IntArray
 
 
 @njit(cache=True, nogil=True)
-def mean_reached(flow: Flow, copies: Copies, heavy: int) -> int:
-    """Mean time, rounded up, of the devices that chains from a heavy device reach, itself included."""
+def mean_reached(flow: Flow, copies: Copies, heavy: int, seen_N: BoolArray) -> int:
+    """Mean time, rounded up, of the devices that chains from a heavy device reach, itself included.
+
+    All copies of the groups that have tokens on these devices lie on them; such groups are marked in `seen_N`.
+    """
     quota_P, load_G, active_P = flow.quota, flow.load, flow.active
     slots_N, device_N, begin_P, end_P = copies
     slots_per_device = quota_P.size // load_G.size
-    reached_G, seen_N = np.zeros(load_G.size, dtype=np.bool_), np.zeros(slots_N.size, dtype=np.bool_)
+    reached_G = np.zeros(load_G.size, dtype=np.bool_)
+    seen_N[:] = False
     queue = np.empty(load_G.size, dtype=np.int64)
     queue[0], head, tail, total = heavy, 0, 1, load_G[heavy]
     reached_G[heavy] = True

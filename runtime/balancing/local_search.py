@@ -19,6 +19,8 @@ mean device load. The score is .78; a copy of expert 0 on device 1 makes both lo
 Shape suffixes: L MoE layers, K scenarios, E experts, R replica slots in device order, G devices, N candidates.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -26,23 +28,45 @@ from data.arrays import Float32Array, IntArray
 from runtime.balancing.matching import fill
 from runtime.balancing.water_filling import Layer, copy, fork, replace, score, start, start_exactly, start_like
 
-WORK, LARGE_WORK, SURE_WORK = 40_000, 150_000, 400_000
-"""Work allowed on one layer before one batch: trials, times slots and devices, times scenarios and six. The first is
-for layers that the search alone can fill; the others for larger layers, the last for a forecast without spread."""
-ROUND, SURE_ROUND, LARGE_ROUND = 20, 48, 24
-"""Changes relaxed in full to choose one: in general; for a forecast without spread, whose single scenario costs little;
-for such a forecast in a large layer."""
-ROUGH_ROUND, ENOUGH = 3, 8
-"""Changes after which the best one is taken if any pays: while slots are empty or the overload is above `ROUGH`, when
-most copies help; and in a large layer with a forecast without spread."""
+WORK, LARGE_WORK, SURE_WORK = 40_000, 200_000, 400_000
+"""Work allowed before one batch for each layer: trials, times slots and devices, times scenarios and six. The first is
+for layers that the search alone can fill; the others for larger layers, which share the work of all, the last for a
+forecast without spread."""
+
+
+class Effort(NamedTuple):
+    """How far one change of a layer is looked for.
+
+    Attributes:
+        most: Most changes relaxed.
+        enough: Changes relaxed after which the best one is taken if any pays.
+        experts: Experts considered for copying, those that relieve most.
+        devices: Devices considered to copy to, those with most space.
+    """
+
+    most: int
+    enough: int
+    experts: int
+    devices: int
+
+
+UNSURE, SURE = Effort(20, 20, 12, 8), Effort(48, 48, 12, 8)
+"""In a layer that the search alone can fill. A forecast without spread is a single scenario, which costs little."""
+LARGE_UNSURE, LARGE_SURE = Effort(20, 8, 12, 8), Effort(32, 8, 8, 32)
+"""In a larger layer. With one replica slot on each device, many devices are worth more than many experts."""
+SURE_PRICE = np.float32(3)
+"""Price of a copy for a sure forecast in a larger layer, relative to others: else the score pays for too many moves."""
+FIRST_GAIN = np.float32(0.03)
+"""Part of its overload that a layer is expected to gain by its first change."""
+ROUGH_ROUND = 3
+"""Changes after which the best one is taken if any pays, while slots are empty or the overload is above `ROUGH`, when
+most copies help."""
 ROUGH = 0.2
 """Overload in units of the mean device load."""
 FILL_PRICE = 2.0
 """Price of a copy that `fill` places, relative to one of the search: it counts the largest device alone."""
 REBUILD = 1.1
 """Largest device load, in units of the mean, above which replicas are built anew if that pays for all their copies."""
-EXPERTS, DEVICES = 12, 8
-"""Experts considered for copying and devices to copy to: the experts that relieve most, the devices with most space."""
 
 
 @njit(cache=True, nogil=True)
@@ -73,30 +97,32 @@ def improve(
     Returns:
         The improved replicas `[L, R]`, and the score that those of each layer save, prices not subtracted, `[L]`.
     """
-    improved = held_LR.copy()
-    gain = np.zeros(len(held_LR), dtype=np.float32)
     sure = weight_K.size == 1
     work = (held_LR.shape[1] + first_LG.shape[1] - 1) * (6 + weight_K.size)
+    layers, before_L, left_L = [], np.zeros(len(held_LR), dtype=np.float32), np.full(len(held_LR), max_moves)
+    alone = work * ROUGH_ROUND * held_LR.shape[1] <= WORK  # the search alone can fill all slots
     for i in range(len(held_LR)):
-        if work * ROUGH_ROUND * held_LR.shape[1] <= WORK:  # the search alone can fill all slots
+        if alone:
             layer = start(held_LR[i], first_LG[i], home_LE[i], load_LEK[i], waking_LK[i])
-            trials, placed = WORK // work, 0
-            count = enough = SURE_ROUND if sure else ROUND
-            before = score(layer.load, weight_K)
+            before_L[i] = score(layer.load, weight_K)
         else:
-            layer, before, placed = filled(
+            layer, before_L[i], placed = filled(
                 held_LR[i], first_LG[i], home_LE[i], load_LEK[i], waking_LK[i], weight_K, price_L[i], factor_GG,
                 max_moves,
             )  # fmt: skip
-            trials = (SURE_WORK if sure else LARGE_WORK) // work
-            count, enough = (LARGE_ROUND, ENOUGH) if sure else (ROUND, ROUND)
-        current = score(layer.load, weight_K)
-        gain[i] = before - _search(
-            layer, current, weight_K, price_L[i], factor_GG, max_moves - placed, trials, count, enough
-        )
-        for slot in range(layer.held.size):
-            improved[i, slot] = layer.held[slot]
-    return improved, gain
+            left_L[i] -= placed
+        layers.append(layer)
+    if alone:
+        effort = SURE if sure else UNSURE
+        score_L = _search_each(layers, weight_K, price_L, factor_GG, left_L, WORK // work, effort)
+    else:
+        effort, price = (LARGE_SURE, SURE_PRICE * price_L) if sure else (LARGE_UNSURE, price_L)
+        trials = len(layers) * (SURE_WORK if sure else LARGE_WORK) // work
+        score_L = _search_together(layers, weight_K, price, factor_GG, left_L, trials, effort)
+    improved = held_LR.copy()
+    for i, layer in enumerate(layers):
+        improved[i] = layer.held
+    return improved, before_L - score_L
 
 
 @njit(cache=True, nogil=True)
@@ -123,7 +149,11 @@ def filled(
         copies = fill(bare, held_R, copy_price, factor_GG, max_moves)
         if bare.load[:, 0].max() + copy_price * copies < layer.load[:, 0].max() + copy_price * placed:
             layer, placed = bare, copies
-    return layer if weight_K.size == 1 else start_like(layer, load_EK, waking_K, load_E1[:, 0]), before, placed
+    if weight_K.size == 1:
+        scenarios = layer
+    elif (layer.held != held_R).any():
+        scenarios = start_like(layer, load_EK, waking_K, load_E1[:, 0])
+    return scenarios, before, placed
 
 
 @njit(cache=True, nogil=True)
@@ -137,64 +167,124 @@ def _expected(load_EK: Float32Array, weight_K: Float32Array) -> Float32Array:
 
 
 @njit(cache=True, nogil=True)
-def _search(
+def _search_each(
+    layers: list[Layer],
+    weight_K: Float32Array,
+    price_L: Float32Array,
+    factor_GG: Float32Array,
+    left_L: IntArray,
+    trials: int,
+    effort: Effort,
+) -> Float32Array:
+    """Improves layers in place, each with as many trials; returns their scores. Arguments as in `_search_together`."""
+    score_L = np.zeros(len(layers), dtype=np.float32)
+    for i, layer in enumerate(layers):
+        scratch, used = fork(layer), 0
+        score_L[i] = score(layer.load, weight_K)
+        for _ in range(left_L[i]):
+            if score_L[i] <= price_L[i] or used >= trials:
+                break
+            reached, tried = _change(layer, scratch, score_L[i], weight_K, price_L[i], factor_GG, effort)
+            used += tried
+            if reached == score_L[i]:
+                break
+            score_L[i] = reached
+    return score_L
+
+
+@njit(cache=True, nogil=True)
+def _search_together(
+    layers: list[Layer],
+    weight_K: Float32Array,
+    price_L: Float32Array,
+    factor_GG: Float32Array,
+    left_L: IntArray,
+    trials: int,
+    effort: Effort,
+) -> Float32Array:
+    """Improves layers in place, the one with most to gain first, until the trials are used up; returns their scores.
+
+    A layer is expected to gain as much as by its last change, and at first a part of its overload.
+
+    Args:
+        layers: Relaxed layers.
+        weight_K: Weight of each scenario.
+        price_L: Least score that a copy must save.
+        factor_GG: Factor to that price.
+        left_L: Most slots of each layer that may change.
+        trials: Changes relaxed, in all layers together.
+        effort: As in `_change`.
+    """
+    score_L = np.zeros(len(layers), dtype=np.float32)
+    for i, layer in enumerate(layers):
+        score_L[i] = score(layer.load, weight_K)
+    gain_L, moves_L = FIRST_GAIN * score_L, left_L.copy()
+    while trials > 0:
+        i = int(np.argmax(gain_L))
+        if gain_L[i] <= 0:
+            break
+        if score_L[i] <= price_L[i] or moves_L[i] <= 0:  # even a perfect balance would save less than a move costs
+            gain_L[i] = 0
+            continue
+        layer = layers[i]
+        reached, tried = _change(layer, fork(layer), score_L[i], weight_K, price_L[i], factor_GG, effort)
+        gain_L[i] = score_L[i] - reached
+        score_L[i] = reached
+        moves_L[i] -= 1
+        trials -= tried
+    return score_L
+
+
+@njit(cache=True, nogil=True)
+def _change(
     layer: Layer,
+    scratch: Layer,
     current: np.float32,
     weight_K: Float32Array,
     price: float,
     factor_GG: Float32Array,
-    max_moves: int,
-    trials: int,
-    count: int,
-    enough: int,
-) -> np.float32:
-    """Improves the layer in place; returns its score.
+    effort: Effort,
+) -> tuple[np.float32, int]:
+    """Makes the best change of a layer, in place, if it saves more than its price; returns the score and the trials.
 
     Args:
         layer: A relaxed layer.
+        scratch: A copy of it.
         current: Its score.
         weight_K: Weight of each scenario.
         price: Least score that a copy must save.
         factor_GG: Factor to that price.
-        max_moves: Most slots that may change.
-        trials: Most changes relaxed.
-        count: Most changes relaxed to choose one.
-        enough: Changes relaxed after which the best one is taken if any pays.
+        effort: How far the change is looked for.
     """
-    scratch = fork(layer)
-    for _ in range(max_moves):
-        if current <= price or trials <= 0:  # even a perfect balance would save less than a move costs
+    slots, experts = candidates(layer, weight_K, effort)
+    rough = current > ROUGH or (slots.size > 0 and layer.held[slots[0]] < 0)
+    least, chosen, tried = current, -1, 0
+    for i in range(slots.size):
+        if chosen >= 0 and i >= (ROUGH_ROUND if rough else effort.enough):
             break
-        slots, experts = candidates(layer, weight_K, count)
-        rough = current > ROUGH or (slots.size > 0 and layer.held[slots[0]] < 0)
-        least, chosen = current, -1
-        for i in range(slots.size):
-            if chosen >= 0 and i >= (ROUGH_ROUND if rough else enough):
-                break
-            copy(layer, scratch, experts[i])
-            replace(scratch, slots[i], experts[i])
-            device = layer.device[slots[i]]
-            cost = score(scratch.load, weight_K) + price * factor_GG[layer.home[experts[i]], device]
-            trials -= 1
-            if cost < least:
-                least, chosen = cost, i
-        if chosen < 0:
-            break
-        replace(layer, slots[chosen], experts[chosen])
-        current = score(layer.load, weight_K)
-    return current
+        copy(layer, scratch, experts[i])
+        replace(scratch, slots[i], experts[i])
+        device = layer.device[slots[i]]
+        cost = score(scratch.load, weight_K) + price * factor_GG[layer.home[experts[i]], device]
+        tried += 1
+        if cost < least:
+            least, chosen = cost, i
+    if chosen < 0:
+        return current, tried
+    replace(layer, slots[chosen], experts[chosen])
+    return score(layer.load, weight_K), tried
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntArray, IntArray]:
-    """At most `count` changes worth trying: slots `[N]` and the experts to put there `[N]`, most promising first.
+def candidates(layer: Layer, weight_K: Float32Array, effort: Effort) -> tuple[IntArray, IntArray]:
+    """Changes worth trying, at most `effort.most`, the most promising first: slots `[N]` and experts for them `[N]`.
 
     The gain of a copy is the squared device load it would save if tokens moved between its two devices only. A flow f
     across a difference d of loads saves 2 f (d - f): loads 1.6 and .4 become 1 and 1 with f = .6, d = 1.2; the squares
     fall from 2.72 to 2, and 2 * .6 * .6 = .72. The loss of the copy that is overwritten is estimated from the tokens
     now on it in the same way: with equal loads, sending f tokens home adds 2 f ** 2.
     """
-    held = layer.held
+    held, count = layer.held, effort.most
     loss_R = np.zeros(held.size, dtype=np.float32)
     for slot in range(held.size):
         for k in range(weight_K.size):
@@ -202,10 +292,10 @@ def candidates(layer: Layer, weight_K: Float32Array, count: int) -> tuple[IntArr
                 time = layer.on_replica[slot, k] + layer.waking[k]
                 loss_R[slot] += np.float32(2) * weight_K[k] * time * time
     relief_E, space_G = _relief_and_space(layer, weight_K)
-    devices = _largest(space_G, DEVICES)
+    devices = _largest(space_G, effort.devices)
     gains = np.full(count, -np.inf, dtype=np.float32)
     slots, experts = np.full(count, -1), np.full(count, -1)
-    for expert in _largest(relief_E, EXPERTS):
+    for expert in _largest(relief_E, effort.experts):
         home = layer.home[expert]
         for device in devices:
             present = device == home

@@ -2,8 +2,8 @@
 
 `runtime.balancing.split` is the interface, `runtime.balancing.leveling` the max-flow. Here is what comes before and
 after it: a first split that keeps tokens on their own device, then on their own node, as far as the mean device time
-allows, and gives the others to leaves first (runtime.balancing.peeling); and the sources of each slot's tokens. Where an
-active slot has a price, runtime.balancing.active_slots chooses the slots.
+allows, and gives the others to leaves first (runtime.balancing.peeling), and the sources of each slot's tokens. Where
+an active slot has a price, runtime.balancing.active_slots chooses the slots.
 
 Three devices with two slots each; expert 0 has copies on devices 0 and 1, expert 1 on devices 1 and 2:
 
@@ -149,18 +149,30 @@ def _keep_near(
 
 @njit(cache=True, nogil=True)
 def _share_out(flow: Flow, copies: Copies, left_E: IntArray, phy2log: IntArray, target: int) -> int:
-    """Splits the tokens left, in place, again as long as that shows that no split reaches the target; returns it."""
-    quota_P, load_G = flow.quota.copy(), flow.load.copy()
+    """Splits the tokens left, in place, and again among devices that cannot reach the target; returns the last target.
+
+    Such devices get the mean of those that their tokens reach, which no split can beat. The other devices keep their
+    tokens, so that they stay as level as the first target makes them.
+    """
+    near_P, part_E = flow.quota.copy(), np.zeros_like(left_E)
+    seen_N = np.empty(copies.slots.size, dtype=np.bool_)
+    peel(flow, copies, left_E, phy2log, target)
     while True:
-        peel(flow, copies, left_E, phy2log, target)
         heavy = int(np.argmax(flow.load))
-        bound = target
-        if flow.load[heavy] > target:
-            bound = mean_reached(flow, copies, heavy)
+        if flow.load[heavy] <= target:
+            return target
+        bound = mean_reached(flow, copies, heavy, seen_N)
         if bound <= target:
             return target
         target = bound
-        flow.quota[:], flow.load[:] = quota_P, load_G
+        part_E[:] = 0
+        quota_P, load_G, slots_N, device_N, begin_P = flow.quota, flow.load, copies.slots, copies.device, copies.begin
+        for i, slot in enumerate(slots_N):
+            if seen_N[begin_P[slot]]:
+                load_G[device_N[i]] -= quota_P[slot] - near_P[slot]
+                quota_P[slot] = near_P[slot]
+                part_E[phy2log[slot]] = left_E[phy2log[slot]]
+        peel(flow, copies, part_E, phy2log, target)
 
 
 @njit(cache=True, nogil=True)

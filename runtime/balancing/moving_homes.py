@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit
 
 from data.arrays import Float32Array, IntArray
-from runtime.balancing.local_search import candidates, filled, insert
+from runtime.balancing.local_search import Effort, candidates, filled, insert
 from runtime.balancing.water_filling import FIRST_SWEEPS, Layer, copy, fork, relax, replace, score
 
 WORK = 1_200_000
@@ -31,8 +31,8 @@ WORK = 1_200_000
 MOVING_PRICE = 4.5
 """Price of a move, relative to one where homes stay: every slot may change, so more moves are found. Where every device
 has a replica slot, copies that are placed at once keep the usual price, because they alone balance a changed load."""
-ROUND = 16
-"""Changes of each kind relaxed in full to choose one."""
+EFFORT = Effort(16, 16, 12, 8)
+"""Search for one copy; as many exchanges of two experts are relaxed."""
 HOT = 4
 """Most loaded devices whose experts are considered for an exchange."""
 
@@ -105,7 +105,7 @@ def _search(
         scratch.device[:] = layer.device
         scratch.home[:] = layer.home
         best, slot, expert, one, other = np.float32(0), -1, -1, -1, -1
-        slots, experts = candidates(layer, weight_K, ROUND)
+        slots, experts = candidates(layer, weight_K, EFFORT)
         for i in range(slots.size):
             copy(layer, scratch, experts[i])
             replace(scratch, slots[i], experts[i])
@@ -114,7 +114,7 @@ def _search(
             gain = current - score(scratch.load, weight_K) - price * factor
             if gain > best:
                 best, slot, expert = gain, slots[i], experts[i]
-        ones, others = _exchanges(layer, weight_K, ROUND if moves + 2 <= max_moves else 0)
+        ones, others = _exchanges(layer, weight_K, EFFORT.most if moves + 2 <= max_moves else 0)
         for i in range(ones.size):
             _copy_for_exchange(layer, scratch, ones[i], others[i])
             _exchange(scratch, ones[i], others[i])

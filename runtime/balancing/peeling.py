@@ -127,7 +127,7 @@ def _close(
     slot: int, device: int, group: int, open_P: BoolArray, open_G: IntArray, open_N: IntArray, leaves: IntArray,
     size: int,
 ) -> int:  # fmt: skip
-    """Closes a slot, in place; its device or group becomes a leaf if one open slot is left. Returns the leaves' number."""
+    """Closes a slot, in place; its device or group is a leaf if it has one left. Returns their number."""
     open_P[slot] = False
     open_G[device] -= 1
     open_N[group] -= 1

@@ -147,13 +147,22 @@ def start_exactly(
 def start_like(like: Layer, load_EK: Float32Array, waking_K: Float32Array, load_E: Float32Array) -> Layer:
     """The layer in other scenarios `[E, K]`, begun with the shares that a split of the load `[E]` sends to replicas."""
     layer = at_home(like.held, like.first, like.home, load_EK, waking_K)
-    for slot in range(like.held.size):
-        expert = like.held[slot]
-        if expert < 0 or like.on_replica[slot, 0] <= 0:
+    held, device, home, sent = layer.held, layer.device, layer.home, like.on_replica
+    load, on_replica, left = layer.load, layer.on_replica, layer.at_home
+    for slot in range(held.size):
+        expert = held[slot]
+        if expert < 0 or sent[slot, 0] <= 0:
             continue
-        share = like.on_replica[slot, 0] / load_E[expert]
-        for k in range(load_EK.shape[1]):
-            send(layer, slot, k, min(share * load_EK[expert, k], layer.at_home[expert, k]))
+        share = sent[slot, 0] / load_E[expert]
+        for k in range(waking_K.size):
+            tokens = min(share * load_EK[expert, k], left[expert, k])
+            if waking_K[k] > 0:
+                send(layer, slot, k, tokens)
+                continue
+            load[home[expert], k] -= tokens
+            load[device[slot], k] += tokens
+            on_replica[slot, k] += tokens
+            left[expert, k] -= tokens
     relax(layer, FIRST_SWEEPS)
     return layer
 

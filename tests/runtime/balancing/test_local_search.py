@@ -113,3 +113,36 @@ def test_a_level_load_changes_nothing():
     improved, gain = search(held, home, np.full((1, 8, 1), 0.5, dtype=np.float32), weight)
     assert (improved == held).all()
     assert gain.tolist() == [0]
+
+
+def layers_after_a_change(uneven, even, devices=256, scenarios=16):
+    """Layers as `one_layer` returns them, too large for the search alone.
+
+    The uneven ones have replicas for loads that have changed since, the even ones have no load to move.
+    """
+    rng, experts = np.random.default_rng(0), 2 * devices
+    share = rng.permuted(np.tile(np.arange(1.0, experts + 1) ** -0.7, (uneven, 1)), axis=1)[..., None]
+    load = np.full((uneven + even, experts, scenarios), 0.5, dtype=np.float32)
+    held, home = np.full((uneven + even, devices), -1), np.tile(np.repeat(np.arange(devices), 2), (uneven + even, 1))
+    weight = np.full(scenarios, 1 / scenarios, dtype=np.float32)
+    for _ in range(2):
+        held = search(held, home, load, weight)[0]
+        load[:uneven] = share * np.exp(0.2 * rng.standard_normal((uneven, experts, scenarios)))
+        load[:uneven] *= devices / load[:uneven].sum(1, keepdims=True)
+    return held, home, load, weight
+
+
+def test_work_that_even_layers_leave_goes_to_the_uneven_one():
+    held, home, load, weight = layers_after_a_change(1, 7)
+    alone, beside = search(held[:1], home[:1], load[:1], weight), search(held, home, load, weight)
+    assert beside[1][0] > alone[1][0] > 0
+    assert (beside[0][1:] == -1).all()
+    assert (beside[1][1:] == 0).all()
+
+
+def test_layers_that_share_their_work_are_searched_the_same_way_again():
+    layers = layers_after_a_change(3, 1)
+    first, second = search(*layers), search(*[part.copy() for part in layers])
+    assert (first[0] == second[0]).all()
+    assert (first[1] == second[1]).all()
+    assert (first[1][:3] > 0).all()

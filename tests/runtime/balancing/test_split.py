@@ -23,10 +23,11 @@ def from_sources(rng, counts, devices):
     return rng.multinomial(counts, np.full(devices, 1 / devices)).T
 
 
-def least_maximum(counts, phy2log, devices):
+def least_maximum(counts, phy2log, devices, device=None):
     """The smallest possible load of the most loaded device, tokens divisible: the linear program."""
     slots = len(phy2log)
-    device = np.arange(slots) // (slots // devices)
+    if device is None:
+        device = np.arange(slots) // (slots // devices)
     rows = np.concatenate([device, np.arange(devices)])
     columns = np.concatenate([np.arange(slots), np.full(devices, slots)])
     loads = coo_array((np.concatenate([np.ones(slots), -np.ones(devices)]), (rows, columns)))
@@ -79,6 +80,20 @@ def test_as_good_as_the_linear_program_on_a_thousand_cases():
         given_counts = from_sources(rng, counts, devices) if case % 3 == 0 else counts
         most = device_load(split_by_quota(given_counts, phy2log, devices), devices).max()
         assert most == np.ceil(least_maximum(counts, phy2log, devices) - 1e-6)
+
+
+@pytest.mark.parametrize(("devices", "homes", "empty"), [(256, 1, 0.0), (256, 1, 0.3), (128, 2, 0.0), (96, 4, 0.1)])
+def test_as_good_as_the_linear_program_at_production_size(devices, homes, empty):
+    rng = np.random.default_rng(devices)
+    for case in range(4):
+        counts, phy2log = random_layer(rng, devices, homes, 1 + case % 2)
+        replicas = phy2log.reshape(devices, -1)[:, homes:]
+        replicas[rng.random(replicas.shape) < empty] = -1
+        held = phy2log >= 0
+        slots, device = phy2log[held], np.repeat(np.arange(devices), phy2log.size // devices)[held]
+        given_counts = from_sources(rng, counts, devices) if case % 2 else counts
+        most = device_load(split_by_quota(given_counts, phy2log, devices), devices).max()
+        assert most == np.ceil(least_maximum(counts, slots, devices, device) - 1e-6)
 
 
 def test_the_example_worked_by_hand():
