@@ -23,7 +23,8 @@ import numpy as np
 from numba import njit
 
 from data.arrays import Float32Array, IntArray
-from runtime.balancing.local_search import Effort, candidates, filled, insert
+from runtime.balancing.candidates import Effort, candidates, insert
+from runtime.balancing.local_search import filled
 from runtime.balancing.water_filling import FIRST_SWEEPS, Layer, copy, fork, relax, replace, score
 
 WORK = 1_200_000
