@@ -38,6 +38,7 @@ def layers() -> list[Step]:
         *(step(f"decoding-{tokens}", *top_8, "--emulate", 8, "--tokens", tokens, "--steps", 44, *auto)
           for tokens in (16, 128)),
         Step("decode", python("benchmarks.decode"), 900),
+        Step("planner-large", python("benchmarks.planner", "--devices", 72, 96, 144, 256, 320), 900),
         Step("layer-integers", python("benchmarks.layer_integers"), 300, env={"MALLOC_TRIM_THRESHOLD_": "1073741824"}),
         Step("forecast-cost", python("benchmarks.forecast_cost"), 300),
     ]  # fmt: skip
