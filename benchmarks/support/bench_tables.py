@@ -131,10 +131,7 @@ def held_out(results: Results) -> str:
 def machine(results: Results) -> str:
     """Where and by what the figures of a page were measured."""
     command, link = f"`{results.command}`", results.folder / "README.md"
-    again = [f"`{name}`" for name, step in results.steps.items() if "again" in step]
-    later = f" ({' and '.join(again)} later)" if again else ""
-    where = f"at commit {results.commit[:8]}{later} on {results.hardware}"
-    return f"Measured by {command} {where}, seed 0: [all steps]({link})."
+    return f"Measured by {command} {results.measured}, seed 0: [all steps]({link})."
 
 
 def machine_below(results: Results) -> str:

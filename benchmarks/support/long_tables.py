@@ -19,7 +19,7 @@ Metrics = dict[str, dict[str, dict[str, Any]]]
 def machine_below_long(results: Results) -> str:
     """Where and by what the figures of a page in docs/results were measured."""
     link = f"{results.folder.name}/README.md"
-    return f"`{results.command}` at commit {results.commit[:8]} on {results.hardware}: [all steps]({link})."
+    return f"`{results.command}` {results.measured}: [all steps]({link})."
 
 
 def seeds_long(results: Results) -> str:

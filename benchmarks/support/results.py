@@ -48,6 +48,13 @@ class Results:
     def _is_ok(self, name: str, step: dict[str, Any]) -> bool:
         return step.get("status") == "ok" and (self.folder / f"{name}.json").is_file()
 
+    @property
+    def measured(self) -> str:
+        """The commit and the hardware, and how many steps were measured again at a later commit, in words."""
+        again = sum("again" in step for step in self.steps.values())
+        later = f" ({again} of {len(self.steps)} steps later)" if again else ""
+        return f"at commit {self.commit[:8]}{later} on {self.hardware}"
+
     def document(self, step: str) -> dict[str, Any]:
         """A step's JSON document.
 
