@@ -35,6 +35,7 @@ from rich.table import Table
 
 from data.arrays import FloatArray, IntArray
 from data.cli import print_json, user_errors
+from data.models.layout import MoELayout
 from data.traces.requests import ordered, requests_of, serve
 from data.traces.store import open_trace
 from predictor.baselines.history import Ema, Oracle
@@ -74,23 +75,26 @@ def drawn(layers: int, experts: int, tokens: int, top_k: int) -> IntArray:
     return counts
 
 
+def side_by_side(layout: MoELayout, experts: int) -> int:
+    """Layers of a recording that make up one layer of so many experts; 0 if none do."""
+    parts = experts // layout.num_experts
+    return 0 if experts % layout.num_experts or parts > layout.num_layers else parts
+
+
 def recorded(trace: Path, experts: int, assignments: int) -> IntArray:
     """Counts `[N, L, E]` of steps in which recorded requests decode, the recorded layers side by side.
 
     Args:
         trace: Folder of a token trace with requests.
-        experts: E, a multiple of the recorded experts.
+        experts: E, which some recorded layers make up.
         assignments: About as many of each step and folded layer; requests are chosen accordingly.
 
     Raises:
-        ValueError: If the recorded layers do not make up one layer of E experts, or the requests do not suffice.
+        ValueError: If the requests do not suffice.
     """
     recording = open_trace(trace)
     layout, each = recording.layout, recording.layout.num_experts
-    parts = experts // each
-    if experts % each or parts > layout.num_layers:
-        has = f"{layout.num_layers} layers of {each} experts"
-        raise ValueError(f"{trace} has {has}, which do not make up a layer of {experts}; choose other devices")
+    parts = side_by_side(layout, experts)
     slots = max(1, round(assignments / (parts * layout.experts_per_token)))
     requests = ordered(requests_of(recording), "shuffled")
     steps = list(islice(serve(requests, slots, 1), BEGIN, BEGIN + STEPS))
@@ -179,20 +183,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="*", help="sizes to measure; all of them by default")
     parser.add_argument("--tokens", type=int, help="tokens a device, in place of those of the sizes")
-    parser.add_argument("--price", type=int, nargs="*", default=[32, 128], help="tokens that waking an expert costs")
+    parser.add_argument("--price", type=int, nargs="+", default=[32, 128], help="tokens that waking an expert costs")
     parser.add_argument("--layers", type=int, default=2, help="layers of made-up loads")
-    parser.add_argument("--loads", type=Path, help="recorded counts (.npz with `counts`)")
-    parser.add_argument("--trace", type=Path, help="folder of a trace with requests, which decode")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--loads", type=Path, help="recorded counts (.npz with `counts`)")
+    source.add_argument("--trace", type=Path, help="folder of a trace with requests, which decode")
     options = parser.parse_args()
+    if options.tokens is not None and options.tokens < 1:
+        raise ValueError(f"--tokens is {options.tokens}, expected 1 or more")
     console = Console(width=None if sys.stdout.isatty() else 160)
     rows: list[dict[str, Any]] = []
     shapes = [shape for shape in SHAPES if not options.devices or shape[0] in options.devices]
     if options.tokens is not None:
         shapes = list(dict.fromkeys((*shape[:4], options.tokens) for shape in shapes))
+    if options.trace is not None:
+        layout = open_trace(options.trace).layout
+        shapes = [shape for shape in shapes if side_by_side(layout, shape[1])]
+    if not shapes:
+        sizes = ", ".join(map(str, dict.fromkeys(shape[0] for shape in SHAPES)))
+        raise ValueError(f"no size has such devices and experts; there are sizes of {sizes} devices")
     for devices, experts, redundant, top_k, each in track(shapes, "sizes", console=Console(stderr=True)):
         if options.loads:
             loads = np.load(options.loads)["counts"].astype(np.int64)
-        elif options.trace:
+        elif options.trace is not None:
             loads = recorded(options.trace, experts, each * devices * top_k)
         else:
             loads = drawn(options.layers, experts, each * devices, top_k)

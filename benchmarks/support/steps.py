@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from benchmarks.support.results import Results
 from data.cli import from_command_line, print_json, user_errors
 from data.files import check_new, read_json, whole_file, write_json
 
@@ -195,36 +197,48 @@ def run_all(steps: list[Step], out: Path, title: str, command: str) -> list[dict
     return done
 
 
-def run_again(steps: list[Step], names: str, out: Path) -> int:
+def run_again(steps: list[Step], names: str, out: Path, command: str) -> int:
     """Runs some steps of a folder again; their results take the place of the earlier ones, and the page says so.
 
     A step whose turns differ much, because the machine did other work meanwhile, need not cost the whole folder. Steps
-    that the folder lacks are added to it.
+    that the folder lacks are added to it. If a step fails, its earlier results stay.
 
     Args:
         steps: All steps of the folder's command.
         names: Names of those to run, with commas.
         out: The folder.
+        command: What the user typed to write the folder.
 
     Returns:
         The number of steps that failed.
 
     Raises:
-        ValueError: If the folder holds no results, or a name is that of no step of its command.
+        ValueError: If the folder holds no results, or those of another command, or a name is that of no step.
     """
-    summary = read_json(out / "summary.json")
-    done, of = summary["steps"], {step.name: step for step in steps}
-    for name in names.split(","):
-        if name not in of:
-            raise ValueError(f"--again names '{name}', expected steps of {summary['command']}: {', '.join(of)}")
+    if (wrote := Results(out).command) != command:
+        raise ValueError(f"{out} was written by {wrote}, not by {command}; use the module of that command")
+    wanted, of = [name.strip() for name in names.split(",")], {step.name: step for step in steps}
+    if unknown := [name for name in wanted if name not in of]:
+        raise ValueError(f"--again names '{unknown[0]}', expected steps of {command}: {', '.join(of)}")
+    summary, title = read_json(out / "summary.json"), (out / "README.md").read_text().splitlines()[0].removeprefix("# ")
+    done, failed = summary["steps"], 0
+    for name in wanted:
         print(f"{name}, at most {of[name].timeout_s:.0f} s", file=sys.stderr, flush=True)
-        found = run_step(of[name], out)
+        with TemporaryDirectory(dir=out) as aside:
+            found = run_step(of[name], Path(aside))
+            kept = list(Path(aside).iterdir()) if found["status"] == "ok" else [Path(aside) / f"{name}.log"]
+            for file in kept:
+                file.replace(out / file.name)
         print(f"        {found['status']} after {found['seconds']:.0f} s", file=sys.stderr, flush=True)
+        if found["status"] != "ok":
+            failed += 1
+            print(f"        what it said is in {out / name}.log; earlier results stay", file=sys.stderr, flush=True)
+            continue
         found |= {"again": {"date": date.today().isoformat(), "commit": machine()["commit"]}}
         place = next((number for number, step in enumerate(done) if step["name"] == name), len(done))
         done[place : place + 1] = [found]
-        _write(out, (out / "README.md").read_text().splitlines()[0].removeprefix("# "), summary)
-    return sum(step["status"] != "ok" for step in done)
+        _write(out, title, summary)
+    return failed
 
 
 def _write(out: Path, title: str, summary: dict[str, Any]) -> None:
@@ -277,7 +291,8 @@ def folder_from_command_line(
             again: Names of steps to measure again, with commas, where the machine did other work, or to add.
         """
         if again is not None:
-            return run_again(preparation() + measurements(), again, out or results_folder(processor(), command))
+            steps = preparation() + measurements()
+            return run_again(steps, again, out or results_folder(processor(), command), command)
         return run_and_say(preparation() + measurements(), processor(), command, out)
 
     with user_errors():

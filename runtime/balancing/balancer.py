@@ -17,7 +17,7 @@ from runtime.balancing.node_rows import NodeRows
 from runtime.balancing.nodes import check_groups
 from runtime.balancing.plan import ReplicationPlan, SlotMove, flat_homes
 from runtime.balancing.planner import HomePlanner, Planner
-from runtime.balancing.split import split_by_quota
+from runtime.balancing.split import check_total, split_by_quota
 
 if TYPE_CHECKING:  # planning needs no torch
     from data.traces.trace import TokenBatch
@@ -195,6 +195,7 @@ def _whole_tokens(load: npt.ArrayLike) -> IntArray:
         raise ValueError(f"the load ({array.dtype}) is not whole numbers of tokens; give the counts of one batch")
     if array.min() < 0:
         raise ValueError(f"the load holds {array.min()}; tokens cannot be negative")
+    check_total(array)
     return array.astype(np.int64)
 
 

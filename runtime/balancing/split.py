@@ -18,6 +18,8 @@ Shape suffixes: S source devices (1 where the source does not matter), L MoE lay
 G devices.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +27,9 @@ from data.arrays import FloatArray, IntArray
 from runtime.balancing.max_flow import even_quotas, least_time_quotas
 from runtime.balancing.nodes import check_nodes
 from runtime.balancing.plan import ReplicationPlan
+
+MOST_TOKENS = 1 << 53
+"""Most tokens of a layer, and most tokens that waking an expert costs: sums of such numbers fit into int64."""
 
 
 def split_by_quota(
@@ -55,8 +60,8 @@ def split_by_quota(
         ValueError: On counts that are negative, not whole, or not `[1 or G, E]`, or on an expert without a slot.
     """
     counts_SE = _checked(counts, phy2log, num_devices)
-    if expert_overhead_tokens < 0:
-        raise ValueError(f"expert_overhead_tokens is {expert_overhead_tokens}, expected 0 or more")
+    if not 0 <= expert_overhead_tokens <= MOST_TOKENS:
+        raise ValueError(f"expert_overhead_tokens is {expert_overhead_tokens}, expected 0 to {MOST_TOKENS}")
     check_nodes(num_devices, devices_per_node)
     node = devices_per_node or num_devices
     return least_time_quotas(counts_SE, counts_SE.sum(0), phy2log, num_devices, expert_overhead_tokens, node)
@@ -114,11 +119,22 @@ def mean_balancedness(device_load_LG: IntArray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
+def check_total(counts: npt.NDArray[Any]) -> None:
+    """Refuses counts that add up to more than `MOST_TOKENS`.
+
+    Raises:
+        ValueError: Naming the sum.
+    """
+    if (total := counts.sum(dtype=np.float64)) > MOST_TOKENS:
+        raise ValueError(f"the counts add up to {total:.3g} tokens, expected at most {MOST_TOKENS}")
+
+
 def _checked(counts: npt.ArrayLike, phy2log: IntArray, num_devices: int) -> IntArray:
     """Counts as int64 `[S, E]`, refused unless they fit the plan."""
     array = np.asarray(counts)
     if array.dtype.kind not in "iu":
         raise ValueError(f"counts have dtype {array.dtype}, expected whole numbers of tokens")
+    check_total(array)
     array = np.ascontiguousarray(np.atleast_2d(array), dtype=np.int64)
     if array.ndim != 2 or array.shape[0] not in (1, num_devices):
         raise ValueError(

@@ -60,14 +60,20 @@ class LinearProbe:
         Raises:
             ValueError: If it is of another width or number of experts, or holds numbers that are not finite.
         """
-        for name, held in (("weight", self._weight_DE), ("square", self._square_DE)):
-            if name not in state or state[name].shape != held.shape or not state[name].isfinite().all():
+        held = {"weight": self._weight_DE, "square": self._square_DE}
+        for name, tensor in held.items():
+            if name not in state or state[name].shape != tensor.shape:
                 found = tuple(state[name].shape) if name in state else "missing"
-                raise ValueError(f"{name} is {found}, expected finite numbers {tuple(held.shape)}")
-            held.copy_(state[name])
+                raise ValueError(f"{name} is {found}, expected finite numbers {tuple(tensor.shape)}")
+            if not state[name].isfinite().all() or (name == "square" and (state[name] < 0).any()):
+                kind = "finite numbers" + ", 0 or more" * (name == "square")
+                raise ValueError(f"{name} holds {state[name].min()} to {state[name].max()}, expected {kind}")
         if "steps" not in state or state["steps"].shape != (1,) or not 0 <= state["steps"] <= MOST_STEPS:
             raise ValueError(f"steps is {state.get('steps', 'missing')}, expected one number from 0 to {MOST_STEPS}")
+        for name, tensor in held.items():
+            tensor.copy_(state[name])
         self._steps.fill_(int(state["steps"]))
+        self._waiting.clear()
 
     def probability(self, feature_TD: Tensor) -> Tensor:
         """Probability of each expert, `[T, E]`; uniform before the first step."""

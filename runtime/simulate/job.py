@@ -79,8 +79,10 @@ class Job:
         speeds = ("expert_bytes", *SPEEDS, NODE_LINK)
         if self.gpu is not None and any(getattr(self, name) is not None for name in speeds):
             raise ValueError("--gpu takes speeds from measured tables; leave out --expert-bytes and the other speeds")
-        if self.node_link_bytes_per_second is not None and self.devices_per_node is None:
+        if (link := self.node_link_bytes_per_second) is not None and self.devices_per_node is None:
             raise ValueError("--node-link-bytes-per-second is for several nodes; add --devices-per-node")
+        if link is not None and not 1 <= link < float("inf"):
+            raise ValueError(f"--node-link-bytes-per-second is {link}, expected a finite number, 1 or more")
         if self.gpu is None and any(getattr(self, name) is not None for name in SIZES):
             raise ValueError("--like, --precision and sizes of experts are for --gpu; add that, or leave them out")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.decode import BEGIN, STEPS, drawn, least_time, recorded
+from benchmarks.decode import BEGIN, STEPS, drawn, least_time, recorded, side_by_side
 from data.convert import convert
 from data.traces.requests import ordered, requests_of, serve
 from data.traces.store import open_trace
@@ -38,7 +38,8 @@ def test_recorded_requests_write_a_token_each_and_their_layers_stand_side_by_sid
     step = list(serve(ordered(requests_of(open_trace(trace)), "shuffled"), 3, 1))[BEGIN]
     routes = np.concatenate([chunk.request.experts[chunk.start : chunk.stop] for chunk in step])
     assert counts[0, 0, :EXPERTS].tolist() == np.bincount(routes[:, 0].ravel(), minlength=EXPERTS).tolist()
-    with pytest.raises(ValueError, match="choose other devices"):
-        recorded(trace, EXPERTS + 1, 4)
+    layout = open_trace(trace).layout
+    sizes = EXPERTS, EXPERTS * LAYERS, EXPERTS + 1, EXPERTS * (LAYERS + 1)
+    assert [side_by_side(layout, size) for size in sizes] == [1, LAYERS, 0, 0]
     with pytest.raises(ValueError, match="too few requests to decode 90 requests at a time"):
         recorded(trace, EXPERTS, 90 * TOP_K)

@@ -142,7 +142,7 @@ def folders(tmp_path):
 
 def test_a_step_measured_again_takes_its_earlier_place(folders):
     again = [Step("planner", printing({"rows": [1]}), 20), Step("tiers", printing({"lru": {"tokens_per_s": 310}}), 20)]
-    assert run_again(again, "tiers", folders[0]) == 1, "main-job has failed before"
+    assert run_again(again, "tiers", folders[0], BENCH) == 0
     results = Results(folders[0])
     assert list(results.steps) == ["tiers", "main-job", "planner"]
     assert results.document("tiers") == {"lru": {"tokens_per_s": 310}}
@@ -151,11 +151,22 @@ def test_a_step_measured_again_takes_its_earlier_place(folders):
     assert page.startswith("# a\n")
     assert re.search(r"^\| tiers \| ok, again on \d{4}-\d\d-\d\d, [0-9a-f]{8} \|", page, re.MULTILINE)
     with pytest.raises(ValueError, match=r"--again names 'lru', expected steps of make bench: planner, tiers"):
-        run_again(again, "lru", folders[0])
+        run_again(again, "tiers, lru", folders[0], BENCH)
+    with pytest.raises(ValueError, match="was written by make bench, not by make bench-long"):
+        run_again(again, "tiers", folders[0], LONG)
+
+
+def test_earlier_results_stay_where_a_step_fails_that_is_measured_again(folders, capsys):
+    before = {path.name: path.read_bytes() for path in folders[0].iterdir() if path.suffix != ".log"}
+    broken = Step("tiers", [sys.executable, "-c", "raise SystemExit('no disk')"], 20)
+    assert run_again([broken], "tiers", folders[0], BENCH) == 1
+    assert {path.name: path.read_bytes() for path in folders[0].iterdir() if path.suffix != ".log"} == before
+    assert (folders[0] / "tiers.log").read_text() == "no disk\n"
+    assert "earlier results stay" in capsys.readouterr().err
 
 
 def test_a_step_that_a_folder_lacks_is_added_to_it(folders):
-    run_again([Step("new", printing({"rows": [2]}), 20)], "new", folders[0])
+    run_again([Step("new", printing({"rows": [2]}), 20)], "new", folders[0], BENCH)
     summary = json.loads((folders[0] / "summary.json").read_text())
     assert [step["name"] for step in summary["steps"]] == ["tiers", "main-job", "planner", "new"]
     assert json.loads((folders[0] / "new.json").read_text()) == {"rows": [2]}

@@ -184,3 +184,14 @@ def test_balancing_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("load", [[[1e30] * 32], [[2**62] * 32]])
+def test_loads_that_no_int64_can_add_up_are_refused_and_not_remembered(load):
+    balancer = Balancer(8, 8)
+    balancer.step(np.ones((1, 32), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"the counts add up to .* tokens, expected at most 9007199254740992"):
+        balancer.step(load)
+    balancer.step(np.ones((1, 32), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"the counts add up to 1\.2e"):
+        balancer.split(0, np.array([4 * 10**18] * 3 + [0] * 29))

@@ -49,6 +49,20 @@ def test_few_tokens_are_learned_from_together():
     torch.testing.assert_close(*(probe.probability(features) for probe in probes))
 
 
+def test_a_probe_takes_a_state_whole_or_not_at_all():
+    probe, features = LinearProbe(6, 5, CPU), torch.ones(2, 6)
+    state = {"weight": torch.ones(7, 5), "square": torch.ones(7, 5), "steps": torch.tensor([3])}
+    before = probe.probability(features)
+    for wrong in ({"square": torch.full((7, 5), -1.0)}, {"square": torch.full((7, 5), torch.nan)}, {"steps": None}):
+        with pytest.raises(ValueError, match="expected"):
+            probe.restore({name: value for name, value in (state | wrong).items() if value is not None})
+        torch.testing.assert_close(probe.probability(features), before)
+    probe.learn(features, before, torch.eye(5)[:2])  # two tokens, which wait
+    probe.restore(state)
+    probe.learn(torch.ones(14, 6), torch.full((14, 5), 0.2), torch.eye(5)[[0] * 14])
+    assert probe.steps == 3
+
+
 def test_a_token_that_was_dropped_has_no_part():
     features = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
     probes = [LinearProbe(6, 5, CPU), LinearProbe(6, 5, CPU)]
