@@ -98,11 +98,16 @@ def improve(
         layers.append(layer)
     if alone:
         effort = SURE if sure else UNSURE
-        score_L = _search_each(layers, weight_K, price_L, factor_GG, left_L, WORK // work, effort)
+        score_L = np.zeros_like(before_L)
+        for i in range(len(layers)):
+            part = slice(i, i + 1)
+            score_L[part] = _search(
+                layers[part], weight_K, price_L[part], factor_GG, left_L[part], WORK // work, effort
+            )
     else:
         effort, price = (LARGE_SURE, SURE_PRICE * price_L) if sure else (LARGE_UNSURE, price_L)
         trials = len(layers) * (SURE_WORK if sure else LARGE_WORK) // work
-        score_L = _search_together(layers, weight_K, price, factor_GG, left_L, trials, effort)
+        score_L = _search(layers, weight_K, price, factor_GG, left_L, trials, effort)
     improved = held_LR.copy()
     for i, layer in enumerate(layers):
         improved[i] = layer.held
@@ -151,33 +156,7 @@ def _expected(load_EK: Float32Array, weight_K: Float32Array) -> Float32Array:
 
 
 @njit(cache=True, nogil=True)
-def _search_each(
-    layers: list[Layer],
-    weight_K: Float32Array,
-    price_L: Float32Array,
-    factor_GG: Float32Array,
-    left_L: IntArray,
-    trials: int,
-    effort: Effort,
-) -> Float32Array:
-    """Improves layers in place, each with as many trials; returns their scores. Arguments as in `_search_together`."""
-    score_L = np.zeros(len(layers), dtype=np.float32)
-    for i, layer in enumerate(layers):
-        scratch, used = fork(layer), 0
-        score_L[i] = score(layer.load, weight_K)
-        for _ in range(left_L[i]):
-            if score_L[i] <= price_L[i] or used >= trials:
-                break
-            reached, tried = _change(layer, scratch, score_L[i], weight_K, price_L[i], factor_GG, effort)
-            used += tried
-            if reached == score_L[i]:
-                break
-            score_L[i] = reached
-    return score_L
-
-
-@njit(cache=True, nogil=True)
-def _search_together(
+def _search(
     layers: list[Layer],
     weight_K: Float32Array,
     price_L: Float32Array,

@@ -13,9 +13,7 @@ from predictor.correction import STRENGTH, CorrectionMemory, attributed
 from predictor.forecast import OnlineForecaster, SequenceForecast, forecast_from_load
 from predictor.forecaster import NeuralForecaster
 from predictor.head import LearningHead
-from predictor.mixture import ForecastMixture, on_simplex
 from predictor.network import Architecture, LoadNetwork
-from predictor.spread import OnlineSpread
 
 LAYERS, EXPERTS, LENGTH = 2, 8, 64
 
@@ -277,32 +275,6 @@ def test_a_layer_without_load_teaches_nothing(random):
     assert np.allclose(adaptive.known.mixture.weight[1], adaptive.known.mixture.first[1])
     assert adaptive.known.spread.log_factor[1] == 0
     assert not np.allclose(adaptive.known.mixture.weight[0], adaptive.known.mixture.first[0])
-
-
-def test_the_mixture_uses_errors_that_cancel_out():
-    mixture = ForecastMixture(1, np.array([1.0, 0.0, 0.0]))
-    truth = np.array([[0.5, 0.3, 0.2]])
-    shares = truth + np.array([[[0.03, -0.03, 0.0]], [[0.05, -0.05, 0]], [[-0.05, 0.05, 0.0]]])
-    for _ in range(60):
-        mixture.observe(shares, truth, np.array([True]))
-    assert np.abs(mixture.combine(shares) - truth).max() < 0.01
-    assert mixture.weight.sum() == pytest.approx(1)
-    assert (mixture.disagreement(shares) > 0).any()
-
-
-def test_projection_on_the_simplex(random):
-    assert np.allclose(on_simplex(np.array([[0.8, 0.6, -1.0]])), [[0.6, 0.4, 0.0]])
-    rows = on_simplex(random.standard_normal((50, 5)))
-    assert np.allclose(rows.sum(-1), 1)
-    assert (rows >= 0).all()
-
-
-def test_the_spread_follows_the_coverage():
-    spread, share, carried = OnlineSpread(1), np.full((1, 4), 0.25), np.array([True])
-    first = spread.of(share, np.array([100.0]), np.zeros((1, 4)))
-    for _ in range(20):
-        spread.observe(share, spread.of(share, np.array([100.0]), np.zeros((1, 4))), share + 0.2, carried)
-    assert (spread.of(share, np.array([100.0]), np.zeros((1, 4))) > 2 * first).all()
 
 
 @pytest.fixture
