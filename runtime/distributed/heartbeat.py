@@ -51,11 +51,14 @@ class Heartbeat:
     """
 
     def __init__(self, store: Any, rank: int, world: int, timeout_s: float) -> None:
-        self._store, self._rank, self._world, self._timeout_s = store, rank, world, timeout_s
+        self._rank, self._world, self._timeout_s = rank, world, timeout_s
         self.waiting_since: float | None = None
         self._announced = ""
         self._stop = threading.Event()
-        # a connection serves one thread at a time; a signal may break off a call on the first one
+        # All connections are opened here: the store's server looks up the name of each new client (getnameinfo) and
+        # responds to nobody meanwhile, for seconds where the name service does not respond.
+        self._thread_store = store.clone()
+        # a connection serves one call at a time; a signal may break off a call on the first one
         self._watch_stores = [store.clone() for _ in range(2)]
         self._on_sigterm: Any = signal.SIG_DFL
 
@@ -95,7 +98,7 @@ class Heartbeat:
         return found[0] if found else self._announced or "rank 0 is lost, and the store with it"
 
     def _beat(self) -> None:
-        store, count = self._store.clone(), 0
+        store, count = self._thread_store, 0
         with suppress(RuntimeError):
             while not self._stop.wait(HEARTBEAT_S):
                 count += 1
@@ -105,12 +108,11 @@ class Heartbeat:
 
     def _watch(self) -> None:
         """Ends this process if the main thread waits for a rank that is lost; see the module's docstring."""
-        stores = [self._store.clone()]
         while not self._stop.wait(HEARTBEAT_S):
             began = self.waiting_since
             # a collective that can fail does so at the timeout, and its error comes first
             overdue = began is not None and time.monotonic() - began > self._timeout_s + 2 * SILENCE_S
-            if overdue and (lost := self._lost(stores)) and self.waiting_since == began:
+            if overdue and (lost := self._lost([self._thread_store])) and self.waiting_since == began:
                 print(f"RankLostError: {lost}; rank {self._rank} stops", file=sys.stderr)
                 exit_now(1)
 
