@@ -55,11 +55,10 @@ class Heartbeat:
         self.waiting_since: float | None = None
         self._announced = ""
         self._stop = threading.Event()
-        # All connections are opened here: the store's server looks up the name of each new client (getnameinfo) and
-        # responds to nobody meanwhile, for seconds where the name service does not respond.
-        self._thread_store = store.clone()
-        # a connection serves one call at a time; a signal may break off a call on the first one
-        self._watch_stores = [store.clone() for _ in range(2)]
+        # Opened before the first beat: the store's server looks up the name of each new client (getnameinfo) and
+        # responds to nobody meanwhile, for seconds where the name service does not respond. Two connections, because a
+        # signal may break off a call on the first one.
+        self._stores = [store.clone() for _ in range(2)]
         self._on_sigterm: Any = signal.SIG_DFL
 
     def start(self) -> None:
@@ -81,13 +80,10 @@ class Heartbeat:
 
         Takes `SILENCE_S` seconds, or `STORE_S` if the store does not respond.
         """
-        return self._lost(self._watch_stores)
-
-    def _lost(self, stores: list[Any]) -> str:
         found: list[str] = []
 
         def look() -> None:
-            for store in stores:
+            for store in self._stores:
                 with suppress(RuntimeError):
                     found.append(self._announced or self._silent_ranks(store))
                     return
@@ -98,7 +94,7 @@ class Heartbeat:
         return found[0] if found else self._announced or "rank 0 is lost, and the store with it"
 
     def _beat(self) -> None:
-        store, count = self._thread_store, 0
+        store, count = self._stores[0], 0
         with suppress(RuntimeError):
             while not self._stop.wait(HEARTBEAT_S):
                 count += 1
@@ -112,7 +108,7 @@ class Heartbeat:
             began = self.waiting_since
             # a collective that can fail does so at the timeout, and its error comes first
             overdue = began is not None and time.monotonic() - began > self._timeout_s + 2 * SILENCE_S
-            if overdue and (lost := self._lost([self._thread_store])) and self.waiting_since == began:
+            if overdue and (lost := self.lost()) and self.waiting_since == began:
                 print(f"RankLostError: {lost}; rank {self._rank} stops", file=sys.stderr)
                 exit_now(1)
 
