@@ -185,9 +185,9 @@ def interrupted(rank: int) -> str:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with SIGINT ignored
     try:
         with Engine(switch, Noise(switch.layout), None, 8) as engine:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()  # a terminal sends it to all ranks
-            for _ in engine.run(itertools.cycle(batches(20))):
-                pass
+            for number, _ in enumerate(engine.run(itertools.cycle(batches(20)))):
+                if number == 2:  # kernels are compiled now; a terminal sends the signal to all ranks
+                    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     except (KeyboardInterrupt, RuntimeError) as error:
         return type(error).__name__
     return "went on"
