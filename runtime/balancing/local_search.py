@@ -6,7 +6,8 @@ expert) changes, the best few are relaxed in full, and the best of those is take
 is repeated until no change pays. A search that runs out of trials continues from its result before the next batch.
 Layers that the search alone can fill have trials of their own. Replicas of larger layers are placed by
 runtime.balancing.matching first, and the search that follows shares its trials among them: the layer with most to gain
-comes next.
+comes next. If the forecast is sure, changes that later ones have made dispensable are then undone; if not, the copies
+stay, because they help where the load comes out differently.
 
 Two devices with one replica slot each, experts 0 and 1 at home on device 0, loads [1.2, .4 | .3, .1] in units of the
 mean device load. The score is .78; a copy of expert 0 on device 1 makes both loads 1 and saves all of it:
@@ -38,8 +39,6 @@ UNSURE, SURE = Effort(20, 20, 12, 8), Effort(48, 48, 12, 8)
 """In a layer that the search alone can fill. A forecast without spread is a single scenario, which costs little."""
 LARGE_UNSURE, LARGE_SURE = Effort(20, 8, 12, 8), Effort(32, 8, 8, 32)
 """In a larger layer. With one replica slot on each device, many devices are worth more than many experts."""
-SURE_PRICE = np.float32(3)
-"""Price of a copy for a sure forecast in a larger layer, relative to others: else the score pays for too many moves."""
 FIRST_GAIN = np.float32(0.03)
 """Part of its overload that a layer is expected to gain by its first change."""
 ROUGH_ROUND = 3
@@ -105,9 +104,11 @@ def improve(
                 layers[part], weight_K, price_L[part], factor_GG, left_L[part], WORK // work, effort
             )
     else:
-        effort, price = (LARGE_SURE, SURE_PRICE * price_L) if sure else (LARGE_UNSURE, price_L)
         trials = len(layers) * (SURE_WORK if sure else LARGE_WORK) // work
-        score_L = _search(layers, weight_K, price, factor_GG, left_L, trials, effort)
+        score_L = _search(layers, weight_K, price_L, factor_GG, left_L, trials, LARGE_SURE if sure else LARGE_UNSURE)
+        if sure:
+            for i, layer in enumerate(layers):
+                score_L[i] = undo(layer, held_LR[i], score_L[i], weight_K, price_L[i], factor_GG)
     improved = held_LR.copy()
     for i, layer in enumerate(layers):
         improved[i] = layer.held
@@ -236,3 +237,37 @@ def _change(
         return current, tried
     replace(layer, slots[chosen], experts[chosen])
     return score(layer.load, weight_K), tried
+
+
+@njit(cache=True, nogil=True)
+def undo(
+    layer: Layer,
+    held_R: IntArray,
+    current: np.float32,
+    weight_K: Float32Array,
+    price: float,
+    factor_GG: Float32Array,
+) -> np.float32:
+    """Undoes the changes of a layer that save less than their price by now, in place; returns the score.
+
+    Copies in slots that were empty stay.
+
+    Args:
+        layer: A relaxed layer.
+        held_R: Expert in each replica slot before the changes, -1 where empty.
+        current: Its score.
+        weight_K: Weight of each scenario.
+        price: Least score that a copy must save.
+        factor_GG: Factor to that price.
+    """
+    scratch = fork(layer)
+    for slot in range(held_R.size):
+        old, new, device = held_R[slot], layer.held[slot], layer.device[slot]
+        if old == new or old < 0 or old in layer.held[layer.first[device] : layer.first[device + 1]]:
+            continue
+        copy(layer, scratch, old)
+        replace(scratch, slot, old)
+        if score(scratch.load, weight_K) < current + price * factor_GG[layer.home[new], device]:
+            replace(layer, slot, old)
+            current = score(layer.load, weight_K)
+    return current
