@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.balancing.local_search import improve
-from runtime.balancing.water_filling import score, start
+from runtime.balancing.local_search import improve, undo
+from runtime.balancing.water_filling import score, start, start_exactly
 
 
 def one_layer(seed, devices, homes_each, replicas_each, scenarios):
@@ -146,3 +146,42 @@ def test_layers_that_share_their_work_are_searched_the_same_way_again():
     assert (first[0] == second[0]).all()
     assert (first[1] == second[1]).all()
     assert (first[1][:3] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "undone"),
+    [
+        ([3, 0], [2, 0], [3, 0]),  # the copy of expert 0 balances both devices alone
+        ([2, 3], [2, 0], [2, 0]),  # which is worth its price
+        ([-1, 0], [3, 0], [3, 0]),  # a slot that was empty stays filled
+    ],
+)
+def test_changes_that_others_made_dispensable_are_undone(before, after, undone):
+    home, load = np.array([0, 0, 1, 1]), np.array([[1.2], [0.4], [0.3], [0.1]], dtype=np.float32)
+    first, sure, free = np.array([0, 1, 2]), np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.float32)
+    layer = start(np.array(after), first, home, load, free)
+    current = score(layer.load, sure)
+    reached = undo(layer, np.array(before), current, sure, 0.01, np.ones((2, 2), dtype=np.float32))
+    assert layer.held.tolist() == undone
+    assert reached == pytest.approx(current, abs=0.01)
+
+
+def test_a_sure_plan_of_many_devices_makes_no_change_that_saves_less_than_its_price():
+    rng, devices, price = np.random.default_rng(0), 64, 0.004
+    home = np.repeat(np.arange(devices), 4)[None]
+    load = np.arange(1.0, 257) ** -0.7
+    held, kept, moves = np.full((1, devices), -1), 0, 0
+    for _ in range(6):
+        load *= np.exp(rng.normal(0, 0.25, load.size))
+        loads = (load * devices / load.sum()).astype(np.float32)[None, :, None]
+        sure, free = np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.float32)
+        before, (held, _) = held, search(held, home, loads, sure, price)
+        first = first_slots(held, home)[0]
+        reached = score(start_exactly(held[0], first, home[0], loads[0], free).load, sure)
+        for slot in np.nonzero((before != held)[0] & (before[0] >= 0))[0]:
+            without = held[0].copy()
+            without[slot] = before[0, slot]
+            saved = score(start_exactly(without, first, home[0], loads[0], free).load, sure) - reached
+            kept, moves = kept + (saved >= price / 2), moves + 1
+    assert moves > 10
+    assert kept == moves
