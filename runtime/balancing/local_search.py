@@ -250,7 +250,7 @@ def undo(
 ) -> np.float32:
     """Undoes the changes of a layer that save less than their price by now, in place; returns the score.
 
-    Slots that were empty before, or are now, stay as they are.
+    Copies in slots that were empty stay, and slots that were emptied get their experts back.
 
     Args:
         layer: A relaxed layer.
@@ -263,11 +263,12 @@ def undo(
     scratch = fork(layer)
     for slot in range(held_R.size):
         old, new, device = held_R[slot], layer.held[slot], layer.device[slot]
-        if old == new or min(old, new) < 0 or old in layer.held[layer.first[device] : layer.first[device + 1]]:
+        if old == new or old < 0 or old in layer.held[layer.first[device] : layer.first[device + 1]]:
             continue
         copy(layer, scratch, old)
         replace(scratch, slot, old)
-        if score(scratch.load, weight_K) < current + price * factor_GG[layer.home[new], device]:
+        factor = factor_GG[layer.home[new], device] if new >= 0 else np.float32(1)
+        if score(scratch.load, weight_K) < current + price * factor:
             replace(layer, slot, old)
             current = score(layer.load, weight_K)
     return current
