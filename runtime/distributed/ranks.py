@@ -12,7 +12,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -147,7 +147,16 @@ class Ranks:
         for rank, other in enumerate(others, 1):
             for name in first | other:
                 if other.get(name) != first.get(name):
+                    self._let_all_read()
                     raise ValueError(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}")
+
+    def _let_all_read(self) -> None:
+        """Holds rank 0 until all others have come here: the store, which they may be reading, ends with rank 0."""
+        with suppress(RuntimeError):
+            if self.rank:
+                self._store.set(f"read/{self.rank}", "")
+            else:
+                self._store.wait([f"read/{rank}" for rank in range(1, self.world)])
 
     def exchange(self, topic: str, said: Any) -> list[Any]:
         """What each rank says about a topic, anything that JSON can hold; all ranks call this in the same order.

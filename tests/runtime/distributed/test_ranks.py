@@ -242,11 +242,26 @@ def test_a_rank_that_opens_again_before_rank_0_has_closed_waits_for_it():
     assert on_ranks(2, opens_twice, timeout_s=30) == ["met", "met"]
 
 
+class LateStore:
+    """A job's store that is read half a second late."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def get(self, key):
+        threading.Event().wait(0.5)
+        return self._store.get(key)
+
+
 def one_predicts(rank: int) -> str:
     switch = model()
     with Engine(switch, None, None, 0) as engine:
         facts = {"model": "same"} if rank == 0 else {"model": "same", "predictor": "mine"}
-        engine.ranks._store = torch.distributed.PrefixStore("again", engine.ranks._store)
+        store = torch.distributed.PrefixStore("again", engine.ranks._store)
+        engine.ranks._store = LateStore(store) if rank else store  # which ends with rank 0
         engine.ranks.check_alike(facts)
     return "started"
 
